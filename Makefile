@@ -1,0 +1,29 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow clean
+
+demo: .venv/core data/text/train.bin  ## train a small model on the built-in corpus
+	$(BIN)/python testv2.py --preset demo
+
+test: .venv/dev  ## style and tests
+	$(BIN)/ruff check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-slow: .venv/dev  ## the checks that take minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+clean:  ## remove what can be made again
+	rm -rf .venv data/text
+
+data/text/train.bin: | .venv/core
+	$(BIN)/python data/prepare.py
+
+.venv/core: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -r requirements.txt
+	touch $@
+
+.venv/dev: requirements-dev.txt .venv/core
+	$(BIN)/python -m pip install -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,1885 @@
+"""TinyMamba: a hybrid small language model, its data and its trainer, in one file.
+
+In every block a selective state-space branch, sliding-window attention and a SwiGLU MLP read the
+same normalised input side by side, and a learned gate mixes them for each token.
+
+    python testv2.py --preset demo                    # minutes on a 2-core CPU
+    python testv2.py                                  # 153M parameters, for a GPU
+    python testv2.py --resume                         # go on from the checkpoint
+    python testv2.py --train_data_path a.bin b.bin --train_data_weights 0.7 0.3
+    torchrun --nproc_per_node=2 testv2.py             # several GPUs or processes
+    python -m torch.distributed.launch --nproc_per_node=2 testv2.py
+    python testv2.py --profile                        # where does a step's time go?
+    python testv2.py --help                           # every field of Config is a flag
+
+Letters in the comments on shapes:
+    B batch      L length        D d_model             E inner width, expand_factor * D
+    H SSM heads  P SSM head width (E = H * P)          N d_state     K d_conv
+    A attention heads            F attention head width (D = A * F)  W window_size
+    V vocabulary                 Q chunk_size          C chunks (L / Q)
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import functools
+import hashlib
+import inspect
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import typing
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
+
+# ------------------------------------------------------------------------------------ errors
+
+class UserError(Exception):
+    """A mistake the user can mend: which field or file, what is wrong, what to do."""
+
+    def __init__(self, field: str, problem: str, remedy: str):
+        super().__init__(field, problem, remedy)
+
+    def __str__(self) -> str:
+        return "{}: {}; {}".format(*self.args)
+
+def require(holds, field: str, problem: str, remedy: str) -> None:
+    """Raise a UserError unless `holds`."""
+    if not holds:
+        raise UserError(field, problem, remedy)
+
+def run_cli(main) -> typing.NoReturn:
+    """Exit with what `main()` returns; a UserError becomes one line on stderr and exit code 2."""
+    try:
+        sys.exit(main())
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+class CliParser(argparse.ArgumentParser):
+    """argparse with exact flag names, [defaults] in --help and errors of one line."""
+
+    def __init__(self, **kwargs):
+        wide = functools.partial(
+            argparse.RawDescriptionHelpFormatter, max_help_position=42, width=110)
+        super().__init__(allow_abbrev=False, formatter_class=wide, **kwargs)
+
+    def error(self, message: str) -> typing.NoReturn:
+        message = re.sub(r"^argument (--\w+)[^:]*: ", r"\1: ", message)
+        if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
+            near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
+            hint = f"did you mean {near[0]}?" if near else "--help lists every flag"
+            message = f"{unknown[1]}: unknown flag; {hint}"
+        self.exit(2, f"error: {message}\n")
+
+# ------------------------------------------------------------------------------------ config
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+@dataclass
+class Config:
+    """All settings. Edit a default here, pass it as a flag, or `Config(d_model=256)`."""
+
+    # Model
+    d_model: int = 768  # model width D
+    n_layer: int = 12  # blocks
+    vocab_size: int = 50304  # ids are 0 .. vocab_size-1
+    dropout: float = 0.1  # dropout rate on the embedding and on every block's update
+    bias: bool = True  # biases in the linear projections
+    tie_embeddings: bool = True  # one matrix for embedding and output layer
+    deepnet: bool = True  # DeepNet scaling of residual updates and of the initial weights
+    low_rank: int = 0  # rank of the branches' projections; 0 is full rank
+
+    # Architecture
+    activation: str = "silu"  # activation of the MLP
+    d_state: int = 16  # SSM state size N for each channel
+    d_conv: int = 4  # width K of the causal convolution before the SSM
+    expand_factor: int = 2  # inner width of SSM and MLP, as a multiple of d_model
+    ssm_head_dim: int = 64  # channels P that share one SSM decay
+    scan: str = "chunked"  # the parallel scan, or its slow reference
+    chunk_size: int = 64  # tokens the parallel scan treats as one matrix product
+    window_size: int = 64  # a token attends to itself and window_size-1 tokens before it
+    num_heads: int = 6  # attention heads
+    rope_theta: float = 10000.0  # longest RoPE period, in tokens, over 2 pi
+    gate: str = "softmax"  # how the three branch weights of a token are made
+    gate_top_k: int = 2  # branches kept for each token by gate=top_k
+    document_mask: bool = False  # after eos, forget: conv, SSM and attention start afresh
+    eos_id: int = -1  # the id that ends a document; -1 takes it from the data's .json
+
+    # Training
+    block_size: int = 512  # training length in tokens; the model itself has no limit
+    batch_size: int = 8  # sequences per process and micro-batch
+    gradient_accumulation_steps: int = 4  # micro-batches per optimiser step
+    num_epochs: int = 1  # passes over the training data, unless max_steps says otherwise
+    max_steps: int = 0  # optimiser steps; 0 takes num_epochs
+    lr: float = 6e-4  # peak learning rate
+    min_lr_ratio: float = 0.1  # last learning rate as a share of the peak
+    warmup_steps: int = 1000  # steps of linear warm-up, at most a tenth of the run
+    grad_clip: float = 1.0  # largest gradient norm; 0 is no clipping
+    weight_decay: float = 0.01  # AdamW decay of projection matrices, and of nothing else
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.95  # AdamW
+    max_bad_steps: int = 10  # steps in a row without a finite gradient before the run gives up
+    seed: int = 1337  # initial weights, data order, dropout, samples
+
+    # Hardware
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
+    use_compile: bool = True  # torch.compile, where a compiler is present
+    use_flash_attn: bool = True  # PyTorch's fused attention; false writes the softmax out
+    amp_dtype: torch.dtype = torch.bfloat16  # autocast type, where the hardware has it
+    empty_cache_freq: int = 50  # steps between two clearings of the CUDA cache; 0 is never
+    num_workers: int = 0  # processes that read data ahead
+
+    # Data
+    train_data_path: str | list[str] = "./data/text/train.bin"  # one .bin of tokens, or several
+    train_data_weights: list[float] | None = None  # shares of several sources; None goes by size
+    val_data_path: str | list[str] = "./data/text/val.bin"  # .bin of tokens to validate on
+    data_dtype: str = "auto"  # type of the ids in the .bin; auto asks its .json, else int32
+
+    # Checkpoints
+    checkpoint_path: str = "tinymamba_model_latest.pt"  # newest state; the best is ..._best.pt
+    checkpoint_interval: int = 1000  # steps between two saves; 0 saves at the end only
+    save_top_k: int = 1  # best checkpoints to keep, by validation loss
+    resume: bool = False  # go on from checkpoint_path, with its settings
+
+    # Validation and samples
+    enable_validation: bool = True  # measure the loss on val_data_path
+    validation_interval: int = 2000  # steps between two validations
+    validation_steps: int = 50  # batches in one validation; 0 is all of the data
+    use_early_stopping: bool = False  # stop when validation no longer improves
+    early_stopping_patience: int = 5  # validations without improvement to wait for
+    early_stopping_min_delta: float = 0.0  # nats that count as improvement
+    generate_samples: bool = True  # print text while training
+    generation_interval: int = 1000  # steps between two samples
+    generation_length: int = 200  # tokens in a sample
+    generation_temperature: float = 0.8  # 0 takes the likeliest token every time
+    generation_prompt: str = ""  # how a sample begins; empty begins a new document
+
+    # Logging
+    log_interval: int = 20  # steps between two console lines
+    log_dir: str = "./logs"  # TensorBoard logs, loss curve and profile, one folder a run
+    use_wandb: bool = False  # log to Weights & Biases as well
+    wandb_project: str = "tinymamba"  # W&B project
+    wandb_run_name: str = ""  # W&B run and log folder; empty is the time of the start
+
+    def validate(self) -> Config:
+        """Refuse ill-typed and impossible values with a UserError; return self."""
+        for name, hint in HINTS.items():
+            value, default = getattr(self, name), f"the default is {show(getattr(Config, name))}"
+            kind = Config.__annotations__[name]
+            require(has_type(value, hint), name, f"{value!r} is not {kind}", default)
+            low, high = LIMITS.get(name, (None, None))
+            span = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            require(low is None or low <= value <= high, name, f"{value} is not legal",
+                    f"it must be {span}")
+            legal = CHOICES.get(name, (value,))
+            require(value in legal, name, f"{show(value)} is not a choice",
+                    f"use one of {', '.join(map(show, legal))}")
+        self._validate_shapes()
+        return self
+
+    def _validate_shapes(self) -> None:
+        D, E = self.d_model, self.expand_factor * self.d_model
+        legal = [n for n in range(1, D + 1) if D % (2 * n) == 0]
+        require(self.num_heads in legal, "num_heads",
+                f"{self.num_heads} heads do not cut d_model={D} into even widths, for RoPE",
+                f"use one of {legal}" if legal else "make d_model even")
+        require(E % self.ssm_head_dim == 0, "ssm_head_dim",
+                f"{self.ssm_head_dim} does not divide expand_factor*d_model = {E}",
+                f"use one of {[p for p in range(1, E + 1) if E % p == 0]}")
+        require(self.low_rank < D, "low_rank", f"{self.low_rank} saves nothing at d_model={D}",
+                f"it must be from 0 to {D - 1}")
+        require(self.eos_id < self.vocab_size, "eos_id", f"{self.eos_id} is not in the vocabulary",
+                f"it must be from -1 to {self.vocab_size - 1}")
+
+    def to_dict(self) -> dict:
+        """Plain values only, for checkpoints and JSON."""
+        return {**asdict(self), "amp_dtype": show(self.amp_dtype)}
+
+    @staticmethod
+    def from_dict(values: dict) -> Config:
+        """The opposite of `to_dict`; an unknown name is a UserError."""
+        for name in values:
+            require(name in HINTS, name, "is not a field of Config", "was a newer release used?")
+        dtype = DTYPES.get(show(values.get("amp_dtype", Config.amp_dtype)))
+        return Config(**{**values, "amp_dtype": dtype}).validate()
+
+HINTS = typing.get_type_hints(Config)
+CHOICES = {
+    "activation": ("silu", "gelu", "relu"),
+    "gate": ("softmax", "top_k", "sparsemax"),
+    "scan": ("chunked", "sequential"),
+    "data_dtype": ("auto", "int32", "uint16"),
+    "amp_dtype": tuple(DTYPES.values()),
+}
+AT_LEAST_ONE = """d_model n_layer vocab_size d_state d_conv expand_factor ssm_head_dim chunk_size
+    window_size num_heads rope_theta block_size batch_size gradient_accumulation_steps num_epochs
+    max_bad_steps early_stopping_patience generation_length log_interval validation_interval
+    generation_interval"""
+AT_LEAST_ZERO = """low_rank max_steps lr warmup_steps grad_clip weight_decay seed empty_cache_freq
+    num_workers checkpoint_interval save_top_k validation_steps early_stopping_min_delta
+    generation_temperature"""
+LIMITS = {
+    **dict.fromkeys(AT_LEAST_ONE.split(), (1, math.inf)),
+    **dict.fromkeys(AT_LEAST_ZERO.split(), (0, math.inf)),
+    **dict.fromkeys(("dropout", "beta1", "beta2"), (0, 0.9999)),
+    "min_lr_ratio": (0, 1), "gate_top_k": (1, 3), "eos_id": (-1, math.inf),
+}
+PRESETS = {
+    "demo": {
+        "d_model": 192, "n_layer": 4, "num_heads": 3, "vocab_size": 4096, "dropout": 0.0,
+        "block_size": 256, "batch_size": 16, "gradient_accumulation_steps": 1, "max_steps": 600,
+        "lr": 3e-3, "warmup_steps": 40, "use_compile": False, "validation_interval": 100,
+        "validation_steps": 10, "generation_interval": 300, "checkpoint_interval": 200,
+    },
+    "small": {
+        "d_model": 384, "n_layer": 8, "vocab_size": 4096, "lr": 1e-3, "num_epochs": 4,
+        "warmup_steps": 100, "validation_interval": 200, "generation_interval": 200,
+    },
+    "base": {},
+}
+# What the weights and states of a checkpoint mean: these cannot change when it is read again.
+SHAPE_FIELDS = [
+    "d_model", "n_layer", "vocab_size", "bias", "tie_embeddings", "low_rank", "activation",
+    "d_state", "d_conv", "expand_factor", "ssm_head_dim", "window_size", "num_heads",
+    "rope_theta", "gate", "gate_top_k", "document_mask",
+]
+
+def show(value) -> str:
+    """A value as the user would type it."""
+    return str(value).removeprefix("torch.")
+
+def has_type(value, hint) -> bool:
+    """Is `value` of the annotated type? Whole numbers count as floats, booleans as neither."""
+    options = typing.get_args(hint)
+    if typing.get_origin(hint) is list:
+        return isinstance(value, list) and bool(value) and all(has_type(v, *options) for v in value)
+    if options:
+        return any(has_type(value, option) for option in options)
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is hint
+
+def parse_as(hint):
+    """The function that turns the text of a flag into a value of type `hint`."""
+    words = {bool: {"true": True, "1": True, "false": False, "0": False}, torch.dtype: DTYPES}
+
+    def parse(text: str):
+        try:
+            return words[hint][text.lower()] if hint in words else hint(text)
+        except (ValueError, KeyError):
+            legal = "one of " + ", ".join(words[hint]) if hint in words else f"an {hint.__name__}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not legal; pass {legal}") from None
+
+    return parse
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag for every field; the help text is the comment beside the field."""
+    group = parser
+    for line in inspect.getsource(Config).split("\n"):
+        if title := re.match(r"    # (\w.*)$", line):
+            group = parser.add_argument_group(title[1])
+        if not (found := re.match(r"    (\w+): .*?  # (.*)$", line)):
+            continue
+        (name, text), hint = found.groups(), HINTS[found[1]]
+        kind = {"type": parse_as(hint), "metavar": getattr(hint, "__name__", "").upper()}
+        if typing.get_args(hint):
+            item = float if list[float] in typing.get_args(hint) else str
+            kind = {"type": parse_as(item), "metavar": item.__name__.upper(), "nargs": "+"}
+        if hint is bool:
+            kind |= {"nargs": "?", "const": True}
+        if name in CHOICES:
+            text += f": {', '.join(map(show, CHOICES[name]))}"
+        text = f"{text} [{show(getattr(Config, name))}]".replace("%", "%%")
+        group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **kind)
+
+def parse_command_line(argv: list[str] | None = None) -> tuple[Config, dict, bool]:
+    """The Config of a preset and the flags over it; the fields so named; is it to profile?"""
+    usage = "python testv2.py [--preset PRESET] [--FIELD VALUE ...]"
+    description = __doc__.split("Letters")[0] + "Defaults stand in [brackets]."
+    parser = CliParser(usage=usage, description=description)
+    presets = "demo: 3.2M parameters, minutes on a CPU; small: 20M; base: the defaults, 153M"
+    parser.add_argument("--preset", choices=PRESETS, default="base", help=presets)
+    profile = "time a few steps with torch.profiler, write a trace, and end"
+    parser.add_argument("--profile", action="store_true", help=profile)
+    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
+    add_config_flags(parser)
+    given = vars(parser.parse_args(argv))
+    named = {name: value for name, value in given.items() if name in HINTS}
+    for name in ("train_data_path", "val_data_path"):
+        if len(named.get(name, ())) == 1:
+            named[name] = named[name][0]
+    config = Config(**{**PRESETS[given["preset"]], **named}).validate()
+    return config, named, given["profile"]
+
+# -------------------------------------------------------------------------------- primitives
+
+def widen(x: Tensor) -> Tensor:
+    """float32, unless `x` is float64 already: what decays and states are computed in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension (Zhang & Sennrich, arXiv 1910.07467, eq. 4)."""
+
+    def __init__(self, dim: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+class RotaryEmbedding(nn.Module):
+    """Angles of RoPE (Su et al., arXiv 2104.09864, eq. 15).
+
+    `forward(positions)` takes whole numbers (...) and gives cos and sin, float32 (..., F/2). Angles
+    are taken in float64 so that position 10,000,000 is as exact as position 10.
+    """
+
+    def __init__(self, head_dim: int, theta: float = 10000.0):
+        super().__init__()
+        require(head_dim >= 2 and head_dim % 2 == 0, "head_dim",
+                f"{head_dim} cannot be split into pairs, which RoPE turns", "make it even")
+        self.head_dim, self.theta = head_dim, theta
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float64)
+        angles = positions.cpu().double()[..., None] * self.theta ** (-pairs / self.head_dim)
+        return angles.cos().float().to(positions.device), angles.sin().float().to(positions.device)
+
+def apply_rotary_pos_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn channel pairs (i, i + F/2) of x (..., L, F) by the angles of cos, sin (L, F/2)."""
+    if cos.shape != sin.shape or (cos.shape[-2], 2 * cos.shape[-1]) != x.shape[-2:]:
+        got = f"{tuple(cos.shape)} and {tuple(sin.shape)}"
+        raise ValueError(f"RoPE: x of shape {tuple(x.shape)} needs cos and sin of shape "
+                         f"({x.shape[-2]}, {x.shape[-1] // 2}), got {got}")
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+class LowRankProjection(nn.Module):
+    """A linear map through `rank` channels: rank * (d_in + d_out) weights for d_in * d_out."""
+
+    def __init__(self, d_in: int, d_out: int, rank: int, bias: bool = True):
+        super().__init__()
+        self.down = nn.Linear(d_in, rank, bias=False)
+        self.up = nn.Linear(rank, d_out, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x))
+
+def projection(d_in: int, d_out: int, config: Config) -> nn.Module:
+    """The linear map of a branch, at the rank the config asks for."""
+    if config.low_rank:
+        return LowRankProjection(d_in, d_out, config.low_rank, config.bias)
+    return nn.Linear(d_in, d_out, bias=config.bias)
+
+# ------------------------------------------------------------------------------------ scan
+
+# exp(-30) is 1e-13, so nothing is left of the state in float32; and with no term below it the
+# cumulative sums of a chunk stay small enough for their differences to be exact.
+MIN_LOG_DECAY = -30.0
+SPAN = 64  # chunks whose states are combined in one product
+
+def selective_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    state: Tensor | None = None, resets: Tensor | None = None,
+    method: str = "chunked", chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """Run the selective recurrence of Mamba-2 (Dao & Gu, arXiv 2405.21060, eq. 2 with scalar A):
+
+        h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T        y_t = h_t C_t
+
+    x (B, L, H, P), dt (B, L, H) >= 0, A (H,) < 0, B and C (B, L, N), state (B, H, P, N) before the
+    first token (zeros if None), resets (B, L) of bool: where the past is forgotten before the token
+    is read. Returns y (B, L, H, P) and the state after the last token, in float32, or float64 if x is.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        x, dt, A, B, C = (widen(t) for t in (x, dt, A, B, C))
+        if state is None:
+            state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1])
+        log_decay = (dt * A).clamp(min=MIN_LOG_DECAY)  # (B, L, H)
+        if resets is not None:
+            log_decay = log_decay.masked_fill(resets[..., None], MIN_LOG_DECAY)
+        x = x * dt[..., None]
+        if method == "sequential" or x.shape[1] == 1:
+            return scan_sequential(x, log_decay, B, C, widen(state))
+        return scan_chunked(x, log_decay, B, C, widen(state), chunk_size)
+
+def scan_sequential(x, log_decay, B, C, state):
+    """The recurrence word for word: the reference, and the single step of decoding."""
+    outputs = []
+    for t in range(x.shape[1]):
+        written = x[:, t, :, :, None] * B[:, t, None, None, :]  # (B, H, P, N)
+        state = log_decay[:, t, :, None, None].exp() * state + written
+        outputs.append((state * C[:, t, None, None, :]).sum(-1))  # (B, H, P)
+    return torch.stack(outputs, dim=1), state
+
+def scan_chunked(x, log_decay, B, C, state, chunk_size):
+    """The same in matrix products over chunks of Q tokens (arXiv 2405.21060, section 6).
+
+    Takes SPAN chunks at a time, so that cost and memory stay linear in L.
+    """
+    outputs = []
+    pieces = (t.split(SPAN * chunk_size, dim=1) for t in (x, log_decay, B, C))
+    for piece in zip(*pieces, strict=True):
+        y, state = scan_span(*piece, state, chunk_size)
+        outputs.append(y)
+    return torch.cat(outputs, dim=1), state
+
+def scan_span(x, log_decay, B, C, state, chunk_size):
+    (L, H, P), pad = x.shape[1:], -x.shape[1] % chunk_size
+
+    def chunks(t: Tensor) -> Tensor:  # padding neither decays the state nor writes to it
+        return F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)).unflatten(1, (-1, chunk_size))
+
+    x, B, C = chunks(x), chunks(B), chunks(C)  # (B, C, Q, ...)
+    total = chunks(log_decay).transpose(2, 3).cumsum(-1)  # (B, C, H, Q)
+    scores = (C @ B.mT)[:, :, None] * decay_between(total)  # (B, C, H, Q, Q)
+    inside = (scores @ x.transpose(2, 3)).transpose(2, 3)  # (B, C, Q, H, P): this chunk's writing
+
+    to_end = (total[..., -1:] - total).clamp(max=0).exp()  # (B, C, H, Q)
+    written = B.mT @ (x * to_end.mT[..., None]).flatten(3)  # (B, C, N, H*P)
+    states = carry(total[..., -1], written.unflatten(-1, (H, P)), state)
+
+    before = (C @ states[:, :-1].flatten(3)).unflatten(-1, (H, P))  # earlier chunks' writing
+    y = inside + before * total.exp().mT[..., None]
+    return y.flatten(1, 2)[:, :L], states[:, -1].permute(0, 2, 3, 1)
+
+def decay_between(total: Tensor) -> Tensor:
+    """exp(total_i - total_j) where j <= i, else 0: (..., T) -> (..., T, T)."""
+    T = total.shape[-1]
+    future = torch.ones(T, T, dtype=torch.bool, device=total.device).triu(1)
+    difference = (total[..., :, None] - total[..., None, :]).clamp(max=0)
+    return difference.masked_fill(future, -math.inf).exp()
+
+def carry(log_decay: Tensor, written: Tensor, state: Tensor) -> Tensor:
+    """States between chunks, (B, C+1, N, H, P): before the first chunk, then after each one.
+
+    log_decay (B, C, H) over each whole chunk, written (B, C, N, H, P), state (B, H, P, N).
+    """
+    total = F.pad(log_decay.clamp(min=-100.0).cumsum(1), (0, 0, 1, 0)).mT  # (B, H, C+1)
+    sources = torch.cat((state.permute(0, 3, 1, 2)[:, None], written), dim=1)
+    return torch.einsum("bhij,bjnhp->binhp", decay_between(total), sources)
+
+# ------------------------------------------------------------------------------------ branches
+
+class LayerState(NamedTuple):
+    """What one block remembers, of constant size."""
+
+    conv: Tensor  # (B, K-1, E+2N) last inputs of the convolution
+    ssm: Tensor  # (B, H, P, N) float32
+    keys: Tensor  # (B, W-1, A, F) before RoPE
+    values: Tensor  # (B, W-1, A, F)
+
+class Piece(NamedTuple):
+    """What the branches must know of a piece of tokens besides its activations.
+
+    Indices count from the first token of the piece, so a document begun in an earlier piece starts
+    at a negative one. None stands for the plain case: one document that starts at 0, no padding.
+    """
+
+    starts: Tensor | None = None  # (B, L) where the document of each token begins
+    lengths: Tensor | None = None  # (B,) tokens of each row; what follows them is padding
+
+def keep_last(history: Tensor, count: int, lengths: Tensor | None) -> Tensor:
+    """The `count` entries of history (B, count + L, ...) up to the end of each row's tokens."""
+    if lengths is None:
+        return history[:, history.shape[1] - count :]
+    index = lengths[:, None] + torch.arange(count, device=history.device)  # (B, count)
+    index = index.view(*index.shape, *(1,) * (history.dim() - 2))
+    return history.gather(1, index.expand(-1, -1, *history.shape[2:]))
+
+class MambaSSM(nn.Module):
+    """Selective state-space branch, in the form of Mamba-2 (arXiv 2405.21060, section 7)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.d_inner = config.expand_factor * config.d_model
+        self.n_heads = self.d_inner // config.ssm_head_dim
+        self.d_conv_in = self.d_inner + 2 * config.d_state  # x, B and C are convolved
+        d_all = self.d_inner + self.d_conv_in + self.n_heads  # z; x, B, C; dt
+        self.in_proj = projection(config.d_model, d_all, config)
+        self.conv_weight = nn.Parameter(torch.empty(self.d_conv_in, config.d_conv))
+        self.conv_bias = nn.Parameter(torch.zeros(self.d_conv_in))
+        self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
+        self.A_log = nn.Parameter(torch.empty(self.n_heads))
+        self.D = nn.Parameter(torch.ones(self.n_heads))
+        self.norm = RMSNorm(self.d_inner)
+        self.out_proj = projection(self.d_inner, config.d_model, config)
+
+    def forward(self, u: Tensor, piece: Piece, past: LayerState | None):
+        """u (B, L, D) -> the branch's output (B, L, D), new conv tail, new SSM state."""
+        c, index = self.config, torch.arange(u.shape[1], device=u.device)
+        z, xBC, dt = self.in_proj(u).split([self.d_inner, self.d_conv_in, self.n_heads], dim=-1)
+        xBC, tail = self.convolve(xBC, piece, past)
+        x, B, C = F.silu(xBC).split([self.d_inner, c.d_state, c.d_state], dim=-1)
+        x = x.unflatten(-1, (self.n_heads, c.ssm_head_dim))  # (B, L, H, P)
+        dt = F.softplus(widen(dt) + widen(self.dt_bias))  # (B, L, H)
+        if piece.lengths is not None:
+            dt = dt * (index < piece.lengths[:, None])[..., None]
+        resets = (piece.starts == index) & (index > 0) if c.document_mask else None
+        state = None if past is None else past.ssm
+        A = -widen(self.A_log).exp()
+        y, state = selective_scan(x, dt, A, B, C, state, resets, c.scan, c.chunk_size)
+        y = y + widen(self.D)[:, None] * x
+        y = self.norm(y.flatten(2) * F.silu(widen(z)))
+        return self.out_proj(y.to(u.dtype)), tail, state
+
+    def convolve(self, x: Tensor, piece: Piece, past: LayerState | None):
+        """Causal depthwise convolution of x (B, L, E+2N) as K shifted copies, and its new tail."""
+        K, L = self.config.d_conv, x.shape[1]
+        if past is None:
+            history = F.pad(x, (0, 0, K - 1, 0))  # (B, K-1+L, E+2N)
+        else:
+            history = torch.cat((past.conv.to(x.dtype), x), dim=1)
+        weight = self.conv_weight.to(x.dtype)
+        y = x * weight[:, -1] + self.conv_bias.to(x.dtype)
+        for back in range(1, K):
+            tap = history[:, K - 1 - back : K - 1 - back + L]
+            if self.config.document_mask:
+                same = torch.arange(L, device=x.device) - back >= piece.starts
+                tap = tap * same[..., None]
+            y = y + tap * weight[:, -1 - back]
+        return y, keep_last(history, K - 1, piece.lengths)
+
+class LocalAttention(nn.Module):
+    """Causal attention to the last W tokens, in blocks: O(L W) time and memory.
+
+    RoPE angles count from the start of each block's view, never from the start of the text: only
+    differences matter, so small tables serve any length exactly.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.window, self.n_heads = config.window_size, config.num_heads
+        self.use_flash_attn = config.use_flash_attn
+        self.head_dim = config.d_model // config.num_heads
+        self.qkv = projection(config.d_model, 3 * config.d_model, config)
+        self.out_proj = projection(config.d_model, config.d_model, config)
+        rotary = RotaryEmbedding(self.head_dim, config.rope_theta)
+        cos, sin = rotary(torch.arange(2 * self.window - 1))
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, u: Tensor, piece: Piece, past: LayerState | None):
+        """u (B, L, D) -> the branch's output (B, L, D), last W-1 keys and values."""
+        W = self.window
+        q, k, v = self.qkv(u).unflatten(-1, (3, self.n_heads, self.head_dim)).unbind(2)
+        if past is None:
+            keys, values = (F.pad(t, (0, 0, 0, 0, W - 1, 0)) for t in (k, v))  # (B, W-1+L, A, F)
+        else:
+            keys = torch.cat((past.keys.to(k.dtype), k), dim=1)
+            values = torch.cat((past.values.to(v.dtype), v), dim=1)
+        y = self.attend(q, keys, values, piece.starts)
+        tails = (keep_last(t, W - 1, piece.lengths) for t in (keys, values))
+        return self.out_proj(y.flatten(2)), *tails
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, starts: Tensor | None) -> Tensor:
+        """q (B, L, A, F), keys and values (B, W-1+L, A, F) -> (B, L, A, F)."""
+        (batch, L), W = q.shape[:2], self.window
+        block = min(L, W)
+        view, pad = W - 1 + block, -L % block  # a block of queries sees `view` keys
+        q, keys, values = (F.pad(t, (0, 0, 0, 0, 0, pad)) for t in (q, keys, values))
+        q = q.unflatten(1, (-1, block)).transpose(2, 3)  # (B, blocks, A, block, F)
+        keys, values = (t.unfold(1, view, block).mT for t in (keys, values))
+        q = apply_rotary_pos_emb(q, self.cos[W - 1 : view], self.sin[W - 1 : view])
+        keys = apply_rotary_pos_emb(keys, self.cos[:view], self.sin[:view])
+        visible = self.visible(L + pad, block, starts, q.device).expand(batch, -1, -1, -1, -1)
+        y = self.softmax_attention(*(t.flatten(0, 1) for t in (q, keys, values, visible)))
+        return y.unflatten(0, (batch, -1)).transpose(2, 3).flatten(1, 2)[:, :L]
+
+    def visible(self, length: int, block: int, starts: Tensor | None, device) -> Tensor:
+        """Which key each query may see: (B or 1, blocks, 1, block, W-1+block) of bool."""
+        W = self.window
+        token = torch.arange(length, device=device).view(1, -1, block, 1)
+        key = token[:, :, :1] - (W - 1) + torch.arange(W - 1 + block, device=device)
+        begin = torch.zeros_like(token)
+        if starts is not None:
+            starts = F.pad(starts, (0, length - starts.shape[1]))
+            begin = starts.unflatten(1, (-1, block))[..., None]
+        return ((key <= token) & (key > token - W) & (key >= begin))[:, :, None]
+
+    def softmax_attention(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+        if self.use_flash_attn:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        scores = widen(q @ k.mT) * self.head_dim**-0.5
+        return scores.masked_fill(~visible, -math.inf).softmax(-1).to(v.dtype) @ v
+
+class SwiGLU(nn.Module):
+    """Gated MLP: down(act(gate) * up) (Shazeer, arXiv 2002.05202, eq. 6)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        hidden = config.expand_factor * config.d_model
+        self.activation = getattr(F, config.activation)
+        self.in_proj = projection(config.d_model, 2 * hidden, config)
+        self.out_proj = projection(hidden, config.d_model, config)
+
+    def forward(self, u: Tensor) -> Tensor:
+        gate, up = self.in_proj(u).chunk(2, dim=-1)  # (B, L, E) each
+        return self.out_proj(self.activation(gate) * up)
+
+def sparsemax(logits: Tensor) -> Tensor:
+    """Projection onto the probability simplex (Martins & Astudillo, arXiv 1602.02068, alg. 1)."""
+    ordered = logits.sort(dim=-1, descending=True).values
+    ranks = torch.arange(1, logits.shape[-1] + 1, device=logits.device, dtype=logits.dtype)
+    sums = ordered.cumsum(-1) - 1
+    support = (ordered * ranks > sums).sum(-1, keepdim=True)
+    threshold = sums.gather(-1, support - 1) / support
+    return (logits - threshold).clamp(min=0)
+
+class TokenAdaptiveGating(nn.Module):
+    """Three branch weights for every token: non-negative, of sum one, float32."""
+
+    BRANCHES = ("ssm", "attention", "mlp")
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.form, self.top_k = config.gate, config.gate_top_k
+        self.controller = nn.Linear(config.d_model, len(self.BRANCHES))
+
+    def forward(self, u: Tensor) -> Tensor:
+        """u (B, L, D) -> (B, L, 3)."""
+        logits = widen(self.controller(u))
+        if self.form == "sparsemax":
+            return sparsemax(logits)
+        if self.form == "top_k":
+            kept = logits.topk(self.top_k, dim=-1)
+            logits = torch.full_like(logits, -math.inf).scatter(-1, kept.indices, kept.values)
+        return logits.softmax(-1)
+
+# ------------------------------------------------------------------------------- block and model
+
+class TinyMambaBlock(nn.Module):
+    """x + residual_scale * (g0 SSM(u) + g1 Attention(u) + g2 MLP(u)), with u = RMSNorm(x)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.norm = RMSNorm(config.d_model)
+        self.gate = TokenAdaptiveGating(config)
+        self.ssm = MambaSSM(config)
+        self.attention = LocalAttention(config)
+        self.mlp = SwiGLU(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.residual_scale = nn.Parameter(torch.ones(config.d_model))
+
+    def forward(self, x: Tensor, piece: Piece, past: LayerState | None):
+        """x (B, L, D) -> new x, new LayerState, gate weights (B, L, 3)."""
+        u = self.norm(x)
+        gates = self.gate(u)
+        g = gates.to(u.dtype).unsqueeze(-2)  # (B, L, 1, 3)
+        ssm, conv_tail, ssm_state = self.ssm(u, piece, past)
+        attention, keys, values = self.attention(u, piece, past)
+        mix = g[..., 0] * ssm + g[..., 1] * attention + g[..., 2] * self.run_mlp(u, gates[..., 2])
+        x = x + self.residual_scale * self.dropout(mix)
+        return x, LayerState(conv_tail, ssm_state, keys, values), gates
+
+    def run_mlp(self, u: Tensor, weight: Tensor) -> Tensor:
+        """The MLP, only for the tokens that a sparse gate sends there (it has no state)."""
+        if self.gate.form == "softmax" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return self.mlp(u)
+        asked = weight > 0  # (B, L)
+        rows = self.mlp(u[asked])
+        return torch.zeros_like(u, dtype=rows.dtype).masked_scatter(asked[..., None], rows)
+
+class TinyMambaModel(nn.Module):
+    """The language model. `forward` for training, `advance` for text that arrives in pieces."""
+
+    LOSS_CHUNK = 512  # tokens whose logits exist at one time
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config.validate()
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(TinyMambaBlock(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.d_model)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        init_weights(self)
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None,
+                attention_mask: Tensor | None = None, return_gates: bool = False):
+        """ids (B, L) of int64 -> logits (B, L, V); with targets (B, L), their mean loss in nats.
+
+        attention_mask (B, L) is 0 at padding, which leaves the row as if it were not there.
+        `return_gates` adds the branch weights, (n_layer, B, L, 3).
+        """
+        hidden, _, gates = self.run(ids, attention_mask=attention_mask)
+        out = self.head(hidden) if targets is None else self.cross_entropy(hidden, targets)
+        return (out, gates) if return_gates else out
+
+    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross entropy in nats over targets (B, L), leaving out those of -100."""
+        return self(ids, targets)
+
+    def advance(self, ids: Tensor, state: ModelState, attention_mask: Tensor | None = None,
+                last_only: bool = False) -> tuple[Tensor, ModelState]:
+        """Read any number of further tokens: ids (B, L) -> logits (B, L, V) and the new state.
+
+        `state` itself is left as it was. `last_only` gives logits (B, 1, V) of the last column.
+        """
+        if ids.shape[0] != state.position.shape[0]:
+            raise ValueError(f"ids has {ids.shape[0]} rows, the state {state.position.shape[0]}")
+        if ids.shape[1] == 0:
+            return self.head(self.embedding(ids)), state.clone()
+        hidden, state, _ = self.run(ids, state, attention_mask)
+        return self.head(hidden[:, -1:] if last_only else hidden), state
+
+    def run(self, ids: Tensor, state: ModelState | None = None,
+            attention_mask: Tensor | None = None):
+        """Embedding to last norm: hidden (B, L, D), new state (None if none came), gates."""
+        back, lengths = None, None
+        if attention_mask is not None:  # padding is moved to the end, where causality hides it
+            order = (attention_mask == 0).long().argsort(dim=1, stable=True)
+            ids, lengths = ids.gather(1, order), (attention_mask != 0).sum(1)
+            back = order.argsort(dim=1)[..., None]  # (B, L, 1)
+        piece, document = self.find_documents(ids, state, lengths)
+        x = self.dropout(self.embedding(ids))
+        layers, gates = [], []
+        for i, block in enumerate(self.blocks):
+            x, layer, weights = block(x, piece, None if state is None else state.layers[i])
+            layers.append(layer)
+            gates.append(weights)
+        x = self.norm(x)
+        if back is not None:
+            x = x.gather(1, back.expand_as(x))
+            gates = [g.gather(1, back.expand_as(g)) for g in gates]
+        if state is not None:
+            state = state.after(layers, document, ids.shape[1] if lengths is None else lengths)
+        return x, state, torch.stack(gates)
+
+    def find_documents(self, ids: Tensor, state: ModelState | None, lengths: Tensor | None):
+        """The Piece, and where the document of each row's next token begins, (B,)."""
+        (batch, L), masked = ids.shape, self.config.document_mask
+        require(not masked or self.config.eos_id >= 0, "eos_id",
+                "document_mask needs to know which id ends a document", "set it in the config")
+        if state is None and not masked:
+            return Piece(None, lengths), None
+        first = ids.new_zeros(batch)
+        if state is not None:
+            first = state.document_start - state.position  # 0 or less: begun before this piece
+        if not masked:
+            return Piece(first[:, None].expand(-1, L), lengths), first
+        index = torch.arange(L, device=ids.device)
+        ends = ids == self.config.eos_id
+        if lengths is not None:
+            ends = ends & (index < lengths[:, None])
+        begins = torch.where(ends, index + 1, first[:, None]).cummax(dim=1).values  # (B, L)
+        starts = torch.cat((first[:, None], begins[:, :-1]), dim=1)
+        return Piece(starts, lengths), begins[:, -1]
+
+    def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss without all logits: they are made LOSS_CHUNK tokens at a time, twice."""
+        hidden, targets = hidden.flatten(0, 1), targets.flatten()
+
+        def chunk_loss(h: Tensor, t: Tensor) -> Tensor:
+            return F.cross_entropy(widen(self.head(h)), t, reduction="sum")
+
+        total = torch.zeros((), device=hidden.device)
+        for h, t in zip(hidden.split(self.LOSS_CHUNK), targets.split(self.LOSS_CHUNK), strict=True):
+            total = total + recompute_in_backward(chunk_loss, h, t, use_reentrant=False)
+        return total / (targets != -100).sum().clamp(min=1)
+
+    def init_state(self, batch: int) -> ModelState:
+        """The state before any token, for `batch` rows; its size never changes."""
+        c, ssm, weight = self.config, self.blocks[0].ssm, self.embedding.weight
+
+        def zeros(*shape, dtype=weight.dtype) -> Tensor:
+            return torch.zeros(batch, *shape, dtype=dtype, device=weight.device)
+
+        keys = (c.window_size - 1, c.num_heads, c.d_model // c.num_heads)
+        state = (ssm.n_heads, c.ssm_head_dim, c.d_state)
+        layers = []
+        for _ in self.blocks:
+            tail, h = zeros(c.d_conv - 1, ssm.d_conv_in), widen(zeros(*state))
+            layers.append(LayerState(tail, h, zeros(*keys), zeros(*keys)))
+        return ModelState(layers, zeros(dtype=torch.int64), zeros(dtype=torch.int64))
+
+    def count_parameters(self) -> dict[str, int]:
+        """Parameters of each component; a tied head counts as embedding."""
+        parts = ("embedding", "ssm", "attention", "mlp", "gate", "norm", "residual_scale", "head")
+        counts = dict.fromkeys(parts, 0)
+        for name, p in self.named_parameters():
+            counts[name.split(".")[2 if name.startswith("blocks.") else 0]] += p.numel()
+        return {**counts, "total": sum(counts.values())}
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the architecture and of every weight."""
+        shape = {name: getattr(self.config, name) for name in SHAPE_FIELDS}
+        return digest({"config": shape, "weights": dict(self.state_dict())})
+
+def init_weights(model: TinyMambaModel) -> None:
+    """All initialisation, in one place; nothing touches a weight after it.
+
+    - Projections: normal, variance 2/(5 d_in) (Nguyen & Salazar, arXiv 1910.05895), biases zero.
+    - Embedding: normal, deviation 0.02.
+    - Gate: zero, so that every branch starts with a third. For gate=top_k tiny noise breaks the
+      tie, differently for each token, or one branch would never be chosen and never learn.
+    - SSM: dt log-uniform in [1e-3, 1e-1], A uniform in [1, 16], as Mamba-2's.
+    - DeepNet (arXiv 2203.00555, table 1, decoder-only, one sublayer a block): its stream is
+      norm(alpha x + f) with alpha = n_layer^(1/4), and values and output projections start at
+      beta = (4 n_layer)^(-1/4). Only the ratio of x to f counts before a norm, so the stream here
+      is x + f / alpha, with 1/alpha as the first value of the learned residual_scale.
+    """
+    config = model.config
+    alpha, beta = 1.0, 1.0
+    if config.deepnet:
+        alpha, beta = config.n_layer**0.25, (4 * config.n_layer) ** -0.25
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=math.sqrt(2 / (5 * module.in_features)))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in model.modules():
+        if isinstance(module, LowRankProjection):
+            nn.init.normal_(module.down.weight, std=module.down.in_features**-0.5)
+    for table in (model.embedding, model.head):
+        nn.init.normal_(table.weight, std=0.02)
+    for block in model.blocks:
+        init_gate(block.gate)
+        init_ssm(block.ssm)
+        nn.init.constant_(block.residual_scale, 1 / alpha)
+        with torch.no_grad():
+            last_layer(block.attention.qkv).weight[-config.d_model :] *= beta
+            for branch in (block.ssm, block.attention, block.mlp):
+                last_layer(branch.out_proj).weight *= beta
+
+def last_layer(projection: nn.Module) -> nn.Linear:
+    return projection.up if isinstance(projection, LowRankProjection) else projection
+
+def init_gate(gate: TokenAdaptiveGating) -> None:
+    noise = 1e-3 * gate.controller.in_features**-0.5 if gate.form == "top_k" else 0.0
+    nn.init.normal_(gate.controller.weight, std=noise)
+
+@torch.no_grad()
+def init_ssm(ssm: MambaSSM) -> None:
+    nn.init.uniform_(ssm.conv_weight, -(ssm.config.d_conv**-0.5), ssm.config.d_conv**-0.5)
+    dt = torch.empty_like(ssm.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+    ssm.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
+    ssm.A_log.copy_(torch.empty_like(ssm.A_log).uniform_(1, 16).log())
+
+# ------------------------------------------------------------------------------------ state
+
+@dataclass
+class ModelState:
+    """All that the model remembers of B texts, of a size that does not depend on their length."""
+
+    layers: list[LayerState]
+    position: Tensor  # (B,) int64: tokens read so far
+    document_start: Tensor  # (B,) int64: position at which the next token's document begins
+
+    def map(self, f) -> ModelState:
+        """`f` applied to every tensor."""
+        layers = [LayerState(*map(f, layer)) for layer in self.layers]
+        return ModelState(layers, f(self.position), f(self.document_start))
+
+    def clone(self) -> ModelState:
+        return self.map(torch.clone)
+
+    def select(self, rows) -> ModelState:
+        """The states of some rows, in the order given: a list, a slice or a tensor of indices."""
+        return self.map(lambda t: t[rows].clone())
+
+    def to(self, device) -> ModelState:
+        return self.map(lambda t: t.to(device))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name."""
+        named = {f"layers.{i}.{name}": t for i, layer in enumerate(self.layers)
+                 for name, t in layer._asdict().items()}
+        return {**named, "position": self.position, "document_start": self.document_start}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors().values())
+
+    def after(self, layers: list[LayerState], document: Tensor, count) -> ModelState:
+        """The state `count` tokens later; `document` (B,) is where the next document begins."""
+        position, start = self.position + count, self.position + document
+        ended = ((start == position) & (position > 0))[:, None, None, None]  # eos came last
+        layers = [new._replace(ssm=new.ssm.masked_fill(ended, 0.0)) for new in layers]
+        layers = [LayerState(*(n.to(o.dtype) for n, o in zip(new, old, strict=True)))
+                  for new, old in zip(layers, self.layers, strict=True)]
+        return ModelState(layers, position, start)
+
+    @staticmethod
+    def metadata(model: TinyMambaModel) -> dict[str, str]:
+        return {"format": "tinymamba-state-1", "model": model.fingerprint()}
+
+    def save(self, path: str | Path, model: TinyMambaModel) -> None:
+        """Write a safetensors file that carries the fingerprint of the model."""
+        from safetensors.torch import save_file
+
+        metadata = ModelState.metadata(model)
+        tensors = {k: t.detach().cpu().contiguous() for k, t in self.tensors().items()}
+        replace_file(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+    @staticmethod
+    def load(path: str | Path, model: TinyMambaModel) -> ModelState:
+        """Read a state of this very model; anything else is a UserError."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                require(file.metadata() == ModelState.metadata(model), str(path),
+                        "is no state of this model", "load the model that it belongs to")
+                state = model.init_state(file.get_slice("position").get_shape()[0])
+                for name, t in state.tensors().items():
+                    if list(t.shape) != file.get_slice(name).get_shape():
+                        raise SafetensorError(f"wrong shape of {name}")
+                    t.copy_(file.get_tensor(name))
+        except (SafetensorError, OSError) as e:
+            raise UserError(str(path), f"cannot be read ({e})", "save the state anew") from None
+        return state
+
+# -------------------------------------------------------------------------------- tokenizer
+
+EOS_TOKEN = "<|endoftext|>"
+EOS_NAMES = (EOS_TOKEN, "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "[EOS]")
+
+def byte_alphabet() -> list[str]:
+    """A printable character for each byte value, as GPT-2's vocabulary files write bytes."""
+    plain = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    other = iter(range(256, 512))
+    return [chr(b) if b in plain else chr(next(other)) for b in range(256)]
+
+class SimpleTokenizer:
+    """Text to ids and back: a `tokenizer.json`, a `vocab.txt` by longest match, or plain bytes.
+
+    Every string survives the round trip: a byte that `vocab.txt` has no token for gets an id of
+    its own after the last. Text is the user's: nothing in it is read as a special token, unless
+    `encode(..., allow_special=True)`.
+    """
+
+    def __init__(self, path: str | Path | None = None):
+        self.library, self.eos_token_id = None, None
+        if path is None:
+            self._read_vocabulary([*byte_alphabet(), EOS_TOKEN])
+            return
+        require(Path(path).is_file(), str(path), "no such file", "pass tokenizer.json or vocab.txt")
+        if Path(path).suffix == ".json":
+            self._read_library(str(path))
+        else:
+            text = Path(path).read_text(encoding="utf-8")
+            self._read_vocabulary(text.removesuffix("\n").split("\n"))
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """Documents are only told apart by eos, which also serves as bos and padding."""
+        return self.eos_token_id
+
+    pad_token_id = bos_token_id
+
+    def _read_library(self, path: str) -> None:
+        from tokenizers import Tokenizer
+
+        try:
+            self.library = Tokenizer.from_file(path)
+        except Exception as e:  # the library raises nothing narrower
+            remedy = "make it with data/prepare.py"
+            raise UserError(path, f"is not a tokenizer ({e})", remedy) from None
+        ids = map(self.library.token_to_id, EOS_NAMES)
+        self.eos_token_id = next((i for i in ids if i is not None), None)
+
+    def _read_vocabulary(self, tokens: list[str]) -> None:
+        byte_of = {c: b for b, c in enumerate(byte_alphabet())}
+        gpt2_notation = set(byte_of) <= set(tokens)  # else a token is literal text
+        self.pieces, self.special, self.ids = [], {}, {}
+        for i, token in enumerate(tokens):
+            piece = token.encode()
+            if escaped := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token):
+                piece = bytes([int(escaped[1], 16)])
+            elif token in EOS_NAMES or re.fullmatch(r"<\|.*\|>", token):
+                self.special[token] = i
+            elif gpt2_notation and set(token) <= set(byte_of):
+                piece = bytes(byte_of[c] for c in token)
+            self.pieces.append(piece)
+            if piece and token not in self.special:
+                self.ids.setdefault(piece, i)
+        for piece in (bytes([b]) for b in range(256)):
+            if piece not in self.ids:
+                self.ids[piece] = len(self.pieces)
+                self.pieces.append(piece)
+        self.longest = max(map(len, self.ids))
+        self.eos_token_id = next((i for t, i in self.special.items() if t in EOS_NAMES), None)
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """The ids of `text`."""
+        if self.library is not None:
+            self.library.encode_special_tokens = not allow_special
+            return self.library.encode(text, add_special_tokens=False).ids
+        if allow_special and self.special:
+            parts = re.split("(" + "|".join(map(re.escape, self.special)) + ")", text)
+            special, encode = self.special, self.encode
+            return [i for p in parts for i in ([special[p]] if p in special else encode(p))]
+        data, ids, at = text.encode(), [], 0
+        while at < len(data):
+            size = min(self.longest, len(data) - at)
+            while data[at : at + size] not in self.ids:
+                size -= 1
+            ids.append(self.ids[data[at : at + size]])
+            at += size
+        return ids
+
+    def decode(self, ids, skip_special_tokens: bool = True) -> str:
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        ids = [int(i) for i in ids]
+        if self.library is not None:
+            return self.library.decode(ids, skip_special_tokens=skip_special_tokens)
+        hidden = set(self.special.values()) if skip_special_tokens else ()
+        return b"".join(self.pieces[i] for i in ids if i not in hidden).decode(errors="replace")
+
+    def __len__(self) -> int:
+        """Number of ids, special ones included."""
+        return len(self.pieces) if self.library is None else self.library.get_vocab_size()
+
+def find_tokenizer(data_path: str) -> SimpleTokenizer | None:
+    """The tokenizer that lies beside a .bin file, or None."""
+    files = (Path(data_path).with_name(name) for name in ("tokenizer.json", "vocab.txt"))
+    return next((SimpleTokenizer(file) for file in files if file.is_file()), None)
+
+# ------------------------------------------------------------------------------------ data
+
+def read_sidecar(path: str) -> dict:
+    """What the .json beside a .bin says of it: dtype, vocab_size, eos_id, tokens, bytes."""
+    sidecar = Path(path).with_suffix(".json")
+    if not sidecar.is_file():
+        return {}
+    try:
+        facts = json.loads(sidecar.read_text())
+        np.dtype(facts.get("dtype", "int32"))
+    except (ValueError, TypeError, AttributeError) as e:
+        problem = f"does not describe a .bin file ({e})"
+        raise UserError(str(sidecar), problem, "mend it or delete it") from None
+    return facts
+
+class TokenFile:
+    """The raw ids of one .bin file, mapped into memory and never read whole."""
+
+    def __init__(self, path: str | Path, data_dtype: str = "auto"):
+        self.path, self.tokens = str(path), None
+        require(Path(path).is_file(), self.path, "no such file", "make it with data/prepare.py")
+        said = read_sidecar(self.path).get("dtype")
+        require(data_dtype == "auto" or said in (None, data_dtype), "data_dtype",
+                f"{data_dtype}, but the .json beside {self.path} says {said}", "leave it out")
+        self.dtype = np.dtype(said or ("int32" if data_dtype == "auto" else data_dtype))
+        size = os.path.getsize(path)
+        hint = "is it cut off?" if size % 2 else "pass --data_dtype uint16 if it holds uint16"
+        require(size % self.dtype.itemsize == 0, self.path,
+                f"{size} bytes are no whole number of {self.dtype} ids", hint)
+        self.length = size // self.dtype.itemsize
+
+    def read(self, begin: int, end: int) -> np.ndarray:
+        if self.tokens is None:
+            self.tokens = np.memmap(self.path, self.dtype, mode="r")
+        return self.tokens[begin:end]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "tokens": None}  # a worker process maps the file itself
+
+    def check(self, vocab_size: int, begin: int = 0, end: int | None = None) -> None:
+        """Refuse ids outside the vocabulary, naming the first one and where it is."""
+        end = self.length if end is None else end
+        for at in range(begin, end, 1 << 22):
+            ids = self.read(at, min(at + (1 << 22), end))
+            if ids.max() < vocab_size and ids.min() >= 0:
+                continue
+            first = int(np.flatnonzero((ids >= vocab_size) | (ids < 0))[0])
+            remedy = "raise --vocab_size, or tokenise the text anew"
+            if self.dtype == np.int32 and ids.copy().view(np.uint16).max() < vocab_size:
+                remedy = "it looks like uint16 ids: pass --data_dtype uint16"
+            problem = f"id {ids[first]} at offset {at + first} is outside vocab_size={vocab_size}"
+            raise UserError(self.path, problem, remedy)
+
+def permute(index: int, size: int, key: bytes) -> int:
+    """Where a pseudo-random permutation of range(size) sends `index`, in constant memory.
+
+    A four-round Feistel network on the next even number of bits; indices that fall outside are
+    sent on until they land inside (Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for turn in range(4):
+            mixed = hashlib.blake2b(b"%d %d" % (turn, right), key=key, digest_size=8).digest()
+            left, right = right, left ^ (int.from_bytes(mixed, "little") & mask)
+        index = left << half | right
+        if index < size:
+            return index
+
+class Shares:
+    """Deals samples 0, 1, 2, ... to sources so that after n samples each has n * weight, +-2.
+
+    A balanced binary tree: of its first n samples a node sends round(n * left / total) to the left,
+    in whole numbers, so nothing drifts. No inner child holds over 2/3 of its parent, so the errors
+    of 1/2 at each node add up to less than 2.
+    """
+
+    def __init__(self, weights: list[int]):
+        """Whole weights, each above 0."""
+        self.weights = weights
+        self.tree = self._grow(sorted(range(len(weights)), key=lambda i: -weights[i]))
+
+    def _grow(self, sources: list[int]):
+        if len(sources) == 1:
+            return sources[0]
+        total, left, cut = sum(self.weights[i] for i in sources), 0, 0
+        while cut < len(sources) - 1 and 3 * left < total:
+            left, cut = left + self.weights[sources[cut]], cut + 1
+        return self._grow(sources[:cut]), self._grow(sources[cut:]), left, total
+
+    def counts(self, n: int, node=None) -> dict[int, int]:
+        """How many of the first n samples each source gets."""
+        node = self.tree if node is None else node
+        if isinstance(node, int):
+            return {node: n}
+        low, high, left, total = node
+        share = (2 * n * left + total) // (2 * total)
+        return self.counts(share, low) | self.counts(n - share, high)
+
+class StreamingTokenDataset(torch.utils.data.Dataset):
+    """Blocks of tokens from one or more .bin files, in an order that is a pure function.
+
+    `dataset[i]` is a pair of int64 tensors, inputs and targets, each (block_size,). Any i >= 0 is
+    valid: `i // len(dataset)` is the epoch. Sample i depends on (seed, i) alone, so a position in
+    the data is one number, whatever the processes and workers. No block comes twice in an epoch;
+    the epoch ends before the first source would repeat one. `weights` are the sources' shares
+    (default: by size, which reads everything once).
+    """
+
+    def __init__(self, data_sources, block_size: int, weights=None, shuffle: bool = False,
+                 seed: int = 1337, vocab_size: int | None = None, data_dtype: str = "auto"):
+        paths = [data_sources] if isinstance(data_sources, str | Path) else data_sources
+        self.block_size, self.shuffle, self.seed = block_size, shuffle, seed
+        self.vocab_size = vocab_size
+        self.files = [TokenFile(path, data_dtype) for path in paths]
+        for file in self.files:
+            require(file.length > block_size, file.path,
+                    f"{file.length} tokens are too few for block_size={block_size}",
+                    f"it needs at least {block_size + 1}")
+            if vocab_size is not None:
+                file.check(vocab_size)
+        self.blocks = [(file.length - 1) // block_size for file in self.files]
+        self.shares = Shares(self.blocks if weights is None else self._whole_weights(weights))
+        self.length = sum(self.blocks) if weights is None else self._epoch_length()
+
+    def _whole_weights(self, weights) -> list[int]:
+        weights, field = [float(w) for w in weights], "train_data_weights"
+        require(len(weights) == len(self.files), field,
+                f"{len(weights)} weights for {len(self.files)} sources", "give one for each")
+        require(all(math.isfinite(w) and w > 0 for w in weights), field,
+                f"{weights} are not all above 0", "leave out sources of share 0")
+        exact = [Fraction(str(w)) for w in weights]
+        whole = [int(w * math.lcm(*(e.denominator for e in exact))) for w in exact]
+        return [w // math.gcd(*whole) for w in whole]
+
+    def _epoch_length(self) -> int:
+        """The most samples in which no source can run out, in any epoch."""
+        total, weights = sum(self.shares.weights), self.shares.weights
+        whole_cycles = min(b // w for b, w in zip(self.blocks, weights, strict=True)) * total
+        with_slack = min((b - 4) * total // w for b, w in zip(self.blocks, weights, strict=True))
+        return max(whole_cycles, with_slack, min(self.blocks))
+
+    def __len__(self) -> int:
+        """Samples in an epoch."""
+        return self.length
+
+    def locate(self, i: int) -> tuple[int, int]:
+        """(source, block) of sample i."""
+        if i < 0:
+            raise IndexError(f"sample {i}: samples are numbered from 0")
+        epoch, after = i // self.length, self.shares.counts(i + 1)
+        source, nth = next((s, n) for s, n in self.shares.counts(i).items() if after[s] > n)
+        nth -= self.shares.counts(epoch * self.length)[source]
+        if not self.shuffle:
+            return source, nth
+        key = hashlib.sha256(b"%d %d %d" % (self.seed, source, epoch)).digest()
+        return source, permute(nth, self.blocks[source], key)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        source, block = self.locate(i)
+        begin, end = block * self.block_size, (block + 1) * self.block_size + 1
+        if self.vocab_size is not None:  # once more, for a file that was changed meanwhile
+            self.files[source].check(self.vocab_size, begin, end)
+        ids = torch.from_numpy(self.files[source].read(begin, end).astype(np.int64))
+        return ids[:-1], ids[1:]
+
+    def __iter__(self):
+        """One epoch, in order."""
+        return map(self.__getitem__, range(len(self)))
+
+    def fingerprint(self) -> dict:
+        """What a position in the data is only valid for."""
+        return {
+            "sources": [[Path(f.path).name, f.length, str(f.dtype)] for f in self.files],
+            "weights": [str(w) for w in self.shares.weights],
+            "block_size": self.block_size, "seed": self.seed, "shuffle": self.shuffle,
+        }
+
+class ShardedBatches:
+    """Batches of consecutive sample numbers, dealt to the ranks in turn."""
+
+    def __init__(self, first: int, last: int, batch_size: int, rank: int = 0, world: int = 1):
+        self.starts = range(first + rank * batch_size, last, batch_size * world)
+        self.last, self.batch_size = last, batch_size
+
+    def __iter__(self):
+        return (list(range(s, min(s + self.batch_size, self.last))) for s in self.starts)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+# ------------------------------------------------------------------------ optimiser and schedule
+
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
+    """AdamW that decays the matrices of linear projections and nothing else.
+
+    Norms, biases, A_log, D, dt_bias, convolutions and scales are no matrices. The embedding's rows
+    are looked up one by one, and decay would shrink the rows of rare tokens between their visits.
+    """
+    linear = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "head"]
+    matrices = {id(m.weight) for m in linear}
+    decayed = [p for p in model.parameters() if id(p) in matrices]
+    others = [p for p in model.parameters() if id(p) not in matrices]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay},
+              {"params": others, "weight_decay": 0.0}]
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
+
+def learning_rate(step: int, total_steps: int, config: Config) -> float:
+    """Linear warm-up to `lr`, then a cosine down to min_lr_ratio * lr at the last step."""
+    warmup = min(config.warmup_steps, total_steps // 10)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
+    share = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * share)
+
+# -------------------------------------------------------------------------------- checkpoints
+
+CHECKPOINT_FORMAT = 1
+
+def digest(value) -> str:
+    """SHA-256 over nested dicts and lists of tensors and plain values."""
+    h = hashlib.sha256()
+
+    def feed(v) -> None:
+        if isinstance(v, Tensor):
+            h.update(f"{v.dtype}{tuple(v.shape)}".encode())
+            h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        elif isinstance(v, dict):
+            feed([[str(k), v[k]] for k in sorted(v, key=str)])
+        elif isinstance(v, list | tuple):
+            h.update(b"[%d" % len(v))
+            for item in v:
+                feed(item)
+        else:
+            h.update(f"{type(v).__name__} {v!r};".encode())
+
+    feed(value)
+    return h.hexdigest()
+
+def replace_file(path: str | Path, write) -> None:
+    """Let `write(temporary name)` make the file, then put it in place in one step, on disk."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(str(temporary))
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        if os.name == "posix":  # the rename itself is on disk when the folder is
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise UserError(str(path), f"cannot be written ({e})", "free space or name another") from e
+
+def save_checkpoint(path: str | Path, state: dict) -> None:
+    """Write `state` (tensors and plain values) with a checksum, replacing the file in one step."""
+    state = {**state, "format_version": CHECKPOINT_FORMAT}
+    state["checksum"] = digest(state)
+    replace_file(path, lambda temporary: torch.save(state, temporary))
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Read a checkpoint onto the CPU; a missing, damaged or foreign file is a UserError.
+
+    Only tensors and plain values are read, so no code in a file is ever run.
+    """
+    name, remedy = str(path), "use a checkpoint that testv2.py saved"
+    require(Path(path).is_file(), name, "no such checkpoint", "train one, or check the path")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(name, "is damaged, or holds code, which is never run", remedy) from None
+    except (RuntimeError, EOFError, ValueError, LookupError, OSError) as e:
+        raise UserError(name, f"is damaged ({str(e).splitlines()[0]})", remedy) from None
+    require(isinstance(state, dict) and state.get("format_version") == CHECKPOINT_FORMAT, name,
+            f"is no TinyMamba checkpoint of format {CHECKPOINT_FORMAT}", remedy)
+    require(state.pop("checksum", None) == digest(state), name,
+            "is damaged: its checksum is wrong", remedy)
+    return state
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> TinyMambaModel:
+    """The model of a checkpoint, in eval mode."""
+    state = load_checkpoint(path)
+    model = TinyMambaModel(Config.from_dict(state["config"]))
+    model.load_state_dict(state["model"])
+    return model.to(device).eval()
+
+def sibling(path: str | Path, tag: str) -> Path:
+    """x_latest.pt -> x_tag.pt."""
+    path = Path(path)
+    return path.with_name(f"{path.stem.removesuffix('_latest')}_{tag}{path.suffix}")
+
+def move_aside(path: Path) -> None:
+    """Rename an earlier run's file to path.1, path.2, ...: a new run overwrites nothing."""
+    if path.exists():
+        number = next(n for n in range(1, 1 << 30) if not Path(f"{path}.{n}").exists())
+        path.rename(f"{path}.{number}")
+        print(f"{path} of an earlier run is now {path}.{number}")
+
+# ------------------------------------------------------------------------------------ sampling
+
+@torch.no_grad()
+def generate(model: TinyMambaModel, ids: Tensor, max_new_tokens: int, temperature: float = 1.0,
+             generator: torch.Generator | None = None, eos_id: int | None = None) -> Tensor:
+    """Continue ids (B, L), L >= 1, by up to max_new_tokens: (B, L + new). Temperature 0 is greedy.
+
+    Ends early when every row has met eos_id; a row that ended is filled with eos_id.
+    """
+    state = model.init_state(ids.shape[0])
+    piece, ended = ids, torch.zeros_like(ids[:, :1], dtype=torch.bool)
+    for _ in range(max_new_tokens):
+        logits, state = model.advance(piece, state, last_only=True)
+        piece = logits[:, -1].argmax(-1, keepdim=True)  # (B, 1)
+        if temperature > 0:
+            weights = (widen(logits[:, -1]).cpu() / temperature).softmax(-1)
+            piece = torch.multinomial(weights, 1, generator=generator).to(ids.device)
+        if eos_id is not None:
+            piece = piece.masked_fill(ended, eos_id)
+            ended = ended | (piece == eos_id)
+        ids = torch.cat((ids, piece), dim=1)
+        if ended.all():
+            break
+    return ids
+
+# ------------------------------------------------------------------------------------ logging
+
+class Logger:
+    """TensorBoard, W&B and the console; silent on all ranks but the first."""
+
+    def __init__(self, config: Config, folder: Path, active: bool, first_step: int):
+        self.active, self.board, self.wandb = active, None, None
+        if not active:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        if config.use_wandb:
+            try:
+                import wandb
+            except ModuleNotFoundError:
+                problem, remedy = "the package wandb is not installed", "pip install wandb"
+                raise UserError("use_wandb", problem, remedy) from None
+            folder.mkdir(parents=True, exist_ok=True)
+            name = config.wandb_run_name or None
+            self.wandb = wandb.init(project=config.wandb_project, name=name, dir=str(folder),
+                                    config=config.to_dict())
+        self.board = SummaryWriter(str(folder), purge_step=first_step or None)
+
+    def say(self, text: str) -> None:
+        if self.active:
+            from tqdm import tqdm
+
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def record(self, values: dict[str, float], step: int) -> None:
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(values, step=step)
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+def plot_losses(history: dict[str, list], path: Path) -> None:
+    """Draw training and validation loss over the steps into a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for name, marker in (("train", ""), ("val", "o")):
+        if history[name]:
+            axes.plot(*zip(*history[name], strict=True), label=name, marker=marker, markersize=4)
+    axes.set(xlabel="optimiser step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
+
+def gate_statistics(gates: Tensor) -> dict[str, float]:
+    """Mean weight of each branch and mean entropy in nats; gates is (n_layer, B, L, 3)."""
+    share = gates.mean(dim=(1, 2))  # (n_layer, 3)
+    entropy = torch.special.entr(gates).sum(-1).mean(dim=(1, 2))  # (n_layer,)
+    columns = dict(zip(TokenAdaptiveGating.BRANCHES, share.T, strict=True)) | {"entropy": entropy}
+    values = {f"gate/{name}": column.mean().item() for name, column in columns.items()}
+    for name, column in columns.items():
+        values |= {f"gate_{name}/layer{i}": value for i, value in enumerate(column.tolist())}
+    return values
+
+# ------------------------------------------------------------------------------------ training
+
+def from_launcher(name: str, default: int) -> int:
+    """What torchrun or torch.distributed.launch say: RANK, LOCAL_RANK or WORLD_SIZE."""
+    return int(os.environ.get(name, default))
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of that name, or for "auto" the fastest; a UserError where it is not there."""
+    mps = torch.backends.mps.is_available()
+    have = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, present in have.items() if present)
+    known = re.fullmatch(r"cuda(:\d+)?|mps|cpu", name) and have[name.split(":")[0]]
+    legal = ", ".join(kind for kind, present in have.items() if present)
+    require(known, "device", f"{name} is not here", f"use auto, {legal}")
+    return torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
+
+def pick_amp_dtype(wanted: torch.dtype, device: torch.device) -> torch.dtype:
+    """The autocast type that the hardware is fast in; float32 stands for no autocast."""
+    if device.type == "cuda" and wanted == torch.bfloat16:
+        return wanted if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return wanted if wanted == torch.bfloat16 and fast else torch.float32
+    return wanted
+
+def why_no_compile(device: torch.device) -> str | None:
+    """What stands in the way of torch.compile, as far as it can be known beforehand."""
+    if device.type == "mps":
+        return "it is experimental on Apple GPUs"
+    compilers = [os.environ.get("CXX"), "g++", "clang++", "cl"]
+    if device.type == "cpu" and not any(shutil.which(c) for c in compilers if c):
+        return "no C++ compiler was found"
+    return None
+
+class Trainer:
+    """One training run, from the first batch to the last checkpoint."""
+
+    def __init__(self, config: Config, tokenizer=None, saved: dict | None = None):
+        """`tokenizer`: any object with encode and decode. `saved`: a checkpoint to go on from."""
+        self.config = config.validate()
+        self.rank, self.world = from_launcher("RANK", 0), from_launcher("WORLD_SIZE", 1)
+        self.main, self.signal = self.rank == 0, 0
+        self.device = pick_device(config.device, from_launcher("LOCAL_RANK", 0))
+        self.amp = pick_amp_dtype(config.amp_dtype, self.device)
+        self.open_data(tokenizer)
+        if self.world > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        torch.manual_seed(config.seed)
+        torch.set_float32_matmul_precision("high")
+        self.model = TinyMambaModel(config).to(self.device)
+        self.optimizer = make_optimizer(self.model, config)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == torch.float16)
+        self.step = self.samples = self.tokens = 0
+        self.progress = {
+            "history": {"train": [], "val": []},  # [step, loss in nats]
+            "best": [],  # [validation loss, file name] of the save_top_k best, best first
+            "lowest": math.inf, "bad_validations": 0, "bad_steps": 0,
+            "folder": config.wandb_run_name or time.strftime("%Y%m%d-%H%M%S"),
+        }
+        if saved is not None:
+            self.restore(saved)
+        elif self.main:
+            move_aside(Path(config.checkpoint_path))
+            move_aside(sibling(config.checkpoint_path, "best"))
+        self.folder = Path(config.log_dir) / self.progress["folder"]
+        self.log = Logger(config, self.folder, self.main, self.step)
+        self.forward = self.wrap(config.use_compile)
+
+    def open_data(self, tokenizer) -> None:
+        """The data, its tokenizer, and how many steps it makes."""
+        c = self.config
+        kind = {"vocab_size": c.vocab_size, "data_dtype": c.data_dtype, "seed": c.seed}
+        self.train_data = StreamingTokenDataset(
+            c.train_data_path, c.block_size, c.train_data_weights, shuffle=True, **kind)
+        self.val_data, self.bytes_per_token = None, None
+        if c.enable_validation:
+            self.val_data = StreamingTokenDataset(c.val_data_path, c.block_size, **kind)
+            facts = [read_sidecar(f.path) for f in self.val_data.files]
+            if all(f.get("tokens") and f.get("bytes") for f in facts):
+                tokens = sum(f["tokens"] for f in facts)
+                self.bytes_per_token = sum(f["bytes"] for f in facts) / tokens
+        first = self.train_data.files[0].path
+        self.tokenizer = tokenizer or find_tokenizer(first)
+        if c.eos_id < 0:
+            eos = read_sidecar(first).get("eos_id", getattr(self.tokenizer, "eos_token_id", None))
+            c.eos_id = -1 if eos is None else eos
+            c.validate()
+        self.samples_per_step = c.batch_size * c.gradient_accumulation_steps * self.world
+        samples = c.num_epochs * len(self.train_data)
+        self.total_steps = c.max_steps or samples // self.samples_per_step
+        require(self.total_steps, "batch_size", f"one step takes {self.samples_per_step} samples, "
+                f"the data has {samples}", "lower it, or set --max_steps")
+
+    def wrap(self, compiled: bool):
+        """The model as the training step calls it: compiled and data-parallel where asked."""
+        model, reason = self.model, why_no_compile(self.device)
+        if compiled and reason:
+            self.log.say(f"torch.compile is off: {reason}")
+        elif compiled:
+            model = torch.compile(model)
+        if self.world == 1:
+            return model
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.amp, enabled=self.amp != torch.float32)
+
+    def batches(self, data: StreamingTokenDataset, first: int, last: int):
+        """This rank's batches of the samples first .. last-1, on the device."""
+        c, pinned = self.config, self.device.type == "cuda"
+        plan = ShardedBatches(first, last, c.batch_size, self.rank, self.world)
+        loader = torch.utils.data.DataLoader(
+            data, batch_sampler=plan, num_workers=c.num_workers, pin_memory=pinned)
+        for x, y in loader:
+            yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+
+    def over_ranks(self, values: list[float], op=dist.ReduceOp.SUM) -> list[float]:
+        """Each value summed (or as `op` says) over all processes."""
+        if self.world == 1:
+            return values
+        t = torch.tensor(values, dtype=torch.float32, device=self.device)
+        dist.all_reduce(t, op)
+        return t.tolist()
+
+    def train_step(self, batches) -> tuple[float, float]:
+        """Read `gradient_accumulation_steps` batches, update once: (mean loss, gradient norm)."""
+        c = self.config
+        # Dropout is a function of (seed, step, rank): a resumed run needs no generator state.
+        torch.manual_seed((c.seed * 1_000_003 + self.step) * 65_537 + self.rank)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.total_steps, c)
+        taken = [next(batches) for _ in range(c.gradient_accumulation_steps)]
+        try:
+            loss = self.accumulate(taken)
+        except torch._dynamo.exc.TorchDynamoException as e:
+            self.log.say(f"torch.compile failed, going on without it: {str(e).splitlines()[0]}")
+            self.optimizer.zero_grad()
+            self.forward = self.wrap(compiled=False)
+            loss = self.accumulate(taken)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.grad_clip or math.inf).item()
+        if math.isfinite(norm) or self.scaler.is_enabled():  # a scaler skips such steps itself
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad()
+        self.progress["bad_steps"] = 0 if math.isfinite(norm) else self.progress["bad_steps"] + 1
+        self.step += 1
+        self.samples += self.samples_per_step
+        self.tokens += self.samples_per_step * c.block_size
+        return loss, norm
+
+    def accumulate(self, taken: list) -> float:
+        """Gradients of the mean loss over the batches taken, synchronised once; that loss."""
+        total = 0.0
+        for i, (x, y) in enumerate(taken):
+            alone = self.world == 1 or i == len(taken) - 1
+            with contextlib.nullcontext() if alone else self.forward.no_sync():
+                with self.autocast():
+                    loss = self.forward(x, y) / len(taken)
+                self.scaler.scale(loss).backward()
+            total += loss.item()
+        return self.over_ranks([total])[0] / self.world
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean loss in nats on the first `validation_steps` batches of the validation data."""
+        c, last, total, count, values = self.config, len(self.val_data), 0.0, 0, {}
+        if c.validation_steps:
+            last = min(last, c.validation_steps * c.batch_size * self.world)
+        self.model.eval()
+        for x, y in self.batches(self.val_data, 0, last):
+            with self.autocast():
+                total += self.model(x, y).item() * y.numel()
+                values = values or gate_statistics(self.model.run(x)[2])
+            count += y.numel()
+        self.model.train()
+        total, count = self.over_ranks([total, count])
+        values["val/loss"] = loss = total / count
+        line = f"validation at step {self.step}: {loss:.4f} nats"
+        if self.bytes_per_token:
+            values["val/bits_per_byte"] = loss / math.log(2) / self.bytes_per_token
+            line += f", {values['val/bits_per_byte']:.4f} bits per byte"
+        if self.main:
+            names = (*TokenAdaptiveGating.BRANCHES, "entropy")
+            line += " | gate " + " ".join(f"{n} {values[f'gate/{n}']:.2f}" for n in names)
+        self.log.say(line)
+        self.log.record(values, self.step)
+        self.progress["history"]["val"].append([self.step, loss])
+        return loss
+
+    def judge(self, loss: float) -> bool:
+        """Keep the checkpoint if it is among the best; say whether to stop early."""
+        c, p = self.config, self.progress
+        self.keep_best(loss)
+        if loss < p["lowest"] - c.early_stopping_min_delta:
+            p["lowest"], p["bad_validations"] = loss, 0
+        else:
+            p["bad_validations"] += 1
+        if not c.use_early_stopping or p["bad_validations"] < c.early_stopping_patience:
+            return False
+        self.log.say(f"early stopping: {p['bad_validations']} validations without improvement")
+        return True
+
+    def keep_best(self, loss: float) -> None:
+        """Write ..._best.pt, and with save_top_k > 1 each of the best as ..._stepN.pt too."""
+        k, path, best = self.config.save_top_k, self.config.checkpoint_path, self.progress["best"]
+        name = sibling(path, f"step{self.step}").name
+        ranked = sorted([*best, [loss, name]])
+        self.progress["best"] = ranked[:k]
+        if not self.main or [loss, name] not in ranked[:k]:
+            return
+        if ranked[0][1] == name:
+            save_checkpoint(sibling(path, "best"), self.state(loss))
+        if k > 1:
+            save_checkpoint(Path(path).with_name(name), self.state(loss))
+            for _, old in ranked[k:]:
+                Path(path).with_name(old).unlink(missing_ok=True)
+
+    def sample(self) -> None:
+        """Print a continuation of generation_prompt, or a new document."""
+        c = self.config
+        if not self.main:
+            return
+        if self.tokenizer is None:
+            self.log.say("no sample: no tokenizer.json or vocab.txt beside the training data")
+            return
+        ids = list(self.tokenizer.encode(c.generation_prompt)) if c.generation_prompt else []
+        prompt = torch.tensor([ids or [max(c.eos_id, 0)]], device=self.device)
+        generator = torch.Generator().manual_seed(c.seed)
+        self.model.eval()
+        with self.autocast():
+            out = generate(
+                self.model, prompt, c.generation_length, c.generation_temperature, generator)
+        self.model.train()
+        text = self.tokenizer.decode(out[0].tolist())
+        self.log.say(f"sample at step {self.step}:\n{text}\n")
+        self.log.board.add_text("sample", text, self.step)
+
+    def state(self, val_loss: float | None = None) -> dict:
+        """The whole run as tensors and plain values, for `save_checkpoint`."""
+        history = self.progress["history"]["val"]
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": {"step": self.step, "total_steps": self.total_steps},
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.samples // len(self.train_data),
+            "global_step": self.step,
+            "tokens_seen": self.tokens,
+            "val_loss": history[-1][1] if val_loss is None and history else val_loss,
+            "config": self.config.to_dict(),
+            "data": {"samples": self.samples, **self.train_data.fingerprint()},
+            "rng": {"seed": self.config.seed, "step": self.step},  # all there is: see train_step
+            "progress": self.progress,
+        }
+
+    def save(self) -> None:
+        if self.main:
+            save_checkpoint(self.config.checkpoint_path, self.state())
+            self.log.say(f"saved {self.config.checkpoint_path} at step {self.step}")
+
+    def restore(self, saved: dict) -> None:
+        """Take up a run where `saved` left it; another shape or other data is a UserError."""
+        new = self.config.to_dict()
+        for name in SHAPE_FIELDS:
+            old = saved["config"][name]
+            require(old == new[name], name, f"is {new[name]}, but the checkpoint has {old}",
+                    "leave the flag out, or start a new run")
+        for name, value in self.train_data.fingerprint().items():
+            old = saved["data"][name]
+            require(old == value, self.config.checkpoint_path,
+                    f"the data's {name} was {old} and is {value}", "start a new run instead")
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.step, self.tokens = saved["global_step"], saved["tokens_seen"]
+        self.samples, self.progress = saved["data"]["samples"], saved["progress"]
+
+    def announce(self) -> None:
+        c, counts = self.config, self.model.count_parameters()
+        parts = ", ".join(f"{name} {n:,}" for name, n in counts.items() if n and name != "total")
+        self.log.say(f"{counts['total']:,} parameters: {parts}")
+        precision = show(self.amp) + (" autocast" if self.amp != torch.float32 else "")
+        self.log.say(f"{self.world} x {self.device}, {precision}; logs in {self.folder}")
+        epochs = self.total_steps * self.samples_per_step / len(self.train_data)
+        tokens = self.samples_per_step * c.block_size
+        steps = f"steps {self.step} to {self.total_steps} of {tokens:,} tokens"
+        self.log.say(f"{steps}, {epochs:.2f} epochs in all")
+        if c.warmup_steps > self.total_steps // 10:
+            self.log.say(f"warm-up: {self.total_steps // 10} steps, a tenth of this short run")
+        known = len(self.tokenizer) if hasattr(self.tokenizer, "__len__") else c.vocab_size
+        if known < c.vocab_size // 2:
+            self.log.say(f"hint: this data needs no more than --vocab_size {known}")
+
+    def run(self) -> int:
+        """Train to the end; the exit code: 0, or 143 or 130 after SIGTERM or SIGINT.
+
+        Both let the step in hand finish and save; SIGUSR1 saves and goes on.
+        """
+
+        def remember(number, frame) -> None:
+            self.signal = number
+
+        names = [n for n in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, n)]
+        before = {n: signal.signal(getattr(signal, n), remember) for n in names}
+        try:
+            self.announce()
+            self.loop()
+            self.save()
+            if self.main and self.progress["history"]["train"]:
+                plot_losses(self.progress["history"], self.folder / "loss_curve.png")
+                self.log.say(f"loss curve in {self.folder / 'loss_curve.png'}")
+        finally:
+            for n, handler in before.items():
+                signal.signal(getattr(signal, n), handler)
+            self.close()
+        return 128 + self.signal if self.signal else 0
+
+    def loop(self) -> None:
+        from tqdm import tqdm
+
+        c, last = self.config, self.total_steps * self.samples_per_step
+        batches, since, seconds = self.batches(self.train_data, self.samples, last), self.step, 0.0
+        bar = tqdm(total=self.total_steps, initial=self.step, disable=None if self.main else True)
+        done = self.step >= self.total_steps
+        while not done:
+            begin = time.perf_counter()
+            loss, norm = self.train_step(batches)
+            seconds += time.perf_counter() - begin
+            bar.update()
+            self.check_gradient(norm)
+            if self.step % c.log_interval == 0 or self.step == self.total_steps:
+                self.report(loss, norm, seconds / (self.step - since))
+                since, seconds = self.step, 0.0
+            done = self.between_steps()
+        bar.close()
+
+    def check_gradient(self, norm: float) -> None:
+        if not (bad := self.progress["bad_steps"]):
+            return
+        self.log.say(f"step {self.step}: gradient norm {norm}; the weights stay as they were")
+        require(bad < self.config.max_bad_steps, "lr", f"{bad} steps in a row had no finite "
+                "gradient", "lower it, or look at the data; the last checkpoint is intact")
+
+    def between_steps(self) -> bool:
+        """Validation, samples, saves and signals, each in its turn; True ends the run."""
+        c, end, stop = self.config, self.step == self.total_steps, False
+        if self.val_data is not None and (end or self.step % c.validation_interval == 0):
+            stop = self.judge(self.validate())
+        if c.generate_samples and (end or stop or self.step % c.generation_interval == 0):
+            self.sample()
+        if c.checkpoint_interval and self.step % c.checkpoint_interval == 0 and not end:
+            self.save()
+        if c.empty_cache_freq and self.step % c.empty_cache_freq == 0:
+            torch.cuda.empty_cache()  # does nothing without CUDA
+        self.signal = int(self.over_ranks([self.signal], dist.ReduceOp.MAX)[0])
+        if self.signal and self.signal == getattr(signal, "SIGUSR1", None):
+            self.save()
+            self.signal = 0
+        return end or stop or self.signal != 0
+
+    def report(self, loss: float, norm: float, seconds_per_step: float) -> None:
+        speed = self.samples_per_step * self.config.block_size / seconds_per_step
+        rate = learning_rate(self.step - 1, self.total_steps, self.config)
+        left = int((self.total_steps - self.step) * seconds_per_step)
+        self.log.say(f"step {self.step}/{self.total_steps} | loss {loss:.4f} | lr {rate:.2e} | "
+                     f"grad norm {norm:.2f} | {speed:,.0f} tokens/s | "
+                     f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
+        self.log.record({"train/loss": loss, "train/lr": rate, "train/grad_norm": norm,
+                         "train/tokens_per_second": speed}, self.step)
+        self.progress["history"]["train"].append([self.step, loss])
+
+    def profile(self) -> int:
+        """Two steps to warm up, three under torch.profiler: a table and a trace; saves nothing."""
+        on_gpu = self.device.type == "cuda"
+        last = self.samples + 5 * self.samples_per_step
+        batches = self.batches(self.train_data, self.samples, last)
+        for _ in range(2):
+            self.train_step(batches)
+        with torch.profiler.profile() as profiler:
+            for _ in range(3):
+                self.train_step(batches)
+        column = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+        self.log.say(profiler.key_averages().table(sort_by=column, row_limit=20))
+        trace = self.folder / "profile_trace.json"
+        if self.main:
+            profiler.export_chrome_trace(str(trace))
+        self.log.say(f"trace in {trace}: open it in chrome://tracing or ui.perfetto.dev")
+        self.close()
+        return 0
+
+    def close(self) -> None:
+        self.log.close()
+        if self.world > 1:
+            dist.destroy_process_group()
+
+# ------------------------------------------------------------------------------------ main
+
+def prepare_default_data(config: Config, named: dict) -> None:
+    """Make the built-in corpus if the user named no data and the default is not there."""
+    path = Path(Config.train_data_path)
+    chosen = "train_data_path" in named or config.train_data_path != Config.train_data_path
+    if chosen or path.exists():
+        return
+    require(from_launcher("WORLD_SIZE", 1) == 1, str(path), "no such file",
+            "run data/prepare.py once, then launch")
+    print(f"{path} is not there: preparing the built-in corpus", flush=True)
+    script = Path(__file__).parent / "data" / "prepare.py"
+    done = subprocess.run([sys.executable, script, "--output_dir", path.parent], check=False)
+    require(done.returncode == 0, str(path), "could not be prepared", "see the error above")
+
+def main(argv: list[str] | None = None) -> int:
+    config, named, profile = parse_command_line(argv)
+    saved = None
+    if config.resume:
+        saved = load_checkpoint(config.checkpoint_path)
+        config = Config.from_dict({**saved["config"], **named, "resume": True})
+    if config.d_model >= 768 and pick_device(config.device).type == "cpu":
+        print("hint: this is a large model for a CPU; try --preset demo")
+    prepare_default_data(config, named)
+    trainer = Trainer(config, saved=saved)
+    return trainer.profile() if profile else trainer.run()
+
+if __name__ == "__main__":
+    run_cli(main)
