@@ -70,6 +70,8 @@ def run_cli(main) -> typing.NoReturn:
     """Exit with what `main()` returns; a UserError becomes one line on stderr and exit code 2."""
     try:
         sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
@@ -246,9 +248,9 @@ LIMITS = {
 PRESETS = {
     "demo": {
         "d_model": 192, "n_layer": 4, "num_heads": 3, "vocab_size": 4096, "dropout": 0.0,
-        "block_size": 256, "batch_size": 16, "gradient_accumulation_steps": 1, "max_steps": 600,
-        "lr": 3e-3, "warmup_steps": 40, "use_compile": False, "validation_interval": 100,
-        "validation_steps": 10, "generation_interval": 300, "checkpoint_interval": 200,
+        "block_size": 256, "batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 1000,
+        "lr": 3e-3, "warmup_steps": 100, "use_compile": False, "validation_interval": 200,
+        "validation_steps": 20, "generation_interval": 500, "checkpoint_interval": 500,
     },
     "small": {
         "d_model": 384, "n_layer": 8, "vocab_size": 4096, "lr": 1e-3, "num_epochs": 4,
@@ -409,8 +411,8 @@ def selective_scan(
         h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T        y_t = h_t C_t
 
     x (B, L, H, P), dt (B, L, H) >= 0, A (H,) < 0, B and C (B, L, N), state (B, H, P, N) before the
-    first token (zeros if None), resets (B, L) of bool: where the past is forgotten before the token
-    is read. Returns y (B, L, H, P) and the state after the last token, in float32, or float64 if x is.
+    first token (zeros if None), resets (B, L) of bool: tokens before which the past is forgotten.
+    Returns y (B, L, H, P) and the state after the last token, in float32, or float64 if x is.
     """
     with torch.autocast(x.device.type, enabled=False):
         x, dt, A, B, C = (widen(t) for t in (x, dt, A, B, C))
@@ -1044,12 +1046,14 @@ class SimpleTokenizer:
         return ids
 
     def decode(self, ids, skip_special_tokens: bool = True) -> str:
-        """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        """The text of `ids`; unknown ids and bytes that are no UTF-8 become U+FFFD."""
         ids = [int(i) for i in ids]
         if self.library is not None:
             return self.library.decode(ids, skip_special_tokens=skip_special_tokens)
         hidden = set(self.special.values()) if skip_special_tokens else ()
-        return b"".join(self.pieces[i] for i in ids if i not in hidden).decode(errors="replace")
+        unknown = b"\xff"
+        pieces = (self.pieces[i] if 0 <= i < len(self) else unknown for i in ids if i not in hidden)
+        return b"".join(pieces).decode(errors="replace")
 
     def __len__(self) -> int:
         """Number of ids, special ones included."""
@@ -1081,7 +1085,8 @@ class TokenFile:
     def __init__(self, path: str | Path, data_dtype: str = "auto"):
         self.path, self.tokens = str(path), None
         require(Path(path).is_file(), self.path, "no such file", "make it with data/prepare.py")
-        said = read_sidecar(self.path).get("dtype")
+        facts = read_sidecar(self.path)
+        said = facts.get("dtype")
         require(data_dtype == "auto" or said in (None, data_dtype), "data_dtype",
                 f"{data_dtype}, but the .json beside {self.path} says {said}", "leave it out")
         self.dtype = np.dtype(said or ("int32" if data_dtype == "auto" else data_dtype))
@@ -1090,6 +1095,9 @@ class TokenFile:
         require(size % self.dtype.itemsize == 0, self.path,
                 f"{size} bytes are no whole number of {self.dtype} ids", hint)
         self.length = size // self.dtype.itemsize
+        require(facts.get("tokens", self.length) == self.length, self.path,
+                f"has {self.length} tokens, its .json says {facts.get('tokens')}",
+                "prepare it anew, or delete the .json if it describes another file")
 
     def read(self, begin: int, end: int) -> np.ndarray:
         if self.tokens is None:
@@ -1502,6 +1510,8 @@ class Trainer:
         self.device = pick_device(config.device, from_launcher("LOCAL_RANK", 0))
         self.amp = pick_amp_dtype(config.amp_dtype, self.device)
         self.open_data(tokenizer)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         torch.manual_seed(config.seed)
@@ -1560,7 +1570,7 @@ class Trainer:
         if self.world == 1:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=ids)
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
     def autocast(self):
         return torch.autocast(self.device.type, self.amp, enabled=self.amp != torch.float32)
@@ -1578,7 +1588,7 @@ class Trainer:
         """Each value summed (or as `op` says) over all processes."""
         if self.world == 1:
             return values
-        t = torch.tensor(values, dtype=torch.float32, device=self.device)
+        t = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(t, op)
         return t.tolist()
 
@@ -1586,7 +1596,7 @@ class Trainer:
         """Read `gradient_accumulation_steps` batches, update once: (mean loss, gradient norm)."""
         c = self.config
         # Dropout is a function of (seed, step, rank): a resumed run needs no generator state.
-        torch.manual_seed((c.seed * 1_000_003 + self.step) * 65_537 + self.rank)
+        torch.manual_seed(((c.seed * 1_000_003 + self.step) * 65_537 + self.rank) % (1 << 63))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.total_steps, c)
         taken = [next(batches) for _ in range(c.gradient_accumulation_steps)]
@@ -1665,6 +1675,8 @@ class Trainer:
         """Write ..._best.pt, and with save_top_k > 1 each of the best as ..._stepN.pt too."""
         k, path, best = self.config.save_top_k, self.config.checkpoint_path, self.progress["best"]
         name = sibling(path, f"step{self.step}").name
+        if not math.isfinite(loss):
+            return
         ranked = sorted([*best, [loss, name]])
         self.progress["best"] = ranked[:k]
         if not self.main or [loss, name] not in ranked[:k]:

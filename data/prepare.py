@@ -53,7 +53,7 @@ def flag(default, text, **argparse_options):
 class Options:
     """The command line."""
 
-    input: list[str] | None = flag(None, "text, .jsonl, .parquet or folders", nargs="+")
+    input: list[str] | None = flag(None, "text, .jsonl, .parquet, folders [sample]", nargs="+")
     tokenizer: str = flag("bpe", "byte, bpe, gpt2, or a tokenizer.json or its folder")
     vocab_size: int = flag(4096, "number of tokens that bpe learns", type=int)
     bpe_sample_bytes: int = flag(200_000_000, "bytes of text that bpe learns from", type=int)
@@ -408,9 +408,12 @@ def batches(stream: Iterable) -> Iterator[list]:
 
 def vocab_text(tokens: dict[int, str]) -> str:
     """Line i is token i, so a line break inside a token is written as its bytes, <0x0A>."""
+
+    def escape(found: re.Match) -> str:
+        return "".join(f"<0x{byte:02X}>" for byte in found[0].encode())
+
     lines = [tokens.get(i, f"<unused{i}>") for i in range(max(tokens) + 1)]
-    as_bytes = lambda found: "".join(f"<0x{byte:02X}>" for byte in found[0].encode())  # noqa: E731
-    return "".join(LINE_BREAK.sub(as_bytes, line) + "\n" for line in lines)
+    return "".join(LINE_BREAK.sub(escape, line) + "\n" for line in lines)
 
 
 def write_outputs(files: Files, options: Options, folder: Path) -> dict[str, dict]:

@@ -1,6 +1,7 @@
 """What the tests share: a small config, small data, and a way to run a script as a user does."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,14 @@ def run_script(script: str, *words, cwd: Path, env: dict | None = None, timeout:
     """Run a script of the repository in `cwd` as a user would; the CompletedProcess, as text."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     command = [sys.executable, str(ROOT / script), *map(str, words)]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True,
+                          timeout=timeout)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def assert_refused(done, *fragments: str) -> None:

@@ -15,31 +15,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, assert_refused, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
-import prepare
-
 from testv2 import SimpleTokenizer, UserError
+
+sys.path.insert(0, str(ROOT / "data"))
+import prepare
 
 EOS = "<|endoftext|>"
 NAMES = ["tokenizer.json", "train.bin", "train.json", "val.bin", "val.json", "vocab.txt"]
 SENTENCES = "Grüße aus Köln\tund “viel” 日本語🙂.\r\nA second line,  with   spaces.\n\n"
 
 
-def run(folder, *flags, env=None, ok=True):
-    command = [sys.executable, prepare.__file__, *map(str, flags)]
-    env = {**os.environ, **(env or {})}
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
-    if ok:
-        assert done.returncode == 0, done.stderr
+def run(folder, *flags, env=None):
+    done = run_script("data/prepare.py", *flags, cwd=folder, env=env)
+    assert done.returncode == 0, done.stderr
     return done
 
 
 def make(folder, *inputs, **options):
-    """The same by a call, for tests that are not about the command line."""
+    """The same in this process, for tests that are not about the command line."""
     paths = [str(folder / name) for name in inputs]
     options = {"output_dir": str(folder / "out"), "tokenizer": "byte", **options}
     prepare.prepare(prepare.Options(input=paths, **options))
@@ -323,13 +321,16 @@ def test_files_of_an_earlier_run_are_kept_unless_forced(tmp_path):
     for name in NAMES[1:]:
         (tmp_path / "out" / name).unlink()
     before = contents(tmp_path / "out")
-    done = run(tmp_path, *flags, ok=False)
-    assert (done.returncode, contents(tmp_path / "out")) == (2, before)
-    assert done.stderr.startswith(f"error: {Path('out', 'tokenizer.json')}: exists; pass --force")
+    done = run_script("data/prepare.py", *flags, cwd=tmp_path)
+    assert_refused(done, f"{Path('out', 'tokenizer.json')}: exists; pass --force")
+    assert contents(tmp_path / "out") == before
 
     (tmp_path / "b.jsonl").write_text('{"text": "good"}\n' * 5 + "bad\n")
-    done = run(tmp_path, "--input", "b.jsonl", *flags[2:], "--force", ok=False)
-    assert (done.returncode, contents(tmp_path / "out")) == (2, before)
+    flags[1] = "b.jsonl"
+    done = run_script("data/prepare.py", *flags, "--force", cwd=tmp_path)
+    assert_refused(done, "b.jsonl:6: not JSON")
+    assert contents(tmp_path / "out") == before
+    flags[1] = "a.txt"
     run(tmp_path, *flags, "--force")
     Prepared(tmp_path / "out")
 

@@ -1,0 +1,146 @@
+"""Every command and every snippet of the README is run here, in the README's order.
+
+Training commands are read as they stand, and then run with a few flags more that make them short.
+"""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, flags, free_port, run_script, write_tokens
+
+from testv2 import parse_command_line
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.M | re.S)
+LINES = [line for language, body in BLOCKS if language == "bash" for line in body.splitlines()]
+COMMANDS = list(dict.fromkeys(line.split("  #")[0].strip() for line in LINES))
+SNIPPETS = [body for language, body in BLOCKS if language == "python" and "import" in body]
+SHORT = flags(
+    max_steps=2, n_layer=1, d_model=32, num_heads=2, ssm_head_dim=8, batch_size=2, block_size=16,
+    validation_steps=1, generation_length=5, gradient_accumulation_steps=1, use_compile="false",
+    device="cpu",
+)  # fmt: skip
+INSTALLED = {"wandb", "pyarrow", "tiktoken"}  # by requirements-dev.txt
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    """A copy of the project with the files that the README's commands name."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("testv2.py", "Makefile", "requirements.txt", "requirements-dev.txt"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "data").mkdir()
+    shutil.copy(ROOT / "data" / "prepare.py", folder / "data")
+    text = "Once there was a book, and this was its text, line after line.\n" * 60
+    (folder / "book.txt").write_text(text)
+    (folder / "texts").mkdir()
+    for i in range(25):
+        (folder / "texts" / f"{i}.txt").write_text(f"Text {i}. " + text)
+    rows = [json.dumps({"text": f"Row {i}. {text}"}) for i in range(20)]
+    (folder / "rows.jsonl").write_text("\n".join(rows))
+    for name in ("a", "b"):
+        write_tokens(folder / f"{name}.bin", text)
+    make_gpt2_stand_in(folder / "gpt2")
+    return folder
+
+
+def make_gpt2_stand_in(folder: Path) -> None:
+    """A local folder of that name is what `from_pretrained("gpt2")` finds first, offline."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from testv2 import EOS_TOKEN, byte_alphabet
+
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(byte_alphabet())}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS_TOKEN)
+    fast.save_pretrained(folder)
+
+
+def run(command: list, cwd: Path) -> str:
+    """Run a command, offline and on one thread; its output."""
+    done = run_script(command[0], *command[1:], cwd=cwd, env={"WANDB_MODE": "offline"})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def run_training(words: list[str], cwd: Path) -> str:
+    parse_command_line(words)  # legal as written
+    if "--help" in words:
+        return run([cwd / "testv2.py", *words], cwd)
+    extra = flags(max_steps=3) if "--resume" in words else SHORT
+    return run([cwd / "testv2.py", *words, *extra], cwd)
+
+
+def launch(words: list[str], cwd: Path) -> None:
+    """torchrun and torch.distributed.launch, as modules of this Python."""
+    module = {"torchrun": "torch.distributed.run"}.get(words[0], words[2])
+    rest = words[words.index("--nproc_per_node=2") :]
+    command = [sys.executable, "-m", module, "--master_port", str(free_port()), *rest, *SHORT]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(command, workspace):
+    words = shlex.split(command)
+    match words:
+        case ["python", "testv2.py", "--help"]:
+            with pytest.raises(SystemExit):
+                parse_command_line(["--help"])
+            assert "--d_model" in run([workspace / "testv2.py", "--help"], workspace)
+        case ["python", "testv2.py", *rest]:
+            assert run_training(rest, workspace)
+        case ["python", "data/prepare.py", *rest]:
+            assert "bytes per token" in run([workspace / "data/prepare.py", *rest], workspace)
+        case ["python", "-m", "torch.distributed.launch", *_] | ["torchrun", *_]:
+            launch(words, workspace)
+        case ["python", "-m", "pytest"]:
+            check([sys.executable, "-m", "pytest", "--collect-only", "-q"], ROOT)
+        case ["make", target]:
+            assert target in ("demo", "test")
+            check(["make", "--dry-run", target], workspace)
+        case ["pip", "install", "-r", file]:
+            assert (ROOT / file).read_text()
+        case ["pip", "install", package]:
+            assert package in INSTALLED
+            check([sys.executable, "-c", f"import {package}"], workspace)
+        case ["ruff", *rest]:
+            check([sys.executable, "-m", "ruff", *rest], ROOT)
+        case ["tensorboard", *rest]:
+            shown = check([sys.executable, "-m", "tensorboard.main", *rest, "--inspect"], workspace)
+            assert "train/loss" in shown
+        case ["python", "-m", "venv", _]:
+            check([sys.executable, "-m", "venv", "--without-pip", "venv"], workspace)
+        case ["source", *_] | ["git", "clone", _] | ["cd", "tinymamba"]:
+            assert workspace.exists()
+        case _:
+            pytest.fail(f"no test knows how to run this command: {command}")
+
+
+def check(command: list, cwd: Path) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_snippet(number, workspace, tmp_path):
+    snippet, folder = SNIPPETS[number], workspace
+    if "tofile" in snippet:  # it writes data of its own
+        folder = tmp_path
+        (folder / "data" / "text").mkdir(parents=True)
+        shutil.copytree(workspace / "gpt2", folder / "gpt2")
+    for i in (1, 2, 3):
+        write_tokens(workspace / "data" / "text" / f"dataset{i}.bin", "words " * 2000)
+    (folder / "snippet.py").write_text(snippet)
+    run([folder / "snippet.py"], folder)
+    if "tofile" in snippet:
+        assert (folder / "data/text/train.bin").stat().st_size % 4 == 0
