@@ -38,6 +38,7 @@ import subprocess
 import sys
 import time
 import typing
+import warnings
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -236,14 +237,14 @@ AT_LEAST_ONE = """d_model n_layer vocab_size d_state d_conv expand_factor ssm_he
     window_size num_heads rope_theta block_size batch_size gradient_accumulation_steps num_epochs
     max_bad_steps early_stopping_patience generation_length log_interval validation_interval
     generation_interval"""
-AT_LEAST_ZERO = """low_rank max_steps lr warmup_steps grad_clip weight_decay seed empty_cache_freq
+AT_LEAST_ZERO = """low_rank max_steps lr warmup_steps grad_clip weight_decay empty_cache_freq
     num_workers checkpoint_interval save_top_k validation_steps early_stopping_min_delta
     generation_temperature"""
 LIMITS = {
     **dict.fromkeys(AT_LEAST_ONE.split(), (1, math.inf)),
     **dict.fromkeys(AT_LEAST_ZERO.split(), (0, math.inf)),
     **dict.fromkeys(("dropout", "beta1", "beta2"), (0, 0.9999)),
-    "min_lr_ratio": (0, 1), "gate_top_k": (1, 3), "eos_id": (-1, math.inf),
+    "min_lr_ratio": (0, 1), "gate_top_k": (1, 3), "eos_id": (-1, math.inf), "seed": (0, 2**63 - 1),
 }
 PRESETS = {
     "demo": {
@@ -314,7 +315,10 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **kind)
 
 def parse_command_line(argv: list[str] | None = None) -> tuple[Config, dict, bool]:
-    """The Config of a preset and the flags over it; the fields so named; is it to profile?"""
+    """The Config of a preset and the flags over it; the fields so named; is it to profile?
+
+    A Config that resumes is not validated: most of its fields are still to come from a checkpoint.
+    """
     usage = "python testv2.py [--preset PRESET] [--FIELD VALUE ...]"
     description = __doc__.split("Letters")[0] + "Defaults stand in [brackets]."
     parser = CliParser(usage=usage, description=description)
@@ -329,8 +333,8 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[Config, dict, boo
     for name in ("train_data_path", "val_data_path"):
         if len(named.get(name, ())) == 1:
             named[name] = named[name][0]
-    config = Config(**{**PRESETS[given["preset"]], **named}).validate()
-    return config, named, given["profile"]
+    config = Config(**{**PRESETS[given["preset"]], **named})
+    return config if config.resume else config.validate(), named, given["profile"]
 
 # -------------------------------------------------------------------------------- primitives
 
@@ -1242,9 +1246,9 @@ class StreamingTokenDataset(torch.utils.data.Dataset):
     def fingerprint(self) -> dict:
         """What a position in the data is only valid for."""
         return {
+            "block_size": self.block_size, "seed": self.seed, "shuffle": self.shuffle,
             "sources": [[Path(f.path).name, f.length, str(f.dtype)] for f in self.files],
             "weights": [str(w) for w in self.shares.weights],
-            "block_size": self.block_size, "seed": self.seed, "shuffle": self.shuffle,
         }
 
 class ShardedBatches:
@@ -1325,7 +1329,8 @@ def replace_file(path: str | Path, write) -> None:
             os.fsync(folder)
             os.close(folder)
     except (OSError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise UserError(str(path), f"cannot be written ({e})", "free space or name another") from e
 
 def save_checkpoint(path: str | Path, state: dict) -> None:
@@ -1342,16 +1347,34 @@ def load_checkpoint(path: str | Path) -> dict:
     name, remedy = str(path), "use a checkpoint that testv2.py saved"
     require(Path(path).is_file(), name, "no such checkpoint", "train one, or check the path")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(name, "is damaged, or holds code, which is never run", remedy) from None
-    except (RuntimeError, EOFError, ValueError, LookupError, OSError) as e:
-        raise UserError(name, f"is damaged ({str(e).splitlines()[0]})", remedy) from None
+    except Exception as e:  # what a damaged pickle raises depends on where it is damaged
+        raise UserError(name, f"is damaged ({type(e).__name__})", remedy) from e
     require(isinstance(state, dict) and state.get("format_version") == CHECKPOINT_FORMAT, name,
             f"is no TinyMamba checkpoint of format {CHECKPOINT_FORMAT}", remedy)
     require(state.pop("checksum", None) == digest(state), name,
             "is damaged: its checksum is wrong", remedy)
     return state
+
+def require_same_shape(old: dict, new: dict) -> None:
+    """Refuse settings under which a checkpoint's weights would mean something else."""
+    for name in SHAPE_FIELDS:
+        require(old[name] == new[name], name, f"is {new[name]}, but the checkpoint has {old[name]}",
+                "leave the flag out, or start a new run")
+
+def load_newest(path: str) -> dict:
+    """The checkpoint at `path`, or if that is damaged the best one of its run."""
+    try:
+        return load_checkpoint(path)
+    except UserError as damage:
+        if not sibling(path, "best").is_file():
+            raise
+        saved = load_checkpoint(sibling(path, "best"))
+        print(f"warning: {damage}: going on from {sibling(path, 'best')}")
+        return saved
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> TinyMambaModel:
     """The model of a checkpoint, in eval mode."""
@@ -1371,6 +1394,14 @@ def move_aside(path: Path) -> None:
         number = next(n for n in range(1, 1 << 30) if not Path(f"{path}.{n}").exists())
         path.rename(f"{path}.{number}")
         print(f"{path} of an earlier run is now {path}.{number}")
+
+def require_writable(folder: Path, field: str) -> None:
+    """Make the folder if need be; refuse one that cannot be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(field, f"{folder} cannot be made ({e.strerror})", "name another") from e
+    require(os.access(folder, os.W_OK), field, f"{folder} cannot be written to", "name another")
 
 # ------------------------------------------------------------------------------------ sampling
 
@@ -1414,11 +1445,14 @@ class Logger:
             except ModuleNotFoundError:
                 problem, remedy = "the package wandb is not installed", "pip install wandb"
                 raise UserError("use_wandb", problem, remedy) from None
-            folder.mkdir(parents=True, exist_ok=True)
-            name = config.wandb_run_name or None
-            self.wandb = wandb.init(project=config.wandb_project, name=name, dir=str(folder),
-                                    config=config.to_dict())
-        self.board = SummaryWriter(str(folder), purge_step=first_step or None)
+            try:
+                self.wandb = wandb.init(
+                    project=config.wandb_project, name=config.wandb_run_name or None,
+                    dir=str(folder), config=config.to_dict())
+            except wandb.Error as e:
+                remedy = "wandb login, or set WANDB_MODE=offline"
+                raise UserError("use_wandb", str(e).split("\n")[0], remedy) from None
+        self.board = SummaryWriter(str(folder), purge_step=first_step + 1)
 
     def say(self, text: str) -> None:
         if self.active:
@@ -1506,7 +1540,7 @@ class Trainer:
         """`tokenizer`: any object with encode and decode. `saved`: a checkpoint to go on from."""
         self.config = config.validate()
         self.rank, self.world = from_launcher("RANK", 0), from_launcher("WORLD_SIZE", 1)
-        self.main, self.signal = self.rank == 0, 0
+        self.main, self.signal, self.save_asked = self.rank == 0, 0, False
         self.device = pick_device(config.device, from_launcher("LOCAL_RANK", 0))
         self.amp = pick_amp_dtype(config.amp_dtype, self.device)
         self.open_data(tokenizer)
@@ -1526,12 +1560,15 @@ class Trainer:
             "lowest": math.inf, "bad_validations": 0, "bad_steps": 0,
             "folder": config.wandb_run_name or time.strftime("%Y%m%d-%H%M%S"),
         }
-        if saved is not None:
+        self.resumed = saved is not None
+        if self.resumed:
             self.restore(saved)
-        elif self.main:
-            move_aside(Path(config.checkpoint_path))
-            move_aside(sibling(config.checkpoint_path, "best"))
-        self.folder = Path(config.log_dir) / self.progress["folder"]
+        self.folder, path = Path(config.log_dir) / self.progress["folder"], config.checkpoint_path
+        require(path and not os.path.isdir(path), "checkpoint_path", f"{path!r} is no file name",
+                "name a file")
+        if self.main:
+            require_writable(Path(path).parent, "checkpoint_path")
+            require_writable(self.folder, "log_dir")
         self.log = Logger(config, self.folder, self.main, self.step)
         self.forward = self.wrap(config.use_compile)
 
@@ -1595,15 +1632,14 @@ class Trainer:
     def train_step(self, batches) -> tuple[float, float]:
         """Read `gradient_accumulation_steps` batches, update once: (mean loss, gradient norm)."""
         c = self.config
-        # Dropout is a function of (seed, step, rank): a resumed run needs no generator state.
-        torch.manual_seed(((c.seed * 1_000_003 + self.step) * 65_537 + self.rank) % (1 << 63))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.total_steps, c)
         taken = [next(batches) for _ in range(c.gradient_accumulation_steps)]
         try:
             loss = self.accumulate(taken)
         except torch._dynamo.exc.TorchDynamoException as e:
-            self.log.say(f"torch.compile failed, going on without it: {str(e).splitlines()[0]}")
+            reason = str(e).partition("\n")[0]
+            self.log.say(f"torch.compile failed, going on without it: {reason}")
             self.optimizer.zero_grad()
             self.forward = self.wrap(compiled=False)
             loss = self.accumulate(taken)
@@ -1621,6 +1657,9 @@ class Trainer:
 
     def accumulate(self, taken: list) -> float:
         """Gradients of the mean loss over the batches taken, synchronised once; that loss."""
+        c = self.config
+        # Dropout is a function of (seed, step, rank): a resumed run needs no generator state.
+        torch.manual_seed(((c.seed * 1_000_003 + self.step) * 65_537 + self.rank) % (1 << 63))
         total = 0.0
         for i, (x, y) in enumerate(taken):
             alone = self.world == 1 or i == len(taken) - 1
@@ -1697,6 +1736,9 @@ class Trainer:
             self.log.say("no sample: no tokenizer.json or vocab.txt beside the training data")
             return
         ids = list(self.tokenizer.encode(c.generation_prompt)) if c.generation_prompt else []
+        if max(ids, default=0) >= c.vocab_size:
+            self.log.say("no sample: generation_prompt has ids outside of vocab_size")
+            return
         prompt = torch.tensor([ids or [max(c.eos_id, 0)]], device=self.device)
         generator = torch.Generator().manual_seed(c.seed)
         self.model.eval()
@@ -1733,11 +1775,7 @@ class Trainer:
 
     def restore(self, saved: dict) -> None:
         """Take up a run where `saved` left it; another shape or other data is a UserError."""
-        new = self.config.to_dict()
-        for name in SHAPE_FIELDS:
-            old = saved["config"][name]
-            require(old == new[name], name, f"is {new[name]}, but the checkpoint has {old}",
-                    "leave the flag out, or start a new run")
+        require_same_shape(saved["config"], self.config.to_dict())
         for name, value in self.train_data.fingerprint().items():
             old = saved["data"][name]
             require(old == value, self.config.checkpoint_path,
@@ -1771,12 +1809,20 @@ class Trainer:
         """
 
         def remember(number, frame) -> None:
-            self.signal = number
+            if number == getattr(signal, "SIGUSR1", None):
+                self.save_asked = True
+            else:
+                self.signal = number
 
         names = [n for n in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, n)]
         before = {n: signal.signal(getattr(signal, n), remember) for n in names}
         try:
             self.announce()
+            if self.main and not self.resumed:
+                path = Path(self.config.checkpoint_path)
+                of_steps = path.parent.glob(sibling(path, "step*").name)
+                for file in (path, sibling(path, "best"), *of_steps):
+                    move_aside(file)
             self.loop()
             self.save()
             if self.main and self.progress["history"]["train"]:
@@ -1825,10 +1871,11 @@ class Trainer:
             self.save()
         if c.empty_cache_freq and self.step % c.empty_cache_freq == 0:
             torch.cuda.empty_cache()  # does nothing without CUDA
-        self.signal = int(self.over_ranks([self.signal], dist.ReduceOp.MAX)[0])
-        if self.signal and self.signal == getattr(signal, "SIGUSR1", None):
+        asked = [self.signal, self.save_asked]
+        self.signal, save_asked = map(int, self.over_ranks(asked, dist.ReduceOp.MAX))
+        if save_asked:
             self.save()
-            self.signal = 0
+            self.save_asked = False
         return end or stop or self.signal != 0
 
     def report(self, loss: float, norm: float, seconds_per_step: float) -> None:
@@ -1885,8 +1932,10 @@ def main(argv: list[str] | None = None) -> int:
     config, named, profile = parse_command_line(argv)
     saved = None
     if config.resume:
-        saved = load_checkpoint(config.checkpoint_path)
-        config = Config.from_dict({**saved["config"], **named, "resume": True})
+        saved = load_newest(config.checkpoint_path)
+        settings = {**saved["config"], **named, "resume": True}
+        require_same_shape(saved["config"], settings)
+        config = Config.from_dict(settings)
     if config.d_model >= 768 and pick_device(config.device).type == "cpu":
         print("hint: this is a large model for a CPU; try --preset demo")
     prepare_default_data(config, named)
