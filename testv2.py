@@ -29,6 +29,7 @@ import hashlib
 import inspect
 import json
 import math
+import operator
 import os
 import pickle
 import re
@@ -471,20 +472,26 @@ def scan_span(x, log_decay, B, C, state, chunk_size):
     return y.flatten(1, 2)[:, :L], states[:, -1].permute(0, 2, 3, 1)
 
 def decay_between(total: Tensor) -> Tensor:
-    """exp(total_i - total_j) where j <= i, else 0: (..., T) -> (..., T, T)."""
-    T = total.shape[-1]
-    future = torch.ones(T, T, dtype=torch.bool, device=total.device).triu(1)
+    """exp(total_i - total_j) where j <= i, else 0: (..., Q) -> (..., Q, Q)."""
     difference = (total[..., :, None] - total[..., None, :]).clamp(max=0)
-    return difference.masked_fill(future, -math.inf).exp()
+    return difference.masked_fill(~lower_triangle(difference), -math.inf).exp()
+
+def lower_triangle(x: Tensor, diagonal: int = 0) -> Tensor:
+    """Where column j <= row i + diagonal: bool of the last two dimensions of x."""
+    return torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).tril(diagonal)
 
 def carry(log_decay: Tensor, written: Tensor, state: Tensor) -> Tensor:
     """States between chunks, (B, C+1, N, H, P): before the first chunk, then after each one.
 
     log_decay (B, C, H) over each whole chunk, written (B, C, N, H, P), state (B, H, P, N).
+    A chunk may decay by thousands, so sums are taken from j to i and never subtracted.
     """
-    total = F.pad(log_decay.clamp(min=-100.0).cumsum(1), (0, 0, 1, 0)).mT  # (B, H, C+1)
+    steps = F.pad(log_decay, (0, 0, 1, 0)).mT[..., None]  # (B, H, C+1, 1)
+    steps = steps.expand(-1, -1, -1, steps.shape[2])
+    sums = steps.masked_fill(~lower_triangle(steps, -1), 0.0).cumsum(2)  # (B, H, C+1, C+1)
+    decay = sums.masked_fill(~lower_triangle(sums), -math.inf).exp()
     sources = torch.cat((state.permute(0, 3, 1, 2)[:, None], written), dim=1)
-    return torch.einsum("bhij,bjnhp->binhp", decay_between(total), sources)
+    return torch.einsum("bhij,bjnhp->binhp", decay, sources)
 
 # ------------------------------------------------------------------------------------ branches
 
@@ -647,6 +654,7 @@ class SwiGLU(nn.Module):
 
 def sparsemax(logits: Tensor) -> Tensor:
     """Projection onto the probability simplex (Martins & Astudillo, arXiv 1602.02068, alg. 1)."""
+    logits = logits - logits.amax(-1, keepdim=True)  # changes nothing but the rounding
     ordered = logits.sort(dim=-1, descending=True).values
     ranks = torch.arange(1, logits.shape[-1] + 1, device=logits.device, dtype=logits.dtype)
     sums = ordered.cumsum(-1) - 1
@@ -988,8 +996,17 @@ class SimpleTokenizer:
         if Path(path).suffix == ".json":
             self._read_library(str(path))
         else:
-            text = Path(path).read_text(encoding="utf-8")
-            self._read_vocabulary(text.removesuffix("\n").split("\n"))
+            self._read_vocabulary(self._lines(Path(path)))
+
+    @staticmethod
+    def _lines(path: Path) -> list[str]:
+        try:
+            text = path.read_bytes().decode()
+        except UnicodeDecodeError as e:
+            raise UserError(str(path), f"is not UTF-8 ({e.reason})", "convert it") from None
+        # A lone carriage return may be a token; a file written on Windows has one on every line.
+        end = "\r\n" if text.count("\r\n") == text.count("\n") > 0 else "\n"
+        return text.removesuffix(end).split(end)
 
     @property
     def bos_token_id(self) -> int | None:
@@ -1077,10 +1094,10 @@ def read_sidecar(path: str) -> dict:
         return {}
     try:
         facts = json.loads(sidecar.read_text())
-        np.dtype(facts.get("dtype", "int32"))
-    except (ValueError, TypeError, AttributeError) as e:
-        problem = f"does not describe a .bin file ({e})"
-        raise UserError(str(sidecar), problem, "mend it or delete it") from None
+    except ValueError as e:
+        raise UserError(str(sidecar), f"is not JSON ({e})", "mend it or delete it") from None
+    known = isinstance(facts, dict) and facts.get("dtype", "int32") in ("int32", "uint16")
+    require(known, str(sidecar), "names no dtype int32 or uint16", "mend it or delete it")
     return facts
 
 class TokenFile:
@@ -1106,6 +1123,8 @@ class TokenFile:
     def read(self, begin: int, end: int) -> np.ndarray:
         if self.tokens is None:
             self.tokens = np.memmap(self.path, self.dtype, mode="r")
+        require(end <= len(self.tokens), self.path, f"was cut to {len(self.tokens)} tokens while "
+                "it was read", "put it back and start again")
         return self.tokens[begin:end]
 
     def __getstate__(self) -> dict:
@@ -1120,7 +1139,7 @@ class TokenFile:
                 continue
             first = int(np.flatnonzero((ids >= vocab_size) | (ids < 0))[0])
             remedy = "raise --vocab_size, or tokenise the text anew"
-            if self.dtype == np.int32 and ids.copy().view(np.uint16).max() < vocab_size:
+            if self.dtype == np.int32 and np.mean(ids >= 1 << 16) > 0.5:  # two ids read as one
                 remedy = "it looks like uint16 ids: pass --data_dtype uint16"
             problem = f"id {ids[first]} at offset {at + first} is outside vocab_size={vocab_size}"
             raise UserError(self.path, problem, remedy)
@@ -1188,6 +1207,7 @@ class StreamingTokenDataset(torch.utils.data.Dataset):
         self.block_size, self.shuffle, self.seed = block_size, shuffle, seed
         self.vocab_size = vocab_size
         self.files = [TokenFile(path, data_dtype) for path in paths]
+        require(self.files, "data_sources", "is empty", "name at least one .bin file")
         for file in self.files:
             require(file.length > block_size, file.path,
                     f"{file.length} tokens are too few for block_size={block_size}",
@@ -1221,6 +1241,7 @@ class StreamingTokenDataset(torch.utils.data.Dataset):
 
     def locate(self, i: int) -> tuple[int, int]:
         """(source, block) of sample i."""
+        i = operator.index(i)  # whole numbers of any size, also when a sampler gives numpy's
         if i < 0:
             raise IndexError(f"sample {i}: samples are numbered from 0")
         epoch, after = i // self.length, self.shares.counts(i + 1)

@@ -833,7 +833,7 @@ def test_gradients_under_autocast_are_finite_and_near_float32():
 
 def test_two_hundred_layers_train_without_divergence():
     shape = {"d_model": 8, "num_heads": 1, "ssm_head_dim": 8, "d_state": 2, "expand_factor": 1}
-    rest = {"window_size": 4, "d_conv": 1, "vocab_size": 8, "bias": False, "lr": 3e-3}
+    rest = {"window_size": 4, "d_conv": 1, "vocab_size": 8, "bias": False, "lr": 1e-2}
     model = TinyMambaModel(tiny_config(n_layer=200, **shape, **rest))
     optimizer = make_optimizer(model, model.config)
     ids = torch.arange(3)[:, None] + torch.arange(13)  # counting, modulo 8
@@ -846,8 +846,8 @@ def test_two_hundred_layers_train_without_divergence():
         losses.append(loss.item())
     assert np.isfinite(losses).all()
     assert all(torch.isfinite(p).all() for p in model.parameters())
-    assert max(losses) < losses[0] + 0.5
-    assert np.mean(losses[-5:]) < 0.8 * losses[0]
+    assert max(losses) < losses[0] + 0.1
+    assert np.mean(losses[-5:]) < 0.65 * losses[0]  # 0.57; without the DeepNet scaling 0.71
 
 
 # -------------------------------------------------------------------------------------- gate
@@ -1141,6 +1141,17 @@ def test_a_clone_and_its_original_go_separate_ways():
     )
 
 
+@pytest.mark.parametrize("L", [0, 1, 9])
+def test_a_new_state_shares_no_memory_with_the_old(L):
+    model = wide(**DOCUMENTS)
+    old = prefilled(model, some_ids(2, 12))
+    before = old.clone()
+    _, new = model.advance(some_ids(2, L), old)
+    for t in new.tensors().values():
+        t.add_(1)
+    assert same_state(old, before)
+
+
 def test_select_gives_the_rows_asked_for_as_if_run_alone():
     model, ids, more = wide(**DOCUMENTS), some_ids(3, 12), some_ids(3, 6, seed=1)
     ids[1, 4] = EOS
@@ -1152,7 +1163,7 @@ def test_select_gives_the_rows_asked_for_as_if_run_alone():
         close(logits, model(torch.cat((ids, more), 1)[rows])[:, 12:], 1e-4, scale=1.0)
         assert after.nbytes * 3 == state.nbytes * len(logits)
     before = state.clone()
-    for t in state.select([0, 1, 2]).tensors().values():
+    for t in state.select(slice(0, 3)).tensors().values():
         t.zero_()
     assert same_state(state, before)
 

@@ -56,6 +56,11 @@ def call(*words) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(words, ended.value.code, out.getvalue(), err.getvalue())
 
 
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
 def files_below(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -286,8 +291,7 @@ def test_rate_warms_up_linearly_then_falls_to_its_floor(total, warmup, floor):
     assert rates[-1] == pytest.approx(floor * 0.5)
 
 
-def test_rate_has_decayed_when_the_epochs_are_over(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_rate_has_decayed_when_the_epochs_are_over():
     write_tokens(Path("a.bin"), [7] * (40 * 32 + 1))  # 40 blocks: 10 steps of 4 in an epoch
     config = tiny_config(train_data_path="a.bin", num_epochs=3, lr=1e-3, **BRIEF)
     trainer = Trainer(config)
@@ -304,9 +308,8 @@ def test_rate_has_decayed_when_the_epochs_are_over(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def place(data, monkeypatch):
+def place(data):
     """A working folder with data and a checkpoint of an earlier run, which nothing may harm."""
-    monkeypatch.chdir(data)
     save_checkpoint("tinymamba_model_latest.pt", {"kept": True})
     return data
 
@@ -507,7 +510,7 @@ def test_checkpoint_survives_a_failed_write(tmp_path, monkeypatch, at, fault):
 
 
 @pytest.fixture
-def prepared(tmp_path, monkeypatch):
+def prepared(monkeypatch):
     """The commands that testv2.py runs, each of which makes the data without running anything."""
     commands = []
 
@@ -519,7 +522,6 @@ def prepared(tmp_path, monkeypatch):
             write_tokens(folder / name, list(range(256)) * 4)
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(testv2.subprocess, "run", run)
     return commands
 

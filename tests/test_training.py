@@ -5,7 +5,6 @@ import math
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_refused, flags, run_script, tiny_config, write_tokens
+from conftest import (
+    ROOT,
+    TINY,
+    assert_refused,
+    flags,
+    free_port,
+    run_script,
+    tiny_config,
+    write_tokens,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_testv2 import BRIEF, assert_refuses, call, files_below
 
@@ -510,15 +518,26 @@ def test_validation_that_is_not_finite_is_never_the_best(place):
 # ----------------------------------------------------------------------------------- signals
 
 
-def start(*words, cwd: Path, **env) -> subprocess.Popen:
-    """testv2.py in the background, killed should it hang."""
-    command = [sys.executable, ROOT / "testv2.py", *words]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    process = subprocess.Popen(command, cwd=cwd, env=env, **streams)
-    process.watch = threading.Timer(100, process.kill)
-    process.watch.start()
-    return process
+@pytest.fixture
+def start(place):
+    """A function that starts testv2.py on an endless run; killed should it hang."""
+    started = []
+
+    def begin(**changes) -> subprocess.Popen:
+        words = brief_flags(max_steps=10**6, checkpoint_interval=0, **changes)
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": str(place), "CXX": ""}
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen([sys.executable, ROOT / "testv2.py", *words], env=env, **streams)
+        watch = threading.Timer(60, process.kill)
+        watch.start()
+        started.append((process, watch))
+        return process
+
+    yield begin
+    for process, watch in started:
+        watch.cancel()
+        process.kill()
+        process.communicate()
 
 
 def read_until(process: subprocess.Popen, beginning: str) -> str:
@@ -532,13 +551,12 @@ def read_until(process: subprocess.Popen, beginning: str) -> str:
 
 def end(process: subprocess.Popen) -> tuple[int, str]:
     out, err = process.communicate()
-    process.watch.cancel()
     assert err == ""
     return process.returncode, out
 
 
-def test_sigusr1_saves_and_goes_on_and_sigterm_saves_and_ends(place):
-    process = start(*brief_flags(max_steps=10**6), cwd=place)
+def test_sigusr1_saves_and_goes_on_and_sigterm_saves_and_ends(start):
+    process = start()
     read_until(process, "step 3/")
     process.send_signal(signal.SIGUSR1)
     read_until(process, "saved")
@@ -551,9 +569,8 @@ def test_sigusr1_saves_and_goes_on_and_sigterm_saves_and_ends(place):
     assert load_checkpoint(LATEST)["global_step"] == steps[-1]
 
 
-def test_sigint_saves_and_ends_and_no_compiler_is_no_obstacle(place):
-    words = brief_flags(max_steps=10**6, use_compile="true")
-    process = start(*words, cwd=place, PATH=str(place), CXX="")
+def test_sigint_saves_and_ends_and_no_compiler_is_no_obstacle(place, start):
+    process = start(use_compile="true")
     assert re.search(r"torch.compile is off: .*C\+\+", read_until(process, "step 2/"))
     process.send_signal(signal.SIGINT)
     assert end(process)[0] == 130
@@ -646,12 +663,6 @@ TOGETHER = {  # stops early after step 3: of 9, so that the rate has far to go
     "use_early_stopping": "true", "early_stopping_patience": 2, "early_stopping_min_delta": 100,
     "validation_steps": 4,
 }  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @pytest.mark.parametrize("launcher", ["torch.distributed.launch", "torch.distributed.run"])
