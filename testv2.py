@@ -401,8 +401,8 @@ def projection(d_in: int, d_out: int, config: Config) -> nn.Module:
 
 # ------------------------------------------------------------------------------------ scan
 
-# exp(-30) is 1e-13, so nothing is left of the state in float32; and with no term below it the
-# cumulative sums of a chunk stay small enough for their differences to be exact.
+# exp(-30) is 1e-13: nothing is left of the state in float32. With no term below it, differences of
+# a chunk's cumulative sums are good to 1e-4 even where every token forgets all before it.
 MIN_LOG_DECAY = -30.0
 SPAN = 64  # chunks whose states are combined in one product
 
@@ -427,6 +427,10 @@ def selective_scan(
         if resets is not None:
             log_decay = log_decay.masked_fill(resets[..., None], MIN_LOG_DECAY)
         x = x * dt[..., None]
+        if method not in CHOICES["scan"]:
+            raise ValueError(f"method {method!r} is none of {CHOICES['scan']}")
+        if x.shape[1] == 0:
+            return x, widen(state)
         if method == "sequential" or x.shape[1] == 1:
             return scan_sequential(x, log_decay, B, C, widen(state))
         return scan_chunked(x, log_decay, B, C, widen(state), chunk_size)
@@ -765,6 +769,8 @@ class TinyMambaModel(nn.Module):
             attention_mask: Tensor | None = None):
         """Embedding to last norm: hidden (B, L, D), new state (None if none came), gates."""
         back, lengths = None, None
+        if ids.shape[1] == 0 or (attention_mask is not None and attention_mask.shape != ids.shape):
+            raise ValueError(f"ids {tuple(ids.shape)} must hold a token, and attention_mask fit")
         if attention_mask is not None:  # padding is moved to the end, where causality hides it
             order = (attention_mask == 0).long().argsort(dim=1, stable=True)
             ids, lengths = ids.gather(1, order), (attention_mask != 0).sum(1)
@@ -938,15 +944,16 @@ class ModelState:
                   for new, old in zip(layers, self.layers, strict=True)]
         return ModelState(layers, position, start)
 
-    @staticmethod
-    def metadata(model: TinyMambaModel) -> dict[str, str]:
-        return {"format": "tinymamba-state-1", "model": model.fingerprint()}
+    def metadata(self, model: TinyMambaModel) -> dict[str, str]:
+        """What a state's file says of itself: its format, its model and its checksum."""
+        checksum = digest(self.tensors())
+        return {"format": "tinymamba-state-1", "model": model.fingerprint(), "checksum": checksum}
 
     def save(self, path: str | Path, model: TinyMambaModel) -> None:
         """Write a safetensors file that carries the fingerprint of the model."""
         from safetensors.torch import save_file
 
-        metadata = ModelState.metadata(model)
+        metadata = self.metadata(model)
         tensors = {k: t.detach().cpu().contiguous() for k, t in self.tensors().items()}
         replace_file(path, lambda temporary: save_file(tensors, temporary, metadata))
 
@@ -957,7 +964,8 @@ class ModelState:
 
         try:
             with safe_open(path, framework="pt") as file:
-                require(file.metadata() == ModelState.metadata(model), str(path),
+                said = file.metadata() or {}
+                require(said.get("model") == model.fingerprint(), str(path),
                         "is no state of this model", "load the model that it belongs to")
                 state = model.init_state(file.get_slice("position").get_shape()[0])
                 for name, t in state.tensors().items():
@@ -966,6 +974,7 @@ class ModelState:
                     t.copy_(file.get_tensor(name))
         except (SafetensorError, OSError) as e:
             raise UserError(str(path), f"cannot be read ({e})", "save the state anew") from None
+        require(said == state.metadata(model), str(path), "is damaged", "save the state anew")
         return state
 
 # -------------------------------------------------------------------------------- tokenizer
@@ -1431,7 +1440,8 @@ def generate(model: TinyMambaModel, ids: Tensor, max_new_tokens: int, temperatur
              generator: torch.Generator | None = None, eos_id: int | None = None) -> Tensor:
     """Continue ids (B, L), L >= 1, by up to max_new_tokens: (B, L + new). Temperature 0 is greedy.
 
-    Ends early when every row has met eos_id; a row that ended is filled with eos_id.
+    Ends early when every row has met eos_id; a row that ended is filled with eos_id. Put the model
+    in eval mode first, or dropout stays on.
     """
     state = model.init_state(ids.shape[0])
     piece, ended = ids, torch.zeros_like(ids[:, :1], dtype=torch.bool)

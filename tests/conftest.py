@@ -12,6 +12,8 @@ import torch
 
 from testv2 import Config, SimpleTokenizer
 
+torch.set_num_threads(1)  # the models are tiny, and tests run side by side
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
     "d_model": 32, "n_layer": 2, "vocab_size": 257, "dropout": 0.0, "num_heads": 2,

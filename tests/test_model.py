@@ -1371,3 +1371,33 @@ def test_scan_compiles_without_a_graph_break_and_equals_eager():
     gradients = [torch.autograd.grad(y.sum() + s.sum(), inputs) for y, s in (got, want)]
     for one, two in zip(*gradients, strict=True):
         close(one, two, 1e-10)
+
+
+# --------------------------------------------------------------------------------- wrong calls
+
+
+def test_a_mask_of_another_shape_and_ids_without_tokens_are_refused():
+    model = TinyMambaModel(tiny_config())
+    with pytest.raises(ValueError, match="attention_mask"):
+        model(some_ids(2, 60), attention_mask=torch.ones(2, 10))
+    with pytest.raises(ValueError, match="must hold a token"):
+        model(some_ids(2, 60)[:, :0])
+
+
+def test_the_scan_of_nothing_is_nothing_and_an_unknown_method_is_refused():
+    x, dt, A, B, C, state = scan_inputs(3)
+    y, end = selective_scan(x[:, :0], dt[:, :0], A, B[:, :0], C[:, :0], state)
+    assert y.shape == x[:, :0].shape and torch.equal(end, state)
+    with pytest.raises(ValueError, match="chunkde"):
+        selective_scan(x, dt, A, B, C, state, method="chunkde")
+
+
+def test_a_flipped_bit_in_the_tensors_of_a_saved_state_is_refused(tmp_path):
+    model = TinyMambaModel(tiny_config())
+    _, state = model.advance(some_ids(1, 9), model.init_state(1))
+    state.save(tmp_path / "s.safetensors", model)
+    raw = bytearray((tmp_path / "s.safetensors").read_bytes())
+    raw[-40] ^= 16
+    (tmp_path / "s.safetensors").write_bytes(raw)
+    with pytest.raises(UserError, match="damaged"):
+        ModelState.load(tmp_path / "s.safetensors", model)
