@@ -323,7 +323,7 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[Config, dict, boo
     usage = "python testv2.py [--preset PRESET] [--FIELD VALUE ...]"
     description = __doc__.split("Letters")[0] + "Defaults stand in [brackets]."
     parser = CliParser(usage=usage, description=description)
-    presets = "demo: 3.2M parameters, minutes on a CPU; small: 20M; base: the defaults, 153M"
+    presets = "demo: 3.2M parameters, minutes on a CPU; small: 21M; base: the defaults, 153M"
     parser.add_argument("--preset", choices=PRESETS, default="base", help=presets)
     profile = "time a few steps with torch.profiler, write a trace, and end"
     parser.add_argument("--profile", action="store_true", help=profile)
@@ -1400,7 +1400,7 @@ def load_newest(path: str) -> dict:
     try:
         return load_checkpoint(path)
     except UserError as damage:
-        if not sibling(path, "best").is_file():
+        if not (Path(path).is_file() and sibling(path, "best").is_file()):
             raise
         saved = load_checkpoint(sibling(path, "best"))
         print(f"warning: {damage}: going on from {sibling(path, 'best')}")
@@ -1638,7 +1638,8 @@ class Trainer:
         if self.world == 1:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(
+            model, device_ids=ids, forward_sync_buffers=False)
 
     def autocast(self):
         return torch.autocast(self.device.type, self.amp, enabled=self.amp != torch.float32)
@@ -1731,11 +1732,11 @@ class Trainer:
     def judge(self, loss: float) -> bool:
         """Keep the checkpoint if it is among the best; say whether to stop early."""
         c, p = self.config, self.progress
-        self.keep_best(loss)
         if loss < p["lowest"] - c.early_stopping_min_delta:
             p["lowest"], p["bad_validations"] = loss, 0
         else:
             p["bad_validations"] += 1
+        self.keep_best(loss)
         if not c.use_early_stopping or p["bad_validations"] < c.early_stopping_patience:
             return False
         self.log.say(f"early stopping: {p['bad_validations']} validations without improvement")

@@ -507,6 +507,16 @@ def test_early_stopping_waits_for_patience_validations(place):
     assert load_checkpoint(LATEST)["global_step"] == 6
 
 
+def test_best_checkpoint_counts_its_own_validation_as_an_improvement(place):
+    trainer = Trainer(brief_config(max_steps=4, enable_validation=True, validation_interval=1))
+    values = iter([2.0, 3.0, 3.0, 1.0])
+    trainer.validate = lambda: next(values)
+    trainer.run()
+    saved = load_checkpoint(BEST)
+    assert (saved["global_step"], saved["val_loss"]) == (4, 1.0)
+    assert (saved["progress"]["lowest"], saved["progress"]["bad_validations"]) == (1.0, 0)
+
+
 def test_validation_that_is_not_finite_is_never_the_best(place):
     trainer = Trainer(brief_config(max_steps=3, enable_validation=True, validation_interval=1))
     values = iter([math.nan, 2.0, 3.0])
