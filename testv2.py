@@ -253,6 +253,7 @@ PRESETS = {
         "block_size": 256, "batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 1000,
         "lr": 3e-3, "warmup_steps": 100, "use_compile": False, "validation_interval": 200,
         "validation_steps": 20, "generation_interval": 500, "checkpoint_interval": 500,
+        "generation_prompt": "import os\n\nclass", "generation_temperature": 0.7,
     },
     "small": {
         "d_model": 384, "n_layer": 8, "vocab_size": 4096, "lr": 1e-3, "num_epochs": 4,
@@ -1010,7 +1011,7 @@ class SimpleTokenizer:
     @staticmethod
     def _lines(path: Path) -> list[str]:
         try:
-            text = path.read_bytes().decode()
+            text = path.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as e:
             raise UserError(str(path), f"is not UTF-8 ({e.reason})", "convert it") from None
         # A lone carriage return may be a token; a file written on Windows has one on every line.
@@ -1044,7 +1045,7 @@ class SimpleTokenizer:
             if escaped := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token):
                 piece = bytes([int(escaped[1], 16)])
             elif token in EOS_NAMES or re.fullmatch(r"<\|.*\|>", token):
-                self.special[token] = i
+                self.special.setdefault(token, i)
             elif gpt2_notation and set(token) <= set(byte_of):
                 piece = bytes(byte_of[c] for c in token)
             self.pieces.append(piece)
@@ -1058,7 +1059,8 @@ class SimpleTokenizer:
         self.eos_token_id = next((i for t, i in self.special.items() if t in EOS_NAMES), None)
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """The ids of `text`."""
+        """The ids of `text`; half of a surrogate pair, which is no character, is read as "?"."""
+        text = text.encode(errors="replace").decode()
         if self.library is not None:
             self.library.encode_special_tokens = not allow_special
             return self.library.encode(text, add_special_tokens=False).ids
@@ -1076,7 +1078,7 @@ class SimpleTokenizer:
         return ids
 
     def decode(self, ids, skip_special_tokens: bool = True) -> str:
-        """The text of `ids`; unknown ids and bytes that are no UTF-8 become U+FFFD."""
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD, unknown ids that or nothing."""
         ids = [int(i) for i in ids]
         if self.library is not None:
             return self.library.decode(ids, skip_special_tokens=skip_special_tokens)
@@ -1102,7 +1104,7 @@ def read_sidecar(path: str) -> dict:
     if not sidecar.is_file():
         return {}
     try:
-        facts = json.loads(sidecar.read_text())
+        facts = json.loads(sidecar.read_text(encoding="utf-8"))
     except ValueError as e:
         raise UserError(str(sidecar), f"is not JSON ({e})", "mend it or delete it") from None
     known = isinstance(facts, dict) and facts.get("dtype", "int32") in ("int32", "uint16")
@@ -1132,8 +1134,9 @@ class TokenFile:
     def read(self, begin: int, end: int) -> np.ndarray:
         if self.tokens is None:
             self.tokens = np.memmap(self.path, self.dtype, mode="r")
-        require(end <= len(self.tokens), self.path, f"was cut to {len(self.tokens)} tokens while "
-                "it was read", "put it back and start again")
+        there = min(len(self.tokens), os.path.getsize(self.path) // self.dtype.itemsize)
+        require(end <= there, self.path, f"was cut to {there} tokens while it was read",
+                "put it back and start again")
         return self.tokens[begin:end]
 
     def __getstate__(self) -> dict:
@@ -1148,7 +1151,8 @@ class TokenFile:
                 continue
             first = int(np.flatnonzero((ids >= vocab_size) | (ids < 0))[0])
             remedy = "raise --vocab_size, or tokenise the text anew"
-            if self.dtype == np.int32 and np.mean(ids >= 1 << 16) > 0.5:  # two ids read as one
+            halves = ids.copy().view(np.uint16)  # two ids of uint16 make one large int32
+            if np.mean((ids < 0) | (ids >= 1 << 16)) > 0.5 and halves.max() < vocab_size:
                 remedy = "it looks like uint16 ids: pass --data_dtype uint16"
             problem = f"id {ids[first]} at offset {at + first} is outside vocab_size={vocab_size}"
             raise UserError(self.path, problem, remedy)
@@ -1191,6 +1195,15 @@ class Shares:
             left, cut = left + self.weights[sources[cut]], cut + 1
         return self._grow(sources[:cut]), self._grow(sources[cut:]), left, total
 
+    def locate(self, sample: int) -> tuple[int, int]:
+        """(source, how many samples it had before) of one sample."""
+        node = self.tree
+        while not isinstance(node, int):
+            low, high, left, total = node
+            share, after = ((2 * n * left + total) // (2 * total) for n in (sample, sample + 1))
+            node, sample = (low, share) if after > share else (high, sample - share)
+        return node, sample
+
     def counts(self, n: int, node=None) -> dict[int, int]:
         """How many of the first n samples each source gets."""
         node = self.tree if node is None else node
@@ -1226,6 +1239,7 @@ class StreamingTokenDataset(torch.utils.data.Dataset):
         self.blocks = [(file.length - 1) // block_size for file in self.files]
         self.shares = Shares(self.blocks if weights is None else self._whole_weights(weights))
         self.length = sum(self.blocks) if weights is None else self._epoch_length()
+        self.epoch, self.given = 0, self.shares.counts(0)  # samples given before the epoch at hand
 
     def _whole_weights(self, weights) -> list[int]:
         weights, field = [float(w) for w in weights], "train_data_weights"
@@ -1253,9 +1267,10 @@ class StreamingTokenDataset(torch.utils.data.Dataset):
         i = operator.index(i)  # whole numbers of any size, also when a sampler gives numpy's
         if i < 0:
             raise IndexError(f"sample {i}: samples are numbered from 0")
-        epoch, after = i // self.length, self.shares.counts(i + 1)
-        source, nth = next((s, n) for s, n in self.shares.counts(i).items() if after[s] > n)
-        nth -= self.shares.counts(epoch * self.length)[source]
+        epoch, (source, nth) = i // self.length, self.shares.locate(i)
+        if epoch != self.epoch:
+            self.epoch, self.given = epoch, self.shares.counts(epoch * self.length)
+        nth -= self.given[source]
         if not self.shuffle:
             return source, nth
         key = hashlib.sha256(b"%d %d %d" % (self.seed, source, epoch)).digest()

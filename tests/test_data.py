@@ -555,7 +555,6 @@ def test_a_file_cut_after_opening_is_refused_and_gives_no_short_sample(tmp_path,
         data[5]
 
 
-@pytest.mark.xfail(strict=True, reason="reading a map past the end of its file is a SIGBUS")
 def test_a_file_cut_while_it_is_read_does_not_kill_the_process(tmp_path):
     (file,) = make(tmp_path, 20_000)
     data = StreamingTokenDataset(file, S)
@@ -849,7 +848,6 @@ def test_a_token_with_a_carriage_return_shifts_no_id(tmp_path):
     assert [tokenizer.decode([i]) for i in range(4)] == lines
 
 
-@pytest.mark.xfail(strict=True, reason="a byte order mark is read as part of the first token")
 def test_a_byte_order_mark_is_no_part_of_the_first_token(tmp_path):
     (tmp_path / "v.txt").write_bytes("the\nword\n".encode("utf-8-sig"))
     assert SimpleTokenizer(tmp_path / "v.txt").encode("theword") == [0, 1]
