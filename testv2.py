@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import difflib
 import functools
+import glob
 import hashlib
 import inspect
 import json
@@ -40,7 +41,7 @@ import sys
 import time
 import typing
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -57,11 +58,15 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 class UserError(Exception):
     """A mistake the user can mend: which field or file, what is wrong, what to do."""
 
-    def __init__(self, field: str, problem: str, remedy: str):
+    def __init__(self, field: str, problem: str = "", remedy: str = ""):
         super().__init__(field, problem, remedy)
 
     def __str__(self) -> str:
-        return "{}: {}; {}".format(*self.args)
+        field, problem, remedy = self.args
+        if problem:
+            return f"{field}: {problem}; {remedy}"
+        # A DataLoader worker's error comes as one text: a traceback, and last the error itself.
+        return field.strip().split("\n")[-1].partition("UserError: ")[2] or field
 
 def require(holds, field: str, problem: str, remedy: str) -> None:
     """Raise a UserError unless `holds`."""
@@ -87,7 +92,7 @@ class CliParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=wide, **kwargs)
 
     def error(self, message: str) -> typing.NoReturn:
-        message = re.sub(r"^argument (--\w+)[^:]*: ", r"\1: ", message)
+        message = re.sub(r"^argument (--[\w-]+)[^:]*: ", r"\1: ", message)
         if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
             near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
             hint = f"did you mean {near[0]}?" if near else "--help lists every flag"
@@ -167,7 +172,7 @@ class Config:
     # Validation and samples
     enable_validation: bool = True  # measure the loss on val_data_path
     validation_interval: int = 2000  # steps between two validations
-    validation_steps: int = 50  # batches in one validation; 0 is all of the data
+    validation_steps: int = 50  # batches of each process in one validation; 0 is all of the data
     use_early_stopping: bool = False  # stop when validation no longer improves
     early_stopping_patience: int = 5  # validations without improvement to wait for
     early_stopping_min_delta: float = 0.0  # nats that count as improvement
@@ -197,10 +202,6 @@ class Config:
             legal = CHOICES.get(name, (value,))
             require(value in legal, name, f"{show(value)} is not a choice",
                     f"use one of {', '.join(map(show, legal))}")
-        self._validate_shapes()
-        return self
-
-    def _validate_shapes(self) -> None:
         D, E = self.d_model, self.expand_factor * self.d_model
         legal = [n for n in range(1, D + 1) if D % (2 * n) == 0]
         require(self.num_heads in legal, "num_heads",
@@ -213,6 +214,7 @@ class Config:
                 f"it must be from 0 to {D - 1}")
         require(self.eos_id < self.vocab_size, "eos_id", f"{self.eos_id} is not in the vocabulary",
                 f"it must be from -1 to {self.vocab_size - 1}")
+        return self
 
     def to_dict(self) -> dict:
         """Plain values only, for checkpoints and JSON."""
@@ -283,18 +285,14 @@ def has_type(value, hint) -> bool:
         return type(value) in (int, float) and math.isfinite(value)
     return type(value) is hint
 
-def parse_as(hint):
-    """The function that turns the text of a flag into a value of type `hint`."""
+def parse_as(hint, text: str):
+    """The value of type `hint` that the text of a flag stands for."""
     words = {bool: {"true": True, "1": True, "false": False, "0": False}, torch.dtype: DTYPES}
-
-    def parse(text: str):
-        try:
-            return words[hint][text.lower()] if hint in words else hint(text)
-        except (ValueError, KeyError):
-            legal = "one of " + ", ".join(words[hint]) if hint in words else f"an {hint.__name__}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not legal; pass {legal}") from None
-
-    return parse
+    try:
+        return words[hint][text.lower()] if hint in words else hint(text)
+    except (ValueError, KeyError):
+        legal = "one of " + ", ".join(words[hint]) if hint in words else hint.__name__
+        raise argparse.ArgumentTypeError(f"{text!r} is not legal; pass {legal}") from None
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
     """One flag for every field; the help text is the comment beside the field."""
@@ -305,15 +303,13 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
         if not (found := re.match(r"    (\w+): .*?  # (.*)$", line)):
             continue
         (name, text), hint = found.groups(), HINTS[found[1]]
-        kind = {"type": parse_as(hint), "metavar": getattr(hint, "__name__", "").upper()}
-        if typing.get_args(hint):
-            item = float if list[float] in typing.get_args(hint) else str
-            kind = {"type": parse_as(item), "metavar": item.__name__.upper(), "nargs": "+"}
-        if hint is bool:
-            kind |= {"nargs": "?", "const": True}
+        kind = {"nargs": "?", "const": True} if hint is bool else {}
+        if options := typing.get_args(hint):
+            hint, kind = float if list[float] in options else str, {"nargs": "+"}
         if name in CHOICES:
             text += f": {', '.join(map(show, CHOICES[name]))}"
         text = f"{text} [{show(getattr(Config, name))}]".replace("%", "%%")
+        kind |= {"type": functools.partial(parse_as, hint), "metavar": hint.__name__.upper()}
         group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **kind)
 
 def parse_command_line(argv: list[str] | None = None) -> tuple[Config, dict, bool]:
@@ -729,6 +725,8 @@ class TinyMambaModel(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config.validate()
+        require(config.eos_id >= 0 or not config.document_mask, "eos_id",
+                "document_mask needs to know which id ends a document", "set it in the config")
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(TinyMambaBlock(config) for _ in range(config.n_layer))
@@ -793,17 +791,15 @@ class TinyMambaModel(nn.Module):
 
     def find_documents(self, ids: Tensor, state: ModelState | None, lengths: Tensor | None):
         """The Piece, and where the document of each row's next token begins, (B,)."""
-        (batch, L), masked = ids.shape, self.config.document_mask
-        require(not masked or self.config.eos_id >= 0, "eos_id",
-                "document_mask needs to know which id ends a document", "set it in the config")
+        masked = self.config.document_mask
         if state is None and not masked:
             return Piece(None, lengths), None
-        first = ids.new_zeros(batch)
+        first = ids.new_zeros(len(ids))  # 0 or less: begun before this piece
         if state is not None:
-            first = state.document_start - state.position  # 0 or less: begun before this piece
+            first = state.document_start - state.position
         if not masked:
-            return Piece(first[:, None].expand(-1, L), lengths), first
-        index = torch.arange(L, device=ids.device)
+            return Piece(first[:, None].expand_as(ids), lengths), first
+        index = torch.arange(ids.shape[1], device=ids.device)
         ends = ids == self.config.eos_id
         if lengths is not None:
             ends = ends & (index < lengths[:, None])
@@ -854,7 +850,9 @@ class TinyMambaModel(nn.Module):
 def init_weights(model: TinyMambaModel) -> None:
     """All initialisation, in one place; nothing touches a weight after it.
 
-    - Projections: normal, variance 2/(5 d_in) (Nguyen & Salazar, arXiv 1910.05895), biases zero.
+    - Projections: normal, variance 2/(5 d_in) (Nguyen & Salazar, arXiv 1910.05895), biases zero;
+      of a low-rank pair the first keeps the variance of its input, 1/d_in.
+    - Convolution: uniform within 1/sqrt(K), as PyTorch's own.
     - Embedding: normal, deviation 0.02.
     - Gate: zero, so that every branch starts with a third. For gate=top_k tiny noise breaks the
       tie, differently for each token, or one branch would never be chosen and never learn.
@@ -868,18 +866,17 @@ def init_weights(model: TinyMambaModel) -> None:
     alpha, beta = 1.0, 1.0
     if config.deepnet:
         alpha, beta = config.n_layer**0.25, (4 * config.n_layer) ** -0.25
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=math.sqrt(2 / (5 * module.in_features)))
+            share = 1.0 if name.endswith(".down") else 0.4  # of 1/d_in, as variance
+            nn.init.normal_(module.weight, std=math.sqrt(share / module.in_features))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    for module in model.modules():
-        if isinstance(module, LowRankProjection):
-            nn.init.normal_(module.down.weight, std=module.down.in_features**-0.5)
     for table in (model.embedding, model.head):
         nn.init.normal_(table.weight, std=0.02)
     for block in model.blocks:
-        init_gate(block.gate)
+        noise = 1e-3 * config.d_model**-0.5 if config.gate == "top_k" else 0.0
+        nn.init.normal_(block.gate.controller.weight, std=noise)
         init_ssm(block.ssm)
         nn.init.constant_(block.residual_scale, 1 / alpha)
         with torch.no_grad():
@@ -889,10 +886,6 @@ def init_weights(model: TinyMambaModel) -> None:
 
 def last_layer(projection: nn.Module) -> nn.Linear:
     return projection.up if isinstance(projection, LowRankProjection) else projection
-
-def init_gate(gate: TokenAdaptiveGating) -> None:
-    noise = 1e-3 * gate.controller.in_features**-0.5 if gate.form == "top_k" else 0.0
-    nn.init.normal_(gate.controller.weight, std=noise)
 
 @torch.no_grad()
 def init_ssm(ssm: MambaSSM) -> None:
@@ -945,18 +938,14 @@ class ModelState:
                   for new, old in zip(layers, self.layers, strict=True)]
         return ModelState(layers, position, start)
 
-    def metadata(self, model: TinyMambaModel) -> dict[str, str]:
-        """What a state's file says of itself: its format, its model and its checksum."""
-        checksum = digest(self.tensors())
-        return {"format": "tinymamba-state-1", "model": model.fingerprint(), "checksum": checksum}
-
     def save(self, path: str | Path, model: TinyMambaModel) -> None:
         """Write a safetensors file that carries the fingerprint of the model."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
-        metadata = self.metadata(model)
         tensors = {k: t.detach().cpu().contiguous() for k, t in self.tensors().items()}
-        replace_file(path, lambda temporary: save_file(tensors, temporary, metadata))
+        said = {"format": "tinymamba-state-1", "model": model.fingerprint(),
+                "checksum": digest(tensors)}
+        replace_file(path, lambda temporary: Path(temporary).write_bytes(save(tensors, said)))
 
     @staticmethod
     def load(path: str | Path, model: TinyMambaModel) -> ModelState:
@@ -966,7 +955,8 @@ class ModelState:
         try:
             with safe_open(path, framework="pt") as file:
                 said = file.metadata() or {}
-                require(said.get("model") == model.fingerprint(), str(path),
+                known = said.get("format") == "tinymamba-state-1"
+                require(known and said.get("model") == model.fingerprint(), str(path),
                         "is no state of this model", "load the model that it belongs to")
                 state = model.init_state(file.get_slice("position").get_shape()[0])
                 for name, t in state.tensors().items():
@@ -975,7 +965,8 @@ class ModelState:
                     t.copy_(file.get_tensor(name))
         except (SafetensorError, OSError) as e:
             raise UserError(str(path), f"cannot be read ({e})", "save the state anew") from None
-        require(said == state.metadata(model), str(path), "is damaged", "save the state anew")
+        sound = said.get("checksum") == digest(state.tensors())
+        require(sound, str(path), "is damaged", "save the state anew")
         return state
 
 # -------------------------------------------------------------------------------- tokenizer
@@ -998,15 +989,16 @@ class SimpleTokenizer:
     """
 
     def __init__(self, path: str | Path | None = None):
-        self.library, self.eos_token_id = None, None
+        self.library = None
         if path is None:
             self._read_vocabulary([*byte_alphabet(), EOS_TOKEN])
-            return
-        require(Path(path).is_file(), str(path), "no such file", "pass tokenizer.json or vocab.txt")
-        if Path(path).suffix == ".json":
+        elif not Path(path).is_file():
+            raise UserError(str(path), "no such file", "pass tokenizer.json or vocab.txt")
+        elif Path(path).suffix == ".json":
             self._read_library(str(path))
         else:
             self._read_vocabulary(self._lines(Path(path)))
+        self.bos_token_id = self.pad_token_id = self.eos_token_id  # eos alone parts documents
 
     @staticmethod
     def _lines(path: Path) -> list[str]:
@@ -1017,13 +1009,6 @@ class SimpleTokenizer:
         # A lone carriage return may be a token; a file written on Windows has one on every line.
         end = "\r\n" if text.count("\r\n") == text.count("\n") > 0 else "\n"
         return text.removesuffix(end).split(end)
-
-    @property
-    def bos_token_id(self) -> int | None:
-        """Documents are only told apart by eos, which also serves as bos and padding."""
-        return self.eos_token_id
-
-    pad_token_id = bos_token_id
 
     def _read_library(self, path: str) -> None:
         from tokenizers import Tokenizer
@@ -1134,7 +1119,8 @@ class TokenFile:
     def read(self, begin: int, end: int) -> np.ndarray:
         if self.tokens is None:
             self.tokens = np.memmap(self.path, self.dtype, mode="r")
-        there = min(len(self.tokens), os.path.getsize(self.path) // self.dtype.itemsize)
+        size = os.path.getsize(self.path) if os.path.exists(self.path) else 0
+        there = min(len(self.tokens), size // self.dtype.itemsize)
         require(end <= there, self.path, f"was cut to {there} tokens while it was read",
                 "put it back and start again")
         return self.tokens[begin:end]
@@ -1366,7 +1352,7 @@ def replace_file(path: str | Path, write) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(str(temporary))
-        with open(temporary, "rb") as f:
+        with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
         if os.name == "posix":  # the rename itself is on disk when the folder is
@@ -1410,16 +1396,29 @@ def require_same_shape(old: dict, new: dict) -> None:
         require(old[name] == new[name], name, f"is {new[name]}, but the checkpoint has {old[name]}",
                 "leave the flag out, or start a new run")
 
-def load_newest(path: str) -> dict:
-    """The checkpoint at `path`, or if that is damaged the best one of its run."""
-    try:
-        return load_checkpoint(path)
-    except UserError as damage:
-        if not (Path(path).is_file() and sibling(path, "best").is_file()):
-            raise
-        saved = load_checkpoint(sibling(path, "best"))
-        print(f"warning: {damage}: going on from {sibling(path, 'best')}")
+def run_files(path: str | Path) -> list[Path]:
+    """The checkpoints of the run that saves to `path`: that file, then the others, newest first."""
+    path = Path(path)
+    stem = glob.escape(path.stem.removesuffix("_latest"))
+    others = {sibling(path, "best"), *path.parent.glob(f"{stem}_step*{glob.escape(path.suffix)}")}
+    others = [f for f in others if f.is_file() and f != path]
+    return [path, *sorted(others, key=lambda f: f.stat().st_mtime, reverse=True)]
+
+def load_newest(path: str | Path) -> dict:
+    """The checkpoint at `path`, or if that is damaged the newest good one of its run."""
+    if not Path(path).is_file():
+        return load_checkpoint(path)  # which says so
+    errors = []
+    for file in run_files(path):
+        try:
+            saved = load_checkpoint(file)
+        except UserError as e:
+            errors.append(e)
+            continue
+        for error in errors:
+            print(f"warning: {error}: going on from {file}")
         return saved
+    raise errors[0]
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> TinyMambaModel:
     """The model of a checkpoint, in eval mode."""
@@ -1559,7 +1558,10 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     known = re.fullmatch(r"cuda(:\d+)?|mps|cpu", name) and have[name.split(":")[0]]
     legal = ", ".join(kind for kind, present in have.items() if present)
     require(known, "device", f"{name} is not here", f"use auto, {legal}")
-    return torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
+    device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
+    require(device.type != "cuda" or device.index < torch.cuda.device_count(), "device",
+            f"{device} is not here", f"there are {torch.cuda.device_count()} GPUs")
+    return device
 
 def pick_amp_dtype(wanted: torch.dtype, device: torch.device) -> torch.dtype:
     """The autocast type that the hardware is fast in; float32 stands for no autocast."""
@@ -1584,9 +1586,11 @@ class Trainer:
 
     def __init__(self, config: Config, tokenizer=None, saved: dict | None = None):
         """`tokenizer`: any object with encode and decode. `saved`: a checkpoint to go on from."""
-        self.config = config.validate()
+        self.config = config = replace(config).validate()
         self.rank, self.world = from_launcher("RANK", 0), from_launcher("WORLD_SIZE", 1)
-        self.main, self.signal, self.save_asked = self.rank == 0, 0, False
+        self.main = self.rank == 0
+        self.signal, self.save_asked = 0, False  # what this process was sent
+        self.stopped_by = 0  # the signal that all processes agreed to stop for
         self.device = pick_device(config.device, from_launcher("LOCAL_RANK", 0))
         self.amp = pick_amp_dtype(config.amp_dtype, self.device)
         self.open_data(tokenizer)
@@ -1609,6 +1613,10 @@ class Trainer:
         self.resumed = saved is not None
         if self.resumed:
             self.restore(saved)
+        left = config.num_epochs * len(self.train_data) - self.samples
+        self.total_steps = config.max_steps or self.step + max(0, left // self.samples_per_step)
+        require(self.total_steps, "batch_size", f"one step takes {self.samples_per_step} samples, "
+                f"the data has {left}", "lower it, or set --max_steps")
         self.folder, path = Path(config.log_dir) / self.progress["folder"], config.checkpoint_path
         require(path and not os.path.isdir(path), "checkpoint_path", f"{path!r} is no file name",
                 "name a file")
@@ -1619,7 +1627,7 @@ class Trainer:
         self.forward = self.wrap(config.use_compile)
 
     def open_data(self, tokenizer) -> None:
-        """The data, its tokenizer, and how many steps it makes."""
+        """The data and its tokenizer."""
         c = self.config
         kind = {"vocab_size": c.vocab_size, "data_dtype": c.data_dtype, "seed": c.seed}
         self.train_data = StreamingTokenDataset(
@@ -1638,10 +1646,6 @@ class Trainer:
             c.eos_id = -1 if eos is None else eos
             c.validate()
         self.samples_per_step = c.batch_size * c.gradient_accumulation_steps * self.world
-        samples = c.num_epochs * len(self.train_data)
-        self.total_steps = c.max_steps or samples // self.samples_per_step
-        require(self.total_steps, "batch_size", f"one step takes {self.samples_per_step} samples, "
-                f"the data has {samples}", "lower it, or set --max_steps")
 
     def wrap(self, compiled: bool):
         """The model as the training step calls it: compiled and data-parallel where asked."""
@@ -1707,7 +1711,7 @@ class Trainer:
         c = self.config
         # Dropout is a function of (seed, step, rank): a resumed run needs no generator state.
         torch.manual_seed(((c.seed * 1_000_003 + self.step) * 65_537 + self.rank) % (1 << 63))
-        total = 0.0
+        total, self.last_ids = 0.0, taken[-1][0]
         for i, (x, y) in enumerate(taken):
             alone = self.world == 1 or i == len(taken) - 1
             with contextlib.nullcontext() if alone else self.forward.no_sync():
@@ -1719,7 +1723,10 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Mean loss in nats on the first `validation_steps` batches of the validation data."""
+        """Mean loss in nats on the first `validation_steps` batches of the validation data.
+
+        Bits per byte are by the whole file's bytes per token.
+        """
         c, last, total, count, values = self.config, len(self.val_data), 0.0, 0, {}
         if c.validation_steps:
             last = min(last, c.validation_steps * c.batch_size * self.world)
@@ -1811,7 +1818,7 @@ class Trainer:
             "val_loss": history[-1][1] if val_loss is None and history else val_loss,
             "config": self.config.to_dict(),
             "data": {"samples": self.samples, **self.train_data.fingerprint()},
-            "rng": {"seed": self.config.seed, "step": self.step},  # all there is: see train_step
+            "rng": {"seed": self.config.seed, "step": self.step},  # all there is: see accumulate
             "progress": self.progress,
         }
 
@@ -1828,7 +1835,10 @@ class Trainer:
             require(old == value, self.config.checkpoint_path,
                     f"the data's {name} was {old} and is {value}", "start a new run instead")
         self.model.load_state_dict(saved["model"])
+        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
+        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
+            group |= {"weight_decay": decay, "betas": (self.config.beta1, self.config.beta2)}
         self.scaler.load_state_dict(saved["scaler"])
         self.step, self.tokens = saved["global_step"], saved["tokens_seen"]
         self.samples, self.progress = saved["data"]["samples"], saved["progress"]
@@ -1866,9 +1876,7 @@ class Trainer:
         try:
             self.announce()
             if self.main and not self.resumed:
-                path = Path(self.config.checkpoint_path)
-                of_steps = path.parent.glob(sibling(path, "step*").name)
-                for file in (path, sibling(path, "best"), *of_steps):
+                for file in run_files(self.config.checkpoint_path):
                     move_aside(file)
             self.loop()
             self.save()
@@ -1879,12 +1887,13 @@ class Trainer:
             for n, handler in before.items():
                 signal.signal(getattr(signal, n), handler)
             self.close()
-        return 128 + self.signal if self.signal else 0
+        return 128 + self.stopped_by if self.stopped_by else 0
 
     def loop(self) -> None:
         from tqdm import tqdm
 
-        c, last = self.config, self.total_steps * self.samples_per_step
+        c = self.config
+        last = self.samples + (self.total_steps - self.step) * self.samples_per_step
         batches, since, seconds = self.batches(self.train_data, self.samples, last), self.step, 0.0
         bar = tqdm(total=self.total_steps, initial=self.step, disable=None if self.main else True)
         done = self.step >= self.total_steps
@@ -1912,6 +1921,9 @@ class Trainer:
         c, end, stop = self.config, self.step == self.total_steps, False
         if self.val_data is not None and (end or self.step % c.validation_interval == 0):
             stop = self.judge(self.validate())
+        elif self.val_data is None and self.step % c.validation_interval == 0:
+            with torch.no_grad(), self.autocast():
+                self.log.record(gate_statistics(self.model.run(self.last_ids)[2]), self.step)
         if c.generate_samples and (end or stop or self.step % c.generation_interval == 0):
             self.sample()
         if c.checkpoint_interval and self.step % c.checkpoint_interval == 0 and not end:
@@ -1919,11 +1931,11 @@ class Trainer:
         if c.empty_cache_freq and self.step % c.empty_cache_freq == 0:
             torch.cuda.empty_cache()  # does nothing without CUDA
         asked = [self.signal, self.save_asked]
-        self.signal, save_asked = map(int, self.over_ranks(asked, dist.ReduceOp.MAX))
+        self.save_asked = False
+        self.stopped_by, save_asked = map(int, self.over_ranks(asked, dist.ReduceOp.MAX))
         if save_asked:
             self.save()
-            self.save_asked = False
-        return end or stop or self.signal != 0
+        return end or stop or self.stopped_by != 0
 
     def report(self, loss: float, norm: float, seconds_per_step: float) -> None:
         speed = self.samples_per_step * self.config.block_size / seconds_per_step
@@ -1973,7 +1985,8 @@ def prepare_default_data(config: Config, named: dict) -> None:
     print(f"{path} is not there: preparing the built-in corpus", flush=True)
     script = Path(__file__).parent / "data" / "prepare.py"
     done = subprocess.run([sys.executable, script, "--output_dir", path.parent], check=False)
-    require(done.returncode == 0, str(path), "could not be prepared", "see the error above")
+    if done.returncode:
+        sys.exit(done.returncode)  # it has said why
 
 def main(argv: list[str] | None = None) -> int:
     config, named, profile = parse_command_line(argv)
@@ -1983,7 +1996,8 @@ def main(argv: list[str] | None = None) -> int:
         settings = {**saved["config"], **named, "resume": True}
         require_same_shape(saved["config"], settings)
         config = Config.from_dict(settings)
-    if config.d_model >= 768 and pick_device(config.device).type == "cpu":
+    first = from_launcher("RANK", 0) == 0
+    if first and config.d_model >= 768 and pick_device(config.device).type == "cpu":
         print("hint: this is a large model for a CPU; try --preset demo")
     prepare_default_data(config, named)
     trainer = Trainer(config, saved=saved)

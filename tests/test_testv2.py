@@ -540,7 +540,9 @@ def test_missing_data_that_the_user_named_is_not_made_up(prepared, path):
     assert prepared == []
 
 
-def test_failed_preparation_is_one_line(prepared, monkeypatch):
-    failed = subprocess.CompletedProcess([], 2)
-    monkeypatch.setattr(testv2.subprocess, "run", lambda *_, **__: failed)
-    assert_refuses(*ARGS, naming=["train.bin"])
+def test_failed_preparation_is_one_line(tmp_path):
+    (tmp_path / "data" / "text").mkdir(parents=True)
+    (tmp_path / "data" / "text" / "vocab.txt").write_text("mine")
+    done = run_script("testv2.py", cwd=tmp_path)
+    assert_refused(done, "vocab.txt", "--force")
+    assert (tmp_path / "data" / "text" / "vocab.txt").read_text() == "mine"

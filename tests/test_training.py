@@ -707,3 +707,50 @@ def assert_same_run(one: Path, two: Path, step: int) -> None:
     assert a["global_step"] == b["global_step"] == step and a["tokens_seen"] == b["tokens_seen"]
     for name, weight in a["model"].items():
         torch.testing.assert_close(weight, b["model"][name], atol=1e-4, rtol=0)
+
+
+# ------------------------------------------------------------------- settings changed on resume
+
+
+def test_resume_with_smaller_batches_and_another_decay(stopped):
+    words = ["--max_steps", 9, "--batch_size", 2, "--weight_decay", 0.5, "--beta2", 0.9]
+    done = call("--resume", *words)
+    assert done.returncode == 0, done.stderr
+    saved = load_checkpoint(LATEST)
+    assert saved["global_step"] == 9
+    groups = saved["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+    assert all(group["betas"][1] == 0.9 for group in groups)
+
+
+def test_gates_are_logged_without_validation_too(place):
+    assert call(*brief_flags(max_steps=2, validation_interval=1)).returncode == 0
+    [events] = place.rglob("events.out.tfevents.*")
+    found = EventAccumulator(str(events)).Reload()
+    assert len(found.Scalars("gate/ssm")) == len(found.Scalars("gate_entropy/layer0")) == 2
+
+
+def test_a_damaged_best_checkpoint_is_passed_over_for_a_good_one(place):
+    words = brief_flags(enable_validation="true", validation_interval=1, save_top_k=2, max_steps=2)
+    assert call(*words).returncode == 0
+    for path in (LATEST, BEST):
+        path.write_bytes(b"damaged")
+    done = call("--resume", "--max_steps", 3)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("warning: ") == 2 and "going on from" in done.stdout
+
+
+def test_an_error_in_a_worker_is_one_line(place):
+    trainer = Trainer(brief_config(num_workers=1))
+    Path("data/text/train.bin").write_bytes(bytes(8))
+    with pytest.raises(UserError) as caught:
+        next(trainer.batches(trainer.train_data, 0, 8))
+    assert str(caught.value).startswith("./data/text/train.bin: was cut to 2 tokens")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_document_mask_without_eos_is_refused_before_anything_is_touched(place):
+    LATEST.write_bytes(b"of an earlier run")
+    done = call(*brief_flags(document_mask="true"))
+    assert_refused(done, "eos_id: ")
+    assert LATEST.read_bytes() == b"of an earlier run"
