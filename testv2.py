@@ -1068,8 +1068,7 @@ class SimpleTokenizer:
         if self.library is not None:
             return self.library.decode(ids, skip_special_tokens=skip_special_tokens)
         hidden = set(self.special.values()) if skip_special_tokens else ()
-        unknown = b"\xff"
-        pieces = (self.pieces[i] if 0 <= i < len(self) else unknown for i in ids if i not in hidden)
+        pieces = (self.pieces[i] if 0 <= i < len(self) else b"\xff" for i in ids if i not in hidden)
         return b"".join(pieces).decode(errors="replace")
 
     def __len__(self) -> int:
@@ -1103,15 +1102,13 @@ class TokenFile:
         self.path, self.tokens = str(path), None
         require(Path(path).is_file(), self.path, "no such file", "make it with data/prepare.py")
         facts = read_sidecar(self.path)
-        said = facts.get("dtype")
-        require(data_dtype == "auto" or said in (None, data_dtype), "data_dtype",
-                f"{data_dtype}, but the .json beside {self.path} says {said}", "leave it out")
-        self.dtype = np.dtype(said or ("int32" if data_dtype == "auto" else data_dtype))
-        size = os.path.getsize(path)
+        asked = facts.get("dtype", "int32") if data_dtype == "auto" else data_dtype
+        require(facts.get("dtype", asked) == asked, "data_dtype",
+                f"{asked}, but the .json of {self.path} says {facts.get('dtype')}", "leave it out")
+        self.dtype, size = np.dtype(asked), os.path.getsize(path)
         hint = "is it cut off?" if size % 2 else "pass --data_dtype uint16 if it holds uint16"
-        require(size % self.dtype.itemsize == 0, self.path,
-                f"{size} bytes are no whole number of {self.dtype} ids", hint)
-        self.length = size // self.dtype.itemsize
+        self.length, rest = divmod(size, self.dtype.itemsize)
+        require(not rest, self.path, f"{size} bytes are no whole number of {asked} ids", hint)
         require(facts.get("tokens", self.length) == self.length, self.path,
                 f"has {self.length} tokens, its .json says {facts.get('tokens')}",
                 "prepare it anew, or delete the .json if it describes another file")
@@ -1128,9 +1125,8 @@ class TokenFile:
     def __getstate__(self) -> dict:
         return {**self.__dict__, "tokens": None}  # a worker process maps the file itself
 
-    def check(self, vocab_size: int, begin: int = 0, end: int | None = None) -> None:
+    def check(self, vocab_size: int, begin: int, end: int) -> None:
         """Refuse ids outside the vocabulary, naming the first one and where it is."""
-        end = self.length if end is None else end
         for at in range(begin, end, 1 << 22):
             ids = self.read(at, min(at + (1 << 22), end))
             if ids.max() < vocab_size and ids.min() >= 0:
@@ -1217,11 +1213,10 @@ class StreamingTokenDataset(torch.utils.data.Dataset):
         self.files = [TokenFile(path, data_dtype) for path in paths]
         require(self.files, "data_sources", "is empty", "name at least one .bin file")
         for file in self.files:
-            require(file.length > block_size, file.path,
-                    f"{file.length} tokens are too few for block_size={block_size}",
-                    f"it needs at least {block_size + 1}")
+            problem = f"{file.length} tokens are too few for block_size={block_size}"
+            require(file.length > block_size, file.path, problem, f"it needs {block_size + 1}")
             if vocab_size is not None:
-                file.check(vocab_size)
+                file.check(vocab_size, 0, file.length)
         self.blocks = [(file.length - 1) // block_size for file in self.files]
         self.shares = Shares(self.blocks if weights is None else self._whole_weights(weights))
         self.length = sum(self.blocks) if weights is None else self._epoch_length()
@@ -1309,8 +1304,7 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
     others = [p for p in model.parameters() if id(p) not in matrices]
     groups = [{"params": decayed, "weight_decay": config.weight_decay},
               {"params": others, "weight_decay": 0.0}]
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
+    return torch.optim.AdamW(groups, config.lr, (config.beta1, config.beta2), fused=True)
 
 def learning_rate(step: int, total_steps: int, config: Config) -> float:
     """Linear warm-up to `lr`, then a cosine down to min_lr_ratio * lr at the last step."""
@@ -1487,13 +1481,12 @@ class Logger:
         if config.use_wandb:
             try:
                 import wandb
-            except ModuleNotFoundError:
-                problem, remedy = "the package wandb is not installed", "pip install wandb"
-                raise UserError("use_wandb", problem, remedy) from None
-            try:
+
                 self.wandb = wandb.init(
                     project=config.wandb_project, name=config.wandb_run_name or None,
                     dir=str(folder), config=config.to_dict())
+            except ModuleNotFoundError as e:
+                raise UserError("use_wandb", str(e), "pip install wandb") from None
             except wandb.Error as e:
                 remedy = "wandb login, or set WANDB_MODE=offline"
                 raise UserError("use_wandb", str(e).split("\n")[0], remedy) from None
@@ -1576,10 +1569,9 @@ def why_no_compile(device: torch.device) -> str | None:
     """What stands in the way of torch.compile, as far as it can be known beforehand."""
     if device.type == "mps":
         return "it is experimental on Apple GPUs"
-    compilers = [os.environ.get("CXX"), "g++", "clang++", "cl"]
-    if device.type == "cpu" and not any(shutil.which(c) for c in compilers if c):
-        return "no C++ compiler was found"
-    return None
+    compilers = (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")
+    missing = device.type == "cpu" and not any(map(shutil.which, compilers))
+    return "no C++ compiler was found" if missing else None
 
 class Trainer:
     """One training run, from the first batch to the last checkpoint."""
@@ -1847,12 +1839,10 @@ class Trainer:
         c, counts = self.config, self.model.count_parameters()
         parts = ", ".join(f"{name} {n:,}" for name, n in counts.items() if n and name != "total")
         self.log.say(f"{counts['total']:,} parameters: {parts}")
-        precision = show(self.amp) + (" autocast" if self.amp != torch.float32 else "")
-        self.log.say(f"{self.world} x {self.device}, {precision}; logs in {self.folder}")
+        self.log.say(f"{self.world} x {self.device}, {show(self.amp)}; logs in {self.folder}")
         epochs = self.total_steps * self.samples_per_step / len(self.train_data)
-        tokens = self.samples_per_step * c.block_size
-        steps = f"steps {self.step} to {self.total_steps} of {tokens:,} tokens"
-        self.log.say(f"{steps}, {epochs:.2f} epochs in all")
+        steps = f"steps {self.step} to {self.total_steps}, {epochs:.2f} epochs in all"
+        self.log.say(f"{steps}; a step is {self.samples_per_step * c.block_size:,} tokens")
         if c.warmup_steps > self.total_steps // 10:
             self.log.say(f"warm-up: {self.total_steps // 10} steps, a tenth of this short run")
         known = len(self.tokenizer) if hasattr(self.tokenizer, "__len__") else c.vocab_size
