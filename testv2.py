@@ -1725,9 +1725,9 @@ class Trainer:
         self.model.eval()
         for x, y in self.batches(self.val_data, 0, last):
             with self.autocast():
-                total += self.model(x, y).item() * y.numel()
-                values = values or gate_statistics(self.model.run(x)[2])
-            count += y.numel()
+                loss, gates = self.model(x, y, return_gates=True)
+            total, count = total + loss.item() * y.numel(), count + y.numel()
+            values = values or gate_statistics(gates)
         self.model.train()
         total, count = self.over_ranks([total, count])
         values["val/loss"] = loss = total / count
