@@ -1,16 +1,19 @@
 """What the tests share: a small config, small data, and a way to run a script as a user does."""
 
+import contextlib
+import io
 import os
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from testv2 import Config, SimpleTokenizer
+from testv2 import Config, SimpleTokenizer, main, run_cli
 
 torch.set_num_threads(1)  # the models are tiny, and tests run side by side
 
@@ -21,6 +24,7 @@ TINY = {
     "batch_size": 4, "gradient_accumulation_steps": 1, "use_compile": False, "device": "cpu",
     "warmup_steps": 2,
 }
+BRIEF = {"generate_samples": False, "enable_validation": False, "log_interval": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +67,33 @@ def assert_refused(done, *fragments: str) -> None:
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     for fragment in fragments:
         assert fragment in lines[0]
+
+
+def call(*words) -> subprocess.CompletedProcess:
+    """testv2.py with these words on the command line, in this process; warnings go to stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        caught = stack.enter_context(warnings.catch_warnings(record=True))
+        ended = stack.enter_context(pytest.raises(SystemExit))
+        run_cli(lambda: main([str(word) for word in words]))
+    shown = [w for w in caught if not issubclass(w.category, DeprecationWarning | FutureWarning)]
+    err.write("".join(f"{w.category.__name__}: {w.message}\n" for w in shown))
+    return subprocess.CompletedProcess(words, ended.value.code, out.getvalue(), err.getvalue())
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def assert_refuses(*words, naming=()) -> str:
+    """The command is refused in one line with every fragment, and no file changes; the line."""
+    before = files_below(Path.cwd())
+    done = call(*words)
+    assert_refused(done, *naming)
+    assert files_below(Path.cwd()) == before
+    return done.stderr.strip()
 
 
 def write_tokens(path: Path, text_or_ids, dtype=np.int32) -> Path:

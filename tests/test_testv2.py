@@ -15,14 +15,25 @@ import re
 import subprocess
 import sys
 import typing
-import warnings
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_refused, flags, run_script, tiny_config, write_tokens
+from conftest import (
+    BRIEF,
+    ROOT,
+    TINY,
+    assert_refused,
+    assert_refuses,
+    call,
+    files_below,
+    flags,
+    run_script,
+    tiny_config,
+    write_tokens,
+)
 
 import testv2
 from testv2 import (
@@ -32,46 +43,15 @@ from testv2 import (
     UserError,
     learning_rate,
     load_checkpoint,
-    main,
     make_optimizer,
     parse_command_line,
-    run_cli,
     save_checkpoint,
 )
-
-BRIEF = {"generate_samples": False, "enable_validation": False, "log_interval": 1}
-
-
-def call(*words) -> subprocess.CompletedProcess:
-    """testv2.py with these words on the command line, in this process; warnings go to stderr."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(out))
-        stack.enter_context(contextlib.redirect_stderr(err))
-        caught = stack.enter_context(warnings.catch_warnings(record=True))
-        ended = stack.enter_context(pytest.raises(SystemExit))
-        run_cli(lambda: main([str(word) for word in words]))
-    shown = [w for w in caught if not issubclass(w.category, DeprecationWarning | FutureWarning)]
-    err.write("".join(f"{w.category.__name__}: {w.message}\n" for w in shown))
-    return subprocess.CompletedProcess(words, ended.value.code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def files_below(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def assert_refuses(*words, naming=()) -> str:
-    """The command is refused in one line with every fragment, and no file changes; the line."""
-    before = files_below(Path.cwd())
-    done = call(*words)
-    assert_refused(done, *naming)
-    assert files_below(Path.cwd()) == before
-    return done.stderr.strip()
 
 
 # ------------------------------------------------------------------------------------ config

@@ -14,9 +14,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    BRIEF,
     ROOT,
     TINY,
     assert_refused,
+    assert_refuses,
+    call,
+    files_below,
     flags,
     free_port,
     run_script,
@@ -24,7 +28,6 @@ from conftest import (
     write_tokens,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_testv2 import BRIEF, assert_refuses, call, files_below
 
 import testv2
 from testv2 import (
