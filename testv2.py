@@ -51,6 +51,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 # ------------------------------------------------------------------------------------ errors
@@ -139,11 +140,12 @@ class Config:
     gradient_accumulation_steps: int = 4  # micro-batches per optimiser step
     num_epochs: int = 1  # passes over the training data, unless max_steps says otherwise
     max_steps: int = 0  # optimiser steps; 0 takes num_epochs
+    optimizer: str = "muon"  # of the matrices; everything else has AdamW
     lr: float = 6e-4  # peak learning rate
     min_lr_ratio: float = 0.1  # last learning rate as a share of the peak
     warmup_steps: int = 1000  # steps of linear warm-up, at most a tenth of the run
     grad_clip: float = 1.0  # largest gradient norm; 0 is no clipping
-    weight_decay: float = 0.01  # AdamW decay of projection matrices, and of nothing else
+    weight_decay: float = 0.01  # decay of projection matrices, and of nothing else
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
     max_bad_steps: int = 10  # steps in a row without a finite gradient before the run gives up
@@ -210,6 +212,8 @@ class Config:
         require(E % self.ssm_head_dim == 0, "ssm_head_dim",
                 f"{self.ssm_head_dim} does not divide expand_factor*d_model = {E}",
                 f"use one of {[p for p in range(1, E + 1) if E % p == 0]}")
+        require(self.d_state % 2 == 0, "d_state", f"{self.d_state} cannot be split into pairs",
+                "make it even")
         require(self.low_rank < D, "low_rank", f"{self.low_rank} saves nothing at d_model={D}",
                 f"it must be from 0 to {D - 1}")
         require(self.eos_id < self.vocab_size, "eos_id", f"{self.eos_id} is not in the vocabulary",
@@ -233,6 +237,7 @@ CHOICES = {
     "activation": ("silu", "gelu", "relu"),
     "gate": ("softmax", "top_k", "sparsemax"),
     "scan": ("chunked", "sequential"),
+    "optimizer": ("muon", "adamw"),
     "data_dtype": ("auto", "int32", "uint16"),
     "amp_dtype": tuple(DTYPES.values()),
 }
@@ -340,6 +345,11 @@ def widen(x: Tensor) -> Tensor:
     """float32, unless `x` is float64 already: what decays and states are computed in."""
     return x if x.dtype == torch.float64 else x.float()
 
+def to_autocast(x: Tensor) -> Tensor:
+    """In the type that autocast takes matrix products in, once for all of them."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension (Zhang & Sennrich, arXiv 1910.07467, eq. 4)."""
 
@@ -401,116 +411,212 @@ def projection(d_in: int, d_out: int, config: Config) -> nn.Module:
 # exp(-30) is 1e-13: nothing is left of the state in float32. With no term below it, differences of
 # a chunk's cumulative sums are good to 1e-4 even where every token forgets all before it.
 MIN_LOG_DECAY = -30.0
-SPAN = 64  # chunks whose states are combined in one product
 
 def selective_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
     state: Tensor | None = None, resets: Tensor | None = None,
     method: str = "chunked", chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
     """Run the selective recurrence of Mamba-2 (Dao & Gu, arXiv 2405.21060, eq. 2 with scalar A):
 
-        h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T        y_t = h_t C_t
+        h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T        y_t = h_t C_t + D x_t
 
-    x (B, L, H, P), dt (B, L, H) >= 0, A (H,) < 0, B and C (B, L, N), state (B, H, P, N) before the
-    first token (zeros if None), resets (B, L) of bool: tokens before which the past is forgotten.
-    Returns y (B, L, H, P) and the state after the last token, in float32, or float64 if x is.
+    x (B, L, H, P), dt (B, L, H) >= 0, A (H,) < 0, B and C (B, L, N), D (H,), state (B, H, P, N)
+    before the first token (zeros if None), resets (B, L) of bool: tokens before which the past is
+    forgotten. Returns y (B, L, H, P) in the type of x, which is that of the matrix products too,
+    and the state after the last token. Decays and states are float32, or float64 if x is.
+    Where dt is exactly 0, the gradient that reaches it through what it writes counts as 0.
     """
+    if method not in CHOICES["scan"]:
+        raise ValueError(f"method {method!r} is none of {CHOICES['scan']}")
     with torch.autocast(x.device.type, enabled=False):
-        x, dt, A, B, C = (widen(t) for t in (x, dt, A, B, C))
+        dt, A, D = (t.to(widen(x[:0]).dtype) for t in (dt, A, D))
         if state is None:
-            state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1])
+            state = dt.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1])
+        state = state.to(dt.dtype)
+        if x.shape[1] == 0:
+            return x, state
         log_decay = (dt * A).clamp(min=MIN_LOG_DECAY)  # (B, L, H)
         if resets is not None:
             log_decay = log_decay.masked_fill(resets[..., None], MIN_LOG_DECAY)
-        x = x * dt[..., None]
-        if method not in CHOICES["scan"]:
-            raise ValueError(f"method {method!r} is none of {CHOICES['scan']}")
-        if x.shape[1] == 0:
-            return x, widen(state)
         if method == "sequential" or x.shape[1] == 1:
-            return scan_sequential(x, log_decay, B, C, widen(state))
-        return scan_chunked(x, log_decay, B, C, widen(state), chunk_size)
+            return scan_sequential(x, dt, log_decay, B, C, D, state)
+        B, C = B.to(x.dtype), C.to(x.dtype)
+        y, state = ChunkedScan.apply(x, dt, log_decay, B, C, D, state.mT, chunk_size)
+        return y, state.mT
 
-def scan_sequential(x, log_decay, B, C, state):
+def scan_sequential(x, dt, log_decay, B, C, D, state):
     """The recurrence word for word: the reference, and the single step of decoding."""
-    outputs = []
+    outputs, wide = [], [t.to(dt.dtype) for t in (x, B, C)]
     for t in range(x.shape[1]):
-        written = x[:, t, :, :, None] * B[:, t, None, None, :]  # (B, H, P, N)
+        x_t, B_t, C_t = (w[:, t] for w in wide)  # (B, H, P), (B, N), (B, N)
+        written = (dt[:, t, :, None] * x_t)[..., None] * B_t[:, None, None]  # (B, H, P, N)
         state = log_decay[:, t, :, None, None].exp() * state + written
-        outputs.append((state * C[:, t, None, None, :]).sum(-1))  # (B, H, P)
-    return torch.stack(outputs, dim=1), state
+        outputs.append((state * C_t[:, None, None]).sum(-1) + D[:, None] * x_t)  # (B, H, P)
+    return torch.stack(outputs, dim=1).to(x.dtype), state
 
-def scan_chunked(x, log_decay, B, C, state, chunk_size):
+class ChunkedScan(torch.autograd.Function):
     """The same in matrix products over chunks of Q tokens (arXiv 2405.21060, section 6).
 
-    Takes SPAN chunks at a time, so that cost and memory stay linear in L.
+    A tile of chunks goes through all steps before the next one begins, so that what lies between
+    the steps stays in the cache; the backward pass makes it again instead of reading it back.
+    Shapes are those of `selective_scan`, but states are (B, H, N, P).
     """
-    outputs = []
-    pieces = (t.split(SPAN * chunk_size, dim=1) for t in (x, log_decay, B, C))
-    for piece in zip(*pieces, strict=True):
-        y, state = scan_span(*piece, state, chunk_size)
-        outputs.append(y)
-    return torch.cat(outputs, dim=1), state
 
-def scan_span(x, log_decay, B, C, state, chunk_size):
-    (L, H, P), pad = x.shape[1:], -x.shape[1] % chunk_size
+    @staticmethod
+    def forward(ctx, x, dt, log_decay, B, C, D, state, chunk_size):
+        inputs = to_chunks(chunk_size, x, dt, log_decay, B, C)
+        y, last, begins = torch.empty_like(inputs[0]), torch.empty_like(state), []
+        rows, spans = tiles(inputs[0])
+        for row in rows:
+            h = state[row]
+            for span in spans:
+                begins.append(h)
+                y[row, span], h = tile_forward(*(t[row, span] for t in inputs), D, h)
+            last[row] = h
+        ctx.save_for_backward(x, dt, log_decay, B, C, D, *begins)
+        ctx.chunk_size = chunk_size
+        return y.flatten(1, 2)[:, : x.shape[1]], last
 
-    def chunks(t: Tensor) -> Tensor:  # padding neither decays the state nor writes to it
-        return F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)).unflatten(1, (-1, chunk_size))
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dlast):
+        x, dt, log_decay, B, C, D, *begins = ctx.saved_tensors
+        inputs = to_chunks(ctx.chunk_size, x, dt, log_decay, B, C)
+        [dy] = to_chunks(ctx.chunk_size, dy)
+        grads, dD, dstate = [torch.empty_like(t) for t in inputs], torch.zeros_like(D), []
+        rows, spans = tiles(inputs[0])
+        for row in reversed(rows):
+            dh = dlast[row]
+            for span in reversed(spans):
+                tile = (t[row, span] for t in inputs)
+                *parts, part_D, dh = tile_backward(*tile, D, begins.pop(), dy[row, span], dh)
+                for grad, part in zip(grads, parts, strict=True):
+                    grad[row, span] = part
+                dD += part_D
+            dstate.insert(0, dh)
+        grads = [grad.flatten(1, 2)[:, : x.shape[1]] for grad in grads]
+        return *grads, dD, torch.cat(dstate), None
 
-    x, B, C = chunks(x), chunks(B), chunks(C)  # (B, C, Q, ...)
-    total = chunks(log_decay).transpose(2, 3).cumsum(-1)  # (B, C, H, Q)
-    scores = (C @ B.mT)[:, :, None] * decay_between(total)  # (B, C, H, Q, Q)
-    inside = (scores @ x.transpose(2, 3)).transpose(2, 3)  # (B, C, Q, H, P): this chunk's writing
+def to_chunks(chunk_size: int, *tensors: Tensor) -> list[Tensor]:
+    """(B, L, ...) -> (B, C, Q, ...). Padding has dt 0 and decay 1, so it leaves the state alone."""
+    pad = -tensors[0].shape[1] % chunk_size
+    padded = (F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) if pad else t for t in tensors)
+    return [t.unflatten(1, (-1, chunk_size)) for t in padded]
 
-    to_end = (total[..., -1:] - total).clamp(max=0).exp()  # (B, C, H, Q)
-    written = B.mT @ (x * to_end.mT[..., None]).flatten(3)  # (B, C, N, H*P)
-    states = carry(total[..., -1], written.unflatten(-1, (H, P)), state)
+def tiles(x: Tensor) -> tuple[list[slice], list[slice]]:
+    """Rows and spans of chunks of x (B, C, ...) to take together: what fits a CPU's cache.
 
-    before = (C @ states[:, :-1].flatten(3)).unflatten(-1, (H, P))  # earlier chunks' writing
-    y = inside + before * total.exp().mT[..., None]
-    return y.flatten(1, 2)[:, :L], states[:, -1].permute(0, 2, 3, 1)
+    Elsewhere, and where a compiler fuses the steps, the tiles are larger; the product that joins
+    the states of a span grows with its square.
+    """
+    batch, chunks = x.shape[:2]
+    span, row = 64, batch
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        span = min(8, chunks)
+        row = 8 // span
+    cut = lambda count, step: [slice(i, i + step) for i in range(0, count, step)]  # noqa: E731
+    return cut(batch, row), cut(chunks, span)
 
-def decay_between(total: Tensor) -> Tensor:
-    """exp(total_i - total_j) where j <= i, else 0: (..., Q) -> (..., Q, Q)."""
-    difference = (total[..., :, None] - total[..., None, :]).clamp(max=0)
-    return difference.masked_fill(~lower_triangle(difference), -math.inf).exp()
+def tile_terms(x, dt, log_decay, B, C, state):
+    """Decays and states of one tile, and B and C as the states of its chunks see them.
 
-def lower_triangle(x: Tensor, diagonal: int = 0) -> Tensor:
-    """Where column j <= row i + diagonal: bool of the last two dimensions of x."""
-    return torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).tril(diagonal)
+    x (B, C, H, Q, P), dt and log_decay (B, C, H, Q), B and C (B, C, 1, Q, N).
+    """
+    total = log_decay.cumsum(-1)  # (B, C, H, Q)
+    between = total[..., :, None] - total[..., None, :]  # of token i since j: (B, C, H, Q, Q)
+    future = torch.full_like(between[0, 0, 0], -math.inf).triu(1)
+    between = torch.minimum(between, future).exp_().mul_(dt[..., None, :]).to(x.dtype)
+    from_start = total.exp()[..., None]  # (B, C, H, Q, 1)
+    to_end = ((total[..., -1:] - total).clamp(max=0).exp() * dt)[..., None]
+    reads, writes = (C * from_start).to(x.dtype), (B * to_end).to(x.dtype)  # (B, C, H, Q, N)
+    states = carry(total[..., -1], (writes.mT @ x).to(state.dtype), state)
+    return between, from_start, to_end, reads, writes, states
+
+def tile_forward(x, dt, log_decay, B, C, D, state):
+    """One tile: x (B, C, Q, H, P), dt and log_decay (B, C, Q, H), B and C (B, C, Q, N)."""
+    x, dt, log_decay = x.transpose(2, 3).contiguous(), dt.transpose(2, 3), log_decay.transpose(2, 3)
+    B, C = B[:, :, None], C[:, :, None]
+    between, _, _, reads, _, states = tile_terms(x, dt, log_decay, B, C, state)
+    scores = (C @ B.mT) * between  # (B, C, H, Q, Q)
+    scores.diagonal(dim1=-2, dim2=-1).add_(D[:, None])
+    y = scores @ x + reads @ states[:, :-1].to(x.dtype)
+    return y.transpose(2, 3), states[:, -1]
+
+def tile_backward(x, dt, log_decay, B, C, D, state, dy, dlast):
+    """The gradients of a tile's inputs, in their order, from those of y and the last state."""
+    x, dt, log_decay, dy = (t.transpose(2, 3).contiguous() for t in (x, dt, log_decay, dy))
+    B, C = B[:, :, None], C[:, :, None]
+    between, from_start, to_end, reads, writes, states = tile_terms(x, dt, log_decay, B, C, state)
+    similarity = C @ B.mT  # (B, C, 1, Q, Q)
+    scores = similarity * between
+    scores.diagonal(dim1=-2, dim2=-1).add_(D[:, None])
+
+    # dstates[:, c] is the gradient of the state before chunk c: `carry`, backwards in time.
+    dreads_states = (reads.mT @ dy).to(state.dtype).flip(1)  # (B, C, H, N, P)
+    last_decay = log_decay.sum(-1).flip(1)  # (B, C, H)
+    dstates = carry(last_decay, dreads_states, dlast).flip(1)  # (B, C+1, H, N, P)
+    after = dstates[:, 1:].to(x.dtype)
+    dx = scores.mT @ dy + writes @ after
+
+    dscores = dy @ x.mT  # (B, C, H, Q, Q)
+    dD = dscores.diagonal(dim1=-2, dim2=-1).sum((0, 1, 3), dtype=D.dtype)
+    dscores = dscores.mul_(between)
+    dsimilarity = dscores.sum(2, keepdim=True)  # (B, C, 1, Q, Q)
+    dreads = (dy @ states[:, :-1].to(x.dtype).mT).to(dt.dtype)  # (B, C, H, Q, N)
+    dwrites = (x @ after.mT).to(dt.dtype)
+    dC = dsimilarity @ B + (dreads * from_start).sum(2, keepdim=True)
+    dB = dsimilarity.mT @ C + (dwrites * to_end).sum(2, keepdim=True)
+
+    # Every decay is the exponential of a sum of logarithms, so its gradient is value * gradient.
+    weight = dscores.mul_(similarity)
+    read = weight.sum(-1, dtype=dt.dtype) + (dreads * reads).sum(-1)  # (B, C, H, Q)
+    written = weight.sum(-2, dtype=dt.dtype) + (dwrites * writes).sum(-1)
+    dtotal = read - written
+    dtotal[..., -1] += (dstates[:, 1:] * states[:, 1:]).sum((-2, -1))
+    dlog_decay = dtotal.flip(-1).cumsum(-1).flip(-1)
+    ddt = written / dt.clamp(min=torch.finfo(dt.dtype).tiny)
+    dx, ddt, dlog_decay = (t.transpose(2, 3) for t in (dx, ddt, dlog_decay))
+    return dx, ddt, dlog_decay, dB[:, :, 0], dC[:, :, 0], dD, dstates[:, 0]
 
 def carry(log_decay: Tensor, written: Tensor, state: Tensor) -> Tensor:
-    """States between chunks, (B, C+1, N, H, P): before the first chunk, then after each one.
+    """States between chunks, (B, C+1, H, N, P): before the first chunk, then after each one.
 
-    log_decay (B, C, H) over each whole chunk, written (B, C, N, H, P), state (B, H, P, N).
+    log_decay (B, C, H) over each whole chunk, written (B, C, H, N, P), state (B, H, N, P).
     A chunk may decay by thousands, so sums are taken from j to i and never subtracted.
     """
     steps = F.pad(log_decay, (0, 0, 1, 0)).mT[..., None]  # (B, H, C+1, 1)
     steps = steps.expand(-1, -1, -1, steps.shape[2])
     sums = steps.masked_fill(~lower_triangle(steps, -1), 0.0).cumsum(2)  # (B, H, C+1, C+1)
     decay = sums.masked_fill(~lower_triangle(sums), -math.inf).exp()
-    sources = torch.cat((state.permute(0, 3, 1, 2)[:, None], written), dim=1)
-    return torch.einsum("bhij,bjnhp->binhp", decay, sources)
+    sources = torch.cat((state[:, None], written), dim=1).transpose(1, 2)  # (B, H, C+1, N, P)
+    return (decay @ sources.flatten(3)).view_as(sources).transpose(1, 2)
+
+def lower_triangle(x: Tensor, diagonal: int = 0) -> Tensor:
+    """Where column j <= row i + diagonal: bool of the last two dimensions of x."""
+    return torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).tril(diagonal)
 
 # ------------------------------------------------------------------------------------ branches
 
 class LayerState(NamedTuple):
     """What one block remembers, of constant size."""
 
-    conv: Tensor  # (B, K-1, E+2N) last inputs of the convolution
+    conv: Tensor  # (B, K-1, D) last inputs of the convolution
     ssm: Tensor  # (B, H, P, N) float32
+    phase: Tensor  # (B, N/2) float32, by how many half turns the SSM state has turned, modulo 2
     keys: Tensor  # (B, W-1, A, F) before RoPE
     values: Tensor  # (B, W-1, A, F)
 
 class Piece(NamedTuple):
-    """What the branches must know of a piece of tokens besides its activations.
+    """What the blocks must know of a piece of tokens besides its activations.
 
     Indices count from the first token of the piece, so a document begun in an earlier piece starts
     at a negative one. None stands for the plain case: one document that starts at 0, no padding.
     """
 
+    cos: Tensor  # (W+L, F/2) RoPE of the W keys before the piece and of its own
+    sin: Tensor  # (W+L, F/2)
+    mask: Tensor  # of attention, see LocalAttention.mask
     starts: Tensor | None = None  # (B, L) where the document of each token begins
     lengths: Tensor | None = None  # (B,) tokens of each row; what follows them is padding
 
@@ -522,65 +628,100 @@ def keep_last(history: Tensor, count: int, lengths: Tensor | None) -> Tensor:
     index = index.view(*index.shape, *(1,) * (history.dim() - 2))
     return history.gather(1, index.expand(-1, -1, *history.shape[2:]))
 
+class ShortConv(nn.Module):
+    """u plus a causal depthwise convolution of u over K tokens, for all branches at once.
+
+    The residual form is that of Canon layers (Allen-Zhu, arXiv 2512.17351).
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.width, self.document_mask = config.d_conv, config.document_mask
+        self.weight = nn.Parameter(torch.empty(config.d_model, config.d_conv))
+
+    def forward(self, u: Tensor, piece: Piece, past: LayerState | None):
+        """u (B, L, D) -> the same shape, and the new tail (B, K-1, D)."""
+        K, L, weight = self.width, u.shape[1], self.weight.to(u.dtype)
+        if past is None:
+            history = F.pad(u, (0, 0, K - 1, 0))  # (B, K-1+L, D)
+        else:
+            history = torch.cat((past.conv.to(u.dtype), u), dim=1)
+        if self.document_mask:
+            age = torch.arange(L, device=u.device) - piece.starts  # (B, L)
+            taps = ((history[:, k : k + L] * weight[:, k], age >= K - 1 - k) for k in range(K))
+            u = u + sum(tap * known[..., None] for tap, known in taps)
+        else:  # as an image one pixel high, whose channels lie in memory as the library likes them
+            image = history.mT.unsqueeze(2)  # (B, D, 1, K-1+L)
+            u = u + F.conv2d(image, weight[:, None, None], groups=u.shape[2]).squeeze(2).mT
+        return u, keep_last(history, K - 1, piece.lengths)
+
 class MambaSSM(nn.Module):
-    """Selective state-space branch, in the form of Mamba-2 (arXiv 2405.21060, section 7)."""
+    """Selective state-space branch: Mamba-2 (arXiv 2405.21060, section 7) with a turning state.
+
+    Every token turns the pairs of state channels (n, n + N/2) by angles that it chooses itself, so
+    that a state can count (Mamba-3, arXiv 2603.15569). As with RoPE, turning B and C by the sum of
+    all angles so far is the same as turning the state. An angle is exactly 0 or exactly half a turn
+    over wide ranges of its input: nothing drifts, however long the text.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.d_inner = config.expand_factor * config.d_model
         self.n_heads = self.d_inner // config.ssm_head_dim
-        self.d_conv_in = self.d_inner + 2 * config.d_state  # x, B and C are convolved
-        d_all = self.d_inner + self.d_conv_in + self.n_heads  # z; x, B, C; dt
-        self.in_proj = projection(config.d_model, d_all, config)
-        self.conv_weight = nn.Parameter(torch.empty(self.d_conv_in, config.d_conv))
-        self.conv_bias = nn.Parameter(torch.zeros(self.d_conv_in))
+        E, N = self.d_inner, config.d_state
+        self.sizes = [E, E, N, N, self.n_heads]
+        self.in_proj = projection(config.d_model, sum(self.sizes), config)  # z, x, B, C, dt
+        self.angle_proj = nn.Linear(config.d_model, N // 2, config.bias)
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
         self.D = nn.Parameter(torch.ones(self.n_heads))
-        self.norm = RMSNorm(self.d_inner)
         self.out_proj = projection(self.d_inner, config.d_model, config)
 
     def forward(self, u: Tensor, piece: Piece, past: LayerState | None):
-        """u (B, L, D) -> the branch's output (B, L, D), new conv tail, new SSM state."""
-        c, index = self.config, torch.arange(u.shape[1], device=u.device)
-        z, xBC, dt = self.in_proj(u).split([self.d_inner, self.d_conv_in, self.n_heads], dim=-1)
-        xBC, tail = self.convolve(xBC, piece, past)
-        x, B, C = F.silu(xBC).split([self.d_inner, c.d_state, c.d_state], dim=-1)
+        """u (B, L, D) -> the branch's output (B, L, D), the new SSM state and its phase."""
+        c = self.config
+        z, x, B, C, dt = self.in_proj(u).split(self.sizes, dim=-1)
         x = x.unflatten(-1, (self.n_heads, c.ssm_head_dim))  # (B, L, H, P)
         dt = F.softplus(widen(dt) + widen(self.dt_bias))  # (B, L, H)
+        half_turns = self.half_turns(u)  # (B, L, N/2)
+        index, resets = torch.arange(u.shape[1], device=u.device), None
         if piece.lengths is not None:
-            dt = dt * (index < piece.lengths[:, None])[..., None]
-        resets = (piece.starts == index) & (index > 0) if c.document_mask else None
-        state = None if past is None else past.ssm
+            real = (index < piece.lengths[:, None])[..., None]
+            dt, half_turns = dt * real, half_turns * real
+        if c.document_mask:
+            resets = (piece.starts == index) & (index > 0)
+        state, phase = (None, None) if past is None else (past.ssm, past.phase)
+        phase = running_phase(half_turns, phase)
+        cos, sin = (math.pi * phase).cos(), (math.pi * phase).sin()
+        B, C = apply_rotary_pos_emb(B, cos, sin), apply_rotary_pos_emb(C, cos, sin)
         A = -widen(self.A_log).exp()
-        y, state = selective_scan(x, dt, A, B, C, state, resets, c.scan, c.chunk_size)
-        y = y + widen(self.D)[:, None] * x
-        y = self.norm(y.flatten(2) * F.silu(widen(z)))
-        return self.out_proj(y.to(u.dtype)), tail, state
+        y, state = selective_scan(x, dt, A, B, C, self.D, state, resets, c.scan, c.chunk_size)
+        return self.out_proj(y.flatten(2) * F.silu(z)), state, phase[:, -1]
 
-    def convolve(self, x: Tensor, piece: Piece, past: LayerState | None):
-        """Causal depthwise convolution of x (B, L, E+2N) as K shifted copies, and its new tail."""
-        K, L = self.config.d_conv, x.shape[1]
-        if past is None:
-            history = F.pad(x, (0, 0, K - 1, 0))  # (B, K-1+L, E+2N)
-        else:
-            history = torch.cat((past.conv.to(x.dtype), x), dim=1)
-        weight = self.conv_weight.to(x.dtype)
-        y = x * weight[:, -1] + self.conv_bias.to(x.dtype)
-        for back in range(1, K):
-            tap = history[:, K - 1 - back : K - 1 - back + L]
-            if self.config.document_mask:
-                same = torch.arange(L, device=x.device) - back >= piece.starts
-                tap = tap * same[..., None]
-            y = y + tap * weight[:, -1 - back]
-        return y, keep_last(history, K - 1, piece.lengths)
+    def half_turns(self, u: Tensor) -> Tensor:
+        """By how much each token turns the state, (B, L, N/2) in [-1, 1]; rounding would add up."""
+        with torch.autocast(u.device.type, enabled=False):
+            weight, bias = self.angle_proj.weight, self.angle_proj.bias
+            raw = F.linear(widen(u), widen(weight), None if bias is None else widen(bias))
+        return F.hardtanh(F.softshrink(raw, 0.5))
+
+def running_phase(half_turns: Tensor, phase: Tensor | None) -> Tensor:
+    """Sum of half_turns (B, L, N/2) up to each token and of the phase before, modulo 2.
+
+    Whole half turns are exact; for the others the sum is taken in float64, where there is such a
+    type, so that a long piece is as exact as a short one.
+    """
+    wide = half_turns if half_turns.device.type == "mps" else half_turns.double()
+    total = wide.cumsum(1) if phase is None else wide.cumsum(1) + phase[:, None]
+    return total.remainder(2).to(half_turns.dtype).remainder(2)  # rounding may have made it 2
 
 class LocalAttention(nn.Module):
     """Causal attention to the last W tokens, in blocks: O(L W) time and memory.
 
-    RoPE angles count from the start of each block's view, never from the start of the text: only
-    differences matter, so small tables serve any length exactly.
+    RoPE angles count from the start of the piece, never from the start of the text: only
+    differences matter, so the cache holds keys before rotation. Queries and keys are normalised
+    (Henry et al., arXiv 2010.04245).
     """
 
     def __init__(self, config: Config):
@@ -589,55 +730,82 @@ class LocalAttention(nn.Module):
         self.use_flash_attn = config.use_flash_attn
         self.head_dim = config.d_model // config.num_heads
         self.qkv = projection(config.d_model, 3 * config.d_model, config)
+        self.q_norm, self.k_norm = RMSNorm(self.head_dim), RMSNorm(self.head_dim)
         self.out_proj = projection(config.d_model, config.d_model, config)
-        rotary = RotaryEmbedding(self.head_dim, config.rope_theta)
-        cos, sin = rotary(torch.arange(2 * self.window - 1))
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, u: Tensor, piece: Piece, past: LayerState | None):
         """u (B, L, D) -> the branch's output (B, L, D), last W-1 keys and values."""
         W = self.window
         q, k, v = self.qkv(u).unflatten(-1, (3, self.n_heads, self.head_dim)).unbind(2)
+        q, k = self.q_norm(q), self.k_norm(k)
         if past is None:
-            keys, values = (F.pad(t, (0, 0, 0, 0, W - 1, 0)) for t in (k, v))  # (B, W-1+L, A, F)
+            keys, values = (F.pad(t, (0, 0, 0, 0, W, 0)) for t in (k, v))  # (B, W+L, A, F)
         else:
-            keys = torch.cat((past.keys.to(k.dtype), k), dim=1)
-            values = torch.cat((past.values.to(v.dtype), v), dim=1)
-        y = self.attend(q, keys, values, piece.starts)
-        tails = (keep_last(t, W - 1, piece.lengths) for t in (keys, values))
-        return self.out_proj(y.flatten(2)), *tails
+            cached = (F.pad(t.to(k.dtype), (0, 0, 0, 0, 1, 0)) for t in (past.keys, past.values))
+            keys, values = (torch.cat(pair, dim=1) for pair in zip(cached, (k, v), strict=True))
+        tails = [keep_last(t[:, 1:], W - 1, piece.lengths) for t in (keys, values)]
+        q, keys, values = (t.transpose(1, 2) for t in (q, keys, values))  # (B, A, ..., F)
+        q = apply_rotary_pos_emb(q, piece.cos[W:], piece.sin[W:])
+        keys = apply_rotary_pos_emb(keys, piece.cos, piece.sin)
+        attend = self.attend_written_out if self.written_out(q.shape[2], q.device) else self.attend
+        y = attend(q, keys, values, piece.mask)
+        return self.out_proj(y.transpose(1, 2).flatten(2)), *tails
 
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, starts: Tensor | None) -> Tensor:
-        """q (B, L, A, F), keys and values (B, W-1+L, A, F) -> (B, L, A, F)."""
-        (batch, L), W = q.shape[:2], self.window
-        block = min(L, W)
-        view, pad = W - 1 + block, -L % block  # a block of queries sees `view` keys
-        q, keys, values = (F.pad(t, (0, 0, 0, 0, 0, pad)) for t in (q, keys, values))
-        q = q.unflatten(1, (-1, block)).transpose(2, 3)  # (B, blocks, A, block, F)
-        keys, values = (t.unfold(1, view, block).mT for t in (keys, values))
-        q = apply_rotary_pos_emb(q, self.cos[W - 1 : view], self.sin[W - 1 : view])
-        keys = apply_rotary_pos_emb(keys, self.cos[:view], self.sin[:view])
-        visible = self.visible(L + pad, block, starts, q.device).expand(batch, -1, -1, -1, -1)
-        y = self.softmax_attention(*(t.flatten(0, 1) for t in (q, keys, values, visible)))
-        return y.unflatten(0, (batch, -1)).transpose(2, 3).flatten(1, 2)[:, :L]
+    def written_out(self, length: int, device: torch.device) -> bool:
+        """Plain matrix products beat the fused kernels on a CPU, but not for a few tokens."""
+        return not self.use_flash_attn or (device.type == "cpu" and length >= self.window)
 
-    def visible(self, length: int, block: int, starts: Tensor | None, device) -> Tensor:
-        """Which key each query may see: (B or 1, blocks, 1, block, W-1+block) of bool."""
-        W = self.window
-        token = torch.arange(length, device=device).view(1, -1, block, 1)
-        key = token[:, :, :1] - (W - 1) + torch.arange(W - 1 + block, device=device)
+    def mask(self, length: int, starts: Tensor | None, device: torch.device) -> Tensor:
+        """The mask that the attention of a piece needs, the same in every layer; of bool.
+
+        Written out: where no key is, (B or 1, 1, blocks, W, W), without the blocks that see all.
+        Fused: where a key is, (B or 1, 1, blocks, block, W-1+block).
+        """
+        W, written_out = self.window, self.written_out(length, device)
+        block = W if written_out else min(length, W)
+        first = torch.arange(0, length, block, device=device).view(-1, 1, 1)  # (blocks, 1, 1)
+        token = first + torch.arange(block, device=device)[:, None]  # (blocks, block, 1)
         begin = torch.zeros_like(token)
         if starts is not None:
-            starts = F.pad(starts, (0, length - starts.shape[1]))
-            begin = starts.unflatten(1, (-1, block))[..., None]
-        return ((key <= token) & (key > token - W) & (key >= begin))[:, :, None]
+            begin = F.pad(starts, (0, -length % block)).unflatten(1, (-1, block))
+            begin = begin[:, None, ..., None]  # (B, 1, blocks, block, 1)
+        if written_out:
+            key = first + torch.arange(W, device=device)
+            hidden = torch.where(key <= token, key, key - W) < begin
+            return hidden[:1][None, None] if starts is None else hidden
+        key = first - (W - 1) + torch.arange(W - 1 + block, device=device)
+        visible = (key <= token) & (key > token - W) & (key >= begin)
+        return visible[None, None] if starts is None else visible
 
-    def softmax_attention(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-        if self.use_flash_attn:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-        scores = widen(q @ k.mT) * self.head_dim**-0.5
-        return scores.masked_fill(~visible, -math.inf).softmax(-1).to(v.dtype) @ v
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """q (B, A, L, F), keys and values (B, A, W+L, F) -> (B, A, L, F), by fused attention.
+
+        The first of the W keys before the piece is padding. A block of queries sees W-1 of them.
+        """
+        L, W = q.shape[2], self.window
+        block = min(L, W)
+        q = F.pad(q, (0, 0, 0, -L % block)).unflatten(2, (-1, block))  # (B, A, blocks, block, F)
+        keys, values = (F.pad(t[:, :, 1:], (0, 0, 0, -L % block)).unfold(2, W - 1 + block, block).mT
+                        for t in (keys, values))  # (B, A, blocks, W-1+block, F)
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        return y.flatten(2, 3)[:, :, :L]
+
+    def attend_written_out(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """The same as `attend`, in products of W x W.
+
+        Query r of a block sees keys c <= r of its own block and keys c > r of the block before,
+        together one full row: one softmax over W columns serves both.
+        """
+        (B, A, L), W = q.shape[:3], self.window
+        q, keys, values = (F.pad(t, (0, 0, 0, -L % W)).unflatten(2, (-1, W)).flatten(0, 1)
+                           for t in (q * self.head_dim**-0.5, keys, values))  # (B*A, blocks, W, F)
+        own = lower_triangle(q.new_empty(W, W))
+        scores = torch.where(own, q @ keys[:, 1:].mT, q @ keys[:, :-1].mT)  # (B*A, blocks, W, W)
+        scores = scores.unflatten(0, (B, A))
+        scores[:, :, : mask.shape[2]].masked_fill_(mask, -math.inf)
+        weights = scores.softmax(-1).to(values.dtype).flatten(0, 1)
+        y = weights.tril() @ values[:, 1:] + weights.triu(1) @ values[:, :-1]
+        return y.unflatten(0, (B, A)).flatten(2, 3)[:, :, :L]
 
 class SwiGLU(nn.Module):
     """Gated MLP: down(act(gate) * up) (Shazeer, arXiv 2002.05202, eq. 6)."""
@@ -686,11 +854,12 @@ class TokenAdaptiveGating(nn.Module):
 # ------------------------------------------------------------------------------- block and model
 
 class TinyMambaBlock(nn.Module):
-    """x + residual_scale * (g0 SSM(u) + g1 Attention(u) + g2 MLP(u)), with u = RMSNorm(x)."""
+    """x + residual_scale * (g0 SSM(u) + g1 Attention(u) + g2 MLP(u)), u = ShortConv(RMSNorm(x))."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.norm = RMSNorm(config.d_model)
+        self.conv = ShortConv(config)
         self.gate = TokenAdaptiveGating(config)
         self.ssm = MambaSSM(config)
         self.attention = LocalAttention(config)
@@ -700,14 +869,14 @@ class TinyMambaBlock(nn.Module):
 
     def forward(self, x: Tensor, piece: Piece, past: LayerState | None):
         """x (B, L, D) -> new x, new LayerState, gate weights (B, L, 3)."""
-        u = self.norm(x)
+        u, conv_tail = self.conv(to_autocast(self.norm(x)), piece, past)
         gates = self.gate(u)
         g = gates.to(u.dtype).unsqueeze(-2)  # (B, L, 1, 3)
-        ssm, conv_tail, ssm_state = self.ssm(u, piece, past)
+        ssm, *ssm_state = self.ssm(u, piece, past)
         attention, keys, values = self.attention(u, piece, past)
         mix = g[..., 0] * ssm + g[..., 1] * attention + g[..., 2] * self.run_mlp(u, gates[..., 2])
         x = x + self.residual_scale * self.dropout(mix)
-        return x, LayerState(conv_tail, ssm_state, keys, values), gates
+        return x, LayerState(conv_tail, *ssm_state, keys, values), gates
 
     def run_mlp(self, u: Tensor, weight: Tensor) -> Tensor:
         """The MLP, only for the tokens that a sparse gate sends there (it has no state)."""
@@ -730,6 +899,7 @@ class TinyMambaModel(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(TinyMambaBlock(config) for _ in range(config.n_layer))
+        self.rotary = RotaryEmbedding(config.d_model // config.num_heads, config.rope_theta)
         self.norm = RMSNorm(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -774,7 +944,8 @@ class TinyMambaModel(nn.Module):
             order = (attention_mask == 0).long().argsort(dim=1, stable=True)
             ids, lengths = ids.gather(1, order), (attention_mask != 0).sum(1)
             back = order.argsort(dim=1)[..., None]  # (B, L, 1)
-        piece, document = self.find_documents(ids, state, lengths)
+        starts, document = self.find_documents(ids, state, lengths)
+        piece = self.describe(ids, starts, lengths)
         x = self.dropout(self.embedding(ids))
         layers, gates = [], []
         for i, block in enumerate(self.blocks):
@@ -789,23 +960,29 @@ class TinyMambaModel(nn.Module):
             state = state.after(layers, document, ids.shape[1] if lengths is None else lengths)
         return x, state, torch.stack(gates)
 
+    def describe(self, ids: Tensor, starts: Tensor | None, lengths: Tensor | None) -> Piece:
+        """What all blocks must know of the piece ids (B, L)."""
+        attention = self.blocks[0].attention
+        cos, sin = self.rotary(torch.arange(-attention.window, ids.shape[1], device=ids.device))
+        return Piece(cos, sin, attention.mask(ids.shape[1], starts, ids.device), starts, lengths)
+
     def find_documents(self, ids: Tensor, state: ModelState | None, lengths: Tensor | None):
-        """The Piece, and where the document of each row's next token begins, (B,)."""
+        """Where the document of each token begins (None: at 0), and that of each row's next."""
         masked = self.config.document_mask
         if state is None and not masked:
-            return Piece(None, lengths), None
+            return None, None
         first = ids.new_zeros(len(ids))  # 0 or less: begun before this piece
         if state is not None:
             first = state.document_start - state.position
         if not masked:
-            return Piece(first[:, None].expand_as(ids), lengths), first
+            return first[:, None].expand_as(ids), first
         index = torch.arange(ids.shape[1], device=ids.device)
         ends = ids == self.config.eos_id
         if lengths is not None:
             ends = ends & (index < lengths[:, None])
         begins = torch.where(ends, index + 1, first[:, None]).cummax(dim=1).values  # (B, L)
         starts = torch.cat((first[:, None], begins[:, :-1]), dim=1)
-        return Piece(starts, lengths), begins[:, -1]
+        return starts, begins[:, -1]
 
     def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean loss without all logits: they are made LOSS_CHUNK tokens at a time, twice."""
@@ -830,13 +1007,15 @@ class TinyMambaModel(nn.Module):
         state = (ssm.n_heads, c.ssm_head_dim, c.d_state)
         layers = []
         for _ in self.blocks:
-            tail, h = zeros(c.d_conv - 1, ssm.d_conv_in), widen(zeros(*state))
-            layers.append(LayerState(tail, h, zeros(*keys), zeros(*keys)))
+            h, phase = widen(zeros(*state)), widen(zeros(c.d_state // 2))
+            tail = zeros(c.d_conv - 1, c.d_model)
+            layers.append(LayerState(tail, h, phase, zeros(*keys), zeros(*keys)))
         return ModelState(layers, zeros(dtype=torch.int64), zeros(dtype=torch.int64))
 
     def count_parameters(self) -> dict[str, int]:
         """Parameters of each component; a tied head counts as embedding."""
-        parts = ("embedding", "ssm", "attention", "mlp", "gate", "norm", "residual_scale", "head")
+        parts = ("embedding", "conv", "ssm", "attention", "mlp", "gate", "norm", "residual_scale",
+                 "head")
         counts = dict.fromkeys(parts, 0)
         for name, p in self.named_parameters():
             counts[name.split(".")[2 if name.startswith("blocks.") else 0]] += p.numel()
@@ -852,7 +1031,7 @@ def init_weights(model: TinyMambaModel) -> None:
 
     - Projections: normal, variance 2/(5 d_in) (Nguyen & Salazar, arXiv 1910.05895), biases zero;
       of a low-rank pair the first keeps the variance of its input, 1/d_in.
-    - Convolution: uniform within 1/sqrt(K), as PyTorch's own.
+    - Convolution: uniform within 1/sqrt(4 K), half of PyTorch's own, as it is added to its input.
     - Embedding: normal, deviation 0.02.
     - Gate: zero, so that every branch starts with a third. For gate=top_k tiny noise breaks the
       tie, differently for each token, or one branch would never be chosen and never learn.
@@ -877,6 +1056,7 @@ def init_weights(model: TinyMambaModel) -> None:
     for block in model.blocks:
         noise = 1e-3 * config.d_model**-0.5 if config.gate == "top_k" else 0.0
         nn.init.normal_(block.gate.controller.weight, std=noise)
+        nn.init.uniform_(block.conv.weight, -0.5 * config.d_conv**-0.5, 0.5 * config.d_conv**-0.5)
         init_ssm(block.ssm)
         nn.init.constant_(block.residual_scale, 1 / alpha)
         with torch.no_grad():
@@ -889,7 +1069,6 @@ def last_layer(projection: nn.Module) -> nn.Linear:
 
 @torch.no_grad()
 def init_ssm(ssm: MambaSSM) -> None:
-    nn.init.uniform_(ssm.conv_weight, -(ssm.config.d_conv**-0.5), ssm.config.d_conv**-0.5)
     dt = torch.empty_like(ssm.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
     ssm.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
     ssm.A_log.copy_(torch.empty_like(ssm.A_log).uniform_(1, 16).log())
@@ -1292,17 +1471,52 @@ class ShardedBatches:
 
 # ------------------------------------------------------------------------ optimiser and schedule
 
-def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
-    """AdamW that decays the matrices of linear projections and nothing else.
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al., 2024) for matrices and AdamW for all else, as one optimizer.
 
-    Norms, biases, A_log, D, dt_bias, convolutions and scales are no matrices. The embedding's rows
-    are looked up one by one, and decay would shrink the rows of rare tokens between their visits.
+    Both are PyTorch's own and share this one's groups and state. Muon's updates are scaled to the
+    size of AdamW's (Liu et al., arXiv 2502.16982, eq. 4), so that one learning rate serves both.
     """
-    linear = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "head"]
-    matrices = {id(m.weight) for m in linear}
-    decayed = [p for p in model.parameters() if id(p) in matrices]
-    others = [p for p in model.parameters() if id(p) not in matrices]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay},
+
+    def __init__(self, matrices: list, others: list, config: Config):
+        betas, decay = (config.beta1, config.beta2), config.weight_decay
+        self.parts = [
+            torch.optim.Muon(matrices, config.lr, decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, config.lr, betas, weight_decay=0.0, fused=True),
+        ]
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self.share()
+
+    def share(self) -> None:
+        for part, group in zip(self.parts, self.param_groups, strict=True):
+            part.param_groups, part.state = [group], self.state
+
+    def __setstate__(self, state: dict) -> None:  # load_state_dict makes groups and state anew
+        super().__setstate__(state)
+        self.share()
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for part in self.parts:
+            part.step()
+        return loss
+
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """Muon or AdamW for the matrices of linear projections, with decay; AdamW for the rest.
+
+    Norms, biases, A_log, D, dt_bias, convolutions and scales are no matrices, nor are the few rows
+    that make gates and angles. The embedding's rows are looked up one by one: decay would shrink
+    those of rare tokens between their visits.
+    """
+    others = ("head", "controller", "angle_proj")
+    linear = [m.weight for name, m in model.named_modules()
+              if isinstance(m, nn.Linear) and not name.endswith(others)]
+    chosen = {id(p) for p in linear}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    if config.optimizer == "muon":
+        return MuonAdamW(linear, others, config)
+    groups = [{"params": linear, "weight_decay": config.weight_decay},
               {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, config.lr, (config.beta1, config.beta2), fused=True)
 
@@ -1317,7 +1531,7 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
 
 # -------------------------------------------------------------------------------- checkpoints
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 
 def digest(value) -> str:
     """SHA-256 over nested dicts and lists of tensors and plain values."""
@@ -1385,8 +1599,8 @@ def load_checkpoint(path: str | Path) -> dict:
     return state
 
 def require_same_shape(old: dict, new: dict) -> None:
-    """Refuse settings under which a checkpoint's weights would mean something else."""
-    for name in SHAPE_FIELDS:
+    """Refuse settings under which a checkpoint's tensors would mean something else."""
+    for name in (*SHAPE_FIELDS, "optimizer"):
         require(old[name] == new[name], name, f"is {new[name]}, but the checkpoint has {old[name]}",
                 "leave the flag out, or start a new run")
 
@@ -1830,7 +2044,9 @@ class Trainer:
         decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
         for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
-            group |= {"weight_decay": decay, "betas": (self.config.beta1, self.config.beta2)}
+            group["weight_decay"] = decay
+            if "betas" in group:
+                group["betas"] = (self.config.beta1, self.config.beta2)
         self.scaler.load_state_dict(saved["scaler"])
         self.step, self.tokens = saved["global_step"], saved["tokens_seen"]
         self.samples, self.progress = saved["data"]["samples"], saved["progress"]

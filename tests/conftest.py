@@ -1,7 +1,10 @@
-"""What the tests share: a small config, small data, and a way to run a script as a user does."""
+"""What the tests share: small models and data, and a way to run a script as a user does."""
 
 import contextlib
+import copy
+import functools
 import io
+import math
 import os
 import socket
 import subprocess
@@ -12,8 +15,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from testv2 import Config, SimpleTokenizer, main, run_cli
+from testv2 import (
+    Config,
+    Piece,
+    RotaryEmbedding,
+    SimpleTokenizer,
+    TinyMambaModel,
+    main,
+    run_cli,
+)
 
 torch.set_num_threads(1)  # the models are tiny, and tests run side by side
 
@@ -24,6 +37,9 @@ TINY = {
     "batch_size": 4, "gradient_accumulation_steps": 1, "use_compile": False, "device": "cpu",
     "warmup_steps": 2,
 }
+GATES = ("softmax", "top_k", "sparsemax")
+EOS = 0
+DOCUMENTS = {"document_mask": True, "eos_id": EOS}
 BRIEF = {"generate_samples": False, "enable_validation": False, "log_interval": 1}
 
 
@@ -35,6 +51,109 @@ def seeded():
 
 def tiny_config(**changes) -> Config:
     return Config(**{**TINY, **changes}).validate()
+
+
+def examples(count: int):
+    """How many examples hypothesis tries, the same ones every time."""
+    return settings(max_examples=count, deadline=None, derandomize=True, database=None)
+
+
+# ------------------------------------------------------------------------------------- models
+
+
+class ExactRotary(RotaryEmbedding):
+    """RoPE in float64: the rounding of float32 tables would hide what is tested."""
+
+    def forward(self, positions):
+        pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float64)
+        angles = positions.double()[..., None] * self.theta ** (-pairs / self.head_dim)
+        return angles.cos(), angles.sin()
+
+
+@functools.cache
+def wide(double=False, **changes) -> TinyMambaModel:
+    """A model whose weights are far from their first values, so that every mistake shows.
+
+    Shared between tests: copy it before changing it.
+    """
+    torch.manual_seed(1)
+    model = TinyMambaModel(tiny_config(**changes))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("A_log"):
+                p.uniform_(-2.0, 2.7)
+            elif name.endswith("dt_bias"):
+                p.uniform_(-4.0, 0.5)
+            elif name.endswith(("norm.weight", ".D")):
+                p.normal_(1.0, 0.3)
+            elif name.endswith("residual_scale"):
+                p.normal_(0.7, 0.1)
+            elif "controller" in name:
+                p.normal_(0.0, 0.5)
+            elif name.endswith("conv.weight"):
+                p.normal_(0.0, 0.25)
+            elif "angle_proj" in name:
+                p.normal_(0.0, 0.3)  # most angles are not 0
+            elif ".ssm.in_proj" in name and ".down" not in name:
+                p.normal_(0.0, 0.1)  # its parts are multiplied: more would drown the other branches
+            else:
+                p.normal_(0.0, 0.2)
+    model.eval().requires_grad_(False)
+    if double:
+        model.double().rotary = ExactRotary(model.rotary.head_dim, model.rotary.theta)
+    return model
+
+
+def free_copy(module):
+    """A copy that may be changed and trained."""
+    return copy.deepcopy(module).requires_grad_(True)
+
+
+def piece_of(model, length: int, starts=None, lengths=None) -> Piece:
+    """What the blocks are told of a piece; without more, of one document without padding."""
+    return model.describe(torch.zeros(1, length, dtype=torch.int64), starts, lengths)
+
+
+def some_ids(rows, length, vocab=257, seed=0):
+    """Random ids without EOS."""
+    return torch.randint(1, vocab, (rows, length), generator=torch.manual_seed(seed))
+
+
+def close(got, want, tolerance, scale=None):
+    """|got - want| <= tolerance * scale: the largest |want|, at least 1e-3, unless it is given."""
+    assert got.shape == want.shape
+    assert torch.isfinite(got).all()
+    if want.numel() == 0:
+        return
+    scale = max(want.abs().max().item(), 1e-3) if scale is None else scale
+    error = (got - want).abs().max().item()
+    assert error <= tolerance * scale, f"off by {error:.3g} at scale {scale:.3g}"
+
+
+def close_angles(got, want, tolerance):
+    """The same for angles in half turns, of which 0 and 2 are the same."""
+    got, want = (torch.polar(torch.ones_like(t), math.pi * t) for t in (got, want))
+    turn = got - want
+    close(turn.abs(), torch.zeros_like(turn.abs()), tolerance, scale=1.0)
+
+
+class Census(TorchDispatchMode):
+    """Counts the tensor operations run under it, and the numbers in the largest result."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.largest = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.operations += 1
+        for t in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(t, torch.Tensor) and t.layout == torch.strided:
+                self.largest = max(self.largest, t.untyped_storage().nbytes() // t.element_size())
+        return out
+
+
+# --------------------------------------------------------------------- commands and their data
 
 
 def flags(**values) -> list[str]:

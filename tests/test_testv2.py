@@ -4,6 +4,7 @@ The model has its own tests; training, resume, signals and processes are in test
 """
 
 import contextlib
+import copy
 import dataclasses
 import io
 import itertools
@@ -38,6 +39,7 @@ from conftest import (
 import testv2
 from testv2 import (
     Config,
+    MuonAdamW,
     TinyMambaModel,
     Trainer,
     UserError,
@@ -72,11 +74,11 @@ FIELDS = {field.name: field.default for field in dataclasses.fields(Config)}
 TYPES = typing.get_type_hints(Config)
 NUMBERS = [name for name, kind in TYPES.items() if kind in (int, float)]
 LEGAL = {  # another legal value beside the other defaults, where default + 1 is not one
-    "d_model": 384, "num_heads": 4, "ssm_head_dim": 32, "gate_top_k": 3, "eos_id": 7,
+    "d_model": 384, "d_state": 18, "num_heads": 4, "ssm_head_dim": 32, "gate_top_k": 3, "eos_id": 7,
     "dropout": 0.25, "beta1": 0.5, "beta2": 0.5, "min_lr_ratio": 0.5, "activation": "gelu",
     "scan": "sequential", "gate": "sparsemax", "amp_dtype": torch.float16, "device": "cpu",
     "data_dtype": "uint16", "train_data_path": ["a.bin", "b.bin"], "val_data_path": "v.bin",
-    "train_data_weights": [0.7, 0.3],
+    "train_data_weights": [0.7, 0.3], "optimizer": "adamw",
 }  # fmt: skip
 
 
@@ -165,7 +167,8 @@ ILLEGAL = {
     "--activation tanh": "silu, gelu, relu", "--gate hard": "softmax, top_k, sparsemax",
     "--scan fast": "chunked, sequential", "--data_dtype int8": "auto, int32, uint16",
     "--num_heads 5": "1, 2, 3, 4, 6, 8", "--num_heads 6 --d_model 18": "1, 3, 9",
-    "--num_heads 1 --d_model 33": "even", "--gate_top_k 4": "1 to 3", "--dropout 1.0": "0 to 0.99",
+    "--num_heads 1 --d_model 33": "even", "--d_state 7": "even", "--optimizer sgd": "muon, adamw",
+    "--gate_top_k 4": "1 to 3", "--dropout 1.0": "0 to 0.99",
     "--beta1 1": "0 to 0.99", "--beta2 1": "0 to 0.99", "--min_lr_ratio 1.5": "0 to 1",
     "--eos_id 50304": "-1 to 50303", "--ssm_head_dim 100": "48, 64, 96", "--low_rank 768": "767",
     "--max_bad_steps 0": "1", "--d_model": "argument", "--preset huge": "demo, small, base",
@@ -236,20 +239,24 @@ def test_refusal_in_a_real_process(tmp_path):
 # ------------------------------------------------------------------------ optimiser and schedule
 
 
+MATRIX = r"blocks\.\d+\.\w+\.(in_proj|out_proj|qkv)(\.down|\.up)?\.weight"
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("changes", [
     {}, {"tie_embeddings": False}, {"low_rank": 4}, {"bias": False}, {"gate": "top_k"},
 ])  # fmt: skip
-def test_only_projection_matrices_decay_and_each_parameter_is_in_one_group(changes):
-    model = TinyMambaModel(tiny_config(weight_decay=0.3, lr=0.1, beta2=0.9, **changes))
+def test_only_projection_matrices_decay_and_each_parameter_is_in_one_group(changes, optimizer):
+    settings = {"weight_decay": 0.3, "lr": 0.1, "beta2": 0.9, "optimizer": optimizer, **changes}
+    model = TinyMambaModel(tiny_config(**settings))
     optimizer = make_optimizer(model, model.config)
     decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     grouped = [p for g in optimizer.param_groups for p in g["params"]]
     assert len(grouped) == len(decay) == len(list(model.parameters()))
-    layer = r"(in_proj|out_proj|qkv|controller)(\.down|\.up)?"
     for name, p in model.named_parameters():
-        matrix = re.fullmatch(rf"blocks\.\d+\.\w+\.{layer}\.weight", name)
-        assert decay[id(p)] == (0.3 if matrix else 0.0), name
-    assert all(g["betas"] == (0.9, 0.9) and g["lr"] == 0.1 for g in optimizer.param_groups)
+        assert decay[id(p)] == (0.3 if re.fullmatch(MATRIX, name) else 0.0), name
+    assert all(g.get("betas", (0.9, 0.9)) == (0.9, 0.9) for g in optimizer.param_groups)
+    assert all(g["lr"] == 0.1 for g in optimizer.param_groups)
 
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():  # without a gradient, decay is all that moves a weight
@@ -257,6 +264,102 @@ def test_only_projection_matrices_decay_and_each_parameter_is_in_one_group(chang
     optimizer.step()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), before[name] * (1 - 0.1 * decay[id(p)]))
+
+
+def give_gradients(models, seed: int) -> None:
+    """The same random gradients to every model."""
+    for model in models:
+        g = torch.Generator().manual_seed(seed)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=g)
+
+
+def set_rate(optimizers, rate: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+
+def same_weights(one, two) -> bool:
+    pairs = zip(one.parameters(), two.parameters(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, {"low_rank": 4}], ids=str)
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_the_optimizer_is_that_of_pytorch_for_matrices_and_adamw_for_the_rest(name, changes):
+    settings = {"weight_decay": 0.3, "lr": 0.02, "beta1": 0.8, "optimizer": name, **changes}
+    ours = TinyMambaModel(tiny_config(**settings))
+    theirs = copy.deepcopy(ours)
+    named = list(theirs.named_parameters())
+    matrices = [p for n, p in named if re.fullmatch(MATRIX, n)]
+    others = [p for n, p in named if not re.fullmatch(MATRIX, n)]
+    adamw = {"betas": (0.8, 0.95), "fused": True}
+    if name == "muon":
+        first = torch.optim.Muon(matrices, 0.02, 0.3, adjust_lr_fn="match_rms_adamw")
+    else:
+        first = torch.optim.AdamW(matrices, 0.02, weight_decay=0.3, **adamw)
+    by_hand = [first, torch.optim.AdamW(others, 0.02, weight_decay=0.0, **adamw)]
+    optimizer = make_optimizer(ours, ours.config)
+    assert type(optimizer) is {"muon": MuonAdamW, "adamw": torch.optim.AdamW}[name]
+    for step in range(5):
+        give_gradients([ours, theirs], step)
+        set_rate([optimizer, *by_hand], 0.02 / (1 + step))
+        for o in (optimizer, *by_hand):
+            o.step()
+        assert same_weights(ours, theirs), step
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_an_optimizer_loaded_from_a_file_goes_on_as_if_never_saved(tmp_path, name):
+    models = [TinyMambaModel(tiny_config(optimizer=name, lr=0.02))]
+    optimizers = [make_optimizer(models[0], models[0].config)]
+    for step in range(3):
+        give_gradients(models, step)
+        optimizers[0].step()
+    state = optimizers[0].state_dict()
+    assert len(state["state"]) == len(list(models[0].parameters()))
+    torch.save(state, tmp_path / "optimizer.pt")
+    models.append(copy.deepcopy(models[0]))
+    optimizers.append(make_optimizer(models[1], models[1].config))
+    optimizers[1].load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    assert testv2.digest(optimizers[1].state_dict()) == testv2.digest(state)
+    for step in range(3, 6):
+        give_gradients(models, step)
+        set_rate(optimizers, 0.02 / step)
+        for optimizer in optimizers:
+            optimizer.step()
+        assert same_weights(*models)
+    assert testv2.digest(optimizers[1].state_dict()) == testv2.digest(optimizers[0].state_dict())
+    before = copy.deepcopy(models[1])
+    set_rate(optimizers[1:], 0.0)
+    optimizers[1].step()
+    assert same_weights(models[1], before), "the rate reaches every parameter, loaded or not"
+
+
+def test_muon_steps_with_a_closure_and_under_a_gradient_scaler():
+    model = TinyMambaModel(tiny_config(lr=0.02))
+    optimizer = make_optimizer(model, model.config)
+    ids = torch.arange(34).view(2, 17)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model.loss(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    assert optimizer.step(closure) < first
+    scaler = torch.amp.GradScaler("cpu")
+    for finite in (False, True):
+        give_gradients([model], 0)
+        if not finite:
+            model.norm.weight.grad[0] = math.inf
+        before = copy.deepcopy(model)
+        scaler.scale(torch.zeros(()))
+        scaler.step(optimizer)
+        scaler.update()
+        assert same_weights(model, before) == (not finite)
 
 
 @pytest.mark.parametrize("total, warmup", [(1000, 50), (1000, 100), (1000, 1000), (30, 2), (7, 0)])
@@ -429,6 +532,14 @@ def test_missing_checkpoint_is_refused(place):
     assert_refuses("--resume", "--checkpoint_path", "no.pt", naming=["no.pt"])
     done = run_script("testv2.py", "--resume", "--checkpoint_path", "no.pt", cwd=place)
     assert_refused(done, "no.pt", "no such checkpoint")
+
+
+def test_a_checkpoint_of_the_first_release_is_refused(place, monkeypatch):
+    """Its weights have other shapes and names."""
+    with monkeypatch.context() as then:
+        then.setattr(testv2, "CHECKPOINT_FORMAT", 1)
+        save_checkpoint("old.pt", {"model": TinyMambaModel(tiny_config()).state_dict()})
+    assert_refuses("--resume", "--checkpoint_path", "old.pt", naming=["old.pt", "format"])
 
 
 def flip(raw: bytes, at: int, bit: int) -> bytes:

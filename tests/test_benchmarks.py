@@ -1,0 +1,115 @@
+"""The scripts in benchmarks/: their tasks are what they say, their command lines work."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, assert_refused, run_script
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import quality  # noqa: E402
+import synthetic  # noqa: E402
+
+
+def random() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("pairs", (1, 4, 16))
+def test_mqar_asks_for_the_value_that_followed_the_key(pairs):
+    ids, targets = synthetic.mqar(8, 64, pairs, 64, random())
+    assert ids.shape == targets.shape == (8, 64)
+    for row, asked in zip(ids.tolist(), targets.tolist(), strict=True):
+        keys, values = row[: 2 * pairs : 2], row[1 : 2 * pairs : 2]
+        assert len(set(keys)) == pairs and max(keys) < 32 <= min(values)
+        where = [i for i, value in enumerate(asked) if value != synthetic.IGNORE]
+        assert len(where) == pairs and min(where) >= 2 * pairs
+        found = dict(zip(keys, values, strict=True))
+        assert all(asked[i] == found[row[i]] for i in where)
+
+
+def test_induction_asks_for_the_token_after_the_only_other_marker():
+    ids, targets = synthetic.induction(32, 20, 16, random())
+    for row, asked in zip(ids.tolist(), targets.tolist(), strict=True):
+        assert row.count(0) == 2 and row[-1] == 0
+        assert asked[:-1] == [synthetic.IGNORE] * 19 and asked[-1] == row[row.index(0) + 1]
+
+
+def test_parity_is_that_of_the_bits_so_far():
+    ids, targets = synthetic.parity(4, 10, random())
+    assert ids[:, 0].eq(2).all() and targets[:, 0].eq(synthetic.IGNORE).all()
+    for row, odd in zip(ids.tolist(), targets.tolist(), strict=True):
+        assert odd[1:] == [sum(row[1 : i + 1]) % 2 for i in range(1, 11)]
+
+
+def test_long_texts_are_read_in_pieces_as_in_one_pass(monkeypatch):
+    args = synthetic.parse(["induction", "--d_model", "32", "--test_samples", "8"])
+    model = synthetic.build(args)
+    torch.nn.init.normal_(model.embedding.weight)
+    whole = synthetic.accuracy(model, "induction", args, 100)
+    monkeypatch.setattr(synthetic, "AT_ONCE", 10)
+    monkeypatch.setattr(synthetic, "PIECE", 7)
+    assert synthetic.accuracy(model, "induction", args, 100) == whole
+
+
+@pytest.mark.parametrize("task, model", [
+    ("mqar", "tinymamba"), ("induction", "llama"), ("parity", "tinymamba")])
+def test_synthetic_command(task, model, tmp_path):
+    words = ("--model", model, "--steps", 2, "--d_model", 32, "--d_state", 8, "--read", 64,
+             "--length", 64, "--pairs", 4, "--test_samples", 4, "--seeds", 0, 1)
+    done = run_script("benchmarks/synthetic.py", task, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "synthetic.jsonl").read_text().splitlines()]
+    assert [row["seed"] for row in rows] == [0, 1]
+    assert all(math.isfinite(row["loss"]) and 0 <= row["accuracy"]["64"] <= 1 for row in rows)
+
+
+def test_synthetic_refuses_what_does_not_fit(tmp_path):
+    words = ("mqar", "--length", 32, "--pairs", 16)
+    assert_refused(run_script("benchmarks/synthetic.py", *words, cwd=tmp_path), "length")
+    words = ("induction", "--model", "llama", "--read", 8192, "--steps", 1, "--d_model", 32)
+    assert_refused(run_script("benchmarks/synthetic.py", *words, cwd=tmp_path), "read")
+
+
+@pytest.mark.parametrize("task", quality.TASKS)
+def test_compared_models_have_equal_sizes(task):
+    with torch.device("meta"):
+        sizes = {name: sum(p.numel() for p in quality.build(task, name).parameters())
+                 for name in quality.SHAPES[task]}
+    assert max(sizes.values()) <= 1.02 * min(sizes.values()), sizes
+
+
+def test_quality_command(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(bytes(range(256)) * 20)
+    words = ("S", "--text", "a", "b", "--steps", 2, "--seeds", 0, "--lr", 1e-3, 2e-3,
+             "--models", "tinymamba", "llama")
+    done = run_script("benchmarks/quality.py", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "quality.jsonl").read_text().splitlines()]
+    assert [(row["model"], row["lr"]) for row in rows] == [
+        (name, lr) for name in ("tinymamba", "llama") for lr in (1e-3, 2e-3)]
+    for row in rows:
+        assert row["bits_per_byte"] == pytest.approx(row["nats_per_token"] / math.log(2), abs=1e-4)
+
+
+def test_quality_needs_its_data(tmp_path):
+    assert_refused(run_script("benchmarks/quality.py", "S", cwd=tmp_path), "text")
+    assert_refused(run_script("benchmarks/quality.py", "M", cwd=tmp_path), "train.bin")
+
+
+def test_a_sliding_window_counts_every_token_once():
+    class Counting(torch.nn.Module):
+        """Says how many tokens it sees before each: the loss is then known by hand."""
+
+        def forward(self, ids):
+            logits = torch.zeros(*ids.shape, 256)
+            logits[..., 7] = torch.arange(ids.shape[1]).float()
+            return logits
+
+    val = torch.full((16 * 256 + 1,), 7)
+    seen = list(range(64)) + [56 + i for _ in range(24) for i in range(8)]
+    expected = sum(math.log(255 + math.exp(s)) - s for s in seen) / 256
+    assert quality.read_through(Counting(), val, 64) == pytest.approx(expected, rel=1e-4)

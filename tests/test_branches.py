@@ -1,0 +1,694 @@
+"""The branches of testv2.py: SSM, short convolution, attention with RoPE, and the gate over them.
+
+Each is compared with a slow one that says the same in other words.
+"""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    EOS,
+    GATES,
+    Census,
+    close,
+    close_angles,
+    examples,
+    free_copy,
+    piece_of,
+    some_ids,
+    tiny_config,
+    wide,
+)
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import testv2
+from testv2 import (
+    LayerState,
+    RotaryEmbedding,
+    TinyMambaModel,
+    TokenAdaptiveGating,
+    UserError,
+    apply_rotary_pos_emb,
+    running_phase,
+    selective_scan,
+    sparsemax,
+)
+
+
+def past_of(**parts) -> LayerState:
+    """A LayerState of which one branch has its part only."""
+    return LayerState(**{**dict.fromkeys(LayerState._fields), **parts})
+
+
+def gradients(outputs, inputs):
+    """Of a fixed sum over all outputs."""
+    g = torch.manual_seed(9)
+    loss = sum((y * torch.randn(y.shape, generator=g, dtype=torch.float64)).sum() for y in outputs)
+    return torch.autograd.grad(loss, inputs, materialize_grads=True)
+
+
+# --------------------------------------------------------------------------------------- ssm
+
+
+def complex_pairs(t):
+    return torch.complex(*t.chunk(2, dim=-1))
+
+
+def turned(pairs, half_turns):
+    return pairs * torch.polar(torch.ones_like(half_turns), math.pi * half_turns)
+
+
+def angle_by_hand(a):
+    """0 up to 1/2, then growing up to half a turn at 3/2; the same downwards."""
+    return a.sign() * (a.abs() - 0.5).clamp(min=0, max=1)
+
+
+def ssm_by_hand(ssm, u, past, begins):
+    """Token by token, with a state of complex numbers that every token turns and nothing else.
+
+    begins (B, L) tells where a document begins. Our states are kept as if never turned.
+    """
+    z, x, B, C, dt = ssm.in_proj(u).split(ssm.sizes, dim=-1)
+    angle = ssm.angle_proj(u)
+    x, B, C = x.unflatten(-1, (ssm.n_heads, -1)), complex_pairs(B), complex_pairs(C)
+    dt, angle = (dt + ssm.dt_bias).exp().log1p(), angle_by_hand(angle)
+    h, phase = turned(complex_pairs(past.ssm), -past.phase[:, None, None]), past.phase
+    ys = []
+    for t in range(u.shape[1]):
+        h = torch.where(begins[:, t, None, None, None], 0.0, h)
+        decay = (-dt[:, t] * ssm.A_log.exp()).exp()[..., None, None]
+        h = turned(h, -angle[:, t, None, None]) * decay
+        h = h + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, None, None]
+        ys.append((h * C[:, t, None, None].conj()).real.sum(-1) + ssm.D[:, None] * x[:, t])
+        phase = phase + angle[:, t]
+    h = turned(h, phase[:, None, None])
+    y = torch.stack(ys, dim=1).flatten(2) * z * z.sigmoid()
+    return ssm.out_proj(y), torch.cat((h.real, h.imag), dim=-1), phase
+
+
+@pytest.mark.parametrize("past", ["fresh", "continued"])
+@pytest.mark.parametrize("documents", [False, True], ids=["one_text", "documents"])
+@pytest.mark.parametrize("scan", ["chunked", "sequential"])
+@pytest.mark.parametrize("L", [1, 2, 16, 41])
+def test_ssm_branch_equals_a_turning_state_of_complex_numbers(L, scan, documents, past):
+    model = wide(double=True, scan=scan, low_rank=5, document_mask=documents, eos_id=EOS)
+    ssm = free_copy(model.blocks[0].ssm)
+    index, starts = torch.arange(L).expand(2, -1), torch.zeros(2, L, dtype=torch.int64)
+    if documents:
+        starts[0, L // 3 :], starts[1, L // 2 :], starts[1, L - 1 :] = L // 3, L // 2, L - 1
+    before = past_of(
+        ssm=torch.zeros(2, 8, 8, 8, dtype=torch.float64), phase=torch.zeros(2, 4).double()
+    )
+    if past == "continued":
+        starts = torch.where(starts == 0, -7, starts)
+        before = past_of(ssm=torch.randn_like(before.ssm), phase=2 * torch.rand(2, 4).double())
+    u = torch.randn(2, L, 32, dtype=torch.float64, requires_grad=True)
+    inputs = [u, *ssm.parameters()]
+    if past == "continued":
+        inputs += [before.ssm.requires_grad_(), before.phase.requires_grad_()]
+    piece = piece_of(model, L, starts)
+    y, state, phase = ssm(u, piece, before if past == "continued" else None)
+    want = ssm_by_hand(ssm, u, before, (starts == index) & documents)
+    close(y, want[0], 1e-9)
+    close(state, want[1], 1e-9)
+    close_angles(phase, want[2], 1e-9)
+    pairs = zip(gradients((y, state), inputs), gradients(want[:2], inputs), strict=True)
+    for got, gradient in pairs:
+        close(got, gradient, 1e-9)
+
+
+class Neutral(torch.nn.Module):
+    """Stands where transformers' Mamba-2 normalises: its gate remains."""
+
+    def forward(self, y, z):
+        return y * z * z.sigmoid()
+
+
+@pytest.mark.parametrize("L", [1, 2, 15, 16, 17, 80])
+@pytest.mark.parametrize("scan", ["chunked", "sequential"])
+def test_ssm_branch_without_angles_equals_mamba2_of_transformers(scan, L):
+    mamba2 = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
+    from transformers import Mamba2Config
+
+    model = wide(scan=scan)
+    ours = free_copy(model.blocks[0].ssm)
+    torch.nn.init.zeros_(ours.angle_proj.weight)
+    torch.nn.init.zeros_(ours.angle_proj.bias)
+    ours.angle_proj.requires_grad_(False)
+    shape = {"hidden_size": 32, "num_heads": 8, "head_dim": 8, "state_size": 8, "expand": 2}
+    theirs = mamba2.Mamba2Mixer(
+        Mamba2Config(
+            **shape, n_groups=1, conv_kernel=1, chunk_size=16, use_bias=True, use_conv_bias=False,
+            hidden_act="linear", num_hidden_layers=1, time_step_limit=(0.0, math.inf),
+        ),
+        layer_idx=0,
+    )  # fmt: skip
+    theirs.eval().norm = Neutral()
+
+    weights = {name: t for name, t in ours.state_dict().items() if "angle_proj" not in name}
+    theirs.load_state_dict({**weights, "conv1d.weight": torch.ones(80, 1, 1)})
+    u = torch.randn(2, L, 32)
+    loss_weights = torch.randn(2, L, 32)
+
+    def run(module, f):
+        v = u.clone().requires_grad_()
+        y = f(v)
+        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        got = torch.autograd.grad((y * loss_weights).sum(), [v, *named.values()])
+        return y, got[0], dict(zip(named, got[1:], strict=True))
+
+    y, du, dw = run(ours, lambda v: ours(v, piece_of(model, L), None)[0])
+    y2, du2, dw2 = run(theirs, theirs)
+    close(y, y2, 1e-5)
+    close(du, du2, 1e-4)
+    for name, gradient in dw.items():
+        close(gradient, dw2[name], 1e-4)
+
+
+def test_steps_angles_and_both_projections_of_the_state_depend_on_the_input(monkeypatch):
+    seen = {}
+
+    def scan(x, dt, A, B, C, *rest, **named):
+        seen.update(dt=dt, B=B, C=C)
+        return selective_scan(x, dt, A, B, C, *rest, **named)
+
+    def phase(angle, *rest):
+        seen.update(angle=angle)
+        return running_phase(angle, *rest)
+
+    monkeypatch.setattr(testv2, "selective_scan", scan)
+    monkeypatch.setattr(testv2, "running_phase", phase)
+    model = TinyMambaModel(tiny_config())  # at its first values
+    model.blocks[0].ssm(torch.randn(1, 20, 32), piece_of(model, 20), None)
+    assert set(seen) == {"dt", "B", "C", "angle"}
+    for name, t in seen.items():
+        assert (t[0, 4:].std(0) > 1e-6).all(), name
+    assert (seen["dt"] > 0).all()
+    assert (seen["angle"].abs() <= 1).all()
+
+
+def parity_machine():
+    """An SSM, set by hand, whose output is +1 after an even number of ones and -1 after an odd.
+
+    Input 0 is the bit, input 1 marks the begin: it alone writes to the state, a one turns the state
+    by half a turn, nothing decays, and every token reads.
+    """
+    model = TinyMambaModel(tiny_config(chunk_size=16)).requires_grad_(False)
+    ssm = model.blocks[0].ssm
+    z, x, B, C, dt = ssm.in_proj.bias.split(ssm.sizes)
+    write, turn = ssm.in_proj.weight.split(ssm.sizes)[1], ssm.angle_proj.weight
+    for layer in (ssm.in_proj, ssm.out_proj, ssm.angle_proj):
+        layer.weight.zero_()
+        layer.bias.zero_()
+    ssm.D.zero_()
+    ssm.A_log.fill_(-30.0)
+    ssm.dt_bias.fill_(math.log(math.e - 1))  # dt = 1
+    B[0] = C[0] = z[0] = 1.0
+    write[0, 1], turn[0, 0] = 1.0, 100.0
+    ssm.out_proj.weight[0, 0] = 1 / torch.tensor(1.0).sigmoid()  # of z * sigmoid(z)
+    return model, ssm
+
+
+def test_a_turning_state_tracks_parity_which_decays_cannot():
+    model, ssm = parity_machine()
+    bits = torch.rand(16, 257, generator=torch.manual_seed(0)) < 0.5
+    bits[:, 0] = False  # the begin
+    bits[0], bits[1, 1:] = False, True
+    u = torch.zeros(16, 257, 32)
+    u[..., 0], u[:, 0, 1] = bits, 1.0
+    want = 1.0 - 2.0 * (bits.cumsum(1) % 2)
+    close(ssm(u, piece_of(model, 257), None)[0][..., 0], want, 1e-4)
+    past, outputs = None, []
+    for t in range(257):
+        y, *state = ssm(u[:, t : t + 1], piece_of(model, 1), past)
+        past = past_of(ssm=state[0], phase=state[1])
+        outputs.append(y[..., 0])
+    close(torch.cat(outputs, dim=1), want, 1e-4)
+    ssm.angle_proj.weight[:, 0] = 0.0  # no token turns
+    close(ssm(u, piece_of(model, 257), None)[0][..., 0], torch.ones(16, 257), 1e-4)
+
+
+def test_half_turns_do_not_drift_however_long_the_text():
+    model, ssm = parity_machine()
+    *_, C, _ = ssm.in_proj.bias.split(ssm.sizes)
+    C[0], C[4] = 0.0, 1.0  # reads across: nothing, so long as the state has turned by half turns
+    u = torch.zeros(1, 100_000, 32)
+    u[..., 0], u[0, 0, 1] = 1.0, 1.0
+    y, *state = ssm(u, piece_of(model, 100_000), None)
+    assert y[..., 0].abs().max() < 1e-5
+    assert state[0].abs().max() > 0.99
+    for t in range(1, 1000):
+        y, *state = ssm(u[:, t : t + 1], piece_of(model, 1), past_of(ssm=state[0], phase=state[1]))
+    assert y[..., 0].abs().max() < 1e-5
+
+
+# ------------------------------------------------------------------------------- running phase
+
+
+def phase_in_pieces(angle, sizes):
+    phase, parts = None, []
+    for piece in angle.split(sizes, dim=1):
+        parts.append(running_phase(piece, phase))
+        phase = parts[-1][:, -1]
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-11)], ids=["f32", "f64"]
+)
+@pytest.mark.parametrize("sizes", [[300], [1] * 300, [299, 1], [7, 64, 1, 1, 128, 99]])
+def test_any_split_gives_the_phase_of_one_pass(sizes, dtype, tolerance):
+    angle = torch.randn(2, 300, 4, dtype=torch.float64).tanh().to(dtype)
+    got = phase_in_pieces(angle, sizes)
+    assert got.dtype == dtype
+    assert (got >= 0).all() and (got < 2).all()
+    close_angles(got.double(), angle.double().cumsum(1), tolerance)
+
+
+def test_the_phase_is_exact_after_a_million_tokens_in_pieces():
+    angle = (0.5 + torch.randn(1, 1_000_000, 2)).tanh()  # most turn the same way
+    got = phase_in_pieces(angle, 997)[:, -1].double()
+    exact = [[math.fsum(channel) for channel in angle[0].T.tolist()]]
+    close_angles(got, torch.tensor(exact, dtype=torch.float64), 1e-4)
+
+
+def test_a_padded_row_keeps_its_phase():
+    model = wide()
+    ssm, u = model.blocks[0].ssm, torch.randn(3, 20, 32)
+    past = past_of(ssm=torch.randn(3, 8, 8, 8), phase=2 * torch.rand(3, 4))
+    lengths = torch.tensor([20, 7, 0])
+    _, state, phase = ssm(u, piece_of(model, 20, lengths=lengths), past)
+    for row, length in enumerate(lengths.tolist()):
+        one = slice(row, row + 1)
+        alone = past_of(ssm=past.ssm[one], phase=past.phase[one])
+        if length:
+            _, *alone = ssm(u[one, :length], piece_of(model, length), alone)
+            alone = past_of(ssm=alone[0], phase=alone[1])
+        close(state[one], alone.ssm, 1e-5)
+        close_angles(phase[one], alone.phase, 1e-6)
+    assert torch.equal(phase[2], past.phase[2])
+
+
+def test_a_fresh_document_does_not_depend_on_the_phase_at_its_begin():
+    model = wide(double=True, document_mask=True, eos_id=EOS)
+    ids, other = some_ids(2, 20), some_ids(2, 30, seed=1)
+    ids[:, -1] = EOS
+    _, state = model.advance(ids, model.init_state(2))
+    logits, _ = model.advance(other, state)
+    turned = state.clone()
+    for layer in turned.layers:
+        layer.phase.copy_(2 * torch.rand(2, 4))
+    close(model.advance(other, turned)[0], logits, 1e-11, scale=1.0)
+    ssm, u = model.blocks[0].ssm, torch.randn(2, 30, 32, dtype=torch.float64)
+    starts = torch.full((2, 30), -5)
+    starts[:, 11:] = 11  # the document begins within the piece
+    y, again = (ssm(u, piece_of(model, 30, starts), s.layers[0])[0] for s in (state, turned))
+    close(again[:, 11:], y[:, 11:], 1e-9)
+
+
+# -------------------------------------------------------------------------- short convolution
+
+
+def conv_by_hand(weight, u, tail, starts):
+    """u plus its K last values, tap by tap; a tap before `starts` is zero."""
+    (batch, L, _), K = u.shape, weight.shape[1]
+    rows = []
+    for b, t in itertools.product(range(batch), range(L)):
+        total = u[b, t]
+        for k in range(K):
+            source = t - (K - 1 - k)
+            if source >= starts[b, t]:
+                total = total + weight[:, k] * (u[b, source] if source >= 0 else tail[b, source])
+        rows.append(total)
+    return torch.stack(rows).view_as(u)
+
+
+@pytest.mark.parametrize("past", ["fresh", "continued"])
+@pytest.mark.parametrize("documents", [False, True], ids=["one_text", "documents"])
+@pytest.mark.parametrize("K", [1, 2, 4])
+@pytest.mark.parametrize("L", [1, 2, 3, 19])
+def test_short_conv_equals_a_loop_over_taps(L, K, documents, past):
+    model = wide(double=True, d_conv=K, document_mask=documents, eos_id=EOS)
+    conv = free_copy(model.blocks[0].conv)
+    u = torch.randn(2, L, 32, dtype=torch.float64, requires_grad=True)
+    tail = torch.zeros(2, K - 1, 32, dtype=torch.float64)
+    starts = torch.zeros(2, L, dtype=torch.int64)
+    if past == "continued":
+        tail, starts = torch.randn_like(tail), starts - torch.tensor([[1], [100]])
+    if documents:
+        starts[0, L // 3 :], starts[1, L // 2 :], starts[1, L - 1 :] = L // 3, L // 2, L - 1
+    tail.requires_grad_()
+    piece = piece_of(model, L, starts)
+    y, new_tail = conv(u, piece, past_of(conv=tail) if past == "continued" else None)
+    seen = starts if documents else starts.clamp(max=0) - (past == "continued") * 100
+    want = conv_by_hand(conv.weight, u, tail, seen)
+    close(y, want, 1e-12)
+    close(new_tail, torch.cat((tail, u), dim=1)[:, L:], 1e-12)
+    inputs = [u, conv.weight, *([tail] if past == "continued" else [])]
+    pairs = zip(gradients([y], inputs), gradients([want], inputs), strict=True)
+    for got, gradient in pairs:
+        close(got, gradient, 1e-12)
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["one_text", "documents"])
+def test_short_conv_sees_exactly_its_last_taps_of_its_own_channel(documents):
+    model = wide(document_mask=documents, eos_id=EOS)
+    u = torch.randn(2, 12, 32, requires_grad=True)
+    y = model.blocks[0].conv(u, piece_of(model, 12, torch.zeros(2, 12, dtype=torch.int64)), None)[0]
+    for t in (0, 2, 5, 11):
+        (gradient,) = torch.autograd.grad(y[1, t, 3], u, retain_graph=True)
+        seen = gradient.nonzero().tolist()
+        assert seen == [[1, s, 3] for s in range(max(0, t - 3), t + 1)]
+
+
+def test_the_tail_of_a_padded_row_ends_with_its_last_token():
+    model = wide()
+    u, tail = torch.randn(4, 6, 32), torch.randn(4, 3, 32)
+    lengths = torch.tensor([6, 4, 1, 0])
+    _, new = model.blocks[0].conv(u, piece_of(model, 6, lengths=lengths), past_of(conv=tail))
+    for row, length in enumerate(lengths.tolist()):
+        assert torch.equal(new[row], torch.cat((tail[row], u[row, :length]))[-3:])
+
+
+# --------------------------------------------------------------------------------- attention
+
+
+def rms(x, norm):
+    return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
+
+
+def naive_attention(attention, u, W, theta=10000.0):
+    """Full softmax with a band mask; RoPE as complex numbers, by absolute position."""
+    q, k, v = attention.qkv(u).unflatten(-1, (3, attention.n_heads, -1)).transpose(1, 3).unbind(2)
+    q, k = rms(q, attention.q_norm), rms(k, attention.k_norm)
+    L, width = q.shape[-2:]
+    t = torch.arange(L)
+    angles = t[:, None] * theta ** (-torch.arange(0, width, 2) / width)
+    turn = torch.polar(torch.ones_like(angles), angles)
+    q, k = (torch.complex(*x.chunk(2, -1)) * turn for x in (q, k))  # (B, A, L, F/2)
+    scores = (q[..., :, None, :] * k[..., None, :, :].conj()).real.sum(-1) * width**-0.5
+    gap = t[:, None] - t
+    scores = scores.masked_fill((gap < 0) | (gap >= W), -math.inf)
+    y = scores.softmax(-1) @ v
+    return attention.out_proj(y.transpose(1, 2).flatten(2))
+
+
+SHAPES = [(1, 1), (5, 1), (3, 8), (7, 8), (8, 8), (9, 8), (16, 8), (29, 8), (20, 5), (4, 100)]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("L", "W"), SHAPES)
+def test_attention_equals_a_full_softmax_with_a_band_mask(L, W, fused):
+    model = wide(window_size=W, use_flash_attn=fused, low_rank=5)
+    attention = model.blocks[1].attention
+    u = torch.randn(2, L, 32)
+    y, keys, values = attention(u, piece_of(model, L), None)
+    assert y.shape == u.shape
+    assert keys.shape == values.shape == (2, W - 1, 2, 16)
+    close(y, naive_attention(attention, u, W), 1e-5)
+
+
+def dense_attention(q, keys, values, W, starts):
+    """Softmax over all keys, those of position -W to L-1, where a band and the document allow."""
+    token, key = torch.arange(q.shape[2])[:, None], torch.arange(-W, q.shape[2])
+    visible = (key <= token) & (key > token - W) & (key >= starts[:, None, :, None])
+    scores = (q @ keys.mT) * q.shape[-1] ** -0.5
+    return scores.masked_fill(~visible, -math.inf).softmax(-1) @ values
+
+
+@pytest.mark.parametrize("first", [0, -3, -1000])  # where the first document begins
+@pytest.mark.parametrize("documents", [False, True], ids=["one_text", "documents"])
+@pytest.mark.parametrize(("L", "W"), SHAPES)
+def test_both_ways_to_attend_equal_a_dense_softmax(monkeypatch, L, W, documents, first):
+    attention = wide(double=True, window_size=W).blocks[0].attention
+    starts = torch.full((2, L), first)
+    if documents:
+        starts[0, L // 3 :], starts[1, L // 2 :], starts[1, L - 1 :] = L // 3, L // 2, L - 1
+    shape = {"dtype": torch.float64, "requires_grad": True}
+    q = torch.randn(2, 2, L, 16, **shape)
+    keys, values = (torch.randn(2, 2, W + L, 16, **shape) for _ in range(2))
+    want = dense_attention(q, keys, values, W, starts)
+    slopes = gradients([want], [q, keys, values])
+    given = None if first == 0 and not documents else starts
+    for attend, written_out in ((attention.attend, False), (attention.attend_written_out, True)):
+        monkeypatch.setattr(attention, "written_out", lambda *_, way=written_out: way)
+        for starts_given in {None: [None, starts]}.get(given, [starts]):
+            mask = attention.mask(L, starts_given, q.device)
+            got = attend(q, keys, values, mask)
+            close(got, want, 1e-12)
+            for one, two in zip(gradients([got], [q, keys, values]), slopes, strict=True):
+                close(one, two, 1e-11)
+
+
+@pytest.mark.parametrize(("L", "W"), SHAPES)
+def test_attention_sees_exactly_the_last_window_tokens(L, W):
+    model = wide(window_size=W)
+    u = torch.randn(2, L, 32, requires_grad=True)
+    y = model.blocks[0].attention(u, piece_of(model, L), None)[0]
+    for t in {0, L // 2, max(0, L - 2), L - 1}:
+        (gradient,) = torch.autograd.grad(y[1, t].square().sum(), u, retain_graph=True)
+        assert not gradient[0].any()
+        seen = gradient[1].abs().amax(-1) > 0
+        assert seen.nonzero().flatten().tolist() == list(range(max(0, t - W + 1), t + 1))
+
+
+def test_fused_attention_equals_the_softmax_written_out():
+    ids = some_ids(2, 45)
+    ids[0, [0, 5, 6, 30]] = EOS
+    mask = torch.ones(2, 45)
+    mask[1, :9] = 0
+    models = [wide(use_flash_attn=fused, document_mask=True, eos_id=EOS) for fused in (True, False)]
+    close(*(m(ids, attention_mask=mask) for m in models), 1e-5)
+    states = [m.init_state(2) for m in models]
+    for piece in ids.split([3, 20, 1, 21], dim=1):  # shorter and longer than the window
+        outs = [m.advance(piece, state) for m, state in zip(models, states, strict=True)]
+        states = [state for _, state in outs]
+        close(outs[0][0], outs[1][0], 1e-5)
+
+
+@pytest.mark.parametrize("part", ["queries", "keys", "values"])
+def test_the_size_of_queries_and_keys_does_not_matter(part):
+    model = wide(double=True)
+    plain, scaled = (free_copy(model.blocks[0].attention).requires_grad_(False) for _ in range(2))
+    rows = slice(*{"queries": (0, 32), "keys": (32, 64), "values": (64, 96)}[part])
+    for t in (scaled.qkv.weight, scaled.qkv.bias):
+        t[rows] *= 7.5
+    for attention in (plain, scaled):
+        attention.q_norm.eps = attention.k_norm.eps = 0.0
+    u = torch.randn(2, 21, 32, dtype=torch.float64)
+    y, again = (a(u, piece_of(model, 21), None)[0] for a in (plain, scaled))
+    if part == "values":
+        assert not torch.allclose(again, y, rtol=0.1)
+    else:
+        close(again, y, 1e-12)
+
+
+def test_windows_depend_neither_on_the_total_length_nor_on_other_rows():
+    model = wide(double=True)
+    attention = model.blocks[0].attention
+    u = torch.randn(3, 50, 32, dtype=torch.float64)
+    y = attention(u, piece_of(model, 50), None)[0]
+    for L in (1, 7, 8, 9, 30):
+        close(attention(u[:, :L], piece_of(model, L), None)[0], y[:, :L], 1e-12)
+    close(attention(u[1:2], piece_of(model, 50), None)[0], y[1:2], 1e-12)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_costs_the_same_for_every_token(monkeypatch, fused):
+    model, sizes = wide(), {}
+    for block in model.blocks:
+        monkeypatch.setattr(block.attention, "written_out", lambda *_: not fused)
+    for L in (512, 4096):
+        with Census() as census:
+            model.blocks[0].attention(torch.randn(1, L, 32), piece_of(model, L), None)
+        sizes[L] = census.largest
+    assert sizes[4096] <= 8.1 * sizes[512]
+
+
+# -------------------------------------------------------------------------------------- rope
+
+
+def test_rope_scores_depend_on_the_distance_alone_up_to_position_ten_million():
+    rotary, t = RotaryEmbedding(16), torch.arange(20)
+    q, k = torch.randn(20, 16), torch.randn(20, 16)
+
+    def scores(offset):
+        cos, sin = rotary(t + offset)
+        assert cos.dtype == sin.dtype == torch.float32
+        assert cos.shape == sin.shape == (20, 8)
+        return apply_rotary_pos_emb(q, cos, sin) @ apply_rotary_pos_emb(k, cos, sin).T
+
+    for offset in (1, 10, 10_000_000):
+        close(scores(offset), scores(0), 2e-6)
+    assert not torch.allclose(scores(0), q @ k.T, atol=0.1)
+    for tables in (rotary(t), rotary(t + 10_000_000)):  # a rotation keeps lengths
+        close(apply_rotary_pos_emb(q, *tables).norm(dim=-1), q.norm(dim=-1), 1e-6)
+
+
+def test_rope_tables_are_exact_at_position_ten_million():
+    positions = torch.tensor([10, 10_000_000])
+    cos, sin = RotaryEmbedding(8)(positions)
+    angles = positions.numpy()[:, None].astype(np.longdouble) * np.longdouble(10000) ** (
+        -np.arange(0, 8, 2, dtype=np.longdouble) / 8
+    )
+    np.testing.assert_allclose(cos.numpy(), np.cos(angles).astype(float), atol=1e-6)
+    np.testing.assert_allclose(sin.numpy(), np.sin(angles).astype(float), atol=1e-6)
+
+
+def test_rope_refuses_odd_widths_and_mismatched_shapes():
+    for width in (5, 1, 0):
+        with pytest.raises(UserError, match="even"):
+            RotaryEmbedding(width)
+    with pytest.raises(UserError, match="num_heads"):
+        tiny_config(d_model=30, num_heads=2)
+    cos, sin = RotaryEmbedding(8)(torch.arange(6))
+    for x in (torch.randn(2, 5, 8), torch.randn(2, 6, 10)):
+        with pytest.raises(ValueError, match=r"\(2, . ?.*needs cos and sin"):
+            apply_rotary_pos_emb(x, cos, sin)
+    with pytest.raises(ValueError, match="needs cos and sin"):
+        apply_rotary_pos_emb(torch.randn(2, 6, 8), cos, sin[:5])
+
+
+# -------------------------------------------------------------------------------------- gate
+
+
+@pytest.mark.parametrize("gate", ["softmax", "sparsemax"])
+def test_gate_starts_exactly_uniform(gate):
+    model = TinyMambaModel(tiny_config(gate=gate))
+    _, gates = model(some_ids(2, 20), return_gates=True)
+    assert gates.dtype == torch.float32
+    assert torch.equal(gates, gates[0, 0, 0, 0].expand_as(gates))
+    close(gates, torch.full_like(gates, 1 / 3), 1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_top_k_starts_with_k_branches_and_different_ones_for_different_tokens(k):
+    model = TinyMambaModel(tiny_config(gate="top_k", gate_top_k=k))
+    _, gates = model(some_ids(2, 64), return_gates=True)
+    assert ((gates > 0).sum(-1) == k).all()
+    assert (gates >= 0).all()
+    close(gates.sum(-1), torch.ones(2, 2, 64), 1e-6)
+    close(gates[gates > 0], torch.full((gates > 0).sum().view(1).tolist(), 1 / k), 0.01)
+    used = (gates > 0).flatten(1, 2).float().mean(1)  # (n_layer, 3)
+    assert (used > 0).all()
+    assert k == 3 or (used < 1).all()
+
+
+LOGITS = st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=3, max_size=3)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@examples(100)
+@given(logits=LOGITS | st.lists(st.floats(-3, 3, width=32), min_size=3, max_size=3))
+@example(logits=[5.0, 5.0, 5.0])
+@example(logits=[1e8, 1e8, 1e8])
+@example(logits=[1e30, 0.0, -1e30])
+@example(logits=[30000.0, 29999.75, 29999.5])
+def test_every_gate_is_a_probability_vector(gate, logits):
+    module = TokenAdaptiveGating(tiny_config(gate=gate))
+    with torch.no_grad():
+        module.controller.weight.zero_()
+        module.controller.bias.copy_(torch.tensor(logits))
+    weights = module(torch.randn(1, 2, 32))
+    assert weights.shape == (1, 2, 3)
+    assert weights.dtype == torch.float32
+    assert (weights >= 0).all()
+    close(weights.sum(-1), torch.ones(1, 2), 1e-6)
+    for i, j in itertools.permutations(range(3), 2):
+        if logits[i] > logits[j]:
+            assert (weights[..., i] >= weights[..., j]).all()
+    if gate == "top_k":
+        assert ((weights > 0).sum(-1) <= 2).all()
+
+
+def project_by_bisection(logits):
+    """The nearest probability vector: max(z - tau, 0), with tau found by halving."""
+    z = np.asarray(logits, dtype=np.float64)
+    z = z - z.max()
+    low, high = -2.0, 0.0
+    for _ in range(100):
+        tau = (low + high) / 2
+        if np.maximum(z - tau, 0).sum() > 1:
+            low = tau
+        else:
+            high = tau
+    return np.maximum(z - tau, 0)
+
+
+@examples(200)
+@given(logits=LOGITS | st.lists(st.floats(-2, 2, width=32), min_size=2, max_size=6))
+@example(logits=[0.0, 0.0, 0.0])
+@example(logits=[-7.0, -7.0, -7.0])
+@example(logits=[1e4, 1e4, 1e4])
+@example(logits=[1e8, 1e8, 1e8])
+@example(logits=[1e30, 1e30, -1e30])
+@example(logits=[1.0, 0.0, 0.0])
+@example(logits=[30000.0, 29999.75, 29999.5])
+def test_sparsemax_is_the_projection_onto_the_simplex(logits):
+    weights = sparsemax(torch.tensor(logits))
+    want = project_by_bisection(np.float32(logits))
+    np.testing.assert_allclose(weights.numpy(), want, atol=1e-6)
+    assert abs(weights.sum().item() - 1) < 1e-6
+
+
+def test_sparsemax_has_the_gradient_of_its_support():
+    logits = torch.tensor([[0.3, 0.1, -2.0]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(sparsemax, logits)
+    (gradient,) = torch.autograd.grad(sparsemax(logits)[0, 0], logits)
+    close(gradient, torch.tensor([[0.5, -0.5, 0.0]]).double(), 1e-12)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_return_gates_hands_out_the_weights_of_every_layer_and_token(gate):
+    model, ids = wide(gate=gate, n_layer=3), some_ids(2, 11)
+    logits, gates = model(ids, return_gates=True)
+    assert torch.equal(logits, model(ids))
+    assert gates.shape == (3, 2, 11, 3)
+    close(gates.sum(-1), torch.ones(3, 2, 11), 1e-6)
+    assert gates.std(dim=(1, 2)).min() > 1e-3  # content decides
+    loss, gates_again = model(ids, ids, return_gates=True)
+    assert loss.dim() == 0
+    assert torch.equal(gates, gates_again)
+    block = model.blocks[0]
+    u, _ = block.conv(block.norm(model.embedding(ids)), piece_of(model, 11), None)
+    close(gates[0], block.gate(u), 1e-6)
+
+
+@pytest.mark.parametrize("asked", ["some", "none", "all"])
+@pytest.mark.parametrize("gate", ["top_k", "sparsemax"])
+def test_an_mlp_that_skips_tokens_equals_one_that_does_not(gate, asked):
+    model = wide(double=True, gate=gate)
+    block, piece = free_copy(model.blocks[0]), piece_of(model, 15)
+    with torch.no_grad():
+        push = {"some": [0.0, 0.0, 0.0], "none": [9.0, 9.0, -9.0], "all": [0.0, -9.0, 9.0]}[asked]
+        block.gate.controller.weight *= 0.2
+        block.gate.controller.bias.copy_(torch.tensor(push))
+    x = torch.randn(2, 15, 32, dtype=torch.float64, requires_grad=True)
+    rows = []
+    block.mlp.register_forward_hook(lambda m, args, out: rows.append(out.numel() // 32))
+
+    def dense(x):
+        u, _ = block.conv(block.norm(x), piece, None)
+        g = block.gate(u)[..., None]
+        ssm, attention = (f(u, piece, None)[0] for f in (block.ssm, block.attention))
+        mix = g[..., 0, :] * ssm + g[..., 1, :] * attention + g[..., 2, :] * block.mlp(u)
+        return x + block.residual_scale * mix
+
+    got, _, gates = block(x, piece, None)
+    asking = int((gates[..., 2] > 0).sum())
+    assert asking == {"none": 0, "all": 30}.get(asked, asking)
+    assert asked != "some" or 0 < asking < 30
+    assert rows == [asking]
+    want = dense(x)
+    close(got, want, 1e-12)
+    inputs = [x, *block.parameters()]
+    loss_weights = torch.randn(2, 15, 32, dtype=torch.float64)
+    pairs = zip(*(
+        torch.autograd.grad((y * loss_weights).sum(), inputs, materialize_grads=True)
+        for y in (got, want)), strict=True)  # fmt: skip
+    for one, two in pairs:
+        close(one, two, 1e-10)
