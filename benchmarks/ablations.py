@@ -48,6 +48,10 @@ DEFAULTS = "R"  # the run of the default settings
 
 # ------------------------------------------------------------------------------------ settings
 
+ORDERS = {  # branches that read the same input, group after group: 0 SSM, 1 attention, 2 MLP
+    "parallel": ((0, 1, 2),), "mixers_first": ((0, 1), (2,)), "sequential": ((0,), (1,), (2,)),
+}
+
 @dataclass
 class Settings:
     """All that a run can vary. The heading above a field is its group in table and plot."""
@@ -56,7 +60,7 @@ class Settings:
     kind: str = "tinymamba"  # tinymamba, or a peer from transformers: llama, mamba2
 
     # Block
-    order: str = "parallel"  # branches side by side (parallel) or one after the other (sequential)
+    order: str = "parallel"  # the branches: which of ORDERS
     gate: str = "softmax"  # weights of the branches: softmax, top2, sparsemax, sigmoid, none
     gate_scale: float = 1.0  # the weights times this, unless gate=none
     norms: int = 1  # norm weights of a parallel block: 1 for all, or 3, one a branch
@@ -137,7 +141,7 @@ class Settings:
 
 CHOICES = {
     "kind": ("tinymamba", "llama", "mamba2"),
-    "order": ("parallel", "sequential"),
+    "order": tuple(ORDERS),
     "gate": ("softmax", "top2", "sparsemax", "sigmoid", "none"),
     "norms": (1, 3),
     "activation": ("swiglu", "relu2"),
@@ -387,9 +391,9 @@ class Block(nn.Module):
 
     def __init__(self, s: Settings):
         super().__init__()
-        self.s, sequential = s, s.order == "sequential"
+        self.s, self.groups = s, ORDERS[s.order]
         self.ssm, self.attention, self.mlp = SSM(s), Attention(s), MLP(s)
-        count = 3 if sequential or s.norms == 3 else 1
+        count = 3 if s.norms == 3 else len(self.groups)
         self.norm = nn.ParameterList(torch.ones(s.d_model) for _ in range(count))
         if s.branch_norm:
             self.branch_norm = nn.ParameterList(torch.ones(s.d_model) for _ in BRANCHES)
@@ -400,8 +404,8 @@ class Block(nn.Module):
         if s.x0:
             self.stream_mix = nn.Parameter(torch.tensor([1.0, 0.0]))
         if s.block_conv:
-            places, bound = 3 if sequential else 1, 0.5 * s.block_conv**-0.5
-            self.conv = uniform(places, s.d_model, s.block_conv, bound=bound)
+            bound = 0.5 * s.block_conv**-0.5
+            self.conv = uniform(len(self.groups), s.d_model, s.block_conv, bound=bound)
 
     def forward(self, x: Tensor, embedded: Tensor, values: list[Tensor]) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
@@ -415,10 +419,11 @@ class Block(nn.Module):
             y = sum(gates[i] * self.branch(i, inputs[i], values) for i in range(3))
             return x + self.dropout(self.scale * y)
         gates = None
-        for i in range(3):
-            u = self.convolve(rms(x), i) * self.norm[i]
+        for place, group in enumerate(self.groups):
+            u = self.convolve(rms(x), place) * self.norm[place]
             gates = gates or self.weights(u)
-            x = x + self.dropout(self.scale * (gates[i] * self.branch(i, u, values)))
+            y = sum(gates[i] * self.branch(i, u, values) for i in group)
+            x = x + self.dropout(self.scale * y)
         return x
 
     def convolve(self, v: Tensor, place: int) -> Tensor:

@@ -42,6 +42,8 @@ def workspace(tmp_path_factory) -> Path:
     (folder / "texts").mkdir()
     for i in range(25):
         (folder / "texts" / f"{i}.txt").write_text(f"Text {i}. " + text)
+    for name in ("wiki.test.raw", "wiki.valid.raw"):
+        (folder / name).write_text(text)
     rows = [json.dumps({"text": f"Row {i}. {text}"}) for i in range(20)]
     (folder / "rows.jsonl").write_text("\n".join(rows))
     for name in ("a", "b"):
@@ -100,6 +102,13 @@ def test_command(command, workspace):
             assert run_training(rest, workspace)
         case ["python", "data/prepare.py", *rest]:
             assert "bytes per token" in run([workspace / "data/prepare.py", *rest], workspace)
+        case ["python", "benchmark.py", *rest]:
+            small = flags(d_model=32, n_layer=1, vocab_size=64, sequence_lengths=[16, 32],
+                          tokens_per_step=32, test_iterations=1)
+            assert "llama" in run([ROOT / "benchmark.py", *rest, *small], workspace)
+        case ["python", "benchmarks/quality.py", *rest]:
+            assert "bits_per_byte" in run(
+                [ROOT / "benchmarks/quality.py", *rest, *flags(steps=1, seeds=0)], workspace)
         case ["python", "-m", "torch.distributed.launch", *_] | ["torchrun", *_]:
             launch(words, workspace)
         case ["python", "-m", "pytest"]:
