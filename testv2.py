@@ -515,8 +515,8 @@ def tiles(x: Tensor) -> tuple[list[slice], list[slice]]:
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         span = min(8, chunks)
         row = 8 // span
-    cut = lambda count, step: [slice(i, i + step) for i in range(0, count, step)]  # noqa: E731
-    return cut(batch, row), cut(chunks, span)
+    rows = [slice(i, i + row) for i in range(0, batch, row)]
+    return rows, [slice(i, i + span) for i in range(0, chunks, span)]
 
 def tile_terms(x, dt, log_decay, B, C, state):
     """Decays and states of one tile, and B and C as the states of its chunks see them.
@@ -642,10 +642,10 @@ class DepthwiseConv(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
         (history, weight), L = ctx.saved_tensors, dy.shape[1]
         K = weight.shape[1]
-        taps = ((dy * history[:, k : k + L]).sum((0, 1), dtype=widen(dy[:0]).dtype)
-                for k in range(K))
+        dtaps = [(dy * history[:, k : k + L]).sum((0, 1), dtype=widen(dy[:0]).dtype)
+                 for k in range(K)]
         dhistory = depthwise(F.pad(dy, (0, 0, K - 1, K - 1)), weight.flip(1))
-        return dhistory, torch.stack(list(taps), dim=1).to(weight.dtype)
+        return dhistory, torch.stack(dtaps, dim=1).to(weight.dtype)
 
 def depthwise(x: Tensor, weight: Tensor) -> Tensor:
     """As of an image one pixel high, whose channels lie in memory as the library likes them."""
@@ -1531,9 +1531,9 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     that make gates and angles. The embedding's rows are looked up one by one: decay would shrink
     those of rare tokens between their visits.
     """
-    others = ("head", "controller", "angle_proj")
+    no_matrix = ("head", "controller", "angle_proj")
     linear = [m.weight for name, m in model.named_modules()
-              if isinstance(m, nn.Linear) and not name.endswith(others)]
+              if isinstance(m, nn.Linear) and not name.endswith(no_matrix)]
     chosen = {id(p) for p in linear}
     others = [p for p in model.parameters() if id(p) not in chosen]
     if config.optimizer == "muon":
