@@ -400,17 +400,29 @@ class LowRankProjection(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.down(x))
 
-def projection(d_in: int, d_out: int, config: Config) -> nn.Module:
-    """The linear map of a branch, at the rank the config asks for."""
+def projection(d_in: int, parts: list[int], config: Config) -> nn.Module:
+    """The linear map of a branch to one or more things of so many channels, at the rank asked for.
+
+    The optimizer takes the rows of each part as a matrix of its own.
+    """
     if config.low_rank:
-        return LowRankProjection(d_in, d_out, config.low_rank, config.bias)
-    return nn.Linear(d_in, d_out, bias=config.bias)
+        linear = LowRankProjection(d_in, sum(parts), config.low_rank, config.bias)
+    else:
+        linear = nn.Linear(d_in, sum(parts), bias=config.bias)
+    last_layer(linear).parts = parts
+    return linear
+
+def last_layer(projection: nn.Module) -> nn.Linear:
+    return projection.up if isinstance(projection, LowRankProjection) else projection
 
 # ------------------------------------------------------------------------------------ scan
 
 # exp(-30) is 1e-13: nothing is left of the state in float32. With no term below it, differences of
 # a chunk's cumulative sums are good to 1e-4 even where every token forgets all before it.
 MIN_LOG_DECAY = -30.0
+# A token whose dt would be below this leaves the state exactly as it was, so that a state can hold
+# what it has for any number of tokens. A softplus alone is never 0, and small leaks add up.
+MIN_DT = 1e-3
 
 def selective_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
@@ -693,19 +705,19 @@ class MambaSSM(nn.Module):
         self.n_heads = self.d_inner // config.ssm_head_dim
         E, N = self.d_inner, config.d_state
         self.sizes = [E, E, N, N, self.n_heads]
-        self.in_proj = projection(config.d_model, sum(self.sizes), config)  # z, x, B, C, dt
+        self.in_proj = projection(config.d_model, self.sizes, config)  # z, x, B, C, dt
         self.angle_proj = nn.Linear(config.d_model, N // 2, config.bias)
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
         self.D = nn.Parameter(torch.ones(self.n_heads))
-        self.out_proj = projection(self.d_inner, config.d_model, config)
+        self.out_proj = projection(self.d_inner, [config.d_model], config)
 
     def forward(self, u: Tensor, piece: Piece, past: LayerState | None):
         """u (B, L, D) -> the branch's output (B, L, D), the new SSM state and its phase."""
         c = self.config
         z, x, B, C, dt = self.in_proj(u).split(self.sizes, dim=-1)
         x = x.unflatten(-1, (self.n_heads, c.ssm_head_dim))  # (B, L, H, P)
-        dt = F.softplus(widen(dt) + widen(self.dt_bias))  # (B, L, H)
+        dt = F.threshold(F.softplus(widen(dt) + widen(self.dt_bias)), MIN_DT, 0.0)  # (B, L, H)
         half_turns = self.half_turns(u)  # (B, L, N/2)
         index, resets = torch.arange(u.shape[1], device=u.device), None
         if piece.lengths is not None:
@@ -751,9 +763,9 @@ class LocalAttention(nn.Module):
         self.window, self.n_heads = config.window_size, config.num_heads
         self.use_flash_attn = config.use_flash_attn
         self.head_dim = config.d_model // config.num_heads
-        self.qkv = projection(config.d_model, 3 * config.d_model, config)
+        self.qkv = projection(config.d_model, [config.d_model] * 3, config)
         self.q_norm, self.k_norm = RMSNorm(self.head_dim), RMSNorm(self.head_dim)
-        self.out_proj = projection(config.d_model, config.d_model, config)
+        self.out_proj = projection(config.d_model, [config.d_model], config)
 
     def forward(self, u: Tensor, piece: Piece, past: LayerState | None):
         """u (B, L, D) -> the branch's output (B, L, D), last W-1 keys and values."""
@@ -836,8 +848,8 @@ class SwiGLU(nn.Module):
         super().__init__()
         hidden = config.expand_factor * config.d_model
         self.activation = getattr(F, config.activation)
-        self.in_proj = projection(config.d_model, 2 * hidden, config)
-        self.out_proj = projection(hidden, config.d_model, config)
+        self.in_proj = projection(config.d_model, [hidden] * 2, config)
+        self.out_proj = projection(hidden, [config.d_model], config)
 
     def forward(self, u: Tensor) -> Tensor:
         gate, up = self.in_proj(u).chunk(2, dim=-1)  # (B, L, E) each
@@ -1085,9 +1097,6 @@ def init_weights(model: TinyMambaModel) -> None:
             last_layer(block.attention.qkv).weight[-config.d_model :] *= beta
             for branch in (block.ssm, block.attention, block.mlp):
                 last_layer(branch.out_proj).weight *= beta
-
-def last_layer(projection: nn.Module) -> nn.Linear:
-    return projection.up if isinstance(projection, LowRankProjection) else projection
 
 @torch.no_grad()
 def init_ssm(ssm: MambaSSM) -> None:
@@ -1496,22 +1505,25 @@ class ShardedBatches:
 class MuonAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al., 2024) for matrices and AdamW for all else, as one optimizer.
 
-    Both are PyTorch's own and share this one's groups and state. Muon's updates are scaled to the
-    size of AdamW's (Liu et al., arXiv 2502.16982, eq. 4), so that one learning rate serves both.
+    The rows of a matrix that makes several things at once, as queries, keys and values, are as many
+    matrices to Muon. Updates are scaled to the size of AdamW's (Liu et al., arXiv 2502.16982,
+    eq. 4), so that one learning rate serves both.
     """
 
-    def __init__(self, matrices: list, others: list, config: Config):
-        betas, decay = (config.beta1, config.beta2), config.weight_decay
-        self.parts = [
-            torch.optim.Muon(matrices, config.lr, decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, config.lr, betas, weight_decay=0.0, fused=True),
-        ]
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
+    MOMENTUM = 0.95
+    NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+    def __init__(self, matrices: dict[nn.Parameter, list[int]], others: list, config: Config):
+        """`matrices` says into how many rows each is cut."""
+        self.rows = list(matrices.values())
+        self.adamw = torch.optim.AdamW(
+            others, config.lr, (config.beta1, config.beta2), weight_decay=0.0, fused=True)
+        muon = {"params": list(matrices), "lr": config.lr, "weight_decay": config.weight_decay}
+        super().__init__([muon, *self.adamw.param_groups], {})
         self.share()
 
     def share(self) -> None:
-        for part, group in zip(self.parts, self.param_groups, strict=True):
-            part.param_groups, part.state = [group], self.state
+        self.adamw.param_groups, self.adamw.state = self.param_groups[1:], self.state
 
     def __setstate__(self, state: dict) -> None:  # load_state_dict makes groups and state anew
         super().__setstate__(state)
@@ -1520,9 +1532,36 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
-        for part in self.parts:
-            part.step()
+        self.adamw.step()
+        group, alike = self.param_groups[0], {}
+        for p, rows in zip(group["params"], self.rows, strict=True):
+            if p.grad is None:
+                continue
+            if p not in self.state:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            mean = self.state[p]["momentum_buffer"]
+            mean.lerp_(p.grad, 1 - self.MOMENTUM)
+            update = p.grad.lerp(mean, self.MOMENTUM)
+            for pair in zip(p.split(rows), update.split(rows), strict=True):
+                alike.setdefault(pair[0].shape, []).append(pair)
+        for shape, pairs in alike.items():
+            weights, updates = zip(*pairs, strict=True)
+            updates = self.orthogonalise(torch.stack(updates)).to(weights[0].dtype)
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            rate = 0.2 * max(shape) ** 0.5 * group["lr"]
+            torch._foreach_add_(weights, updates.unbind(), alpha=-rate)
         return loss
+
+    def orthogonalise(self, x: Tensor) -> Tensor:
+        """Matrices (count, rows, columns) with all singular values near 1, in bfloat16."""
+        a, b, c = self.NEWTON_SCHULZ
+        tall = x.shape[1] > x.shape[2]
+        x = x.bfloat16().mT if tall else x.bfloat16()
+        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+        for _ in range(5):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x.mT if tall else x
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """Muon or AdamW for the matrices of linear projections, with decay; AdamW for the rest.
@@ -1532,13 +1571,12 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     those of rare tokens between their visits.
     """
     no_matrix = ("head", "controller", "angle_proj")
-    linear = [m.weight for name, m in model.named_modules()
-              if isinstance(m, nn.Linear) and not name.endswith(no_matrix)]
-    chosen = {id(p) for p in linear}
-    others = [p for p in model.parameters() if id(p) not in chosen]
+    linear = {m.weight: getattr(m, "parts", [m.out_features]) for name, m in model.named_modules()
+              if isinstance(m, nn.Linear) and not name.endswith(no_matrix)}
+    others = [p for p in model.parameters() if p not in linear]
     if config.optimizer == "muon":
         return MuonAdamW(linear, others, config)
-    groups = [{"params": linear, "weight_decay": config.weight_decay},
+    groups = [{"params": list(linear), "weight_decay": config.weight_decay},
               {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, config.lr, (config.beta1, config.beta2), fused=True)
 

@@ -43,6 +43,7 @@ V = 256  # bytes
 VALIDATION = 2**18  # bytes
 MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+PRIME = 40503  # spreads pairs over the rows of a table (Knuth's multiplicative hash)
 NOISE = 0.005  # nats: below this one run says nothing
 DEFAULTS = "R"  # the run of the default settings
 
@@ -67,6 +68,9 @@ class Settings:
     branch_norm: bool = False  # a norm after every branch as well
     x0: bool = False  # every block mixes the embedding into the stream again
     embedding_norm: bool = False  # a norm after the embedding
+    bigrams: int = 0  # rows of a table that pairs of bytes are hashed to, added to the embedding
+    value_embedding: bool = False  # a table of its own for each block, added to attention's values
+    loops: int = 1  # times that the stack of blocks is run
     activation: str = "swiglu"  # MLP: swiglu, or relu2: no gate, ReLU squared
     dropout: float = 0.0  # rate on every update of the stream
     tie: bool = True  # one matrix for embedding and output layer
@@ -145,7 +149,7 @@ CHOICES = {
     "gate": ("softmax", "top2", "sparsemax", "sigmoid", "none"),
     "norms": (1, 3),
     "activation": ("swiglu", "relu2"),
-    "rot": ("none", "tanh", "exact"),
+    "rot": ("none", "tanh", "exact", "half"),
     "optimizer": ("muon", "adamw"),
     "schedule": ("cosine", "wsd"),
 }
@@ -280,6 +284,10 @@ class SSM(nn.Module):
         raw = self.angle_proj(u)
         if self.s.angle_float32:
             raw = raw.float()
+        if self.s.rot == "half":
+            exact, free = raw.chunk(2, -1)
+            turns = torch.cat((F.hardtanh(F.softshrink(exact, 0.5)), torch.tanh(free)), -1)
+            return (math.pi * turns).cumsum(1)
         if self.s.rot == "exact":
             return (math.pi * F.hardtanh(F.softshrink(raw, 0.5))).cumsum(1)
         return (math.pi * torch.tanh(raw)).cumsum(1)
@@ -329,12 +337,16 @@ class Attention(nn.Module):
             self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5]))
         if s.head_gate:
             self.head_gate = nn.Linear(s.d_model, s.num_heads)
+        if s.value_embedding:
+            self.value_embedding = nn.Embedding(V, s.d_model)
 
-    def forward(self, u: Tensor, values: list[Tensor]) -> Tensor:
+    def forward(self, u: Tensor, values: list[Tensor], ids: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D); `values` takes the first block's values to the later ones."""
         s = self.s
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (p(u).unflatten(2, (s.num_heads, -1)).transpose(1, 2) for p in projections)
+        if s.value_embedding:
+            v = v + self.value_embedding(ids).unflatten(2, (s.num_heads, -1)).transpose(1, 2)
         if s.value_residual and values:
             v = self.value_mix[0] * v + self.value_mix[1] * values[0]
         elif s.value_residual:
@@ -407,7 +419,7 @@ class Block(nn.Module):
             bound = 0.5 * s.block_conv**-0.5
             self.conv = uniform(len(self.groups), s.d_model, s.block_conv, bound=bound)
 
-    def forward(self, x: Tensor, embedded: Tensor, values: list[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, embedded: Tensor, values: list[Tensor], ids: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
         s = self.s
         if s.x0:
@@ -416,13 +428,13 @@ class Block(nn.Module):
             v = self.convolve(rms(x), 0)
             inputs = [v * weight for weight in self.norm] * (3 // len(self.norm))
             gates = self.weights(inputs[0])
-            y = sum(gates[i] * self.branch(i, inputs[i], values) for i in range(3))
+            y = sum(gates[i] * self.branch(i, inputs[i], values, ids) for i in range(3))
             return x + self.dropout(self.scale * y)
         gates = None
         for place, group in enumerate(self.groups):
             u = self.convolve(rms(x), place) * self.norm[place]
             gates = gates or self.weights(u)
-            y = sum(gates[i] * self.branch(i, u, values) for i in group)
+            y = sum(gates[i] * self.branch(i, u, values, ids) for i in group)
             x = x + self.dropout(self.scale * y)
         return x
 
@@ -436,8 +448,8 @@ class Block(nn.Module):
         weights = branch_weights(self.gate(u), self.s.gate) * self.s.gate_scale
         return list(weights.split(1, -1))
 
-    def branch(self, i: int, u: Tensor, values: list[Tensor]) -> Tensor:
-        y = self.attention(u, values) if i == 1 else (self.ssm, None, self.mlp)[i](u)
+    def branch(self, i: int, u: Tensor, values: list[Tensor], ids: Tensor) -> Tensor:
+        y = self.attention(u, values, ids) if i == 1 else (self.ssm, None, self.mlp)[i](u)
         return rms(y, self.branch_norm[i]) if self.s.branch_norm else y
 
 class Model(nn.Module):
@@ -450,6 +462,8 @@ class Model(nn.Module):
         self.head = nn.Linear(s.d_model, V, bias=False)
         if s.tie:
             self.head.weight = self.embedding.weight
+        if s.bigrams:
+            self.bigram_embedding = nn.Embedding(s.bigrams, s.d_model)
         self.init_weights()
 
     @torch.no_grad()
@@ -465,7 +479,9 @@ class Model(nn.Module):
             if name.endswith(("out_proj", "v_proj")):
                 zero = self.s.zero_out and name.endswith("out_proj")
                 module.weight *= 0 if zero else beta
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
         if not self.s.tie:
             nn.init.normal_(self.head.weight, std=0.02)
         for block in self.blocks:
@@ -475,10 +491,13 @@ class Model(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """(B, L) -> (B, L, V)."""
         x = self.embedding(ids)
+        if self.s.bigrams:
+            pairs = V * F.pad(ids[:, :-1], (1, 0)) + ids
+            x = x + self.bigram_embedding(pairs * PRIME % 2**16 % self.s.bigrams)
         embedded = x = rms(x) if self.s.embedding_norm else x
         values = []
-        for block in self.blocks:
-            x = block(x, embedded, values)
+        for block in [*self.blocks] * self.s.loops:
+            x = block(x, embedded, values, ids)
         return self.head(rms(x, self.norm))
 
 class Peer(nn.Module):

@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py S --text wiki.test.raw wiki.valid.raw  # bytes, 0.8M parameters
     python benchmarks/quality.py M                                      # built-in corpus, 10M
-    python benchmarks/quality.py M --models llama --lr 2e-3 4e-3 8e-3   # find a peer's best rate
+    python benchmarks/quality.py M --models llama --lr 1e-3 2e-3 4e-3   # find a peer's best rate
     python benchmarks/quality.py S --text ... --seeds 0 1 2 --output quality.jsonl
 
 Every model sees the same batches of a seed, the same schedule and the same kind of optimiser: Muon
@@ -58,6 +58,7 @@ TASKS = {  # vocabulary, tokens of a block, blocks of a step, steps
     "S": (256, 64, 12, 2000),
     "M": (4096, 512, 8, 1000),
 }
+RATES = {"tinymamba": 4e-3, "llama": 2e-3, "mamba2": 4e-3}  # the best that was found, with Muon
 WARMUP = 100  # steps
 VALIDATION = 2**18  # tokens at most
 
@@ -178,7 +179,7 @@ def main() -> None:
     parser.add_argument("--data", default="data/text", help="for M: folder of .bin [data/text]")
     parser.add_argument("--models", nargs="+", choices=SHAPES["S"], default=list(SHAPES["S"]))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--lr", nargs="+", type=float, default=[4e-3], help="peak rates [4e-3]")
+    parser.add_argument("--lr", nargs="+", type=float, help="peak rates [each model's best]")
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
     parser.add_argument("--weight_decay", type=float, default=0.0, help="of matrices [0.0]")
     parser.add_argument("--steps", type=int, default=0, help="0 takes the task's")
@@ -190,7 +191,7 @@ def main() -> None:
     data = load_data(args)
     for seed in args.seeds:
         for name in args.models:
-            for lr in args.lr:
+            for lr in args.lr or [RATES[name]]:
                 row = run(args, data, name, seed, lr)
                 with open(args.output, "a") as file:
                     file.write(json.dumps(row) + "\n")

@@ -187,8 +187,24 @@ def test_steps_angles_and_both_projections_of_the_state_depend_on_the_input(monk
     assert set(seen) == {"dt", "B", "C", "angle"}
     for name, t in seen.items():
         assert (t[0, 4:].std(0) > 1e-6).all(), name
-    assert (seen["dt"] > 0).all()
+    assert ((seen["dt"] == 0) | (seen["dt"] > testv2.MIN_DT)).all()
+    assert (seen["dt"] > 0).any()
     assert (seen["angle"].abs() <= 1).all()
+
+
+@pytest.mark.parametrize("scan", ["chunked", "sequential"])
+def test_a_state_that_no_token_asks_to_change_stays_the_same_bits(scan):
+    model = TinyMambaModel(tiny_config(scan=scan))
+    ssm, u = model.blocks[0].ssm, torch.randn(2, 300, 32)
+    written = model.init_state(2).layers[0]
+    written = written._replace(ssm=torch.randn_like(written.ssm))
+    with torch.no_grad():
+        ssm.dt_bias.fill_(-12.0)  # a softplus of 6e-6, which alone would forget 3% of it
+        ssm.angle_proj.bias.fill_(1.0)  # turns in every token
+        _, state, phase = ssm(u, piece_of(model, 300), written)
+        assert torch.equal(state, written.ssm)
+        ssm.dt_bias.fill_(-4.0)
+        assert not torch.equal(ssm(u, piece_of(model, 300), written)[1], written.ssm)
 
 
 def parity_machine():
