@@ -44,7 +44,7 @@ VALIDATION = 2**18  # bytes
 MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 PRIME = 40503  # spreads pairs over the rows of a table (Knuth's multiplicative hash)
-NOISE = 0.005  # nats: below this one run says nothing
+NOISE = 0.007  # nats: below this one run says nothing
 DEFAULTS = "R"  # the run of the default settings
 
 # ------------------------------------------------------------------------------------ settings

@@ -28,7 +28,7 @@ from testv2 import CliParser, Config, TinyMambaModel, make_optimizer, require, r
 
 VOCABULARY = {"mqar": 8192, "induction": 16, "parity": 3}
 STEPS = {"mqar": 3000, "induction": 3000, "parity": 3000}
-BATCH = {"mqar": 64, "induction": 64, "parity": 128}
+BATCH = {"mqar": 64, "induction": 32, "parity": 128}
 IGNORE = -100
 AT_ONCE, PIECE = 4096, 16384  # tokens read in one pass at most; else by the state, in pieces
 
