@@ -51,8 +51,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
+
+from ssm_kernels import ChunkedScan, DepthwiseConv, lower_triangle
 
 # ------------------------------------------------------------------------------------ errors
 
@@ -467,147 +468,6 @@ def scan_sequential(x, dt, log_decay, B, C, D, state):
         outputs.append((state * C_t[:, None, None]).sum(-1) + D[:, None] * x_t)  # (B, H, P)
     return torch.stack(outputs, dim=1).to(x.dtype), state
 
-class ChunkedScan(torch.autograd.Function):
-    """The same in matrix products over chunks of Q tokens (arXiv 2405.21060, section 6).
-
-    A tile of chunks goes through all steps before the next one begins, so that what lies between
-    the steps stays in the cache; the backward pass makes it again instead of reading it back.
-    Shapes are those of `selective_scan`, but states are (B, H, N, P).
-    """
-
-    @staticmethod
-    def forward(ctx, x, dt, log_decay, B, C, D, state, chunk_size):
-        inputs = to_chunks(chunk_size, x, dt, log_decay, B, C)
-        y, last, begins = torch.empty_like(inputs[0]), torch.empty_like(state), []
-        rows, spans = tiles(inputs[0])
-        for row in rows:
-            h = state[row]
-            for span in spans:
-                begins.append(h)
-                y[row, span], h = tile_forward(*(t[row, span] for t in inputs), D, h)
-            last[row] = h
-        ctx.save_for_backward(x, dt, log_decay, B, C, D, *begins)
-        ctx.chunk_size = chunk_size
-        return y.flatten(1, 2)[:, : x.shape[1]], last
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, dlast):
-        x, dt, log_decay, B, C, D, *begins = ctx.saved_tensors
-        inputs = to_chunks(ctx.chunk_size, x, dt, log_decay, B, C)
-        [dy] = to_chunks(ctx.chunk_size, dy)
-        grads, dD, dstate = [torch.empty_like(t) for t in inputs], torch.zeros_like(D), []
-        rows, spans = tiles(inputs[0])
-        for row in reversed(rows):
-            dh = dlast[row]
-            for span in reversed(spans):
-                tile = (t[row, span] for t in inputs)
-                *parts, part_D, dh = tile_backward(*tile, D, begins.pop(), dy[row, span], dh)
-                for grad, part in zip(grads, parts, strict=True):
-                    grad[row, span] = part
-                dD += part_D
-            dstate.insert(0, dh)
-        grads = [grad.flatten(1, 2)[:, : x.shape[1]] for grad in grads]
-        return *grads, dD, torch.cat(dstate), None
-
-def to_chunks(chunk_size: int, *tensors: Tensor) -> list[Tensor]:
-    """(B, L, ...) -> (B, C, Q, ...). Padding has dt 0 and decay 1, so it leaves the state alone."""
-    pad = -tensors[0].shape[1] % chunk_size
-    padded = (F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) if pad else t for t in tensors)
-    return [t.unflatten(1, (-1, chunk_size)) for t in padded]
-
-def tiles(x: Tensor) -> tuple[list[slice], list[slice]]:
-    """Rows and spans of chunks of x (B, C, ...) to take together: what fits a CPU's cache.
-
-    Elsewhere, and where a compiler fuses the steps, the tiles are larger; the product that joins
-    the states of a span grows with its square.
-    """
-    batch, chunks = x.shape[:2]
-    span, row = 64, batch
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        span = min(8, chunks)
-        row = 8 // span
-    rows = [slice(i, i + row) for i in range(0, batch, row)]
-    return rows, [slice(i, i + span) for i in range(0, chunks, span)]
-
-def tile_terms(x, dt, log_decay, B, C, state):
-    """Decays and states of one tile, and B and C as the states of its chunks see them.
-
-    x (B, C, H, Q, P), dt and log_decay (B, C, H, Q), B and C (B, C, 1, Q, N).
-    """
-    total = log_decay.cumsum(-1)  # (B, C, H, Q)
-    between = total[..., :, None] - total[..., None, :]  # of token i since j: (B, C, H, Q, Q)
-    future = torch.full_like(between[0, 0, 0], -math.inf).triu(1)
-    between = torch.minimum(between, future).exp_().mul_(dt[..., None, :]).to(x.dtype)
-    from_start = total.exp()[..., None]  # (B, C, H, Q, 1)
-    to_end = ((total[..., -1:] - total).clamp(max=0).exp() * dt)[..., None]
-    reads, writes = (C * from_start).to(x.dtype), (B * to_end).to(x.dtype)  # (B, C, H, Q, N)
-    states = carry(total[..., -1], (writes.mT @ x).to(state.dtype), state)
-    return between, from_start, to_end, reads, writes, states
-
-def tile_forward(x, dt, log_decay, B, C, D, state):
-    """One tile: x (B, C, Q, H, P), dt and log_decay (B, C, Q, H), B and C (B, C, Q, N)."""
-    x, dt, log_decay = x.transpose(2, 3).contiguous(), dt.transpose(2, 3), log_decay.transpose(2, 3)
-    B, C = B[:, :, None], C[:, :, None]
-    between, _, _, reads, _, states = tile_terms(x, dt, log_decay, B, C, state)
-    scores = (C @ B.mT) * between  # (B, C, H, Q, Q)
-    scores.diagonal(dim1=-2, dim2=-1).add_(D[:, None])
-    y = scores @ x + reads @ states[:, :-1].to(x.dtype)
-    return y.transpose(2, 3), states[:, -1]
-
-def tile_backward(x, dt, log_decay, B, C, D, state, dy, dlast):
-    """The gradients of a tile's inputs, in their order, from those of y and the last state."""
-    x, dt, log_decay, dy = (t.transpose(2, 3).contiguous() for t in (x, dt, log_decay, dy))
-    B, C = B[:, :, None], C[:, :, None]
-    between, from_start, to_end, reads, writes, states = tile_terms(x, dt, log_decay, B, C, state)
-    similarity = C @ B.mT  # (B, C, 1, Q, Q)
-    scores = similarity * between
-    scores.diagonal(dim1=-2, dim2=-1).add_(D[:, None])
-
-    # dstates[:, c] is the gradient of the state before chunk c: `carry`, backwards in time.
-    dreads_states = (reads.mT @ dy).to(state.dtype).flip(1)  # (B, C, H, N, P)
-    last_decay = log_decay.sum(-1).flip(1)  # (B, C, H)
-    dstates = carry(last_decay, dreads_states, dlast).flip(1)  # (B, C+1, H, N, P)
-    after = dstates[:, 1:].to(x.dtype)
-    dx = scores.mT @ dy + writes @ after
-
-    dscores = dy @ x.mT  # (B, C, H, Q, Q)
-    dD = dscores.diagonal(dim1=-2, dim2=-1).sum((0, 1, 3), dtype=D.dtype)
-    dscores = dscores.mul_(between)
-    dsimilarity = dscores.sum(2, keepdim=True)  # (B, C, 1, Q, Q)
-    dreads = (dy @ states[:, :-1].to(x.dtype).mT).to(dt.dtype)  # (B, C, H, Q, N)
-    dwrites = (x @ after.mT).to(dt.dtype)
-    dC = dsimilarity @ B + (dreads * from_start).sum(2, keepdim=True)
-    dB = dsimilarity.mT @ C + (dwrites * to_end).sum(2, keepdim=True)
-
-    # Every decay is the exponential of a sum of logarithms, so its gradient is value * gradient.
-    weight = dscores.mul_(similarity)
-    read = weight.sum(-1, dtype=dt.dtype) + (dreads * reads).sum(-1)  # (B, C, H, Q)
-    written = weight.sum(-2, dtype=dt.dtype) + (dwrites * writes).sum(-1)
-    dtotal = read - written
-    dtotal[..., -1] += (dstates[:, 1:] * states[:, 1:]).sum((-2, -1))
-    dlog_decay = dtotal.flip(-1).cumsum(-1).flip(-1)
-    ddt = written / dt.clamp(min=torch.finfo(dt.dtype).tiny)
-    dx, ddt, dlog_decay = (t.transpose(2, 3) for t in (dx, ddt, dlog_decay))
-    return dx, ddt, dlog_decay, dB[:, :, 0], dC[:, :, 0], dD, dstates[:, 0]
-
-def carry(log_decay: Tensor, written: Tensor, state: Tensor) -> Tensor:
-    """States between chunks, (B, C+1, H, N, P): before the first chunk, then after each one.
-
-    log_decay (B, C, H) over each whole chunk, written (B, C, H, N, P), state (B, H, N, P).
-    A chunk may decay by thousands, so sums are taken from j to i and never subtracted.
-    """
-    steps = F.pad(log_decay, (0, 0, 1, 0)).mT[..., None]  # (B, H, C+1, 1)
-    steps = steps.expand(-1, -1, -1, steps.shape[2])
-    sums = steps.masked_fill(~lower_triangle(steps, -1), 0.0).cumsum(2)  # (B, H, C+1, C+1)
-    decay = sums.masked_fill(~lower_triangle(sums), -math.inf).exp()
-    sources = torch.cat((state[:, None], written), dim=1).transpose(1, 2)  # (B, H, C+1, N, P)
-    return (decay @ sources.flatten(3)).view_as(sources).transpose(1, 2)
-
-def lower_triangle(x: Tensor, diagonal: int = 0) -> Tensor:
-    """Where column j <= row i + diagonal: bool of the last two dimensions of x."""
-    return torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).tril(diagonal)
-
 # ------------------------------------------------------------------------------------ branches
 
 class LayerState(NamedTuple):
@@ -639,29 +499,6 @@ def keep_last(history: Tensor, count: int, lengths: Tensor | None) -> Tensor:
     index = lengths[:, None] + torch.arange(count, device=history.device)  # (B, count)
     index = index.view(*index.shape, *(1,) * (history.dim() - 2))
     return history.gather(1, index.expand(-1, -1, *history.shape[2:]))
-
-class DepthwiseConv(torch.autograd.Function):
-    """history (B, K-1+L, D) and weight (D, K) -> (B, L, D). PyTorch's own backward pass of such a
-    convolution takes seven times as long on a CPU when one long row comes instead of several."""
-
-    @staticmethod
-    def forward(ctx, history: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(history, weight)
-        return depthwise(history, weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
-        (history, weight), L = ctx.saved_tensors, dy.shape[1]
-        K = weight.shape[1]
-        dtaps = [(dy * history[:, k : k + L]).sum((0, 1), dtype=widen(dy[:0]).dtype)
-                 for k in range(K)]
-        dhistory = depthwise(F.pad(dy, (0, 0, K - 1, K - 1)), weight.flip(1))
-        return dhistory, torch.stack(dtaps, dim=1).to(weight.dtype)
-
-def depthwise(x: Tensor, weight: Tensor) -> Tensor:
-    """As of an image one pixel high, whose channels lie in memory as the library likes them."""
-    return F.conv2d(x.mT.unsqueeze(2), weight[:, None, None], groups=len(weight)).squeeze(2).mT
 
 class ShortConv(nn.Module):
     """u plus a causal depthwise convolution of u over K tokens, for all branches at once.

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark import interleave, need, timed  # noqa: E402
 from testv2 import DTYPES, CliParser, require, run_cli, selective_scan  # noqa: E402
 
+
 def ours(x, dt, A, B, C, D) -> Tensor:
     return selective_scan(x, dt, A, B, C, D)[0]
 

@@ -6,7 +6,7 @@
     python benchmarks/synthetic.py parity --model llama        # or mamba2, of equal size
 
 mqar: multi-query associative recall (Zoology, arXiv 2312.04927, appendix E.1): pairs of key and
-value, then keys again far apart, amid random tokens; each key must call up its value.
+value, then keys again far apart, amid zeros; each key must call up its value.
 induction: one marker somewhere, a token after it, the marker again at the very end: say the token
 (Mamba, arXiv 2312.00752, section 4.1.2). Trained on 32 to 256 tokens, read on up to a million.
 parity: of all bits so far (Mamba-3, arXiv 2603.15569, section 4.3). Trained on up to 40 bits, read
@@ -37,7 +37,7 @@ def mqar(batch: int, length: int, pairs: int, vocab: int, random) -> tuple:
     half, space = vocab // 2, (length - 2 * pairs) // 2
     keys = 1 + torch.rand(batch, half - 1, generator=random).argsort(1)[:, :pairs]
     values = half + torch.rand(batch, half, generator=random).argsort(1)[:, :pairs]
-    ids = torch.randint(vocab, (batch, length + 1), generator=random)
+    ids = torch.zeros(batch, length + 1, dtype=torch.int64)
     ids[:, : 2 * pairs] = torch.stack((keys, values), dim=2).flatten(1)
     gaps = torch.arange(1, space + 1) ** (0.01 - 1.0)  # most keys come again soon, some late
     at = 2 * pairs + 2 * torch.multinomial(gaps.expand(batch, -1), pairs, generator=random)

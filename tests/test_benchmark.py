@@ -70,8 +70,6 @@ def everything(tmp_path_factory):
 ], ids=["default", "demo", "small", "base", "tiny", "deep", "untied"])  # fmt: skip
 @pytest.mark.parametrize("name", [*PEERS, "mambapy"])
 def test_peers_have_as_many_parameters(name, values):
-    if name == "mambapy":
-        pytest.importorskip("mambapy.mamba")
     config = Config(**values)
     target = benchmark.count(TinyMambaModel, config)
     facts = benchmark.fit(name, config, 80, target)
@@ -97,8 +95,6 @@ def test_peer_that_cannot_be_as_small_is_named():
 
 @pytest.mark.parametrize("name", ["tinymamba", *PEERS, "mambapy"])
 def test_a_step_trains_every_parameter_and_decoding_starts_at_the_prompt(name):
-    if name == "mambapy":
-        pytest.importorskip("mambapy.mamba")
     args = SimpleNamespace(**vars(CPU), config=tiny_config(), lengths=[16],
                            models=[name] if name in benchmark.PEERS else [],
                            tinymamba_checkpoint=None)

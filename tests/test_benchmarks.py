@@ -1,5 +1,6 @@
 """The scripts in benchmarks/: their tasks are what they say, their command lines work."""
 
+import argparse
 import json
 import math
 import sys
@@ -10,7 +11,10 @@ from conftest import ROOT, assert_refused, run_script
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import quality  # noqa: E402
+import scan  # noqa: E402
 import synthetic  # noqa: E402
+
+from testv2 import UserError  # noqa: E402
 
 
 def random() -> torch.Generator:
@@ -113,3 +117,23 @@ def test_a_sliding_window_counts_every_token_once():
     seen = list(range(64)) + [56 + i for _ in range(24) for i in range(8)]
     expected = sum(math.log(255 + math.exp(s)) - s for s in seen) / 256
     assert quality.read_through(Counting(), val, 64) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scan_command_compares_scans_that_agree(tmp_path, dtype):
+    words = ("--sequence_lengths", 40, 100, "--heads", 2, "--head_dim", 8, "--d_state", 4,
+             "--dtype", dtype, "--batch_sizes", 2, "--test_iterations", 3)
+    done = run_script("benchmarks/scan.py", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "scan.jsonl").read_text().splitlines()]
+    assert [(row["length"], row["scan"]) for row in rows] == [
+        (length, name) for length in (40, 100) for name in ("ours", "mamba2", "mambapy")]
+    assert all(len(row["all"]) == 3 and row["seconds"] == sorted(row["all"])[1] for row in rows)
+
+
+def test_a_scan_that_differs_is_not_timed(monkeypatch):
+    monkeypatch.setitem(scan.SCANS, "mamba2", lambda *inputs: scan.ours(*inputs) * 1.1)
+    args = argparse.Namespace(heads=2, head_dim=8, d_state=4, device="cpu", dtype="float32",
+                              scans=["ours", "mamba2"])
+    with pytest.raises(UserError, match="mamba2: differs from ours"):
+        scan.compare(args, 1, 20)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from conftest import Census, close
 
-from testv2 import ChunkedScan, selective_scan
+from ssm_kernels import ChunkedScan
+from testv2 import selective_scan
 
 METHODS = pytest.mark.parametrize("method", ["chunked", "sequential"])
 
