@@ -75,6 +75,9 @@ class Settings:
     dropout: float = 0.0  # rate on every update of the stream
     tie: bool = True  # one matrix for embedding and output layer
     zero_out: bool = False  # output projections begin at zero
+    deepnet: bool = True  # DeepNet's constants (arXiv 2203.00555); without, 1
+    init: float = 0.4  # variance of a matrix's first weights, times its inputs
+    rank: int = 0  # of the branches' matrices, as products of two; 0 is full rank
 
     # Convolution
     block_conv: int = 4  # width K of the residual convolution on the block's input; 0 is none
@@ -154,7 +157,8 @@ CHOICES = {
     "schedule": ("cosine", "wsd"),
 }
 AT_LEAST = {
-    **dict.fromkeys(("block_conv", "ssm_conv", "hidden", "lr", "adam_lr", "weight_decay"), 0),
+    **dict.fromkeys(("block_conv", "ssm_conv", "hidden", "rank", "lr", "adam_lr"), 0),
+    **dict.fromkeys(("weight_decay", "init"), 0),
     **dict.fromkeys(("d_model", "n_layer", "inner", "ssm_head_dim", "d_state", "num_heads"), 1),
     **dict.fromkeys(("window_size", "warmup", "steps", "batch_size", "block_size"), 1),
 }
@@ -209,14 +213,20 @@ def uniform(*shape: int, bound: float) -> nn.Parameter:
 def lower_triangle(length: int) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool).tril()
 
+def linear(d_in: int, d_out: int, s: Settings) -> nn.Module:
+    if s.rank:
+        return nn.Sequential(
+            nn.Linear(d_in, s.rank, bias=False), nn.Linear(s.rank, d_out, bias=False))
+    return nn.Linear(d_in, d_out, bias=False)
+
 class SSM(nn.Module):
     """Mamba-2's branch (arXiv 2405.21060) as one L x L matrix product, and its rivals."""
 
     def __init__(self, s: Settings):
         super().__init__()
         self.s, self.heads = s, s.inner // s.ssm_head_dim
-        self.z_proj = nn.Linear(s.d_model, s.inner, bias=False) if s.z_gate else None
-        self.x_proj = nn.Linear(s.d_model, s.inner, bias=False)
+        self.z_proj = linear(s.d_model, s.inner, s) if s.z_gate else None
+        self.x_proj = linear(s.d_model, s.inner, s)
         self.bc_proj = nn.Linear(s.d_model, 2 * s.d_state, bias=False)
         self.dt_proj = nn.Linear(s.d_model, self.heads, bias=False)
         if s.trapezoid:
@@ -237,7 +247,7 @@ class SSM(nn.Module):
         self.D = nn.Parameter(torch.ones(self.heads))
         # There in every variant, used or not: the rows' MLP widths come from a count that has it.
         self.norm = nn.Parameter(torch.ones(s.inner))
-        self.out_proj = nn.Linear(s.inner, s.d_model, bias=False)
+        self.out_proj = linear(s.inner, s.d_model, s)
 
     def forward(self, u: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
@@ -322,7 +332,7 @@ class Attention(nn.Module):
         super().__init__()
         self.s, width, length = s, s.d_model // s.num_heads, s.block_size
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            nn.Linear(s.d_model, s.d_model, bias=False) for _ in range(4))
+            linear(s.d_model, s.d_model, s) for _ in range(4))
         frequency = 10000.0 ** (-torch.arange(0, width, 2) / width)
         angle = torch.arange(length)[:, None] * frequency  # (L, F/2)
         self.cos, self.sin = angle.cos(), angle.sin()
@@ -368,10 +378,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, s: Settings):
         super().__init__()
-        self.up_proj = nn.Linear(s.d_model, s.hidden, bias=False)
+        self.up_proj = linear(s.d_model, s.hidden, s)
         gated = s.activation == "swiglu"
-        self.act_proj = nn.Linear(s.d_model, s.hidden, bias=False) if gated else None
-        self.out_proj = nn.Linear(s.hidden, s.d_model, bias=False)
+        self.act_proj = linear(s.d_model, s.hidden, s) if gated else None
+        self.out_proj = linear(s.hidden, s.d_model, s)
 
     def forward(self, u: Tensor) -> Tensor:
         if self.act_proj is None:
@@ -411,7 +421,8 @@ class Block(nn.Module):
             self.branch_norm = nn.ParameterList(torch.ones(s.d_model) for _ in BRANCHES)
         if s.gate != "none":
             self.gate = nn.Linear(s.d_model, len(BRANCHES))
-        self.scale = nn.Parameter(torch.full((s.d_model,), s.n_layer**-0.25))  # DeepNet, 1/alpha
+        alpha = s.n_layer**0.25 if s.deepnet else 1.0
+        self.scale = nn.Parameter(torch.full((s.d_model,), 1 / alpha))
         self.dropout = nn.Dropout(s.dropout)
         if s.x0:
             self.stream_mix = nn.Parameter(torch.tensor([1.0, 0.0]))
@@ -469,15 +480,17 @@ class Model(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """DeepNet's beta on values and outputs; gates begin equal for every token."""
-        beta = (4 * self.s.n_layer) ** -0.25
+        beta = (4 * self.s.n_layer) ** -0.25 if self.s.deepnet else 1.0
         for name, module in self.named_modules():
             if not isinstance(module, nn.Linear):
                 continue
-            nn.init.normal_(module.weight, std=math.sqrt(0.4 / module.in_features))
+            inside = self.s.rank and name.endswith(".0")  # the first of two keeps the variance
+            share = 1.0 if inside else self.s.init
+            nn.init.normal_(module.weight, std=math.sqrt(share / module.in_features))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-            if name.endswith(("out_proj", "v_proj")):
-                zero = self.s.zero_out and name.endswith("out_proj")
+            if name.endswith(("out_proj", "v_proj", "out_proj.1", "v_proj.1")):
+                zero = self.s.zero_out and "out_proj" in name
                 module.weight *= 0 if zero else beta
         for module in self.modules():
             if isinstance(module, nn.Embedding):
@@ -532,10 +545,8 @@ def build(s: Settings) -> nn.Module:
     if s.kind != "tinymamba":
         return Peer(s)
     if not s.hidden:
-        least, matrices = 32, 3 if s.activation == "swiglu" else 2
-        each = matrices * s.d_model * s.n_layer
-        missing = s.parameters - count_parameters(Model(replace(s, hidden=least)))
-        s = replace(s, hidden=max(least, least + round(missing / each / 8) * 8))
+        low, high = (count_parameters(Model(replace(s, hidden=h))) for h in (32, 40))
+        s = replace(s, hidden=32 + 8 * max(0, round((s.parameters - low) / (high - low))))
     return Model(s)
 
 # ------------------------------------------------------------------------------------ training
