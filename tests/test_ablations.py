@@ -31,7 +31,7 @@ SWITCHES = [
     {"order": "sequential", "gate": "none", "block_conv": 0, "value_residual": True},
     {"rot": "exact", "angle_float32": True}, {"delta": True, "rot": "none"},
     {"trapezoid": True, "bc_norm": True, "bc_bias": True}, {"hidden": 0, "parameters": 30_000},
-    {"rank": 4}, {"rank": 4, "hidden": 0, "parameters": 30_000}, {"init": 1.0, "deepnet": False},
+    {"rank": 12}, {"rank": 12, "hidden": 0, "parameters": 30_000}, {"init": 1.0, "deepnet": False},
     {"bigrams": 64}, {"loops": 2},
 ]  # fmt: skip
 BYTES = torch.arange(400) * 7 % 256
