@@ -70,16 +70,16 @@ def to_chunks(chunk_size: int, *tensors: Tensor) -> list[Tensor]:
     return [t.unflatten(1, (-1, chunk_size)) for t in padded]
 
 def tiles(x: Tensor) -> tuple[list[slice], list[slice]]:
-    """Rows and spans of chunks of x (B, C, ...) to take together: what fits a CPU's cache.
+    """Rows and spans of chunks of x (B, C, Q, H, P) to take together: what fits a CPU's cache.
 
     Elsewhere, and where a compiler fuses the steps, the tiles are larger; the product that joins
     the states of a span grows with its square.
     """
-    batch, chunks = x.shape[:2]
+    batch, chunks, size = x.shape[:3]
     span, row = 64, batch
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        span = min(8, chunks)
-        row = 8 // span
+        span = min(max(1, 512 // size), chunks)
+        row = max(1, 512 // (size * span))
     rows = [slice(i, i + row) for i in range(0, batch, row)]
     return rows, [slice(i, i + span) for i in range(0, chunks, span)]
 

@@ -126,7 +126,7 @@ class Config:
     expand_factor: int = 2  # inner width of SSM and MLP, as a multiple of d_model
     ssm_head_dim: int = 64  # channels P that share one SSM decay
     scan: str = "chunked"  # the parallel scan, or its slow reference
-    chunk_size: int = 64  # tokens the parallel scan treats as one matrix product
+    chunk_size: int = 32  # tokens the parallel scan treats as one matrix product
     window_size: int = 64  # a token attends to itself and window_size-1 tokens before it
     num_heads: int = 6  # attention heads
     rope_theta: float = 10000.0  # longest RoPE period, in tokens, over 2 pi
@@ -428,7 +428,7 @@ MIN_DT = 1e-3
 def selective_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
     state: Tensor | None = None, resets: Tensor | None = None,
-    method: str = "chunked", chunk_size: int = 64,
+    method: str = "chunked", chunk_size: int = 32,
 ) -> tuple[Tensor, Tensor]:
     """Run the selective recurrence of Mamba-2 (Dao & Gu, arXiv 2405.21060, eq. 2 with scalar A):
 

@@ -58,7 +58,10 @@ TASKS = {  # vocabulary, tokens of a block, blocks of a step, steps
     "S": (256, 64, 12, 2000),
     "M": (4096, 512, 8, 1000),
 }
-RATES = {"tinymamba": 4e-3, "llama": 2e-3, "mamba2": 4e-3}  # the best that was found, with Muon
+RATES = {  # the best that was found, with Muon
+    "S": {"tinymamba": 4e-3, "llama": 2e-3, "mamba2": 4e-3},
+    "M": {"tinymamba": 8e-3, "llama": 8e-3, "mamba2": 8e-3},
+}
 WARMUP = 100  # steps
 VALIDATION = 2**18  # tokens at most
 
@@ -191,7 +194,7 @@ def main() -> None:
     data = load_data(args)
     for seed in args.seeds:
         for name in args.models:
-            for lr in args.lr or [RATES[name]]:
+            for lr in args.lr or [RATES[args.task][name]]:
                 row = run(args, data, name, seed, lr)
                 with open(args.output, "a") as file:
                     file.write(json.dumps(row) + "\n")
