@@ -259,7 +259,7 @@ PRESETS = {
     "demo": {
         "d_model": 192, "n_layer": 4, "num_heads": 3, "vocab_size": 4096, "dropout": 0.0,
         "block_size": 256, "batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 1000,
-        "lr": 3e-3, "warmup_steps": 100, "use_compile": False, "validation_interval": 200,
+        "lr": 8e-3, "warmup_steps": 100, "use_compile": False, "validation_interval": 200,
         "validation_steps": 20, "generation_interval": 500, "checkpoint_interval": 500,
         "generation_prompt": "import os\n\nclass", "generation_temperature": 0.7,
     },

@@ -63,7 +63,6 @@ RATES = {  # the best that was found, with Muon
     "M": {"tinymamba": 8e-3, "llama": 8e-3, "mamba2": 8e-3},
 }
 WARMUP = 100  # steps
-VALIDATION = 2**18  # tokens at most
 
 def build(task: str, name: str) -> torch.nn.Module:
     vocab, block, _, _ = TASKS[task]
@@ -94,13 +93,13 @@ def load_data(args) -> tuple:
         for path in args.text:
             require(Path(path).is_file(), path, "no such file", "pass two files of text")
         train, val = (np.fromfile(path, dtype=np.uint8).astype(np.int64) for path in args.text)
-        return torch.from_numpy(train), torch.from_numpy(val[: VALIDATION + 1]), 1.0
+        return torch.from_numpy(train), torch.from_numpy(val[: args.validation_tokens + 1]), 1.0
     files = [TokenFile(f"{args.data}/{name}.bin", "auto") for name in ("train", "val")]
     train, val = (torch.from_numpy(f.read(0, f.length).astype(np.int64)) for f in files)
     facts = read_sidecar(files[1].path)
     require(int(train.max()) < vocab, "data", f"has ids of {vocab} and more",
             f"python data/prepare.py --vocab_size {vocab}")
-    return train, val[: VALIDATION + 1], facts["bytes"] / facts["tokens"]
+    return train, val[: args.validation_tokens + 1], facts["bytes"] / facts["tokens"]
 
 @torch.no_grad()
 def blockwise(model, val: torch.Tensor, block: int) -> float:
@@ -186,6 +185,7 @@ def main() -> None:
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
     parser.add_argument("--weight_decay", type=float, default=0.0, help="of matrices [0.0]")
     parser.add_argument("--steps", type=int, default=0, help="0 takes the task's")
+    parser.add_argument("--validation_tokens", type=int, default=2**18, help="at most [262144]")
     parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0 takes all")
     parser.add_argument("--output", default="quality.jsonl", help="file of rows [quality.jsonl]")
     args = parser.parse_args()

@@ -33,7 +33,8 @@ INSTALLED = {"wandb", "pyarrow", "tiktoken"}  # by requirements-dev.txt
 def workspace(tmp_path_factory) -> Path:
     """A copy of the project with the files that the README's commands name."""
     folder = tmp_path_factory.mktemp("readme")
-    for name in ("testv2.py", "Makefile", "requirements.txt", "requirements-dev.txt"):
+    for name in ("testv2.py", "ssm_kernels.py", "Makefile", "requirements.txt",
+                 "requirements-dev.txt"):  # fmt: skip
         shutil.copy(ROOT / name, folder)
     (folder / "data").mkdir()
     shutil.copy(ROOT / "data" / "prepare.py", folder / "data")
@@ -64,6 +65,16 @@ def make_gpt2_stand_in(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS_TOKEN)
     fast.save_pretrained(folder)
+
+
+def random_data(workspace: Path) -> Path:
+    """A folder of ids below 4,096, enough for a short run."""
+    folder = workspace / "random"
+    folder.mkdir(exist_ok=True)
+    for name in ("train", "val"):
+        write_tokens(folder / f"{name}.bin", [7 * i % 4096 for i in range(8193)])
+        (folder / f"{name}.json").write_text(json.dumps({"tokens": 8193, "bytes": 30_000}))
+    return folder
 
 
 def run(command: list, cwd: Path) -> str:
@@ -107,8 +118,9 @@ def test_command(command, workspace):
                           tokens_per_step=32, test_iterations=1)
             assert "llama" in run([ROOT / "benchmark.py", *rest, *small], workspace)
         case ["python", "benchmarks/quality.py", *rest]:
+            small = flags(steps=1, seeds=0, validation_tokens=8192, data=random_data(workspace))
             assert "bits_per_byte" in run(
-                [ROOT / "benchmarks/quality.py", *rest, *flags(steps=1, seeds=0)], workspace)
+                [ROOT / "benchmarks/quality.py", *rest, *small], workspace)
         case ["python", "-m", "torch.distributed.launch", *_] | ["torchrun", *_]:
             launch(words, workspace)
         case ["python", "-m", "pytest"]:
