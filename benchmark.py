@@ -59,6 +59,7 @@ from testv2 import (
     UserError,
     load_checkpoint,
     load_model,
+    need,
     pick_amp_dtype,
     pick_device,
     read_sidecar,
@@ -177,14 +178,6 @@ class MambaPyLM(nn.Module):
         x, caches = self.core.step(self.embedding(token[:, 0]), caches)
         self.head(self.norm(x))
         return caches
-
-def need(module: str):
-    """An optional package's module; a UserError with the pip line where it is missing."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        package = module.partition(".")[0]
-        raise UserError(package, "is not installed", f"pip install {package}") from None
 
 def make_llama(config: Config, positions: int, layers: int, width: int) -> nn.Module:
     hf = need("transformers")

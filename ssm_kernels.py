@@ -187,8 +187,7 @@ class DepthwiseConv(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
         (history, weight), L = ctx.saved_tensors, dy.shape[1]
         K, wide = weight.shape[1], torch.promote_types(dy.dtype, torch.float32)
-        dtaps = [(dy * history[:, k : k + L]).sum((0, 1), dtype=wide)
-                 for k in range(K)]
+        dtaps = [(dy * history[:, k : k + L]).sum((0, 1), dtype=wide) for k in range(K)]
         dhistory = depthwise(F.pad(dy, (0, 0, K - 1, K - 1)), weight.flip(1))
         return dhistory, torch.stack(dtaps, dim=1).to(weight.dtype)
 

@@ -27,6 +27,7 @@ import difflib
 import functools
 import glob
 import hashlib
+import importlib
 import inspect
 import json
 import math
@@ -74,6 +75,14 @@ def require(holds, field: str, problem: str, remedy: str) -> None:
     """Raise a UserError unless `holds`."""
     if not holds:
         raise UserError(field, problem, remedy)
+
+def need(module: str):
+    """An optional package's module; a UserError with the pip line where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise UserError(package, "is not installed", f"pip install {package}") from None
 
 def run_cli(main) -> typing.NoReturn:
     """Exit with what `main()` returns; a UserError becomes one line on stderr and exit code 2."""
@@ -1348,7 +1357,6 @@ class MuonAdamW(torch.optim.Optimizer):
     """
 
     MOMENTUM = 0.95
-    NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
     def __init__(self, matrices: dict[nn.Parameter, list[int]], others: list, config: Config):
         """`matrices` says into how many rows each is cut."""
@@ -1383,22 +1391,22 @@ class MuonAdamW(torch.optim.Optimizer):
                 alike.setdefault(pair[0].shape, []).append(pair)
         for shape, pairs in alike.items():
             weights, updates = zip(*pairs, strict=True)
-            updates = self.orthogonalise(torch.stack(updates)).to(weights[0].dtype)
+            updates = orthogonalise(torch.stack(updates)).to(weights[0].dtype)
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             rate = 0.2 * max(shape) ** 0.5 * group["lr"]
             torch._foreach_add_(weights, updates.unbind(), alpha=-rate)
         return loss
 
-    def orthogonalise(self, x: Tensor) -> Tensor:
-        """Matrices (count, rows, columns) with all singular values near 1, in bfloat16."""
-        a, b, c = self.NEWTON_SCHULZ
-        tall = x.shape[1] > x.shape[2]
-        x = x.bfloat16().mT if tall else x.bfloat16()
-        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-        for _ in range(5):
-            gram = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-        return x.mT if tall else x
+def orthogonalise(x: Tensor) -> Tensor:
+    """Matrices (count, rows, columns) with singular values near 1: Newton-Schulz, in bfloat16."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = x.shape[1] > x.shape[2]
+    x = x.bfloat16().mT if tall else x.bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """Muon or AdamW for the matrices of linear projections, with decay; AdamW for the rest.

@@ -37,12 +37,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from testv2 import CliParser, UserError, parse_as, require, run_cli  # noqa: E402
+from testv2 import (  # noqa: E402
+    CliParser,
+    UserError,
+    orthogonalise,
+    parse_as,
+    require,
+    run_cli,
+    sparsemax,
+)
 
 V = 256  # bytes
 VALIDATION = 2**18  # bytes
 MOMENTUM = 0.95
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 PRIME = 40503  # spreads pairs over the rows of a table (Knuth's multiplicative hash)
 NOISE = 0.007  # nats: below this one run says nothing
 DEFAULTS = "R"  # the run of the default settings
@@ -388,14 +395,6 @@ class MLP(nn.Module):
             return self.out_proj(F.relu(self.up_proj(u)).square())
         return self.out_proj(F.silu(self.act_proj(u)) * self.up_proj(u))
 
-def sparsemax(logits: Tensor) -> Tensor:
-    """The nearest probability vector (Martins & Astudillo, arXiv 1602.02068, algorithm 1)."""
-    logits = logits - logits.amax(-1, keepdim=True)
-    ordered = logits.sort(-1, descending=True).values
-    sums = ordered.cumsum(-1) - 1
-    kept = (ordered * torch.arange(1, logits.shape[-1] + 1) > sums).sum(-1, keepdim=True)
-    return (logits - sums.gather(-1, kept - 1) / kept).clamp(min=0)
-
 def branch_weights(logits: Tensor, gate: str) -> Tensor:
     """(B, L, 3) -> (B, L, 3)."""
     if gate == "sigmoid":
@@ -564,7 +563,7 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 alike.setdefault(tuple(p.shape), []).append(p)
             for (rows, columns), batch in alike.items():
-                updates = orthogonal(torch.stack([self.nesterov(p) for p in batch]))
+                updates = orthogonalise(torch.stack([self.nesterov(p) for p in batch]))
                 rate = group["lr"] * max(1, rows / columns) ** 0.5
                 for p, update in zip(batch, updates, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -574,17 +573,6 @@ class Muon(torch.optim.Optimizer):
         mean = self.state[p].setdefault("mean", torch.zeros_like(p))
         mean.lerp_(p.grad, 1 - MOMENTUM)
         return p.grad.lerp(mean, MOMENTUM)
-
-def orthogonal(x: Tensor) -> Tensor:
-    """The nearest matrices with singular values near 1: five Newton-Schulz steps in bfloat16."""
-    a, b, c = NEWTON_SCHULZ
-    x, tall = x.bfloat16(), x.shape[1] > x.shape[2]
-    x = x.mT if tall else x
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
 
 def make_optimizers(model: nn.Module, s: Settings) -> list[torch.optim.Optimizer]:
     """For the matrices, and for the rest: embeddings, gates, convolutions, vectors, thin ones."""

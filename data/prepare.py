@@ -15,7 +15,6 @@ Memory does not grow with the input.
 
 import codecs
 import hashlib
-import importlib
 import json
 import os
 import re
@@ -31,7 +30,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from testv2 import EOS_TOKEN, CliParser, SimpleTokenizer, UserError, byte_alphabet, run_cli
+from testv2 import EOS_TOKEN, CliParser, SimpleTokenizer, UserError, byte_alphabet, need, run_cli
 
 OUTPUTS = ("train.bin", "val.bin", "train.json", "val.json", "vocab.txt", "tokenizer.json")
 READ_BYTES = 1 << 20  # read from disk at a time
@@ -82,14 +81,6 @@ def check(options: Options) -> None:
 def check_fits(vocab_size: int, dtype: str) -> None:
     if vocab_size > np.iinfo(dtype).max + 1:
         raise UserError("--dtype", f"{vocab_size} tokens do not fit in {dtype}", "use int32")
-
-
-def optional(module: str):
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        package = module.partition(".")[0]
-        raise UserError(package, "is not installed", f"pip install {package}") from None
 
 
 # ------------------------------------------------------------------------------- input files
@@ -266,7 +257,7 @@ def jsonl_rows(path: Path, options: Options, bar: tqdm) -> Iterator[tuple[str, o
 
 
 def parquet_rows(path: Path, options: Options, bar: tqdm) -> Iterator[tuple[str, object]]:
-    parquet, number = optional("pyarrow.parquet"), 0
+    parquet, number = need("pyarrow.parquet"), 0
     try:
         with parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names
@@ -339,7 +330,7 @@ def bpe_from_ranks(mergeable_ranks: dict[bytes, int]) -> Tokenizer:
 
 def gpt2_tokenizer() -> Tokenizer:
     try:
-        encoding = optional("tiktoken").get_encoding("gpt2")
+        encoding = need("tiktoken").get_encoding("gpt2")
     except OSError as error:
         problem = f"its vocabulary cannot be fetched ({type(error).__name__})"
         remedy = "go online once, or pass --tokenizer PATH of a local tokenizer.json"

@@ -1,4 +1,4 @@
-"""The scan of testv2.py: chunked against sequential, the loop by hand, and finite differences."""
+"""The scan: `ssm_kernels.py` against the recurrence, the loop by hand, and finite differences."""
 
 import itertools
 import math
