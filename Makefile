@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow clean
+.PHONY: demo test test-slow test-gpu clean
 
 demo: .venv/core data/text/train.bin  ## train a small model on the built-in corpus
 	$(BIN)/python testv2.py --preset demo
@@ -12,6 +12,9 @@ test: .venv/dev  ## style and tests
 
 test-slow: .venv/dev  ## the checks that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+test-gpu: .venv/dev  ## that a GPU gives what the CPU gives, where there is one
+	$(BIN)/python -m pytest -m gpu
 
 clean:  ## remove what can be made again
 	rm -rf .venv data/text

@@ -589,9 +589,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add, one = parser.add_argument, {"type": functools.partial(whole, 1), "metavar": "N"}
     add("--tinymamba_checkpoint", metavar="FILE", help="model to measure [a fresh one]")
     add("--preset", choices=PRESETS, help="size of a fresh model [about 10M parameters]")
-    add("--d_model", **one, help="width of a fresh model, a multiple of 32 [384]")
-    add("--n_layer", **one, help="layers of a fresh model [3]")
-    add("--vocab_size", **one, help="vocabulary of a fresh model [4096]")
+    add("--d_model", **one, help=f"width of a fresh model, a multiple of 32 [{DEFAULT['d_model']}]")
+    add("--n_layer", **one, help=f"layers of a fresh model [{DEFAULT['n_layer']}]")
+    add("--vocab_size", **one, help=f"vocabulary of a fresh model [{DEFAULT['vocab_size']}]")
     add("--models_to_compare", nargs="+", choices=["tinymamba", *PEERS], metavar="MODEL",
         help=f"any of {', '.join(PEERS)}; tinymamba is always there [llama gpt2 mamba2]")
     add("--benchmark_type", nargs="+", choices=[*BENCHMARKS, "all"], default=["all"],

@@ -6,7 +6,8 @@
     python benchmarks/synthetic.py parity --model llama        # or mamba2, of equal size
 
 mqar: multi-query associative recall (Zoology, arXiv 2312.04927, appendix E.1): pairs of key and
-value, then keys again far apart, amid zeros; each key must call up its value.
+value, then keys again far apart, amid zeros; each key must call up its value. A quarter each of the
+training tokens are in texts of the full length and of a half, a quarter and an eighth of it.
 induction: one marker somewhere, a token after it, the marker again at the very end: say the token
 (Mamba, arXiv 2312.00752, section 4.1.2). Trained on 32 to 256 tokens, read on up to a million.
 parity: of all bits so far (Mamba-3, arXiv 2603.15569, section 4.3). Trained on up to 40 bits, read
@@ -63,11 +64,12 @@ def parity(batch: int, length: int, random) -> tuple:
 
 def draw(task: str, args, random, length: int | None = None, batch: int | None = None) -> tuple:
     """A batch of the task, for training unless a length says otherwise."""
-    batch = batch or BATCH[task]
+    batch = batch or args.batch_size
     easier = int(torch.randint(4, (), generator=random))  # easy ones among the hard ones
     if task == "mqar":
-        pairs = args.pairs if length else max(1, args.pairs >> easier)
-        return mqar(batch, args.length, pairs, args.vocab_size, random)
+        easier = 0 if length else easier
+        pairs = max(1, args.pairs >> easier)
+        return mqar(batch << easier, args.length >> easier, pairs, args.vocab_size, random)
     if task == "induction":
         return induction(batch, length or 256 >> easier, args.vocab_size, random)
     return parity(batch, length or int(torch.randint(3, 41, (), generator=random)), random)
@@ -90,13 +92,14 @@ def build(args) -> torch.nn.Module:
         **common, num_hidden_layers=2 * n, num_heads=2 * D // 32, head_dim=32, n_groups=1,
         state_size=args.d_state, chunk_size=64))
 
-def answers(model, ids, targets) -> tuple:
+def answers(model, ids, targets, bf16: bool) -> tuple:
     """Logits and targets of the places that ask for an answer."""
     asked = targets != IGNORE
-    if isinstance(model, TinyMambaModel):
-        logits = model.head(model.run(ids)[0][asked])
-    else:
-        logits = model.lm_head(model.base_model(input_ids=ids).last_hidden_state[asked])
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        if isinstance(model, TinyMambaModel):
+            logits = model.head(model.run(ids)[0][asked])
+        else:
+            logits = model.lm_head(model.base_model(input_ids=ids).last_hidden_state[asked])
     return logits.float(), targets[asked]
 
 @torch.no_grad()
@@ -105,14 +108,16 @@ def accuracy(model, task: str, args, length: int) -> float:
     random = torch.Generator().manual_seed(10**6 + length)
     model.eval()
     if length <= AT_ONCE:
-        logits, targets = answers(model, *draw(task, args, random, length, args.test_samples))
+        texts = draw(task, args, random, length, args.test_samples)
+        logits, targets = answers(model, *texts, args.bf16)
         return (logits.argmax(-1) == targets).float().mean().item()
     require(isinstance(model, TinyMambaModel), "read", f"{length} tokens at once are too many for "
             f"{args.model}", f"read at most {AT_ONCE}")
     ids, targets = draw(task, args, random, length, min(args.test_samples, 16))
     state = model.init_state(len(ids))
     for piece in ids.split(PIECE, dim=1):
-        logits, state = model.advance(piece, state, last_only=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            logits, state = model.advance(piece, state, last_only=True)
     return (logits[:, -1].argmax(-1) == targets[:, -1]).float().mean().item()
 
 def train(task: str, args, seed: int) -> dict:
@@ -126,13 +131,15 @@ def train(task: str, args, seed: int) -> dict:
         for group in optimizer.param_groups:
             group["lr"] = args.lr * rate
         model.train()
-        loss = F.cross_entropy(*answers(model, *draw(task, args, random)))
+        logits, targets = answers(model, *draw(task, args, random), args.bf16)
+        loss = F.cross_entropy(logits, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % args.log_interval == 0:
-            print(f"seed {seed}  step {step + 1}  loss {loss.item():.4f}  "
+            right = (logits.argmax(-1) == targets).float().mean().item()
+            print(f"seed {seed}  step {step + 1}  loss {loss.item():.4f}  right {right:.3f}  "
                   f"{time.perf_counter() - start:.0f} s", flush=True)
     read = {length: round(accuracy(model, task, args, length), 4) for length in args.read}
     return {**vars(args), "seed": seed, "loss": loss.item(), "accuracy": read,
@@ -148,6 +155,7 @@ def parse(argv=None):
         ("d_state", 64, "SSM state size"), ("window_size", 32, "attention window in tokens"),
         ("length", 256, "tokens of an mqar text"), ("pairs", 16, "pairs of an mqar text"),
         ("vocab_size", 0, "0 takes the task's: 8192, 16, 3"), ("steps", 0, "0 takes the task's"),
+        ("batch_size", 0, "texts in a step; 0 takes the task's"),
         ("test_samples", 256, "texts to read in the end"), ("log_interval", 200, "steps"),
         ("threads", 0, "of the CPU; 0 takes all"),
     ):
@@ -156,10 +164,12 @@ def parse(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate [4e-3]")
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--output", default="synthetic.jsonl", help="of rows [synthetic.jsonl]")
     args = parser.parse_args(argv)
     args.vocab_size = args.vocab_size or VOCABULARY[args.task]
     args.steps = args.steps or STEPS[args.task]
+    args.batch_size = args.batch_size or BATCH[args.task]
     args.read = args.read or {"mqar": [args.length], "induction": [256, 4096],
                               "parity": [40, 256]}[args.task]
     require(args.length >= 4 * args.pairs, "length", f"{args.length} tokens do not hold "
