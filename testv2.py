@@ -273,7 +273,7 @@ PRESETS = {
         "generation_prompt": "import os\n\nclass", "generation_temperature": 0.7,
     },
     "small": {
-        "d_model": 384, "n_layer": 8, "vocab_size": 4096, "lr": 1e-3, "num_epochs": 4,
+        "d_model": 384, "n_layer": 8, "vocab_size": 4096, "lr": 4e-3, "num_epochs": 4,
         "warmup_steps": 100, "validation_interval": 200, "generation_interval": 200,
     },
     "base": {},

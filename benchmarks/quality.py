@@ -59,8 +59,8 @@ TASKS = {  # vocabulary, tokens of a block, blocks of a step, steps
     "M": (4096, 512, 8, 1000),
 }
 RATES = {  # the best that was found, with Muon
-    "S": {"tinymamba": 4e-3, "llama": 2e-3, "mamba2": 4e-3},
-    "M": {"tinymamba": 8e-3, "llama": 8e-3, "mamba2": 8e-3},
+    "S": {"tinymamba": 4e-3, "llama": 2e-3, "mamba2": 8e-3},
+    "M": {"tinymamba": 8e-3, "llama": 4e-3, "mamba2": 8e-3},
 }
 WARMUP = 100  # steps
 
