@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-gpu clean
+.PHONY: demo test test-slow test-gpu chaos clean
 
 demo: .venv/core data/text/train.bin  ## train a small model on the built-in corpus
 	$(BIN)/python testv2.py --preset demo
@@ -15,6 +15,9 @@ test-slow: .venv/dev  ## the checks that take minutes
 
 test-gpu: .venv/dev  ## that a GPU gives what the CPU gives, where there is one
 	$(BIN)/python -m pytest -m gpu
+
+chaos: .venv/dev  ## break runs on purpose, a hundred times over: half an hour
+	OMP_NUM_THREADS=1 CHAOS=1 $(BIN)/python -m pytest -m 'not gpu' tests/test_reliability.py
 
 clean:  ## remove what can be made again
 	rm -rf .venv data/text

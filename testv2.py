@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import difflib
 import functools
 import glob
@@ -39,12 +40,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import typing
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
+from socket import gethostname
 from typing import NamedTuple
 
 import numpy as np
@@ -52,6 +57,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from ssm_kernels import ChunkedScan, DepthwiseConv, lower_triangle
@@ -159,6 +168,7 @@ class Config:
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
     max_bad_steps: int = 10  # steps in a row without a finite gradient before the run gives up
+    skip_spikes: float = 0.0  # skip a gradient norm so many deviations above the mean; 0 is off
     seed: int = 1337  # initial weights, data order, dropout, samples
 
     # Hardware
@@ -168,17 +178,22 @@ class Config:
     amp_dtype: torch.dtype = torch.bfloat16  # autocast type, where the hardware has it
     empty_cache_freq: int = 50  # steps between two clearings of the CUDA cache; 0 is never
     num_workers: int = 0  # processes that read data ahead
+    parallel: str = "ddp"  # several processes: ddp, or fsdp for a model too large for one of them
+    checkpoint_activations: bool = False  # make blocks again in the backward pass: saves memory
+    rank_timeout: int = 60  # seconds of silence after which the other processes give one up
 
     # Data
     train_data_path: str | list[str] = "./data/text/train.bin"  # one .bin of tokens, or several
     train_data_weights: list[float] | None = None  # shares of several sources; None goes by size
     val_data_path: str | list[str] = "./data/text/val.bin"  # .bin of tokens to validate on
     data_dtype: str = "auto"  # type of the ids in the .bin; auto asks its .json, else int32
+    accept_changed_data: bool = False  # resume though the training data are not what they were
 
     # Checkpoints
     checkpoint_path: str = "tinymamba_model_latest.pt"  # newest state; the best is ..._best.pt
     checkpoint_interval: int = 1000  # steps between two saves; 0 saves at the end only
     save_top_k: int = 1  # best checkpoints to keep, by validation loss
+    async_save: bool = False  # write checkpoints in the background, from a copy in memory
     resume: bool = False  # go on from checkpoint_path, with its settings
 
     # Validation and samples
@@ -248,15 +263,16 @@ CHOICES = {
     "gate": ("softmax", "top_k", "sparsemax"),
     "scan": ("chunked", "sequential"),
     "optimizer": ("muon", "adamw"),
+    "parallel": ("ddp", "fsdp"),
     "data_dtype": ("auto", "int32", "uint16"),
     "amp_dtype": tuple(DTYPES.values()),
 }
 AT_LEAST_ONE = """d_model n_layer vocab_size d_state d_conv expand_factor ssm_head_dim chunk_size
     window_size num_heads rope_theta block_size batch_size gradient_accumulation_steps num_epochs
     max_bad_steps early_stopping_patience generation_length log_interval validation_interval
-    generation_interval"""
+    generation_interval rank_timeout"""
 AT_LEAST_ZERO = """low_rank max_steps lr warmup_steps grad_clip weight_decay empty_cache_freq
-    num_workers checkpoint_interval save_top_k validation_steps early_stopping_min_delta
+    num_workers checkpoint_interval save_top_k skip_spikes validation_steps early_stopping_min_delta
     generation_temperature"""
 LIMITS = {
     **dict.fromkeys(AT_LEAST_ONE.split(), (1, math.inf)),
@@ -284,6 +300,7 @@ SHAPE_FIELDS = [
     "d_state", "d_conv", "expand_factor", "ssm_head_dim", "window_size", "num_heads",
     "rope_theta", "gate", "gate_top_k", "document_mask",
 ]
+RUN_FIELDS = [*SHAPE_FIELDS, "optimizer", "block_size", "seed", "train_data_weights"]
 
 def show(value) -> str:
     """A value as the user would type it."""
@@ -828,8 +845,11 @@ class TinyMambaModel(nn.Module):
         piece = self.describe(ids, starts, lengths)
         x = self.dropout(self.embedding(ids))
         layers, gates = [], []
+        again = self.config.checkpoint_activations and self.training
         for i, block in enumerate(self.blocks):
-            x, layer, weights = block(x, piece, None if state is None else state.layers[i])
+            call = functools.partial(recompute_in_backward, block, use_reentrant=False)
+            past = None if state is None else state.layers[i]
+            x, layer, weights = (call if again else block)(x, piece, past)
             layers.append(layer)
             gates.append(weights)
         x = self.norm(x)
@@ -1178,6 +1198,13 @@ class TokenFile:
                 "put it back and start again")
         return self.tokens[begin:end]
 
+    def sampled_hash(self) -> str:
+        """SHA-256 over 64 pieces of 2,048 ids, evenly spaced from the first to the last."""
+        last, h = max(0, self.length - 2048), hashlib.sha256()
+        for i in range(64):
+            h.update(self.read(begin := last * i // 63, min(begin + 2048, self.length)).tobytes())
+        return h.hexdigest()
+
     def __getstate__(self) -> dict:
         return {**self.__dict__, "tokens": None}  # a worker process maps the file itself
 
@@ -1329,7 +1356,8 @@ class StreamingTokenDataset(torch.utils.data.Dataset):
         """What a position in the data is only valid for."""
         return {
             "block_size": self.block_size, "seed": self.seed, "shuffle": self.shuffle,
-            "sources": [[Path(f.path).name, f.length, str(f.dtype)] for f in self.files],
+            "sources": [[Path(f.path).name, f.length, str(f.dtype), f.sampled_hash()]
+                        for f in self.files],
             "weights": [str(w) for w in self.shares.weights],
         }
 
@@ -1347,6 +1375,16 @@ class ShardedBatches:
         return len(self.starts)
 
 # ------------------------------------------------------------------------ optimiser and schedule
+
+def whole(t):
+    """A tensor of which each process holds a part (FSDP), put together; anything else as it is."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+def share_of(t: Tensor, like: Tensor) -> Tensor:
+    """This process's part of a whole tensor, cut as `like` is."""
+    if not isinstance(like, DTensor) or t.shape != like.shape:
+        return t
+    return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None)
 
 class MuonAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al., 2024) for matrices and AdamW for all else, as one optimizer.
@@ -1378,7 +1416,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def step(self, closure=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
         self.adamw.step()
-        group, alike = self.param_groups[0], {}
+        group, alike, updates = self.param_groups[0], {}, {}
         for p, rows in zip(group["params"], self.rows, strict=True):
             if p.grad is None:
                 continue
@@ -1386,15 +1424,16 @@ class MuonAdamW(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             mean = self.state[p]["momentum_buffer"]
             mean.lerp_(p.grad, 1 - self.MOMENTUM)
-            update = p.grad.lerp(mean, self.MOMENTUM)
-            for pair in zip(p.split(rows), update.split(rows), strict=True):
-                alike.setdefault(pair[0].shape, []).append(pair)
-        for shape, pairs in alike.items():
-            weights, updates = zip(*pairs, strict=True)
-            updates = orthogonalise(torch.stack(updates)).to(weights[0].dtype)
-            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-            rate = 0.2 * max(shape) ** 0.5 * group["lr"]
-            torch._foreach_add_(weights, updates.unbind(), alpha=-rate)
+            updates[p] = whole(p.grad.lerp(mean, self.MOMENTUM))
+            for part in updates[p].split(rows):
+                alike.setdefault(part.shape, []).append(part)
+        for shape, parts in alike.items():
+            made = orthogonalise(torch.stack(parts)).to(parts[0].dtype)
+            torch._foreach_copy_(parts, made.mul_(0.2 * max(shape) ** 0.5).unbind())
+        if updates:
+            torch._foreach_mul_(list(updates), 1 - group["lr"] * group["weight_decay"])
+            shares = [share_of(update, p) for p, update in updates.items()]
+            torch._foreach_add_(list(updates), shares, alpha=-group["lr"])
         return loss
 
 def orthogonalise(x: Tensor) -> Tensor:
@@ -1436,7 +1475,7 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
 
 # -------------------------------------------------------------------------------- checkpoints
 
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 
 def digest(value) -> str:
     """SHA-256 over nested dicts and lists of tensors and plain values."""
@@ -1458,8 +1497,11 @@ def digest(value) -> str:
     feed(value)
     return h.hexdigest()
 
-def replace_file(path: str | Path, write) -> None:
-    """Let `write(temporary name)` make the file, then put it in place in one step, on disk."""
+def replace_file(path: str | Path, write, previous: Path | None = None) -> None:
+    """Let `write(temporary name)` make the file, then put it in place in one step, on disk.
+
+    What was there becomes `previous`, if that is given.
+    """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -1467,6 +1509,8 @@ def replace_file(path: str | Path, write) -> None:
         write(str(temporary))
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
         if os.name == "posix":  # the rename itself is on disk when the folder is
             folder = os.open(path.parent, os.O_RDONLY)
@@ -1477,11 +1521,19 @@ def replace_file(path: str | Path, write) -> None:
             temporary.unlink()
         raise UserError(str(path), f"cannot be written ({e})", "free space or name another") from e
 
-def save_checkpoint(path: str | Path, state: dict) -> None:
-    """Write `state` (tensors and plain values) with a checksum, replacing the file in one step."""
+def save_checkpoint(path: str | Path, state: dict, previous: Path | None = None) -> None:
+    """Write `state` (tensors and plain values) with a checksum, and read it back.
+
+    Only then it takes the place of the file at `path`, which becomes `previous`, if that is given.
+    """
     state = {**state, "format_version": CHECKPOINT_FORMAT}
     state["checksum"] = digest(state)
-    replace_file(path, lambda temporary: torch.save(state, temporary))
+
+    def write(temporary: str) -> None:
+        torch.save(state, temporary)
+        load_checkpoint(temporary)
+
+    replace_file(path, write, previous)
 
 def load_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint onto the CPU; a missing, damaged or foreign file is a UserError.
@@ -1503,35 +1555,40 @@ def load_checkpoint(path: str | Path) -> dict:
             "is damaged: its checksum is wrong", remedy)
     return state
 
-def require_same_shape(old: dict, new: dict) -> None:
-    """Refuse settings under which a checkpoint's tensors would mean something else."""
-    for name in (*SHAPE_FIELDS, "optimizer"):
-        require(old[name] == new[name], name, f"is {new[name]}, but the checkpoint has {old[name]}",
-                "leave the flag out, or start a new run")
+def require_same_run(old: dict, new: dict) -> None:
+    """Refuse settings under which a checkpoint's tensors or its place in the data would not fit."""
+    changed = [name for name in RUN_FIELDS if old[name] != new[name]]
+    asked, had = (", ".join(str(values[name]) for name in changed) for values in (new, old))
+    require(not changed, ", ".join(changed), f"{asked} asked for, but the checkpoint has {had}",
+            "leave the flags out, or start a new run")
 
 def run_files(path: str | Path) -> list[Path]:
     """The checkpoints of the run that saves to `path`: that file, then the others, newest first."""
     path = Path(path)
     stem = glob.escape(path.stem.removesuffix("_latest"))
-    others = {sibling(path, "best"), *path.parent.glob(f"{stem}_step*{glob.escape(path.suffix)}")}
+    others = {sibling(path, "previous"), sibling(path, "best"),
+              *path.parent.glob(f"{stem}_step*{glob.escape(path.suffix)}")}
     others = [f for f in others if f.is_file() and f != path]
     return [path, *sorted(others, key=lambda f: f.stat().st_mtime, reverse=True)]
 
 def load_newest(path: str | Path) -> dict:
-    """The checkpoint at `path`, or if that is damaged the newest good one of its run."""
-    if not Path(path).is_file():
-        return load_checkpoint(path)  # which says so
-    errors = []
+    """The checkpoint at `path`, or if that is damaged or gone the newest good one of its run.
+
+    What is damaged is renamed, so that no save takes it for a good one.
+    """
+    damaged = {}
     for file in run_files(path):
         try:
             saved = load_checkpoint(file)
         except UserError as e:
-            errors.append(e)
+            damaged[file] = e
             continue
-        for error in errors:
-            print(f"warning: {error}: going on from {file}")
+        for other, error in damaged.items():
+            if from_launcher("RANK", 0) == 0:
+                print(f"warning: {error}: going on from {file}")
+                move_aside(other, ".damaged")
         return saved
-    raise errors[0]
+    raise next(iter(damaged.values()))
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> TinyMambaModel:
     """The model of a checkpoint, in eval mode."""
@@ -1545,12 +1602,12 @@ def sibling(path: str | Path, tag: str) -> Path:
     path = Path(path)
     return path.with_name(f"{path.stem.removesuffix('_latest')}_{tag}{path.suffix}")
 
-def move_aside(path: Path) -> None:
-    """Rename an earlier run's file to path.1, path.2, ...: a new run overwrites nothing."""
+def move_aside(path: Path, mark: str = "") -> None:
+    """Rename a file to path.1, path.2, ..., with the mark before the number: nothing is lost."""
     if path.exists():
-        number = next(n for n in range(1, 1 << 30) if not Path(f"{path}.{n}").exists())
-        path.rename(f"{path}.{number}")
-        print(f"{path} of an earlier run is now {path}.{number}")
+        number = next(n for n in range(1, 1 << 30) if not Path(f"{path}{mark}.{n}").exists())
+        path.rename(f"{path}{mark}.{number}")
+        print(f"{path}{'' if mark else ' of an earlier run'} is now {path}{mark}.{number}")
 
 def require_writable(folder: Path, field: str) -> None:
     """Make the folder if need be; refuse one that cannot be made or written to."""
@@ -1564,11 +1621,12 @@ def require_writable(folder: Path, field: str) -> None:
 
 @torch.no_grad()
 def generate(model: TinyMambaModel, ids: Tensor, max_new_tokens: int, temperature: float = 1.0,
-             generator: torch.Generator | None = None, eos_id: int | None = None) -> Tensor:
+             generator: torch.Generator | None = None, eos_id: int | None = None,
+             until=lambda: False) -> Tensor:
     """Continue ids (B, L), L >= 1, by up to max_new_tokens: (B, L + new). Temperature 0 is greedy.
 
-    Ends early when every row has met eos_id; a row that ended is filled with eos_id. Put the model
-    in eval mode first, or dropout stays on.
+    Ends early when every row has met eos_id, or when `until()` is true; a row that ended is filled
+    with eos_id. Put the model in eval mode first, or dropout stays on.
     """
     state = model.init_state(ids.shape[0])
     piece, ended = ids, torch.zeros_like(ids[:, :1], dtype=torch.bool)
@@ -1582,7 +1640,7 @@ def generate(model: TinyMambaModel, ids: Tensor, max_new_tokens: int, temperatur
             piece = piece.masked_fill(ended, eos_id)
             ended = ended | (piece == eos_id)
         ids = torch.cat((ids, piece), dim=1)
-        if ended.all():
+        if ended.all() or until():
             break
     return ids
 
@@ -1692,6 +1750,73 @@ def why_no_compile(device: torch.device) -> str | None:
     missing = device.type == "cpu" and not any(map(shutil.which, compilers))
     return "no C++ compiler was found" if missing else None
 
+SPIKE_SHARE = 0.01  # of one step in the running mean of the gradient norm
+SPIKE_WARMUP = 20  # steps that this mean must have seen
+
+class Watchdog:
+    """Ends this process, naming the one to blame, when another has failed or fallen silent.
+
+    Once a second a thread of every process counts up a number of its own in the store through which
+    they met. A process that is dead, stopped or cut off counts no more, while the others wait for
+    it inside a collective operation that may take half an hour to give up.
+    """
+
+    def __init__(self, store, rank: int, world: int, timeout: float):
+        self.store, self.rank, self.world, self.timeout = store.clone(), rank, world, timeout
+        self.store.set_timeout(timedelta(seconds=timeout))
+        self.over, self.silent_since = threading.Event(), {}
+        self.say("alive 0")
+        self.store.set(f"name {rank}", f"rank {rank} (process {os.getpid()} on {gethostname()})")
+        dist.barrier()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread.start()
+
+    def say(self, text: str) -> None:
+        self.store.set(f"rank {self.rank}", text)
+
+    def watch(self) -> None:
+        beat, last = 0, dict.fromkeys(range(self.world), "")
+        while not self.over.wait(1.0):
+            beat += 1
+            try:
+                self.say(f"alive {beat}")
+                for other in last:
+                    self.listen(other, last)
+            except dist.DistError as e:
+                self.end(f"the store of the processes is gone ({e})")
+
+    def listen(self, other: int, last: dict[int, str]) -> None:
+        """Note whether a process has said something new; end if it failed or is silent."""
+        said, now = self.store.get(f"rank {other}").decode(), time.monotonic()
+        if said != last[other]:
+            last[other], self.silent_since[other] = said, now
+        if other == self.rank or said == "done":
+            return
+        if said.startswith("failed"):
+            self.end(f"{self.name(other)} {said}")
+        if now - self.silent_since[other] > self.timeout:
+            self.end(f"{self.name(other)} has been silent for {self.timeout} seconds")
+
+    def name(self, other: int) -> str:
+        return self.store.get(f"name {other}").decode()
+
+    def end(self, why: str) -> None:
+        print(f"error: {why}; mend that and pass --resume", file=sys.stderr, flush=True)
+        os._exit(2)  # the main thread may wait for ever
+
+    def blame(self, error: Exception) -> typing.NoReturn:
+        """After a failed collective: wait until it is known who is to blame, and end."""
+        self.timeout = min(self.timeout, 5.0)
+        self.thread.join(3 * self.timeout)
+        raise UserError("WORLD_SIZE", f"the processes lost touch ({error})", "see their messages")
+
+    def close(self, error: BaseException | None) -> None:
+        """Tell the others how this process ended."""
+        self.over.set()
+        self.thread.join()
+        with contextlib.suppress(dist.DistError):  # the store ends with the process that holds it
+            self.say(f"failed ({type(error).__name__}: {error})" if error else "done")
+
 class Trainer:
     """One training run, from the first batch to the last checkpoint."""
 
@@ -1700,25 +1825,30 @@ class Trainer:
         self.config = config = replace(config).validate()
         self.rank, self.world = from_launcher("RANK", 0), from_launcher("WORLD_SIZE", 1)
         self.main = self.rank == 0
-        self.signal, self.save_asked = 0, False  # what this process was sent
+        self.signal, self.saves_asked, self.saves_done = 0, 0, 0  # what this process was sent
         self.stopped_by = 0  # the signal that all processes agreed to stop for
+        self.writer, self.writing = ThreadPoolExecutor(1), None  # of checkpoints, see save
         self.device = pick_device(config.device, from_launcher("LOCAL_RANK", 0))
         self.amp = pick_amp_dtype(config.amp_dtype, self.device)
         self.open_data(tokenizer)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        if self.world > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.watchdog = self.meet_others() if self.world > 1 else None
         torch.manual_seed(config.seed)
         torch.set_float32_matmul_precision("high")
         self.model = TinyMambaModel(config).to(self.device)
+        self.fsdp = config.parallel == "fsdp" and self.world > 1
+        if self.fsdp:
+            self.shard()
         self.optimizer = make_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == torch.float16)
         self.step = self.samples = self.tokens = 0
         self.progress = {
             "history": {"train": [], "val": []},  # [step, loss in nats]
             "best": [],  # [validation loss, file name] of the save_top_k best, best first
-            "lowest": math.inf, "bad_validations": 0, "bad_steps": 0,
+            "lowest": math.inf, "bad_validations": 0, "bad_steps": 0, "skipped": 0,
+            "norm": [0.0, 0.0, 0],  # mean and variance of the gradient norm, steps in them
+            "unfinished": False,  # a signal ended the run between this step and its validation
             "folder": config.wandb_run_name or time.strftime("%Y%m%d-%H%M%S"),
         }
         self.resumed = saved is not None
@@ -1737,12 +1867,30 @@ class Trainer:
         self.log = Logger(config, self.folder, self.main, self.step)
         self.forward = self.wrap(config.use_compile)
 
+    def meet_others(self) -> Watchdog:
+        """Set up the process group that the launcher asks for."""
+        store, rank, world = next(dist.rendezvous("env://"))
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world)
+        return Watchdog(store, rank, world, self.config.rank_timeout)
+
+    def shard(self) -> None:
+        """Cut every parameter over the processes; each block is put together while it is used."""
+        warnings.filterwarnings("ignore", ".*returned a view tensor")  # none is changed in place
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        for block in self.model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+        register_fsdp_forward_method(self.model, "advance")
+
     def open_data(self, tokenizer) -> None:
         """The data and its tokenizer."""
         c = self.config
         kind = {"vocab_size": c.vocab_size, "data_dtype": c.data_dtype, "seed": c.seed}
         self.train_data = StreamingTokenDataset(
             c.train_data_path, c.block_size, c.train_data_weights, shuffle=True, **kind)
+        self.fingerprint = self.train_data.fingerprint()
         self.val_data, self.bytes_per_token = None, None
         if c.enable_validation:
             self.val_data = StreamingTokenDataset(c.val_data_path, c.block_size, **kind)
@@ -1765,7 +1913,7 @@ class Trainer:
             self.log.say(f"torch.compile is off: {reason}")
         elif compiled:
             model = torch.compile(model)
-        if self.world == 1:
+        if self.world == 1 or self.fsdp:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(
@@ -1796,7 +1944,7 @@ class Trainer:
         c = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.total_steps, c)
-        taken = [next(batches) for _ in range(c.gradient_accumulation_steps)]
+        taken = self.read(batches)
         try:
             loss = self.accumulate(taken)
         except torch._dynamo.exc.TorchDynamoException as e:
@@ -1806,16 +1954,48 @@ class Trainer:
             self.forward = self.wrap(compiled=False)
             loss = self.accumulate(taken)
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.grad_clip or math.inf).item()
-        if math.isfinite(norm) or self.scaler.is_enabled():  # a scaler skips such steps itself
+        limit = c.grad_clip or math.inf
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), limit)).item()
+        if self.is_good(loss, norm):
             self.scaler.step(self.optimizer)
-            self.scaler.update()
+        self.scaler.update()
         self.optimizer.zero_grad()
-        self.progress["bad_steps"] = 0 if math.isfinite(norm) else self.progress["bad_steps"] + 1
         self.step += 1
         self.samples += self.samples_per_step
         self.tokens += self.samples_per_step * c.block_size
         return loss, norm
+
+    def read(self, batches) -> list:
+        """The batches of one step; where one process cannot read its own, all end and save."""
+        taken, error = [], None
+        try:
+            taken = [next(batches) for _ in range(self.config.gradient_accumulation_steps)]
+        except UserError as e:
+            error = e
+        if self.over_ranks([float(error is not None)])[0]:
+            self.save()
+            raise error or UserError("train_data_path", "another process could not read its data",
+                                     "see its message, and resume")
+        return taken
+
+    def is_good(self, loss: float, norm: float) -> bool:
+        """Whether a step may change the weights: its loss and gradient are finite and no spike."""
+        p, limit = self.progress, self.config.skip_spikes
+        if not math.isfinite(loss + norm):
+            p["bad_steps"], p["skipped"] = p["bad_steps"] + 1, p["skipped"] + 1
+            return False
+        p["bad_steps"] = 0
+        (mean, variance, steps), deviation = p["norm"], p["norm"][1] ** 0.5
+        spike = limit > 0 and steps >= SPIKE_WARMUP and norm > mean + limit * deviation
+        seen = min(norm, mean + limit * deviation) if spike else norm  # it may have come to stay
+        share = max(SPIKE_SHARE, 1 / (steps + 1))
+        change = seen - mean
+        p["norm"] = [mean + share * change, (1 - share) * (variance + share * change**2), steps + 1]
+        p["skipped"] += spike
+        if spike:
+            self.log.say(f"step {self.step + 1}: gradient norm {norm:.2f} is a spike (mean "
+                         f"{mean:.2f}, deviation {deviation:.2f}); the weights stay as they were")
+        return not spike
 
     def accumulate(self, taken: list) -> float:
         """Gradients of the mean loss over the batches taken, synchronised once; that loss."""
@@ -1824,25 +2004,39 @@ class Trainer:
         torch.manual_seed(((c.seed * 1_000_003 + self.step) * 65_537 + self.rank) % (1 << 63))
         total, self.last_ids = 0.0, taken[-1][0]
         for i, (x, y) in enumerate(taken):
-            alone = self.world == 1 or i == len(taken) - 1
-            with contextlib.nullcontext() if alone else self.forward.no_sync():
+            with self.synchronised(i == len(taken) - 1):
                 with self.autocast():
                     loss = self.forward(x, y) / len(taken)
                 self.scaler.scale(loss).backward()
             total += loss.item()
         return self.over_ranks([total])[0] / self.world
 
+    def synchronised(self, last: bool):
+        """Where the backward pass sums gradients over the processes only if it is the last one."""
+        if self.fsdp:
+            self.model.set_requires_gradient_sync(last)
+        skip = self.world > 1 and not self.fsdp and not last
+        return self.forward.no_sync() if skip else contextlib.nullcontext()
+
     @torch.no_grad()
-    def validate(self) -> float:
+    def validate(self) -> float | None:
         """Mean loss in nats on the first `validation_steps` batches of the validation data.
 
-        Bits per byte are by the whole file's bytes per token.
+        Bits per byte are by the whole file's bytes per token. None if a signal ended it early.
         """
         c, last, total, count, values = self.config, len(self.val_data), 0.0, 0, {}
         if c.validation_steps:
             last = min(last, c.validation_steps * c.batch_size * self.world)
         self.model.eval()
-        for x, y in self.batches(self.val_data, 0, last):
+        batches = self.batches(self.val_data, 0, last)
+        for _ in range(math.ceil(last / (c.batch_size * self.world))):
+            if self.heed_signals():
+                self.model.train()
+                return None
+            x, y = next(batches, (None, None))
+            if x is None:  # the others have one more: take part, in what FSDP does together
+                self.model(torch.zeros(1, 1, dtype=torch.int64, device=self.device))
+                continue
             with self.autocast():
                 loss, gates = self.model(x, y, return_gates=True)
             total, count = total + loss.item() * y.numel(), count + y.numel()
@@ -1883,19 +2077,21 @@ class Trainer:
             return
         ranked = sorted([*best, [loss, name]])
         self.progress["best"] = ranked[:k]
-        if not self.main or [loss, name] not in ranked[:k]:
+        if [loss, name] not in ranked[:k]:
             return
+        state = self.state(loss)
         if ranked[0][1] == name:
-            save_checkpoint(sibling(path, "best"), self.state(loss))
-        if k > 1:
-            save_checkpoint(Path(path).with_name(name), self.state(loss))
+            self.write(sibling(path, "best"), state)
+        if k > 1 and self.main:
+            self.write(Path(path).with_name(name), state)
+            self.finish_writing()  # before what it takes the place of goes
             for _, old in ranked[k:]:
                 Path(path).with_name(old).unlink(missing_ok=True)
 
     def sample(self) -> None:
         """Print a continuation of generation_prompt, or a new document."""
         c = self.config
-        if not self.main:
+        if not self.main and not self.fsdp:
             return
         if self.tokenizer is None:
             self.log.say("no sample: no tokenizer.json or vocab.txt beside the training data")
@@ -1908,19 +2104,20 @@ class Trainer:
         generator = torch.Generator().manual_seed(c.seed)
         self.model.eval()
         with self.autocast():
-            out = generate(
-                self.model, prompt, c.generation_length, c.generation_temperature, generator)
+            out = generate(self.model, prompt, c.generation_length, c.generation_temperature,
+                           generator, until=lambda: self.signal and not self.fsdp)
         self.model.train()
         text = self.tokenizer.decode(out[0].tolist())
         self.log.say(f"sample at step {self.step}:\n{text}\n")
-        self.log.board.add_text("sample", text, self.step)
+        if self.main:
+            self.log.board.add_text("sample", text, self.step)
 
     def state(self, val_loss: float | None = None) -> dict:
         """The whole run as tensors and plain values, for `save_checkpoint`."""
         history = self.progress["history"]["val"]
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": tree_map(whole, self.model.state_dict()),
+            "optimizer": tree_map(whole, self.optimizer.state_dict()),
             "scheduler": {"step": self.step, "total_steps": self.total_steps},
             "scaler": self.scaler.state_dict(),
             "epoch": self.samples // len(self.train_data),
@@ -1928,26 +2125,49 @@ class Trainer:
             "tokens_seen": self.tokens,
             "val_loss": history[-1][1] if val_loss is None and history else val_loss,
             "config": self.config.to_dict(),
-            "data": {"samples": self.samples, **self.train_data.fingerprint()},
+            "data": {"samples": self.samples, **self.fingerprint},
             "rng": {"seed": self.config.seed, "step": self.step},  # all there is: see accumulate
             "progress": self.progress,
         }
 
     def save(self) -> None:
-        if self.main:
-            save_checkpoint(self.config.checkpoint_path, self.state())
-            self.log.say(f"saved {self.config.checkpoint_path} at step {self.step}")
+        """Write the newest state; the one before it is kept as ..._previous.pt."""
+        path = self.config.checkpoint_path
+        self.write(path, self.state(), sibling(path, "previous"))
+        done = "writing" if self.config.async_save else "saved"
+        self.log.say(f"{done} {path} at step {self.step}")
+
+    def write(self, path, state: dict, previous: Path | None = None) -> None:
+        """Save one file on the first rank, in the background with async_save."""
+        if not self.main:
+            return
+        self.finish_writing()
+        if not self.config.async_save:
+            save_checkpoint(path, state, previous)
+            return
+        self.writing = self.writer.submit(save_checkpoint, path, copy.deepcopy(state), previous)
+
+    def finish_writing(self) -> None:
+        """Wait for the background write in hand; an error in it is raised here."""
+        if self.writing is not None:
+            writing, self.writing = self.writing, None
+            writing.result()
 
     def restore(self, saved: dict) -> None:
         """Take up a run where `saved` left it; another shape or other data is a UserError."""
-        require_same_shape(saved["config"], self.config.to_dict())
-        for name, value in self.train_data.fingerprint().items():
+        require_same_run(saved["config"], self.config.to_dict())
+        for name, value in self.fingerprint.items():
             old = saved["data"][name]
-            require(old == value, self.config.checkpoint_path,
-                    f"the data's {name} was {old} and is {value}", "start a new run instead")
-        self.model.load_state_dict(saved["model"])
+            require(old == value or self.config.accept_changed_data, self.config.checkpoint_path,
+                    f"the data's {name} was {old} and is {value}",
+                    "start a new run, or pass --accept_changed_data")
+        cut = {name: share_of(saved["model"][name].to(self.device), value)
+               for name, value in self.model.state_dict().items()}
+        self.model.load_state_dict(cut)
         decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
+        for p, kept in self.optimizer.state.items():
+            kept |= {name: share_of(t, p) for name, t in kept.items() if isinstance(t, Tensor)}
         for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
             group["weight_decay"] = decay
             if "betas" in group:
@@ -1978,12 +2198,12 @@ class Trainer:
 
         def remember(number, frame) -> None:
             if number == getattr(signal, "SIGUSR1", None):
-                self.save_asked = True
+                self.saves_asked += 1
             else:
                 self.signal = number
 
         names = [n for n in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, n)]
-        before = {n: signal.signal(getattr(signal, n), remember) for n in names}
+        before, error = {n: signal.signal(getattr(signal, n), remember) for n in names}, None
         try:
             self.announce()
             if self.main and not self.resumed:
@@ -1991,13 +2211,19 @@ class Trainer:
                     move_aside(file)
             self.loop()
             self.save()
+            self.finish_writing()
             if self.main and self.progress["history"]["train"]:
                 plot_losses(self.progress["history"], self.folder / "loss_curve.png")
                 self.log.say(f"loss curve in {self.folder / 'loss_curve.png'}")
+        except Exception as e:
+            error = e
+            if self.watchdog and (isinstance(e, dist.DistError) or "gloo" in str(e)):
+                self.watchdog.blame(e)
+            raise
         finally:
             for n, handler in before.items():
                 signal.signal(getattr(signal, n), handler)
-            self.close()
+            self.close(error)
         return 128 + self.stopped_by if self.stopped_by else 0
 
     def loop(self) -> None:
@@ -2008,22 +2234,25 @@ class Trainer:
         batches, since, seconds = self.batches(self.train_data, self.samples, last), self.step, 0.0
         bar = tqdm(total=self.total_steps, initial=self.step, disable=None if self.main else True)
         done = self.step >= self.total_steps
+        if self.progress["unfinished"]:
+            done = self.between_steps() or done
         while not done:
             begin = time.perf_counter()
             loss, norm = self.train_step(batches)
             seconds += time.perf_counter() - begin
             bar.update()
-            self.check_gradient(norm)
+            self.check_gradient(loss, norm)
             if self.step % c.log_interval == 0 or self.step == self.total_steps:
                 self.report(loss, norm, seconds / (self.step - since))
                 since, seconds = self.step, 0.0
             done = self.between_steps()
         bar.close()
 
-    def check_gradient(self, norm: float) -> None:
+    def check_gradient(self, loss: float, norm: float) -> None:
         if not (bad := self.progress["bad_steps"]):
             return
-        self.log.say(f"step {self.step}: gradient norm {norm}; the weights stay as they were")
+        self.log.say(f"step {self.step}: gradient norm {norm}, loss {loss:.4f}; the weights stay "
+                     f"as they were ({self.progress['skipped']} steps skipped so far)")
         require(bad < self.config.max_bad_steps, "lr", f"{bad} steps in a row had no finite "
                 "gradient", "lower it, or look at the data; the last checkpoint is intact")
 
@@ -2031,22 +2260,31 @@ class Trainer:
         """Validation, samples, saves and signals, each in its turn; True ends the run."""
         c, end, stop = self.config, self.step == self.total_steps, False
         if self.val_data is not None and (end or self.step % c.validation_interval == 0):
-            stop = self.judge(self.validate())
+            self.progress["unfinished"] = True
+            if (loss := self.validate()) is None:
+                return True
+            self.progress["unfinished"] = False
+            stop = self.judge(loss)
         elif self.val_data is None and self.step % c.validation_interval == 0:
             with torch.no_grad(), self.autocast():
-                self.log.record(gate_statistics(self.model.run(self.last_ids)[2]), self.step)
+                gates = self.model(self.last_ids[:1], return_gates=True)[1]
+                self.log.record(gate_statistics(gates), self.step)
         if c.generate_samples and (end or stop or self.step % c.generation_interval == 0):
             self.sample()
         if c.checkpoint_interval and self.step % c.checkpoint_interval == 0 and not end:
             self.save()
         if c.empty_cache_freq and self.step % c.empty_cache_freq == 0:
             torch.cuda.empty_cache()  # does nothing without CUDA
-        asked = [self.signal, self.save_asked]
-        self.save_asked = False
-        self.stopped_by, save_asked = map(int, self.over_ranks(asked, dist.ReduceOp.MAX))
-        if save_asked:
+        return self.heed_signals() or end or stop
+
+    def heed_signals(self) -> bool:
+        """Save if any process was asked to; whether all are to end, for a signal to any of them."""
+        asked = self.saves_asked
+        found = self.over_ranks([self.signal, asked > self.saves_done], dist.ReduceOp.MAX)
+        self.stopped_by, self.saves_done = int(found[0]), asked
+        if found[1]:
             self.save()
-        return end or stop or self.stopped_by != 0
+        return self.stopped_by != 0
 
     def report(self, loss: float, norm: float, seconds_per_step: float) -> None:
         speed = self.samples_per_step * self.config.block_size / seconds_per_step
@@ -2056,7 +2294,8 @@ class Trainer:
                      f"grad norm {norm:.2f} | {speed:,.0f} tokens/s | "
                      f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
         self.log.record({"train/loss": loss, "train/lr": rate, "train/grad_norm": norm,
-                         "train/tokens_per_second": speed}, self.step)
+                         "train/tokens_per_second": speed,
+                         "train/skipped_steps": self.progress["skipped"]}, self.step)
         self.progress["history"]["train"].append([self.step, loss])
 
     def profile(self) -> int:
@@ -2078,9 +2317,11 @@ class Trainer:
         self.close()
         return 0
 
-    def close(self) -> None:
+    def close(self, error: Exception | None = None) -> None:
+        self.writer.shutdown()
         self.log.close()
-        if self.world > 1:
+        if self.watchdog:
+            self.watchdog.close(error)
             dist.destroy_process_group()
 
 # ------------------------------------------------------------------------------------ main
@@ -2105,7 +2346,7 @@ def main(argv: list[str] | None = None) -> int:
     if config.resume:
         saved = load_newest(config.checkpoint_path)
         settings = {**saved["config"], **named, "resume": True}
-        require_same_shape(saved["config"], settings)
+        require_same_run(saved["config"], settings)
         config = Config.from_dict(settings)
     first = from_launcher("RANK", 0) == 0
     if first and config.d_model >= 768 and pick_device(config.device).type == "cpu":

@@ -93,12 +93,17 @@ def run_training(words: list[str], cwd: Path) -> str:
 
 
 def launch(words: list[str], cwd: Path) -> None:
-    """torchrun and torch.distributed.launch, as modules of this Python."""
+    """torchrun and torch.distributed.launch, run by this Python; two nodes on one machine."""
     module = {"torchrun": "torch.distributed.run"}.get(words[0], words[2])
-    rest = words[words.index("--nproc_per_node=2") :]
-    command = [sys.executable, "-m", module, "--master_port", str(free_port()), *rest, *SHORT]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    rest, port = words[words.index("--nproc_per_node=2") :], str(free_port())
+    command = [sys.executable, "-m", module, "--master_addr=127.0.0.1", "--master_port", port]
+    nodes = ["--node_rank=0", "--node_rank=1"] if "--nnodes=2" in words else []
+    commands = [[*command, "--nnodes=2", node, *rest, *SHORT] for node in nodes]
+    agents = [subprocess.Popen(c, cwd=cwd, stderr=subprocess.PIPE, text=True)
+              for c in commands or [[*command, *rest, *SHORT]]]
+    for agent in agents:
+        _, err = agent.communicate(timeout=300)
+        assert agent.returncode == 0, err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -115,7 +120,8 @@ def test_command(command, workspace):
             assert "bytes per token" in run([workspace / "data/prepare.py", *rest], workspace)
         case ["python", "benchmark.py", *rest]:
             small = flags(d_model=32, n_layer=1, vocab_size=64, sequence_lengths=[16, 32],
-                          tokens_per_step=32, test_iterations=1)
+                          tokens_per_step=32, test_iterations=1, compile="off",
+                          output_dir=f"results{COMMANDS.index(command)}")
             assert "llama" in run([ROOT / "benchmark.py", *rest, *small], workspace)
         case ["python", "benchmarks/quality.py", *rest]:
             small = flags(steps=1, seeds=0, validation_tokens=8192, data=random_data(workspace))
