@@ -845,11 +845,10 @@ class TinyMambaModel(nn.Module):
         piece = self.describe(ids, starts, lengths)
         x = self.dropout(self.embedding(ids))
         layers, gates = [], []
-        again = self.config.checkpoint_activations and self.training
         for i, block in enumerate(self.blocks):
-            call = functools.partial(recompute_in_backward, block, use_reentrant=False)
-            past = None if state is None else state.layers[i]
-            x, layer, weights = (call if again else block)(x, piece, past)
+            if self.config.checkpoint_activations and self.training:
+                block = functools.partial(recompute_in_backward, block, use_reentrant=False)
+            x, layer, weights = block(x, piece, None if state is None else state.layers[i])
             layers.append(layer)
             gates.append(weights)
         x = self.norm(x)

@@ -119,7 +119,7 @@ def test_command(command, workspace):
         case ["python", "data/prepare.py", *rest]:
             assert "bytes per token" in run([workspace / "data/prepare.py", *rest], workspace)
         case ["python", "benchmark.py", *rest]:
-            small = flags(d_model=32, n_layer=1, vocab_size=64, sequence_lengths=[16, 32],
+            small = flags(d_model=32, n_layer=1, vocab_size=64, sequence_lengths=16,
                           tokens_per_step=32, test_iterations=1, compile="off",
                           output_dir=f"results{COMMANDS.index(command)}")
             assert "llama" in run([ROOT / "benchmark.py", *rest, *small], workspace)

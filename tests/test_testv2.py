@@ -78,7 +78,7 @@ LEGAL = {  # another legal value beside the other defaults, where default + 1 is
     "dropout": 0.25, "beta1": 0.5, "beta2": 0.5, "min_lr_ratio": 0.5, "activation": "gelu",
     "scan": "sequential", "gate": "sparsemax", "amp_dtype": torch.float16, "device": "cpu",
     "data_dtype": "uint16", "train_data_path": ["a.bin", "b.bin"], "val_data_path": "v.bin",
-    "train_data_weights": [0.7, 0.3], "optimizer": "adamw",
+    "train_data_weights": [0.7, 0.3], "optimizer": "adamw", "parallel": "fsdp",
 }  # fmt: skip
 
 
