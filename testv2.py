@@ -1763,7 +1763,8 @@ class Watchdog:
     def __init__(self, store, rank: int, world: int, timeout: float):
         self.store, self.rank, self.world, self.timeout = store.clone(), rank, world, timeout
         self.store.set_timeout(timedelta(seconds=timeout))
-        self.over, self.silent_since = threading.Event(), {}
+        self.over = threading.Event()
+        self.heard = {}  # rank: what it said last, and since when
         self.say("alive 0")
         self.store.set(f"name {rank}", f"rank {rank} (process {os.getpid()} on {gethostname()})")
         dist.barrier()
@@ -1774,26 +1775,27 @@ class Watchdog:
         self.store.set(f"rank {self.rank}", text)
 
     def watch(self) -> None:
-        beat, last = 0, dict.fromkeys(range(self.world), "")
+        beat = 0
         while not self.over.wait(1.0):
             beat += 1
             try:
                 self.say(f"alive {beat}")
-                for other in last:
-                    self.listen(other, last)
+                for other in range(self.world):
+                    self.listen(other)
             except dist.DistError as e:
                 self.end(f"the store of the processes is gone ({e})")
 
-    def listen(self, other: int, last: dict[int, str]) -> None:
+    def listen(self, other: int) -> None:
         """Note whether a process has said something new; end if it failed or is silent."""
         said, now = self.store.get(f"rank {other}").decode(), time.monotonic()
-        if said != last[other]:
-            last[other], self.silent_since[other] = said, now
+        before, since = self.heard.get(other, ("", now))
+        since = since if said == before else now
+        self.heard[other] = said, since
         if other == self.rank or said == "done":
             return
         if said.startswith("failed"):
             self.end(f"{self.name(other)} {said}")
-        if now - self.silent_since[other] > self.timeout:
+        if now - since > self.timeout:
             self.end(f"{self.name(other)} has been silent for {self.timeout} seconds")
 
     def name(self, other: int) -> str:
@@ -2214,7 +2216,7 @@ class Trainer:
             if self.main and self.progress["history"]["train"]:
                 plot_losses(self.progress["history"], self.folder / "loss_curve.png")
                 self.log.say(f"loss curve in {self.folder / 'loss_curve.png'}")
-        except Exception as e:
+        except Exception as e:  # raised again: the other processes are to hear of it
             error = e
             if self.watchdog and (isinstance(e, dist.DistError) or "gloo" in str(e)):
                 self.watchdog.blame(e)

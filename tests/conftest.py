@@ -233,3 +233,10 @@ def data(tmp_path):
     write_tokens(folder / "train.bin", "".join(lines[::2]))
     write_tokens(folder / "val.bin", "".join(lines[1::2]))
     return tmp_path
+
+
+@pytest.fixture
+def place(data, monkeypatch):
+    """A fresh working folder with data, where a plain run looks for it."""
+    monkeypatch.chdir(data)
+    return data

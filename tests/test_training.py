@@ -48,13 +48,6 @@ STEP = re.compile(r"^step (\d+)/(\d+) \| loss (\S+) .*$", re.M)
 VALIDATION = re.compile(r"^validation at step (\d+): (\S+) nats(?:, (\S+) bits per byte)?", re.M)
 
 
-@pytest.fixture
-def place(data, monkeypatch):
-    """A fresh working folder with data, where a plain run looks for it."""
-    monkeypatch.chdir(data)
-    return data
-
-
 def brief_config(**changes) -> Config:
     return tiny_config(**{**FLOAT32, **BRIEF, **changes})
 
