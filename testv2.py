@@ -1803,6 +1803,8 @@ class Watchdog:
 
     def end(self, why: str) -> None:
         print(f"error: {why}; mend that and pass --resume", file=sys.stderr, flush=True)
+        with contextlib.suppress(dist.DistError):
+            self.say("ended")
         os._exit(2)  # the main thread may wait for ever
 
     def blame(self, error: Exception) -> typing.NoReturn:
@@ -1812,11 +1814,19 @@ class Watchdog:
         raise UserError("WORLD_SIZE", f"the processes lost touch ({error})", "see their messages")
 
     def close(self, error: BaseException | None) -> None:
-        """Tell the others how this process ended."""
+        """Tell the others how this process ended, and let them hear it before the store is gone."""
         self.over.set()
         self.thread.join()
-        with contextlib.suppress(dist.DistError):  # the store ends with the process that holds it
-            self.say(f"failed ({type(error).__name__}: {error})" if error else "done")
+        why = str(error) if isinstance(error, UserError) else repr(error)
+        until = time.monotonic() + min(self.timeout, 5.0)
+        with contextlib.suppress(dist.DistError):
+            self.say(f"failed ({why})" if error else "done")
+            while self.rank == 0 and self.others_go_on() and time.monotonic() < until:
+                time.sleep(0.02)
+
+    def others_go_on(self) -> bool:
+        said = (self.store.get(f"rank {other}").decode() for other in range(1, self.world))
+        return any(text.startswith("alive") for text in said)
 
 class Trainer:
     """One training run, from the first batch to the last checkpoint."""

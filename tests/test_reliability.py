@@ -490,6 +490,26 @@ def test_a_process_that_is_dead_or_hangs_ends_the_others_by_name(place, how):
                    f"rank 1 (process {second.pid} on ", "silent")
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_of_one_process_ends_the_other_with_its_words(place, failing):
+    """The writer's disk is full, or the data of the other are gone."""
+    words = brief_flags(max_steps=10**6, batch_size=2, checkpoint_interval=10**6, rank_timeout=30)
+    with two_ranks(*words) as both:
+        wait_for(both[0], "step 3/")
+        if failing == 0:
+            resource.prlimit(both[0].pid, resource.RLIMIT_FSIZE, (4096, 4096))
+            both[0].send_signal(signal.SIGUSR1)
+        else:
+            os.truncate("data/text/train.bin", 100)
+        errors = [process.communicate(timeout=25)[1] for process in both]
+    for process, err in zip(both, errors, strict=True):
+        done = subprocess.CompletedProcess(words, process.returncode, "", err)
+        assert_refused(done, f"{LATEST}: cannot be written" if failing == 0 else "train.bin")
+    other = errors[1 - failing]
+    if failing == 0:
+        assert f"rank 0 (process {both[0].pid} on " in other, other
+
+
 @pytest.mark.parametrize("number", range(times(3, 50)))
 def test_a_signal_to_any_process_at_any_moment_is_heeded_by_all(place, number):
     dice = random.Random(number)
@@ -515,8 +535,8 @@ def test_a_signal_to_any_process_at_any_moment_is_heeded_by_all(place, number):
     assert load_checkpoint(LATEST)["global_step"] == max(steps, default=4)
 
 
-def launch(ranks: int, *words, nodes: int = 1) -> str:
-    """testv2.py in several processes, started by torchrun, once for each node; what it printed."""
+def launch(ranks: int, *words, nodes: int = 1) -> None:
+    """testv2.py in several processes, started by torchrun, once for each node."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks // nodes}",
                f"--nnodes={nodes}", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     script = [str(ROOT / "testv2.py"), *map(str, words)]
@@ -525,28 +545,28 @@ def launch(ranks: int, *words, nodes: int = 1) -> str:
               for node in range(nodes)]
     done = [agent.communicate(timeout=200) for agent in agents]
     assert all(agent.returncode == 0 for agent in agents), done
-    return "".join(out for out, _ in done)
 
 
 STEPS = {"enable_validation": "true", "validation_interval": 3, "validation_steps": 3,
          "checkpoint_interval": 3, "gradient_accumulation_steps": 2, "max_steps": 6}
 
 
-def trained_losses(out: str) -> list[float]:
-    return [float(loss) for _, _, loss in STEP.findall(out)]
+def losses() -> list[float]:
+    """Every step's loss, as the run's last checkpoint has them."""
+    return [loss for _, loss in load_checkpoint(LATEST)["progress"]["history"]["train"]]
 
 
 def test_cut_parameters_train_as_whole_ones_and_checkpoints_fit_both(place):
     """FSDP on two processes, then one process, then two again: as one process all the time."""
-    expected = trained_losses(call(*brief_flags(**STEPS), "--max_steps", 3).stdout)
-    for steps in (6, 9):
-        expected += trained_losses(call("--resume", "--max_steps", steps).stdout)
-    whole = load_checkpoint(LATEST)
-    got = trained_losses(launch(2, *brief_flags(**{**STEPS, "batch_size": 2}), "--parallel", "fsdp",
-                                "--checkpoint_activations", "--max_steps", 3))
-    got += trained_losses(call("--resume", "--max_steps", 6, "--batch_size", 4).stdout)
-    got += trained_losses(launch(2, "--resume", "--max_steps", 9, "--batch_size", 2))
-    assert len(got) == 9 and got == pytest.approx(expected, abs=1e-4)
+    call(*brief_flags(**STEPS), "--max_steps", 3)
+    call("--resume", "--max_steps", 6)
+    call("--resume", "--max_steps", 9)
+    expected, whole = losses(), load_checkpoint(LATEST)
+    launch(2, *brief_flags(**{**STEPS, "batch_size": 2}), "--parallel", "fsdp",
+           "--checkpoint_activations", "--max_steps", 3)
+    call("--resume", "--max_steps", 6, "--batch_size", 4)
+    launch(2, "--resume", "--max_steps", 9, "--batch_size", 2)
+    assert len(expected) == 9 and losses() == pytest.approx(expected, abs=1e-5)
     cut = load_checkpoint(LATEST)
     for part in ("model", "optimizer"):
         pairs = zip(tree_leaves(cut[part]), tree_leaves(whole[part]), strict=True)
@@ -560,16 +580,17 @@ SHARES = [(2, 2)] if not CHAOS else [(1, 2), (1, 4), (2, 0), (2, 2), (2, 4), (4,
 
 @pytest.mark.parametrize("ranks, workers", SHARES)
 def test_any_number_of_processes_and_workers_gives_the_same_losses(place, ranks, workers):
-    expected = trained_losses(call(*brief_flags(**STEPS)).stdout)
-    words = brief_flags(**{**STEPS, "batch_size": 4 // ranks, "num_workers": workers})
-    got = trained_losses(launch(ranks, *words))
-    assert len(got) == 6 and got == pytest.approx(expected, abs=1e-4)
+    call(*brief_flags(**STEPS))
+    expected = losses()
+    launch(ranks, *brief_flags(**{**STEPS, "batch_size": 4 // ranks, "num_workers": workers}))
+    assert len(expected) == 6 and losses() == pytest.approx(expected, abs=1e-5)
 
 
 def test_two_nodes_train_as_one(place):
-    expected = trained_losses(call(*brief_flags(**STEPS)).stdout)
-    got = trained_losses(launch(2, *brief_flags(**{**STEPS, "batch_size": 2}), nodes=2))
-    assert len(got) == 6 and got == pytest.approx(expected, abs=1e-4)
+    call(*brief_flags(**STEPS))
+    expected = losses()
+    launch(2, *brief_flags(**{**STEPS, "batch_size": 2}), nodes=2)
+    assert len(expected) == 6 and losses() == pytest.approx(expected, abs=1e-5)
 
 
 def test_activations_made_again_give_the_same_bits_and_keep_fewer(place):
