@@ -403,11 +403,14 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float64)
-        angles = positions.cpu().double()[..., None] * self.theta ** (-pairs / self.head_dim)
-        return angles.cos().float().to(positions.device), angles.sin().float().to(positions.device)
+        device = positions.device
+        wide = "cpu" if device.type == "mps" else device  # which has no float64
+        rates = self.theta ** (-pairs.to(wide) / self.head_dim)
+        angles = positions.to(wide).double()[..., None] * rates
+        return angles.cos().float().to(device), angles.sin().float().to(device)
 
 def apply_rotary_pos_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn channel pairs (i, i + F/2) of x (..., L, F) by the angles of cos, sin (L, F/2)."""
+    """Turn channel pairs (i, i + F/2) of x (..., L, F) by the angles of cos, sin (..., L, F/2)."""
     if cos.shape != sin.shape or (cos.shape[-2], 2 * cos.shape[-1]) != x.shape[-2:]:
         got = f"{tuple(cos.shape)} and {tuple(sin.shape)}"
         raise ValueError(f"RoPE: x of shape {tuple(x.shape)} needs cos and sin of shape "
@@ -502,8 +505,8 @@ class LayerState(NamedTuple):
     conv: Tensor  # (B, K-1, D) last inputs of the convolution
     ssm: Tensor  # (B, H, P, N) float32
     phase: Tensor  # (B, N/2) float32, by how many half turns the SSM state has turned, modulo 2
-    keys: Tensor  # (B, W-1, A, F) before RoPE
-    values: Tensor  # (B, W-1, A, F)
+    keys: Tensor  # (B, A, W-1, F) after RoPE
+    values: Tensor  # (B, A, W-1, F)
 
 class Piece(NamedTuple):
     """What the blocks must know of a piece of tokens besides its activations.
@@ -512,8 +515,8 @@ class Piece(NamedTuple):
     at a negative one. None stands for the plain case: one document that starts at 0, no padding.
     """
 
-    cos: Tensor  # (W+L, F/2) RoPE of the W keys before the piece and of its own
-    sin: Tensor  # (W+L, F/2)
+    cos: Tensor  # (L, F/2), or (B, 1, L, F/2) where rows are at different positions: RoPE
+    sin: Tensor  # the same
     mask: Tensor  # of attention, see LocalAttention.mask
     starts: Tensor | None = None  # (B, L) where the document of each token begins
     lengths: Tensor | None = None  # (B,) tokens of each row; what follows them is padding
@@ -616,9 +619,8 @@ def running_phase(half_turns: Tensor, phase: Tensor | None) -> Tensor:
 class LocalAttention(nn.Module):
     """Causal attention to the last W tokens, in blocks: O(L W) time and memory.
 
-    RoPE angles count from the start of the piece, never from the start of the text: only
-    differences matter, so the cache holds keys before rotation. Queries and keys are normalised
-    (Henry et al., arXiv 2010.04245).
+    Keys are cached as RoPE has turned them at their position in the text. Queries and keys are
+    normalised (Henry et al., arXiv 2010.04245).
     """
 
     def __init__(self, config: Config):
@@ -632,21 +634,22 @@ class LocalAttention(nn.Module):
 
     def forward(self, u: Tensor, piece: Piece, past: LayerState | None):
         """u (B, L, D) -> the branch's output (B, L, D), last W-1 keys and values."""
-        W = self.window
         q, k, v = self.qkv(u).unflatten(-1, (3, self.n_heads, self.head_dim)).unbind(2)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if past is None:
-            keys, values = (F.pad(t, (0, 0, 0, 0, W, 0)) for t in (k, v))  # (B, W+L, A, F)
-        else:
-            cached = (F.pad(t.to(k.dtype), (0, 0, 0, 0, 1, 0)) for t in (past.keys, past.values))
-            keys, values = (torch.cat(pair, dim=1) for pair in zip(cached, (k, v), strict=True))
-        tails = [keep_last(t[:, 1:], W - 1, piece.lengths) for t in (keys, values)]
-        q, keys, values = (t.transpose(1, 2) for t in (q, keys, values))  # (B, A, ..., F)
-        q = apply_rotary_pos_emb(q, piece.cos[W:], piece.sin[W:])
-        keys = apply_rotary_pos_emb(keys, piece.cos, piece.sin)
+        q, k, v = (t.transpose(1, 2) for t in (self.q_norm(q), self.k_norm(k), v))  # (B, A, L, F)
+        q, k = (apply_rotary_pos_emb(t, piece.cos, piece.sin) for t in (q, k))
+        keys = self.after(None if past is None else past.keys, k)  # (B, A, W+L, F)
+        values = self.after(None if past is None else past.values, v)
         attend = self.attend_written_out if self.written_out(q.shape[2], q.device) else self.attend
         y = attend(q, keys, values, piece.mask)
-        return self.out_proj(y.transpose(1, 2).flatten(2)), *tails
+        tails = (keep_last(t[:, :, 1:].transpose(1, 2), self.window - 1, piece.lengths)
+                 for t in (keys, values))
+        return self.out_proj(y.transpose(1, 2).flatten(2)), *(t.transpose(1, 2) for t in tails)
+
+    def after(self, cached: Tensor | None, new: Tensor) -> Tensor:
+        """The W keys or values before the piece, of which the first is padding, and its own."""
+        if cached is None:
+            return F.pad(new, (0, 0, self.window, 0))
+        return torch.cat((torch.zeros_like(new[:, :, :1]), cached.to(new.dtype), new), dim=2)
 
     def written_out(self, length: int, device: torch.device) -> bool:
         """Plain matrix products beat the fused kernels on a CPU, but not for a few tokens."""
@@ -680,10 +683,12 @@ class LocalAttention(nn.Module):
         The first of the W keys before the piece is padding. A block of queries sees W-1 of them.
         """
         L, W = q.shape[2], self.window
-        block = min(L, W)
-        q = F.pad(q, (0, 0, 0, -L % block)).unflatten(2, (-1, block))  # (B, A, blocks, block, F)
-        keys, values = (F.pad(t[:, :, 1:], (0, 0, 0, -L % block)).unfold(2, W - 1 + block, block).mT
-                        for t in (keys, values))  # (B, A, blocks, W-1+block, F)
+        if L <= W:
+            return F.scaled_dot_product_attention(
+                q, keys[:, :, 1:], values[:, :, 1:], attn_mask=mask[:, :, 0])
+        q = F.pad(q, (0, 0, 0, -L % W)).unflatten(2, (-1, W))  # (B, A, blocks, W, F)
+        keys, values = (F.pad(t[:, :, 1:], (0, 0, 0, -L % W)).unfold(2, 2 * W - 1, W).mT
+                        for t in (keys, values))  # (B, A, blocks, 2W-1, F)
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
         return y.flatten(2, 3)[:, :, :L]
 
@@ -842,7 +847,7 @@ class TinyMambaModel(nn.Module):
             ids, lengths = ids.gather(1, order), (attention_mask != 0).sum(1)
             back = order.argsort(dim=1)[..., None]  # (B, L, 1)
         starts, document = self.find_documents(ids, state, lengths)
-        piece = self.describe(ids, starts, lengths)
+        piece = self.describe(ids, state, starts, lengths)
         x = self.dropout(self.embedding(ids))
         layers, gates = [], []
         for i, block in enumerate(self.blocks):
@@ -859,11 +864,14 @@ class TinyMambaModel(nn.Module):
             state = state.after(layers, document, ids.shape[1] if lengths is None else lengths)
         return x, state, torch.stack(gates)
 
-    def describe(self, ids: Tensor, starts: Tensor | None, lengths: Tensor | None) -> Piece:
+    def describe(self, ids: Tensor, state: ModelState | None, starts: Tensor | None,
+                 lengths: Tensor | None) -> Piece:
         """What all blocks must know of the piece ids (B, L)."""
-        attention = self.blocks[0].attention
-        cos, sin = self.rotary(torch.arange(-attention.window, ids.shape[1], device=ids.device))
-        return Piece(cos, sin, attention.mask(ids.shape[1], starts, ids.device), starts, lengths)
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        if state is not None:
+            positions = positions + state.position[:, None, None]  # (B, 1, L)
+        mask = self.blocks[0].attention.mask(ids.shape[1], starts, ids.device)
+        return Piece(*self.rotary(positions), mask, starts, lengths)
 
     def find_documents(self, ids: Tensor, state: ModelState | None, lengths: Tensor | None):
         """Where the document of each token begins (None: at 0), and that of each row's next."""
@@ -902,7 +910,7 @@ class TinyMambaModel(nn.Module):
         def zeros(*shape, dtype=weight.dtype) -> Tensor:
             return torch.zeros(batch, *shape, dtype=dtype, device=weight.device)
 
-        keys = (c.window_size - 1, c.num_heads, c.d_model // c.num_heads)
+        keys = (c.num_heads, c.window_size - 1, c.d_model // c.num_heads)
         state = (ssm.n_heads, c.ssm_head_dim, c.d_state)
         layers = []
         for _ in self.blocks:
@@ -1013,36 +1021,72 @@ class ModelState:
                   for new, old in zip(layers, self.layers, strict=True)]
         return ModelState(layers, position, start)
 
+    @staticmethod
+    def join(states: list[ModelState]) -> ModelState:
+        """One state of all their rows."""
+        layers = [LayerState(*map(torch.cat, zip(*parts, strict=True)))
+                  for parts in zip(*(state.layers for state in states), strict=True)]
+        ends = (torch.cat([getattr(state, name) for state in states])
+                for name in ("position", "document_start"))
+        return ModelState(layers, *ends)
+
     def save(self, path: str | Path, model: TinyMambaModel) -> None:
         """Write a safetensors file that carries the fingerprint of the model."""
-        from safetensors.torch import save
-
-        tensors = {k: t.detach().cpu().contiguous() for k, t in self.tensors().items()}
-        said = {"format": "tinymamba-state-1", "model": model.fingerprint(),
-                "checksum": digest(tensors)}
-        replace_file(path, lambda temporary: Path(temporary).write_bytes(save(tensors, said)))
+        write_tensors(path, self.tensors(), {"model": model.fingerprint()})
 
     @staticmethod
     def load(path: str | Path, model: TinyMambaModel) -> ModelState:
         """Read a state of this very model; anything else is a UserError."""
-        from safetensors import SafetensorError, safe_open
+        like = model.init_state(1).tensors()
+        tensors, _ = read_tensors(path, like, {"model": model.fingerprint()})
+        return model.init_state(len(tensors["position"])).fill(tensors)
 
-        try:
-            with safe_open(path, framework="pt") as file:
-                said = file.metadata() or {}
-                known = said.get("format") == "tinymamba-state-1"
-                require(known and said.get("model") == model.fingerprint(), str(path),
-                        "is no state of this model", "load the model that it belongs to")
-                state = model.init_state(file.get_slice("position").get_shape()[0])
-                for name, t in state.tensors().items():
-                    if list(t.shape) != file.get_slice(name).get_shape():
-                        raise SafetensorError(f"wrong shape of {name}")
-                    t.copy_(file.get_tensor(name))
-        except (SafetensorError, OSError) as e:
-            raise UserError(str(path), f"cannot be read ({e})", "save the state anew") from None
-        sound = said.get("checksum") == digest(state.tensors())
-        require(sound, str(path), "is damaged", "save the state anew")
-        return state
+    def fill(self, tensors: dict[str, Tensor]) -> ModelState:
+        """Take over the values of all tensors, by name."""
+        for name, t in self.tensors().items():
+            t.copy_(tensors[name])
+        return self
+
+STATE_FORMAT = "tinymamba-state-2"
+
+def write_tensors(path: str | Path, tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
+    """A safetensors file with a checksum over the tensors and the notes."""
+    from safetensors.torch import save
+
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    notes = {**notes, "format": STATE_FORMAT}
+    said = {**notes, "checksum": digest([tensors, notes])}
+    replace_file(path, lambda temporary: Path(temporary).write_bytes(save(tensors, said)))
+
+def read_tensors(path: str | Path, like: dict[str, Tensor], notes: dict[str, str],
+                 rows: int | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and notes of such a file, if its notes agree with `notes`.
+
+    Names, types and shapes must be those of `like`, but for the number of rows, where `rows` leaves
+    it open; no tensor is read before that is known. All else is a UserError.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    name, remedy = str(path), "save it anew"
+    try:
+        with safe_open(path, framework="pt") as file:
+            said = file.metadata() or {}
+            wanted = {**notes, "format": STATE_FORMAT}
+            require(all(said.get(k) == v for k, v in wanted.items()), name,
+                    "is no state of this model", "load the model that it belongs to")
+            slices = {n: file.get_slice(n) for n in file.keys()}  # noqa: SIM118
+            known = slices.keys() == like.keys()
+            rows = rows or (slices["position"].get_shape()[0] if known else 1)
+            for n, t in like.items() if known else ():
+                known = known and slices[n].get_shape() == [rows, *t.shape[1:]]
+                known = known and slices[n][:0].dtype == t.dtype
+            require(known, name, "has other tensors than a state of this model", remedy)
+            tensors = {n: file.get_tensor(n) for n in like}
+    except (SafetensorError, OSError) as e:
+        raise UserError(name, f"cannot be read ({e})", remedy) from None
+    checksum = said.pop("checksum", None)
+    require(checksum == digest([tensors, said]), name, "is damaged", remedy)
+    return tensors, said
 
 # -------------------------------------------------------------------------------- tokenizer
 

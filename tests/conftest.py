@@ -111,7 +111,7 @@ def free_copy(module):
 
 def piece_of(model, length: int, starts=None, lengths=None) -> Piece:
     """What the blocks are told of a piece; without more, of one document without padding."""
-    return model.describe(torch.zeros(1, length, dtype=torch.int64), starts, lengths)
+    return model.describe(torch.zeros(1, length, dtype=torch.int64), None, starts, lengths)
 
 
 def some_ids(rows, length, vocab=257, seed=0):

@@ -424,7 +424,7 @@ def test_attention_equals_a_full_softmax_with_a_band_mask(L, W, fused):
     u = torch.randn(2, L, 32)
     y, keys, values = attention(u, piece_of(model, L), None)
     assert y.shape == u.shape
-    assert keys.shape == values.shape == (2, W - 1, 2, 16)
+    assert keys.shape == values.shape == (2, 2, W - 1, 16)
     close(y, naive_attention(attention, u, W), 1e-5)
 
 
