@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import ctypes
 import difflib
 import functools
 import glob
@@ -1928,6 +1929,8 @@ class Trainer:
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(
             backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world)
+        # Its destructor would join a thread that may be waiting for the interpreter: a deadlock.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
         return Watchdog(store, rank, world, self.config.rank_timeout)
 
     def shard(self) -> None:

@@ -165,12 +165,13 @@ def flags(**values) -> list[str]:
     return words
 
 
-def run_script(script: str, *words, cwd: Path, env: dict | None = None, timeout: float = 300):
+def run_script(script: str, *words, cwd: Path, env: dict | None = None, timeout: float = 300,
+               input: str | None = None):
     """Run a script of the repository in `cwd` as a user would; the CompletedProcess, as text."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     command = [sys.executable, str(ROOT / script), *map(str, words)]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True,
-                          timeout=timeout)
+                          timeout=timeout, input=input)
 
 
 def free_port() -> int:

@@ -33,7 +33,7 @@ INSTALLED = {"wandb", "pyarrow", "tiktoken"}  # by requirements-dev.txt
 def workspace(tmp_path_factory) -> Path:
     """A copy of the project with the files that the README's commands name."""
     folder = tmp_path_factory.mktemp("readme")
-    for name in ("testv2.py", "ssm_kernels.py", "Makefile", "requirements.txt",
+    for name in ("testv2.py", "ssm_kernels.py", "streaming.py", "Makefile", "requirements.txt",
                  "requirements-dev.txt"):  # fmt: skip
         shutil.copy(ROOT / name, folder)
     (folder / "data").mkdir()
@@ -77,9 +77,9 @@ def random_data(workspace: Path) -> Path:
     return folder
 
 
-def run(command: list, cwd: Path) -> str:
+def run(command: list, cwd: Path, **how) -> str:
     """Run a command, offline and on one thread; its output."""
-    done = run_script(command[0], *command[1:], cwd=cwd, env={"WANDB_MODE": "offline"})
+    done = run_script(command[0], *command[1:], cwd=cwd, env={"WANDB_MODE": "offline"}, **how)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -118,6 +118,9 @@ def test_command(command, workspace):
             assert run_training(rest, workspace)
         case ["python", "data/prepare.py", *rest]:
             assert "bytes per token" in run([workspace / "data/prepare.py", *rest], workspace)
+        case ["python", "streaming.py", *rest]:
+            talk = "Hello\n/reset\n" if "--interactive" in rest else None
+            assert run([workspace / "streaming.py", *rest], workspace, input=talk)
         case ["python", "benchmark.py", *rest]:
             small = flags(d_model=32, n_layer=1, vocab_size=64, sequence_lengths=16,
                           tokens_per_step=32, test_iterations=1, compile="off",

@@ -1,0 +1,997 @@
+"""Streaming: sessions of constant size that can be continued, saved, forked and rolled back.
+
+    python streaming.py --checkpoint ./tinymamba_model_latest.pt --prompt "Once upon a time" \\
+        --max_tokens 100 --streaming
+    python streaming.py --checkpoint ./tinymamba_model_latest.pt --interactive --gates --stats
+    python streaming.py --checkpoint ... --prompt "..." --save_session talk.safetensors
+    python streaming.py --checkpoint ... --prompt "..." --load_session talk.safetensors
+
+As a library:
+
+    server = StreamingServer(model_path="./tinymamba_model_latest.pt")
+    session = server.create_session()
+    for text in server.generate_stream("Once upon a time", session_id=session, max_new_tokens=50):
+        print(text, end="", flush=True)
+
+A session has read exactly the prompts that it was given and the text that it gave out: if a stream
+is closed early, the session stands where the reader stopped, and a stop string is not part of it.
+Its state never grows, so that a step costs the same after 10 tokens or a million, and a fork or a
+rollback costs nothing. Answers that are asked for at the same time, from any threads, are decoded
+as one batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import re
+import secrets
+import signal
+import sys
+import threading
+import time
+import uuid
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from testv2 import (
+    DTYPES,
+    CliParser,
+    ModelState,
+    SimpleTokenizer,
+    TinyMambaModel,
+    UserError,
+    find_tokenizer,
+    has_type,
+    load_model,
+    pick_device,
+    read_tensors,
+    require,
+    run_cli,
+    why_no_compile,
+    write_tensors,
+)
+
+REMEMBERED = 512  # last tokens that a session knows by name, for the repetition penalty
+PIECE, SMALL_PIECE = 4096, 512  # tokens of a prompt that are read at once
+REBASE = 1024  # tokens of an answer after which its first state is given up
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+# ------------------------------------------------------------------------------------ config
+
+@dataclass
+class StreamingConfig:
+    """How to generate. Every method that generates takes any of these as keywords, too."""
+
+    max_new_tokens: int = 100  # tokens of an answer; 0 reads the prompt only
+    temperature: float = 0.8  # 0 takes the likeliest token every time
+    top_k: int = 50  # draw among so many of the likeliest tokens; 0 is all
+    top_p: float = 1.0  # draw among the fewest tokens that have this much probability together
+    min_p: float = 0.0  # leave out what has less than this share of the likeliest's probability
+    repetition_penalty: float = 1.0  # above 1, tokens of the window become less likely
+    repetition_window: int = 64  # tokens, of prompt and answer, that the penalty looks back on
+    logit_bias: dict[int, float] | None = None  # added to the logits of these ids; -inf bans one
+    stop: list[str] | None = None  # strings that end an answer, and are not part of it
+    stop_ids: list[int] | None = None  # ids that do, besides eos_token_id
+    seed: int | None = None  # of the draws; None takes the session's own
+    logprobs: int | None = None  # name so many likeliest alternatives with every token
+    reset_on_eos: bool = False  # an answer that ends with eos ends its session's memory as well
+    eos_token_id: int | None = None  # None takes the model's or tokenizer's, -1 none
+    bos_token_id: int | None = None  # begins every session; None begins only those without a prompt
+    pad_token_id: int | None = None  # is never drawn
+    batch_size: int = 64  # answers that are decoded together at most
+    state_buffer_size: int = 8  # tokens of an answer that are made ahead of a slow reader
+    optimize_memory: bool = False  # read prompts 512 tokens at a time, not 4096
+
+    def validate(self, vocab_size: int) -> StreamingConfig:
+        """Refuse ill-typed and impossible values with a UserError; return self."""
+        spans = {
+            "max_new_tokens": (int, 0, math.inf), "temperature": (float, 0, math.inf),
+            "top_k": (int, 0, math.inf), "top_p": (float, 0, 1), "min_p": (float, 0, 1),
+            "repetition_penalty": (float, 1e-3, 1e3), "repetition_window": (int, 0, REMEMBERED),
+            "logprobs": (int | None, 0, vocab_size), "batch_size": (int, 1, math.inf),
+            "state_buffer_size": (int, 1, math.inf), "reset_on_eos": (bool, False, True),
+            "optimize_memory": (bool, False, True), "seed": (int | None, 0, 2**63 - 1),
+            "eos_token_id": (int | None, -1, vocab_size - 1),
+            "bos_token_id": (int | None, 0, vocab_size - 1),
+            "pad_token_id": (int | None, 0, vocab_size - 1),
+        }
+        for name, (kind, low, high) in spans.items():
+            value = getattr(self, name)
+            legal = has_type(value, kind) and (value is None or low <= value <= high)
+            require(legal, name, f"{value!r} is not legal", f"it must be from {low} to {high}")
+        for name, kind in (("stop", list[str]), ("stop_ids", list[int])):
+            value = getattr(self, name)
+            require(not value or (has_type(value, kind) and "" not in value), name,
+                    f"{value!r} is not legal", f"pass a {kind}, without empty strings")
+        ids = [*(self.stop_ids or ()), *(self.logit_bias or ())]
+        require(all(type(i) is int and 0 <= i < vocab_size for i in ids), "stop_ids, logit_bias",
+                f"{ids} are not all ids", f"they must be from 0 to {vocab_size - 1}")
+        bias = (self.logit_bias or {}).values()
+        require(all(type(b) in (int, float) and b < math.inf for b in bias), "logit_bias",
+                "has a value that is no number", "use numbers, or -inf for a token never drawn")
+        return self
+
+# ------------------------------------------------------------------------------------ sampling
+
+def probabilities(logits: np.ndarray, recent, config: StreamingConfig) -> np.ndarray:
+    """What the next token is drawn from: logits (V,) -> float64 (V,) of sum 1.
+
+    In this order, as in transformers: bias, penalty of what is `recent` (Keskar et al., arXiv
+    1909.05858, section 4.1), temperature, top-k, top-p (Holtzman et al., arXiv 1904.09751), min-p
+    (Nguyen et al., arXiv 2407.01082).
+    """
+    x = logits.astype(np.float64)
+    for i, bias in (config.logit_bias or {}).items():
+        x[i] += bias
+    if config.pad_token_id is not None:
+        x[config.pad_token_id] = -np.inf
+    if config.repetition_penalty != 1.0 and recent:
+        seen = np.unique(recent)
+        x[seen] = np.where(x[seen] > 0, x[seen] / config.repetition_penalty,
+                           x[seen] * config.repetition_penalty)
+    best = int(x.argmax())
+    require(x[best] < np.inf, "logits", "are not finite", "use another checkpoint")
+    require(x[best] > -np.inf, "logit_bias", "every token is banned", "leave at least one")
+    if config.temperature == 0 or config.top_k == 1:
+        return np.eye(1, len(x), best)[0]
+    x = (x - x[best]) / config.temperature
+    if 0 < config.top_k < len(x):
+        x[x < np.partition(x, -config.top_k)[-config.top_k]] = -np.inf
+    p = np.exp(x)
+    p /= p.sum()
+    if config.top_p < 1.0:
+        order = np.argsort(-p, kind="stable")
+        before = np.cumsum(p[order]) - p[order]  # probability of all likelier tokens
+        p[order[1:][before[1:] >= config.top_p]] = 0.0
+    p[p < config.min_p * p[best]] = 0.0
+    return p / p.sum()
+
+def draw(p: np.ndarray, seed: int, position: int) -> int:
+    """An id by probabilities (V,): a pure function of them, the seed and the place in the text."""
+    digest = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=8).digest()
+    share = (int.from_bytes(digest, "big") >> 11) / 2**53  # uniform in [0, 1)
+    total = np.cumsum(p)
+    return min(int(np.searchsorted(total, share * total[-1], side="right")),
+               int(p.nonzero()[0][-1]))
+
+# ------------------------------------------------------------------------------------ text
+
+MARK = "\ufffd"  # what a tokenizer gives for bytes that are no character
+
+class TextStream:
+    """Ids in, text out: in whole characters, and nothing of what may become a stop string."""
+
+    def __init__(self, tokenizer, context: list[int], stops: list[str]):
+        """`context`: ids before, which some tokenizers need to know what the next ones read as."""
+        self.tokenizer, self.context, self.stops = tokenizer, context, stops
+        self.held, self.shown = [], 0  # ids of an unfinished character; characters before it
+        self.waiting, self.stopped = "", False  # text that may become a stop string
+
+    def holds(self) -> bool:
+        return bool(self.held or self.waiting)
+
+    def push(self, token: int) -> str:
+        """The text that is certain once `token` is known. `stopped` says if a stop ended it."""
+        self.held.append(token)
+        known = self.tokenizer.decode(self.context)
+        text = self.tokenizer.decode(self.context + self.held)[len(known) :]
+        certain = text.rstrip(MARK)
+        self.waiting += certain[self.shown :].replace(MARK, "")
+        self.shown = len(certain)
+        if not text.endswith(MARK) or len(self.held) == 8:  # more than any character needs
+            kept = self.held[-3:] if text.endswith(MARK) else []
+            while kept and self.tokenizer.decode(kept).strip(MARK):
+                kept = kept[1:]
+            self.context, self.held = self.held[: len(self.held) - len(kept)], kept
+            self.shown = 0
+        return self.release()
+
+    def release(self) -> str:
+        """What of the waiting text can no longer become a stop string."""
+        found = [at for stop in self.stops if (at := self.waiting.find(stop)) >= 0]
+        if found:
+            text, self.waiting, self.stopped = self.waiting[: min(found)], "", True
+            return text
+        sizes = [n for stop in self.stops for n in range(1, len(stop))
+                 if self.waiting.endswith(stop[:n])]
+        certain = len(self.waiting) - max(sizes, default=0)
+        text, self.waiting = self.waiting[:certain], self.waiting[certain:]
+        return text
+
+    def finish(self) -> str:
+        """The text still held back, at the end of an answer; part of a character is left out."""
+        text, self.waiting = self.waiting, ""
+        return text
+
+# ------------------------------------------------------------------------------------ decoding
+
+class Moment(NamedTuple):
+    """A session at one instant. It is never changed, so that as many may share it as like."""
+
+    state: ModelState  # of one row
+    logits: np.ndarray | None  # (V,) float32, of the token after the state; None before any token
+    recent: tuple[int, ...]  # the last REMEMBERED tokens
+    unread: tuple[int, ...]  # the last of them, which the state has yet to read
+
+    @property
+    def position(self) -> int:
+        """Tokens of the session so far."""
+        return int(self.state.position[0]) + len(self.unread)
+
+    def followed_by(self, ids) -> Moment:
+        if not ids:
+            return self
+        recent = (*self.recent, *ids)[-REMEMBERED:]
+        return self._replace(logits=None, recent=recent, unread=(*self.unread, *ids))
+
+class Token(NamedTuple):
+    """A token that was drawn."""
+
+    id: int
+    logprob: float | None  # in nats, by the model alone; None unless `logprobs` asks for it
+    top: list[tuple[int, float]]  # the likeliest ids and their logprobs, as many as it asks for
+    gates: np.ndarray | None  # (n_layer, 3) weights of SSM, attention, MLP where it was predicted
+
+class Chunk(NamedTuple):
+    """Text that is certain, and the tokens drawn since the last chunk."""
+
+    text: str
+    tokens: list[Token]
+
+class Decoder:
+    """Reads prompts and draws tokens for all open answers, as one batch.
+
+    There is no thread of its own: of those that wait for a token, one takes a `step`, which goes on
+    with every answer that has room. Answers join and leave between any two steps. The lock is held
+    only between computations, which never change what they are given.
+    """
+
+    def __init__(self, model: TinyMambaModel, compiled: bool = False):
+        self.model, self.turn = model.requires_grad_(False).eval(), threading.Condition()
+        self.device, self.busy = model.embedding.weight.device, False
+        self.one_token = torch.compile(model.run) if compiled else model.run
+        self.answers: list[Answer] = []  # open ones
+        self.members: list[Answer] = []  # those that have the rows of `state`
+        self.state: ModelState | None = None
+
+    @torch.inference_mode()
+    def read(self, ids: list[list[int]], state: ModelState):
+        """ids (B, L) -> logits (B, V) of the last column, its gates (n_layer, B, 3), new state."""
+        run = self.one_token if len(ids[0]) == 1 else self.model.run
+        hidden, state, gates = run(torch.tensor(ids, device=self.device), state)
+        logits = self.model.head(hidden[:, -1]).float()  # (B, V)
+        if len(ids[0]) > 1:
+            state = state.clone()  # of a long piece, it is a small view
+        return logits.cpu().numpy(), gates[:, :, -1].float().cpu().numpy(), state
+
+    def settle(self, moment: Moment) -> Moment:
+        """The same moment with nothing left to read."""
+        state, logits, unread = moment.state, moment.logits, list(moment.unread)
+        for at in range(0, len(unread), SMALL_PIECE):
+            (logits,), _, state = self.read([unread[at : at + SMALL_PIECE]], state)
+        return moment._replace(state=state, logits=logits, unread=())
+
+    def wait(self, answer: Answer) -> None:
+        """Until it has a token or is over, see that steps are taken."""
+        while True:
+            with self.turn:
+                while answer.hungry() and self.busy:
+                    self.turn.wait()
+                if not answer.hungry():
+                    return
+                self.busy = True
+            self.step()
+
+    def step(self) -> None:
+        """Read on in the prompts, up to a piece, and draw a token of every answer with room."""
+        try:
+            with self.turn:
+                prompts, ready = self.pieces(), self.gather(self.ready())
+                tokens, state = [[a.last] for a in ready], self.state
+            for answer, piece in prompts:
+                read = self.read([piece], answer.state)
+                with self.turn:
+                    answer.has_read(len(piece), *read)
+            if ready:
+                logits, gates, state = self.read(tokens, state)
+                with self.turn:
+                    self.hand_out(ready, logits, gates, state)
+        finally:
+            with self.turn:
+                self.busy = False
+                self.turn.notify_all()
+
+    def pieces(self) -> list[tuple[Answer, list[int]]]:
+        """What of which prompts to read next: little, where others wait for it."""
+        left, pieces = SMALL_PIECE if len(self.answers) > 1 else PIECE, []
+        for answer in self.answers:
+            most = min(left, SMALL_PIECE) if answer.config.optimize_memory else left
+            if piece := answer.to_read[:most]:
+                pieces.append((answer, piece))
+                left -= len(piece)
+        return pieces
+
+    def ready(self) -> list[Answer]:
+        """The answers of the next step: members as long as they have room, then others."""
+        inside = [a for a in self.members if a.has_room(a.config.state_buffer_size)]
+        known = set(map(id, inside))
+        others = (a for a in self.answers if id(a) not in known
+                  and a.has_room((a.config.state_buffer_size + 1) // 2))
+        return [*inside, *others][: min((a.config.batch_size for a in self.answers), default=0)]
+
+    def gather(self, ready: list[Answer]) -> list[Answer]:
+        """Make `state` the rows of these answers."""
+        if ready and ready != self.members:
+            for answer in self.members:
+                answer.state = self.state_of(answer)
+            self.state, self.members = ModelState.join([a.state for a in ready]), ready
+            for answer in ready:
+                answer.state = None
+        return ready
+
+    def hand_out(self, ready: list[Answer], logits: np.ndarray, gates: np.ndarray,
+                 state: ModelState) -> None:
+        if self.members:  # or all were closed meanwhile
+            self.state = state
+        for row, answer in enumerate(ready):
+            if answer.open:
+                answer.draw(logits[row], gates[:, row])
+
+    def state_of(self, answer: Answer) -> ModelState:
+        if answer.state is not None:
+            return answer.state
+        return self.state.select([self.members.index(answer)])
+
+    def leave(self, answer: Answer) -> ModelState:
+        """Close an answer; its state."""
+        answer.state = self.state_of(answer)
+        self.answers.remove(answer)
+        if not self.answers:
+            self.members, self.state = [], None
+        return answer.state
+
+class Answer:
+    """One answer of a session, as it is made: an iterator of Chunk; close it, or read to the end.
+
+    After that `moment` is where the session stands, and `finish_reason` is "stop", "length", or
+    None if it was closed early.
+    """
+
+    def __init__(self, decoder: Decoder, moment: Moment, prompt: list[int],
+                 config: StreamingConfig, ends: set[int], tokenizer=None, done=None):
+        """`ends`: ids that end it. Without a tokenizer, chunks have tokens and no text.
+
+        `done` is called with the answer when it is over.
+        """
+        self.decoder, self.config, self.ends, self.done = decoder, config, ends, done
+        self.moment = self.start = moment.followed_by(prompt)  # `start` will have read the prompt
+        self.state, self.to_read, self.logits = moment.state, list(self.moment.unread), None
+        self.recent, self.position = self.moment.recent, self.moment.position
+        self.ids, self.queue, self.last = [], deque(), None  # drawn since `start`; not given out
+        self.given = self.clean = 0  # of the ids: given out; given out with all of their text
+        self.since = ""  # text given out after the clean ones
+        self.drawn, self.over, self.open = 0, False, True
+        self.error = self.finish_reason = self.ended_by = None
+        self.tokenizer, self.chunks = tokenizer, self.make_chunks()
+        self.stream = TextStream(tokenizer, list(self.recent[-8:]), config.stop or [])
+        decoder.answers.append(self)
+        if not self.to_read:
+            self.begin(moment.logits, None)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self
+
+    def __next__(self) -> Chunk:
+        return next(self.chunks)
+
+    def has_read(self, count: int, logits: np.ndarray, gates: np.ndarray,
+                 state: ModelState) -> None:
+        """So many more tokens of the prompt."""
+        if not self.open:
+            return
+        self.state, self.to_read = state, self.to_read[count:]
+        if not self.to_read:
+            self.begin(logits[0], gates[:, 0])
+
+    def begin(self, logits: np.ndarray, gates: np.ndarray | None) -> None:
+        """The prompt is read: logits (V,) are of the first token."""
+        self.start = self.start._replace(state=self.state, logits=logits, unread=())
+        self.logits = logits
+        if self.config.max_new_tokens == 0:
+            self.end("length")
+        else:
+            self.draw(logits, gates)
+
+    def draw(self, logits: np.ndarray, gates: np.ndarray | None) -> None:
+        """Take the next token by its logits (V,)."""
+        c = self.config
+        window = self.recent[len(self.recent) - min(len(self.recent), c.repetition_window) :]
+        self.logits, self.last = logits, None
+        try:
+            token = draw(probabilities(logits, window, c), c.seed, self.position)
+        except UserError as e:
+            self.error = e
+            self.end(None)
+            return
+        if token in self.ends:
+            self.ended_by = token
+            self.end("stop")
+            return
+        self.last, self.position, self.drawn = token, self.position + 1, self.drawn + 1
+        self.recent = (*self.recent, token)[-REMEMBERED:]
+        self.ids.append(token)
+        self.queue.append(Token(token, *likelihoods(logits, token, c.logprobs), gates))
+        if self.drawn == c.max_new_tokens:
+            self.end("length")
+
+    def end(self, reason: str | None) -> None:
+        self.finish_reason, self.over = reason, True
+
+    def has_room(self, most: int) -> bool:
+        return not self.over and self.last is not None and len(self.queue) < most
+
+    def hungry(self) -> bool:
+        return self.open and not self.over and not self.queue
+
+    def stop(self) -> None:
+        """End it here, from another thread than the one that reads it."""
+        self.over = True
+        self.queue.clear()
+
+    def next_token(self) -> Token | None:
+        """The next token, or None at the end; makes it if no other thread has."""
+        if not self.queue:
+            self.decoder.wait(self)
+        if self.queue:
+            self.given += 1
+            return self.queue.popleft()
+        if self.error:
+            raise self.error
+        return None
+
+    def make_chunks(self) -> Iterator[Chunk]:
+        tokens, text = [], ""
+        try:
+            for token in iter(self.next_token, None):
+                tokens.append(token)
+                text = self.text_after(token.id)
+                if self.stream.stopped:
+                    self.finish_reason = "stop"
+                    break
+                if text or not self.tokenizer:
+                    yield Chunk(text, tokens)
+                    tokens, text = [], ""
+                    self.rebase()
+            else:
+                text, self.since = self.stream.finish(), ""
+                self.clean = self.given - len(self.stream.held)
+            if text or tokens:
+                yield Chunk(text, tokens)
+        finally:
+            self.settle()
+
+    def text_after(self, token: int) -> str:
+        text = self.stream.push(token) if self.tokenizer else ""
+        if self.stream.holds() or self.stream.stopped:
+            self.since += text
+        else:
+            self.clean, self.since = self.given, ""
+        return text
+
+    def rebase(self) -> None:
+        """Forget the first part of a long answer, of which the reader has all."""
+        with self.decoder.turn:
+            if len(self.ids) >= REBASE and self.clean == len(self.ids):
+                self.start = self.live(self.decoder.state_of(self))
+                self.ids, self.given, self.clean = [], 0, 0
+
+    def live(self, state: ModelState) -> Moment:
+        """After all that was drawn."""
+        if self.last is None:
+            return Moment(state, self.logits.copy(), self.recent, ())
+        return Moment(state, None, self.recent, (self.last,))
+
+    def close(self) -> None:
+        """End it here: the session stands after what was given out."""
+        self.chunks.close()
+        self.settle()
+
+    def settle(self) -> None:
+        with self.decoder.turn:
+            if not self.open:
+                return
+            self.open = False
+            state = self.decoder.leave(self)
+            if not self.to_read and self.clean == len(self.ids) and not self.since:
+                self.moment = self.live(state)
+            elif not self.to_read:
+                rest = self.tokenizer.encode(self.since) if self.since else []
+                self.moment = self.start.followed_by([*self.ids[: self.clean], *rest])
+            if self.done:
+                self.done(self)
+
+def likelihoods(logits: np.ndarray, token: int, count: int | None):
+    """The logprob of a token and the `count` likeliest ids with theirs, from logits (V,)."""
+    if count is None:
+        return None, []
+    x = logits.astype(np.float64)
+    x -= x.max()
+    x -= math.log(np.exp(x).sum())
+    top = np.argsort(-x, kind="stable")[:count]
+    return float(x[token]), [(int(i), float(x[i])) for i in top]
+
+# ------------------------------------------------------------------------------------ sessions
+
+@dataclass
+class Session:
+    """One conversation. `before` is where it stood at the start of its last turn."""
+
+    id: str
+    now: Moment
+    config: StreamingConfig
+    seed: int  # of its draws
+    before: Moment | None = None
+    answer: Answer | None = None  # the one in hand
+    turns: int = 0
+    created: float = dataclasses.field(default_factory=time.time)
+    used: float = dataclasses.field(default_factory=time.time)
+
+class StreamingServer:
+    """Sessions of one model, for any number of threads.
+
+    `model_path`: a checkpoint, or a model. `config`: defaults of every session. `tokenizer`: a
+    tokenizer.json or vocab.txt, or an object with encode and decode; None looks beside the
+    checkpoint and beside its training data. `dtype`: of weights and activations; states stay
+    float32. `compiled`: compile the step of one token, which takes a minute and makes it faster.
+
+    Prompts are text or lists of ids. What is wrong raises a UserError, and changes nothing.
+    """
+
+    def __init__(self, model_path, device: str = "auto", config: StreamingConfig | None = None,
+                 tokenizer=None, dtype: torch.dtype = torch.float32, compiled: bool = False):
+        device = usable_device(device)
+        problem = why_no_compile(device) if compiled else None
+        require(not problem, "compile", f"{problem}", "leave it out")
+        if isinstance(model_path, TinyMambaModel):
+            self.model, beside = model_path, []
+        else:
+            self.model, beside = load_model(model_path, device), [model_path]
+        self.model = self.model.to(device, dtype)
+        self.tokenizer = tokenizer = open_tokenizer(tokenizer, self.model, beside)
+        self.vocab_size = self.model.config.vocab_size
+        self.decoder = Decoder(self.model, compiled)
+        self.turn, self.sessions = self.decoder.turn, {}
+        self.config = (config or StreamingConfig()).validate(self.vocab_size)
+        known = getattr(tokenizer, "__len__", lambda: 0)()
+        require(known <= self.vocab_size, "tokenizer", f"has {known} ids, the model "
+                f"{self.vocab_size}", "pass the one that the model was trained with")
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return self.model.fingerprint()
+
+    def create_session(self, session_id: str | None = None, seed: int | None = None,
+                       config: StreamingConfig | None = None) -> str:
+        """A new session, of a name of its own if none is given; its id.
+
+        With a `seed`, the same prompts give the same answers again.
+        """
+        config = (config or self.config).validate(self.vocab_size)
+        seed = config.seed if seed is None else seed
+        seed = secrets.randbits(63) if seed is None else seed
+        return self.add(session_id, self.nothing(), config, seed).id
+
+    def nothing(self) -> Moment:
+        """Before the first token."""
+        return Moment(self.model.init_state(1), None, (), ())
+
+    def add(self, session_id: str | None, now: Moment, config: StreamingConfig, seed: int,
+            turns: int = 0) -> Session:
+        name = session_id or uuid.uuid4().hex
+        require(isinstance(name, str) and PLAIN_NAME.fullmatch(name), "session_id",
+                f"{name!r} is no plain name", "use up to 64 letters, digits, - and _")
+        require(has_type(seed, int) and 0 <= seed < 2**63, "seed", f"{seed!r} is not legal",
+                "it must be from 0 to 2^63 - 1")
+        with self.turn:
+            require(name not in self.sessions, "session_id", f"{name} is taken", "use another")
+            self.sessions[name] = Session(name, now, config, seed, turns=turns)
+            return self.sessions[name]
+
+    def find(self, session_id: str, idle: bool = True) -> Session:
+        session = self.sessions.get(session_id)
+        require(session, "session_id", f"there is no session {session_id!r}", "create it first")
+        require(not idle or not session.answer, "session_id", f"{session_id} is answering",
+                "wait until it has, or close its stream")
+        return session
+
+    def answer(self, prompt: str | list[int], session_id: str | None = None, *,
+               as_ids: bool = False, **settings) -> Answer:
+        """Begin an answer; see Answer. `settings` are fields of StreamingConfig.
+
+        Without a session it is made in one of its own, which ends with it. `as_ids` needs no
+        tokenizer: chunks have tokens, no text, and every token counts as given out.
+        """
+        with self.turn:
+            session = self.find(session_id) if session_id is not None else None
+            config = self.configured(session.config if session else self.config, settings)
+            seed = config.seed if "seed" in settings or not session else session.seed
+            config.seed = secrets.randbits(63) if seed is None else seed
+            require(as_ids or self.tokenizer, "tokenizer", "none was found", "pass one, or ids")
+            now = session.now if session else self.nothing()
+            ids = self.encode(prompt, now, config)
+            answer = Answer(self.decoder, now, ids, config, self.ends(config),
+                            None if as_ids else self.tokenizer,
+                            functools.partial(self.settle, session) if session else None)
+            if session:
+                session.answer, session.before = answer, now
+            return answer
+
+    def configured(self, config: StreamingConfig, settings: dict) -> StreamingConfig:
+        fields = {field.name for field in dataclasses.fields(StreamingConfig)}
+        for name in settings:
+            require(name in fields, name, "is no setting", f"use {', '.join(sorted(fields))}")
+        return dataclasses.replace(config, **settings).validate(self.vocab_size)
+
+    def encode(self, prompt: str | list[int], now: Moment, config: StreamingConfig) -> list[int]:
+        if isinstance(prompt, str):
+            require(self.tokenizer, "tokenizer", "none was found", "pass one, or a prompt of ids")
+            prompt = self.tokenizer.encode(prompt)
+        ids = list(prompt)
+        require(all(type(i) is int and 0 <= i < self.vocab_size for i in ids), "prompt",
+                "has ids out of the vocabulary", f"they must be from 0 to {self.vocab_size - 1}")
+        if now.position > 0:
+            return ids
+        begin = config.bos_token_id
+        if begin is None and not ids:
+            begin = self.eos_of(config)
+            require(begin >= 0, "prompt", "is empty, and no token begins a text",
+                    "say something, or set bos_token_id")
+        return ids if begin is None else [begin, *ids]
+
+    def eos_of(self, config: StreamingConfig) -> int:
+        """The id that ends a text, or -1."""
+        if config.eos_token_id is not None:
+            return config.eos_token_id
+        if self.model.config.eos_id >= 0:
+            return self.model.config.eos_id
+        eos = getattr(self.tokenizer, "eos_token_id", None)
+        return -1 if eos is None else eos
+
+    def ends(self, config: StreamingConfig) -> set[int]:
+        return {self.eos_of(config), *(config.stop_ids or ())}
+
+    def settle(self, session: Session, answer: Answer) -> None:
+        """An answer of the session is over."""
+        session.now, session.answer = answer.moment, None
+        session.turns, session.used = session.turns + 1, time.time()
+        if answer.config.reset_on_eos and answer.ended_by == self.eos_of(answer.config):
+            session.now = self.nothing()
+
+    def generate_stream(self, prompt: str | list[int], session_id: str | None = None,
+                        **settings) -> Iterator[str]:
+        """Text as it is made; closed early, the session stands after what was given out."""
+        with contextlib.closing(self.answer(prompt, session_id, **settings)) as answer:
+            for chunk in answer:
+                if chunk.text:
+                    yield chunk.text
+
+    def generate_text(self, prompt: str | list[int], session_id: str | None = None,
+                      **settings) -> str:
+        return "".join(self.generate_stream(prompt, session_id, **settings))
+
+    def get_session_info(self, session_id: str) -> dict:
+        """Plain values: tokens read, turns, bytes of the state, and more."""
+        with self.turn:
+            s = self.find(session_id, idle=False)
+            return {"session_id": s.id, "position": s.now.position, "turns": s.turns,
+                    "state_bytes": s.now.state.nbytes, "seed": s.seed, "created": s.created,
+                    "last_used": s.used, "answering": s.answer is not None}
+
+    def reset_session(self, session_id: str) -> None:
+        """Forget everything but the name and the seed."""
+        with self.turn:
+            session = self.find(session_id)
+            session.now, session.before = self.nothing(), None
+            session.turns, session.used = 0, time.time()
+
+    def rollback(self, session_id: str) -> None:
+        """Undo the last turn: its prompt and its answer."""
+        with self.turn:
+            session = self.find(session_id)
+            require(session.before, "session_id", f"{session_id} has no turn to undo",
+                    "one turn can be undone, once")
+            session.now, session.before = session.before, None
+            session.turns -= 1
+
+    def fork_session(self, session_id: str, new_id: str | None = None,
+                     seed: int | None = None) -> str:
+        """A second session that stands where this one does; its id. Nothing is copied."""
+        with self.turn:
+            old = self.find(session_id)
+            seed = old.seed if seed is None else seed
+            fork = self.add(new_id, old.now, old.config, seed, old.turns)
+            fork.before = old.before
+            return fork.id
+
+    def delete_session(self, session_id: str) -> None:
+        """Forget it, and end its answer."""
+        with self.turn:
+            session = self.find(session_id, idle=False)
+            del self.sessions[session_id]
+            if session.answer:
+                session.answer.stop()
+
+    def cleanup_old_sessions(self, max_age_seconds: float = 3600) -> int:
+        """Delete the sessions that were not used for so long, but for those that are answering."""
+        with self.turn:
+            old = [s.id for s in self.sessions.values()
+                   if not s.answer and time.time() - s.used > max_age_seconds]
+            for session_id in old:
+                del self.sessions[session_id]
+            return len(old)
+
+    # Files -----------------------------------------------------------------------------------
+
+    def tensors(self, moment: Moment) -> dict[str, Tensor]:
+        """All of a settled moment, in tensors of one row whose sizes never change."""
+        logits = np.zeros(self.vocab_size, np.float32) if moment.logits is None else moment.logits
+        blank = (-1,) * (REMEMBERED - len(moment.recent))
+        return {**moment.state.tensors(), "logits": torch.from_numpy(logits)[None],
+                "recent": torch.tensor([[*blank, *moment.recent]])}
+
+    def save_session(self, session_id: str, path: str | Path) -> None:
+        """Write a safetensors file; its size does not depend on how much the session has read."""
+        with self.turn:
+            session = self.find(session_id)
+            session.now = now = self.decoder.settle(session.now)
+            about = {"seed": session.seed, "turns": session.turns,
+                     "config": dataclasses.asdict(session.config)}
+            notes = {"model": self.fingerprint, "session": json.dumps(about)}
+        write_tensors(path, self.tensors(now), notes)
+
+    def load_session(self, path: str | Path, session_id: str | None = None) -> str:
+        """A new session from a file that this very model has saved; its id."""
+        fresh = self.nothing()
+        like = self.tensors(fresh)
+        tensors, notes = read_tensors(path, like, {"model": self.fingerprint}, rows=1)
+        logits, recent = tensors.pop("logits")[0].numpy(), tensors.pop("recent")[0].tolist()
+        state, recent = fresh.state.fill(tensors), tuple(i for i in recent if i >= 0)
+        try:
+            about = json.loads(notes["session"])
+            bias = about["config"].pop("logit_bias")
+            config = StreamingConfig(**about["config"])
+            config.logit_bias = bias and {int(i): b for i, b in bias.items()}
+            seed, turns, position = about["seed"], about["turns"], int(state.position[0])
+            sound = (max(recent, default=0) < self.vocab_size and position >= len(recent)
+                     and type(turns) is int)
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise UserError(str(path), f"is no session ({e})", "save it anew") from None
+        require(sound, str(path), "is no session", "save it anew")
+        now = Moment(state, logits if position else None, recent, ())
+        return self.add(session_id, now, config.validate(self.vocab_size), seed, turns).id
+
+def usable_device(name: str) -> torch.device:
+    """As pick_device; but a script written for a GPU runs, with a warning, where there is none."""
+    if re.fullmatch(r"cuda(:\d+)?", name) and not torch.cuda.is_available():
+        warnings.warn(f"device: {name} is not here; using the cpu", stacklevel=3)
+        name = "cpu"
+    return pick_device(name)
+
+def open_tokenizer(given, model: TinyMambaModel, beside: list):
+    """The one given, or what lies beside these files or the model's training data, or None."""
+    if given is not None:
+        return SimpleTokenizer(given) if isinstance(given, str | Path) else given
+    data = model.config.train_data_path
+    beside = [*beside, *([data] if isinstance(data, str) else data)]
+    return next(filter(None, (find_tokenizer(str(path)) for path in beside)), None)
+
+class StreamingInference:
+    """One session of a model. The arguments are those of StreamingServer."""
+
+    def __init__(self, model_path, **arguments):
+        self.server = StreamingServer(model_path, **arguments)
+        self.session = self.server.create_session()
+
+    def reset_state(self) -> None:
+        """Forget all text."""
+        self.server.reset_session(self.session)
+
+    def generate_next_token(self, token: int | list[int] | None = None, **settings) -> int | None:
+        """Read a token, or several, or none, and draw the next; None if that ends the text."""
+        prompt = [] if token is None else [token] if isinstance(token, int) else token
+        with contextlib.closing(self.server.answer(
+                prompt, self.session, as_ids=True, **{**settings, "max_new_tokens": 1})) as answer:
+            return next((token.id for chunk in answer for token in chunk.tokens), None)
+
+    def generate_stream(self, prompt: str | list[int], **settings) -> Iterator[str]:
+        """As StreamingServer.generate_stream."""
+        return self.server.generate_stream(prompt, self.session, **settings)
+
+    def generate_text(self, prompt: str | list[int], **settings) -> str:
+        return self.server.generate_text(prompt, self.session, **settings)
+
+    def get_state_info(self) -> dict:
+        """As StreamingServer.get_session_info."""
+        return self.server.get_session_info(self.session)
+
+# ------------------------------------------------------------------------------- command line
+
+COLOURS = {"attention": 0, "MLP": 1, "SSM": 2}  # red, green and blue, mixed by the gate
+ORDER = [1, 2, 0]  # of the gate's weights: attention, MLP, SSM
+
+def legend() -> str:
+    return "  ".join(painted(name, np.eye(3)[place]) for name, place in COLOURS.items())
+
+def painted(text: str, mix: np.ndarray) -> str:
+    """Text in the colour of three weights, the largest at full strength."""
+    code = ";".join(str(int(round(255 * part))) for part in mix / mix.max())
+    return f"\033[38;2;{code}m{text}\033[0m"
+
+def coloured(chunk: Chunk) -> str:
+    """The text in the colours of the branches that carried it, over all layers."""
+    gates = [token.gates.mean(0) for token in chunk.tokens if token.gates is not None]
+    return painted(chunk.text, np.mean(gates, axis=0)[ORDER]) if gates else chunk.text
+
+@contextlib.contextmanager
+def ctrl_c_sets() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets, instead of what it does otherwise."""
+    event = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+class Console:
+    """Answers on a terminal, to one prompt or to many."""
+
+    HELP = ("/save FILE, /load FILE, /fork [NAME], /use NAME, /sessions, /undo, /reset, /gates, "
+            "/stats, /help; Ctrl-C stops an answer, Ctrl-D ends")
+
+    def __init__(self, server: StreamingServer, args):
+        self.server, self.streaming = server, args.streaming or args.interactive
+        self.gates, self.stats = args.gates, args.stats
+        self.session = server.load_session(args.load_session) if args.load_session else (
+            server.create_session())
+
+    def say(self, prompt: str) -> None:
+        """Print the answer to a prompt."""
+        begin, first, count, shown = time.perf_counter(), None, 0, []
+        if self.gates:
+            print(legend())
+        answer = self.server.answer(prompt, self.session)
+        with ctrl_c_sets() as stopped, contextlib.closing(answer):
+            for chunk in answer:
+                first = first or time.perf_counter() - begin
+                count += len(chunk.tokens)
+                shown.append(coloured(chunk) if self.gates else chunk.text)
+                if self.streaming:
+                    print(shown[-1], end="", flush=True)
+                if stopped.is_set():
+                    break
+        print("" if self.streaming else "".join(shown))
+        if self.stats:
+            seconds, info = time.perf_counter() - begin, self.server.get_session_info(self.session)
+            rate = (count - 1) / (seconds - first) if count > 1 else 0.0
+            print(f"{first or seconds:.3f} s to the first text, {rate:,.1f} tokens/s; "
+                  f"{info['position']:,} tokens in {info['state_bytes']:,} bytes", file=sys.stderr)
+
+    def interact(self) -> int:
+        print(self.HELP)
+        while True:
+            try:
+                line = input("> ")
+            except EOFError:
+                print()
+                return 0
+            except KeyboardInterrupt:
+                print("\n(Ctrl-D ends)")
+                continue
+            try:
+                if line.startswith("/"):
+                    self.command(*line[1:].split())
+                else:
+                    self.say(line)
+            except UserError as e:
+                print(f"error: {e}", file=sys.stderr)
+
+    def command(self, name: str = "help", *words: str) -> None:
+        server, most = self.server, {"save": 1, "load": 1, "use": 1, "fork": 1}.get(name, 0)
+        least = 0 if name == "fork" else most
+        require(least <= len(words) <= most, f"/{name}", f"takes {most} words", self.HELP)
+        if name == "save":
+            server.save_session(self.session, words[0])
+            print(f"saved {words[0]}")
+        elif name == "load":
+            self.session = server.load_session(words[0])
+        elif name == "fork":
+            self.session = server.fork_session(self.session, *words)
+            print(f"now in {self.session}")
+        elif name == "use":
+            server.get_session_info(words[0])
+            self.session = words[0]
+        elif name == "sessions":
+            for session in server.sessions:
+                print(session, "<- here" if session == self.session else "")
+        elif name == "undo":
+            server.rollback(self.session)
+        elif name == "reset":
+            server.reset_session(self.session)
+        elif name == "gates":
+            self.gates = not self.gates
+        elif name == "stats":
+            self.stats = not self.stats
+        else:
+            require(name == "help", f"/{name}", "is no command", self.HELP)
+            print(self.HELP)
+
+def parse(argv: list[str] | None):
+    parser = CliParser(usage="python streaming.py --checkpoint FILE [--FLAG VALUE ...]",
+                       description=__doc__.split("As a library")[0])
+    c = StreamingConfig()
+    flags = [
+        ("--checkpoint", str, "tinymamba_model_latest.pt", "a checkpoint of testv2.py"),
+        ("--tokenizer", str, None, "tokenizer.json or vocab.txt; else beside the training data"),
+        ("--device", str, "auto", "auto, cpu, cuda, cuda:1 or mps"),
+        ("--dtype", str, "float32", "of the weights: float32, bfloat16 or float16"),
+        ("--prompt", str, "", "what to continue; empty begins a new text"),
+        ("--max_tokens", int, c.max_new_tokens, "tokens of an answer"),
+        ("--temperature", float, c.temperature, "0 takes the likeliest token every time"),
+        ("--top_k", int, c.top_k, "draw among so many of the likeliest; 0 is all"),
+        ("--top_p", float, c.top_p, "draw among the fewest that have this much probability"),
+        ("--min_p", float, c.min_p, "leave out what has less than this share of the likeliest's"),
+        ("--repetition_penalty", float, c.repetition_penalty, "above 1 avoids recent tokens"),
+        ("--seed", int, None, "the same seed gives the same text"),
+        ("--load_session", str, None, "go on with the session in this file"),
+        ("--save_session", str, None, "write the session to this file afterwards"),
+    ]
+    for flag, kind, default, text in flags:
+        shown = "" if default is None or default == "" else f" [{default}]"
+        parser.add_argument(flag, type=kind, default=default, help=text + shown,
+                            metavar=kind.__name__.upper())
+    parser.add_argument("--stop", nargs="+", metavar="STR", help="strings that end an answer")
+    for flag, text in (
+        ("--streaming", "print text as it is made"),
+        ("--interactive", "turn after turn, with commands: /help lists them"),
+        ("--gates", "colour text by the branch that carried it: SSM, attention or MLP"),
+        ("--stats", "time to the first text, tokens/s, size of the state"),
+        ("--compile", "compile the step of one token: a minute first, faster after"),
+    ):
+        parser.add_argument(flag, action="store_true", help=text)
+    args = parser.parse_args(argv)
+    require(args.dtype in DTYPES, "--dtype", f"{args.dtype} is unknown", f"use {', '.join(DTYPES)}")
+    return args
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    pick_device(args.device)
+    config = StreamingConfig(
+        max_new_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,
+        top_p=args.top_p, min_p=args.min_p, repetition_penalty=args.repetition_penalty,
+        seed=args.seed, stop=args.stop)
+    server = StreamingServer(args.checkpoint, args.device, config, args.tokenizer,
+                             DTYPES[args.dtype], args.compile)
+    console = Console(server, args)
+    if args.interactive:
+        return console.interact()
+    console.say(args.prompt)
+    if args.save_session:
+        server.save_session(console.session, args.save_session)
+        print(f"saved {args.save_session}", file=sys.stderr)
+    return 0
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,904 @@
+"""Streaming: sampling, text, sessions of constant size, many answers at once, files, console."""
+
+import contextlib
+import functools
+import inspect
+import json
+import math
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    assert_refused,
+    close,
+    examples,
+    free_copy,
+    run_script,
+    some_ids,
+    tiny_config,
+    wide,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from test_data import bpe, tokenizers  # noqa: F401
+
+import streaming
+from streaming import (
+    MARK,
+    Answer,
+    StreamingConfig,
+    StreamingInference,
+    StreamingServer,
+    TextStream,
+    draw,
+    probabilities,
+)
+from testv2 import (
+    EOS_TOKEN,
+    STATE_FORMAT,
+    SimpleTokenizer,
+    TinyMambaModel,
+    UserError,
+    byte_alphabet,
+    digest,
+    save_checkpoint,
+)
+
+GREEDY = {"temperature": 0.0}
+BYTES = SimpleTokenizer()
+
+
+def serve(model=None, **fields) -> StreamingServer:
+    """A server of a small model over bytes, greedy unless told otherwise."""
+    config = StreamingConfig(**{"temperature": 0.0, "max_new_tokens": 12, **fields})
+    return StreamingServer(model or wide(), config=config, tokenizer=BYTES)
+
+
+def tokens_of(answer: Answer) -> list[int]:
+    return [token.id for chunk in answer for token in chunk.tokens]
+
+
+def next_logits(server: StreamingServer, session: str) -> torch.Tensor:
+    """What the model would say next in a session, (V,)."""
+    return torch.from_numpy(server.decoder.settle(server.find(session).now).logits)
+
+
+def assert_has_read(server: StreamingServer, session: str, ids: list[int]) -> None:
+    """The session stands where a full pass over these ids ends."""
+    info = server.get_session_info(session)
+    assert info["position"] == len(ids)
+    close(next_logits(server, session), server.model(torch.tensor([ids]))[0, -1], 1e-4)
+
+
+# ------------------------------------------------------------------------------------ sampling
+
+
+def by_transformers(logits, recent, c) -> np.ndarray:
+    from transformers import generation as g
+
+    x, ids = torch.from_numpy(logits)[None], torch.tensor([recent], dtype=torch.int64)
+    steps = [g.TemperatureLogitsWarper(c.temperature)]
+    if c.repetition_penalty != 1.0 and recent:
+        steps.insert(0, g.RepetitionPenaltyLogitsProcessor(c.repetition_penalty))
+    if c.top_k:
+        steps.append(g.TopKLogitsWarper(c.top_k))
+    if c.top_p < 1:
+        steps.append(g.TopPLogitsWarper(c.top_p))
+    if c.min_p:
+        steps.append(g.MinPLogitsWarper(c.min_p))
+    for step in steps:
+        x = step(ids, x)
+    return x.softmax(-1)[0].numpy()
+
+
+@examples(300)
+@given(seed=st.integers(0, 10**6), size=st.integers(2, 40), temperature=st.floats(0.05, 4),
+       top_k=st.integers(0, 50), top_p=st.floats(0.01, 1), min_p=st.floats(0, 1),
+       penalty=st.floats(0.5, 3), recent=st.lists(st.integers(0, 1), max_size=4))
+def test_probabilities_equal_those_of_transformers(
+        seed, size, temperature, top_k, top_p, min_p, penalty, recent):
+    c = StreamingConfig(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                        repetition_penalty=penalty)
+    logits = np.random.default_rng(seed).normal(0, 3, size)
+    p = probabilities(logits, recent, c)
+    assert p.sum() == pytest.approx(1.0) and (p >= 0).all()
+    np.testing.assert_allclose(p, by_transformers(logits, recent, c), atol=1e-9)
+
+
+LOGITS = np.array([1.0, 3.0, -2.0, 2.5, 0.0], np.float32)
+
+
+@pytest.mark.parametrize(("words", "alive"), [
+    ({"temperature": 0.0}, {1}), ({"top_k": 1}, {1}), ({"top_p": 0.0}, {1}), ({"min_p": 1.0}, {1}),
+    ({"temperature": 1e-300}, {1}), ({"top_k": 99}, {0, 1, 2, 3, 4}), ({"top_k": 2}, {1, 3}),
+    ({"logit_bias": dict.fromkeys((0, 1, 3, 4), -math.inf)}, {2}),
+    ({"pad_token_id": 1}, {0, 2, 3, 4}),
+    ({"logit_bias": {2: 100.0}, "temperature": 0.0}, {2}),
+    ({"logit_bias": {1: -math.inf}, "temperature": 0.0}, {3}),
+])
+def test_corners_of_sampling(words, alive):
+    p = probabilities(LOGITS, (), StreamingConfig(**{"temperature": 1.0, "top_k": 0, **words}))
+    assert set(p.nonzero()[0]) == alive and p.sum() == pytest.approx(1.0)
+
+
+def test_an_empty_choice_and_logits_that_are_no_numbers_are_refused():
+    nothing = StreamingConfig(logit_bias=dict.fromkeys(range(5), -math.inf))
+    with pytest.raises(UserError, match="every token is banned"):
+        probabilities(LOGITS, (), nothing)
+    with pytest.raises(UserError, match="not finite"):
+        probabilities(LOGITS * np.nan, (), StreamingConfig())
+
+
+def test_draws_have_their_probabilities_and_are_a_pure_function():
+    p = np.array([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
+    drawn = [draw(p, 7, position) for position in range(20_000)]
+    assert drawn == [draw(p, 7, position) for position in range(20_000)]
+    np.testing.assert_allclose(np.bincount(drawn, minlength=6) / 20_000, p, atol=0.015)
+    assert drawn != [draw(p, 8, position) for position in range(20_000)]
+
+
+def test_the_penalty_looks_back_on_the_window_only():
+    server = serve(repetition_penalty=1000.0, repetition_window=3)
+    ids = tokens_of(server.answer(list(range(1, 20)), as_ids=True, max_new_tokens=40))
+    assert all(i not in ids[max(0, n - 3) : n] for n, i in enumerate(ids))
+    assert len(set(ids)) < len(ids), "out of the window, a token is free again"
+    assert max(ids.count(i) for i in ids) > 1
+    plain = serve(repetition_penalty=1000.0, repetition_window=0)
+    assert tokens_of(plain.answer([5, 6], as_ids=True)) == tokens_of(
+        serve().answer([5, 6], as_ids=True))
+
+
+@pytest.mark.parametrize("field, value", [
+    ("temperature", -1.0), ("temperature", math.nan), ("temperature", "hot"), ("top_k", -1),
+    ("top_p", 1.5), ("min_p", -0.1), ("repetition_penalty", 0.0), ("repetition_window", 10**6),
+    ("max_new_tokens", -1), ("max_new_tokens", 2.5), ("stop", [""]), ("stop", "abc"),
+    ("stop_ids", [257]), ("logit_bias", {400: 1.0}), ("logit_bias", {1: math.nan}),
+    ("logit_bias", {1: math.inf}), ("seed", -1), ("logprobs", 300), ("batch_size", 0),
+    ("state_buffer_size", 0), ("eos_token_id", 257), ("pad_token_id", -1), ("topk", 3),
+])
+def test_bad_settings_are_refused_by_name_and_change_nothing(field, value):
+    server = serve()
+    session = server.create_session()
+    with pytest.raises(UserError, match=field):
+        server.generate_text("a", session, **{field: value})
+    assert server.get_session_info(session)["position"] == 0
+    assert server.generate_text("a", session)
+
+
+# ------------------------------------------------------------------------------------ text
+
+
+class Vocabulary:
+    """Ids of any byte strings, as a tokenizer."""
+
+    eos_token_id = None
+
+    def __init__(self, *pieces: bytes):
+        self.pieces = pieces
+
+    def decode(self, ids) -> str:
+        return b"".join(self.pieces[i] for i in ids).decode(errors="replace")
+
+    def encode(self, text: str) -> list[int]:
+        ids, data = [], text.encode()
+        while data:
+            ids.append(next(i for i, piece in enumerate(self.pieces) if data.startswith(piece)))
+            data = data[len(self.pieces[ids[-1]]) :]
+        return ids
+
+
+def streamed(tokenizer, ids, stops=()) -> tuple[list[str], bool]:
+    stream, texts = TextStream(tokenizer, [], list(stops)), []
+    for i in ids:
+        texts.append(stream.push(i))
+        if stream.stopped:
+            return texts, True
+    return [*texts, stream.finish()], False
+
+
+@pytest.mark.parametrize("kind", ["bytes", "gpt2", "words", "byte tokens", "json"])
+@examples(40)
+@given(text=st.text(max_size=30) | st.sampled_from(["日本語🙂", "e\u0301 שלום", "a\ufffdb"]))
+def test_streamed_text_is_the_text_in_whole_characters(tokenizers, kind, text):  # noqa: F811
+    tokenizer = tokenizers[kind]
+    texts, _ = streamed(tokenizer, tokenizer.encode(text))
+    assert "".join(texts) == text.replace(MARK, "")
+    assert not any(MARK in piece for piece in texts)
+
+
+@examples(200)
+@given(data=st.binary(max_size=24), cut=st.integers(1, 3))
+def test_bytes_that_are_no_character_are_left_out(data, cut):
+    pieces = [data[i : i + cut] for i in range(0, len(data), cut)]
+    texts, _ = streamed(Vocabulary(*pieces), range(len(pieces)))
+    want = data.decode(errors="ignore")
+    assert "".join(texts) == want
+
+
+@examples(300)
+@given(text=st.text("abc", max_size=30), stops=st.lists(st.text("abc", min_size=1, max_size=4),
+       max_size=3), cut=st.integers(1, 4))
+def test_stop_strings_end_the_text_and_never_leak(text, stops, cut):
+    pieces = [text[i : i + cut].encode() for i in range(0, len(text), cut)]
+    texts, stopped = streamed(Vocabulary(*pieces), range(len(pieces)), stops)
+    got, seen = "".join(texts), ""
+    for piece in texts:
+        seen += piece
+        assert not any(stop in seen for stop in stops)
+    found = [at for stop in stops if (at := text.find(stop)) >= 0]
+    assert stopped == bool(found)
+    assert text.startswith(got) and (found or got == text)
+    if stopped:  # it ends where a stop begins, the first one that was complete
+        assert any(text.startswith(stop, len(got)) for stop in stops)
+
+
+# ------------------------------------------------------------------------------------ sessions
+
+
+def test_100_random_sessions_stand_where_a_full_pass_ends():
+    """Turns of random prompts, read in random pieces, closed at random places."""
+    dice, server = random.Random(0), serve(state_buffer_size=3)
+    for number in range(100):
+        session, ids = server.create_session(), []
+        for _ in range(dice.randint(1, 4)):
+            prompt = some_ids(1, dice.randint(0 if ids else 1, 30), seed=dice.random()).tolist()[0]
+            settings = {"max_new_tokens": dice.randint(0, 20), "top_k": 40, "seed": number,
+                        "temperature": dice.choice([0.0, 1.0])}
+            ids += prompt
+            with contextlib.closing(
+                    server.answer(prompt, session, as_ids=True, **settings)) as answer:
+                for chunk in answer:
+                    ids += [token.id for token in chunk.tokens]
+                    if dice.random() < 0.1:
+                        break
+        assert_has_read(server, session, ids)
+
+
+def test_a_stream_that_is_closed_early_leaves_the_session_after_the_text_given_out():
+    for taken in range(8):
+        server = serve(temperature=1.0, seed=3, top_k=0)
+        session = server.create_session()
+        stream = server.generate_stream("Hello", session, max_new_tokens=30)
+        assert inspect.isgenerator(stream)
+        text = "".join(next(stream) for _ in range(taken))
+        stream.close()
+        if taken == 0:  # it never began
+            assert server.get_session_info(session)["position"] == 0
+            continue
+        read = server.find(session).now.recent
+        assert BYTES.decode(read).replace(MARK, "") == "Hello" + text
+        assert_has_read(server, session, list(read))
+
+
+def test_a_stop_string_is_neither_given_out_nor_read():
+    server = serve(temperature=1.0, top_k=0, seed=5)
+    whole = server.generate_text("Hello", max_new_tokens=60)
+    for size in (1, 2, 3, 5):
+        stop, session = whole[10 : 10 + size], server.create_session(seed=5)
+        answer = server.answer("Hello", session, max_new_tokens=60, stop=[stop, "never there"])
+        text = "".join(chunk.text for chunk in answer)
+        assert answer.finish_reason == "stop"
+        assert text == whole[: whole.index(stop)]
+        read = server.find(session).now.recent
+        assert BYTES.decode(read).replace(MARK, "") == "Hello" + text
+        assert_has_read(server, session, list(read))
+
+
+def test_a_stop_inside_of_a_token_leaves_what_is_before_it():
+    pieces = [b"ab<", b"!>c", *(bytes([b]) for b in range(255))]
+    tokenizer = Vocabulary(*pieces)
+    server = StreamingServer(wide(), tokenizer=tokenizer, config=StreamingConfig(
+        temperature=0.0, stop=["<!>"], max_new_tokens=2, logit_bias={0: 1000.0}))
+    session = server.create_session()
+    answer = server.answer("x", session)
+    first = next(answer)
+    assert (first.text, answer.since) == ("ab", "ab")
+    answer.config.logit_bias = {1: 1000.0}
+    assert list(answer) == [] or answer.finish_reason
+    read = server.find(session).now.recent
+    assert tokenizer.decode(read) == "xab"
+    assert_has_read(server, session, list(read))
+
+
+def test_text_held_back_for_a_stop_is_given_out_at_the_end():
+    server = serve()
+    text = server.generate_text("Hello", max_new_tokens=20)
+    assert server.generate_text("Hello", max_new_tokens=20, stop=[text[-1] + "zzz"]) == text
+
+
+def test_an_answer_longer_than_what_is_kept_of_it(monkeypatch):
+    monkeypatch.setattr(streaming, "REBASE", 16)
+    server = serve(temperature=1.0, top_k=0)
+    session, ids = server.create_session(seed=1), []
+    with contextlib.closing(server.answer([7], session, as_ids=True, max_new_tokens=200)) as answer:
+        for chunk in answer:
+            ids += [token.id for token in chunk.tokens]
+            assert len(answer.ids) <= 17
+            if len(ids) == 150:
+                break
+    assert_has_read(server, session, [7, *ids])
+    alone = server.answer([7], as_ids=True, max_new_tokens=200, seed=1)
+    assert tokens_of(alone)[:150] == ids
+
+
+def test_eos_ends_an_answer_and_with_reset_on_eos_the_memory():
+    first = tokens_of(serve().answer("Hello", as_ids=True))[4]
+    for reset in (False, True):
+        server = serve(eos_token_id=first, reset_on_eos=reset)
+        session = server.create_session()
+        answer = server.answer("Hello", session)
+        ids = tokens_of(answer)
+        assert answer.finish_reason == "stop" and first not in ids
+        if reset:
+            assert server.get_session_info(session)["position"] == 0
+        else:
+            assert_has_read(server, session, [*BYTES.encode("Hello"), *ids])
+    assert tokens_of(serve(stop_ids=[first]).answer("Hello")) == ids
+    assert tokens_of(serve(eos_token_id=-1).answer("Hello", as_ids=True))[4] == first
+
+
+def test_how_a_session_begins():
+    server = serve(bos_token_id=9)
+    session = server.create_session()
+    server.generate_text("ab", session, max_new_tokens=0)
+    server.generate_text("cd", session, max_new_tokens=0)
+    assert_has_read(server, session, [9, *BYTES.encode("abcd")])
+    plain = serve()
+    empty = plain.create_session()
+    plain.generate_text("", empty, max_new_tokens=0)
+    assert_has_read(plain, empty, [BYTES.eos_token_id])
+    with pytest.raises(UserError, match="prompt: is empty"):
+        serve(eos_token_id=-1).generate_text("")
+    assert serve().generate_text(BYTES.encode("Hello")) == serve().generate_text("Hello")
+
+
+def test_logprobs_are_the_models_own():
+    server = serve(temperature=2.0, top_k=3, seed=1, logit_bias={5: 9.0})
+    answer = server.answer("Hello", as_ids=True, logprobs=4, max_new_tokens=5)
+    ids = BYTES.encode("Hello")
+    for chunk in answer:
+        (token,) = chunk.tokens
+        want = server.model(torch.tensor([ids]))[0, -1].log_softmax(-1)
+        assert token.logprob == pytest.approx(want[token.id].item(), abs=1e-4)
+        assert [i for i, _ in token.top] == want.topk(4).indices.tolist()
+        np.testing.assert_allclose([p for _, p in token.top], want.topk(4).values, atol=1e-4)
+        ids.append(token.id)
+    assert all(t.logprob is None for c in server.answer("a", as_ids=True) for t in c.tokens)
+
+
+def test_gates_are_those_of_the_token_that_predicts():
+    server, ids = serve(), BYTES.encode("Hello")
+    for chunk in server.answer("Hello", as_ids=True, max_new_tokens=5):
+        (token,) = chunk.tokens
+        _, gates = server.model(torch.tensor([ids]), return_gates=True)
+        np.testing.assert_allclose(token.gates, gates[:, 0, -1], atol=1e-5)
+        ids.append(token.id)
+
+
+def test_the_same_seed_gives_the_same_text():
+    server = serve(temperature=1.0, top_k=0)
+    texts = [server.generate_text("Hello", seed=s, max_new_tokens=40) for s in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    sessions = [server.create_session(seed=4) for _ in range(2)]
+    both = [[server.generate_text(p, s) for p in ("Hello", "and", "")] for s in sessions]
+    assert both[0] == both[1]
+    free = {server.generate_text("Hello", server.create_session()) for _ in range(5)}
+    assert len(free) > 1
+
+
+def test_sessions_know_nothing_of_each_other():
+    server = serve()
+    alone = [serve().generate_text(p) for p in ("Hello, my name is", "The weather")]
+    one, two = server.create_session(), server.create_session()
+    assert [server.generate_text("Hello, my name is", one),
+            server.generate_text("The weather", two)] == alone
+    before = next_logits(server, two)
+    server.reset_session(one)
+    server.delete_session(one)
+    assert torch.equal(next_logits(server, two), before)
+    with pytest.raises(UserError, match="no session"):
+        server.generate_text("a", one)
+
+
+def test_a_session_answers_one_at_a_time():
+    server = serve()
+    session = server.create_session()
+    answer = server.answer("Hello", session)
+    next(answer)
+    for act in (server.answer, functools.partial(server.generate_text, "a")):
+        with pytest.raises(UserError, match="is answering"):
+            act("b", session) if act == server.answer else act(session)
+    for act in (server.fork_session, server.rollback, server.reset_session):
+        with pytest.raises(UserError, match="is answering"):
+            act(session)
+    assert server.get_session_info(session)["answering"]
+    server.delete_session(session)
+    assert list(answer) == []
+    assert not server.decoder.answers and server.decoder.state is None
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "a b", "x" * 65, "é", 7, "a\n"])
+def test_session_ids_are_plain_names(name):
+    server = serve()
+    with pytest.raises(UserError, match="session_id"):
+        server.add(name, server.nothing(), server.config, 1) if name != "" else server.find(name)
+    assert not server.sessions
+
+
+def test_old_sessions_are_cleaned_up_but_not_those_that_answer():
+    server = serve()
+    old, young, busy = (server.create_session(name) for name in ("old", "young", "busy"))
+    answer = server.answer("Hello", busy)
+    next(answer)
+    for name in (old, busy):
+        server.sessions[name].used -= 100
+    assert server.cleanup_old_sessions(50) == 1
+    assert set(server.sessions) == {young, busy}
+    with pytest.raises(UserError, match="is taken"):
+        server.create_session("young")
+
+
+def test_next_tokens_one_at_a_time():
+    model = StreamingInference(wide(), config=StreamingConfig(temperature=0.0))
+    ids = [model.generate_next_token(BYTES.encode("Hello"))]
+    ids += [model.generate_next_token() for _ in range(9)]
+    assert ids == tokens_of(serve().answer("Hello", as_ids=True, max_new_tokens=10))
+    assert model.get_state_info()["position"] == 15
+    assert model.generate_next_token(65, eos_token_id=model.generate_next_token(65)) is not None
+    model.reset_state()
+    assert model.get_state_info()["position"] == 0
+    with pytest.raises(UserError, match="tokenizer: none was found"):
+        model.generate_text("Hello")
+
+
+# --------------------------------------------------------------------------- forks and rollbacks
+
+
+def test_forks_and_rollbacks_share_one_state_and_go_their_own_ways():
+    server = serve()
+    trunk, ids = server.create_session(), some_ids(1, 50).tolist()[0]
+    server.generate_text(ids, trunk, max_new_tokens=0)
+    tree, dice = {trunk: ids}, random.Random(1)
+    for number in range(30):
+        parent = dice.choice(sorted(tree))
+        fork = server.fork_session(parent, f"fork{number}")
+        assert server.find(fork).now is server.find(parent).now, "nothing is copied"
+        more = some_ids(1, 3, seed=number).tolist()[0]
+        answer = server.answer(more, fork, as_ids=True, max_new_tokens=4)
+        tree[fork] = tree[parent] + more + tokens_of(answer)
+        if dice.random() < 0.3:
+            server.rollback(fork)
+            tree[fork] = tree[parent]
+            with pytest.raises(UserError, match="no turn to undo"):
+                server.rollback(fork)
+    for session, read in tree.items():
+        assert_has_read(server, session, read)
+
+
+def test_a_fork_answers_bit_for_bit_as_its_origin_would():
+    server = serve(temperature=1.0, top_k=0)
+    one = server.create_session(seed=3)
+    server.generate_text("Hello", one)
+    two, other = server.fork_session(one), server.fork_session(one, seed=99)
+    assert torch.equal(next_logits(server, one), next_logits(server, two))
+    texts = [server.generate_text("and", s, max_new_tokens=30) for s in (one, two, other)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+# ---------------------------------------------------------------------------- many at one time
+
+
+def alone(prompt: str, **settings) -> list[int]:
+    return tokens_of(serve(temperature=1.0, top_k=20).answer(prompt, as_ids=True, **settings))
+
+
+def test_answers_that_come_and_go_at_any_step_are_what_they_are_alone():
+    server = serve(temperature=1.0, top_k=20, batch_size=4, state_buffer_size=3)
+    dice, open_, done, sizes = random.Random(0), {}, {}, set()
+    step = server.decoder.hand_out
+
+    def counted(ready, *rest):
+        sizes.add(len(ready))
+        step(ready, *rest)
+
+    server.decoder.hand_out = counted
+    for number in range(40):
+        settings = {"seed": number, "max_new_tokens": dice.randint(1, 30)}
+        prompt = "x" * dice.randint(1, 20) + str(number)
+        answer = server.answer(prompt, as_ids=True, **settings)
+        open_[number] = (answer, prompt, settings, [])
+        for _ in range(dice.randint(0, 12)):
+            key = dice.choice(sorted(open_))
+            chunk = next(open_[key][0], None)
+            if chunk:
+                open_[key][3].extend(token.id for token in chunk.tokens)
+            else:
+                done[key] = open_.pop(key)
+    for key, (answer, _, _, ids) in sorted(open_.items()):
+        ids.extend(tokens_of(answer))
+        done[key] = open_[key]
+    assert len(done) == 40 and max(sizes) == 4
+    for _, prompt, settings, ids in done.values():
+        assert ids == alone(prompt, **settings)
+    assert not server.decoder.answers and server.decoder.state is None
+
+
+def test_64_threads_hammer_one_server():
+    server = serve(temperature=1.0, top_k=20, max_new_tokens=12)
+    shared, results, errors = server.create_session("shared", seed=1), {}, []
+    old = sys.getswitchinterval()
+
+    def work(number: int) -> None:
+        dice = random.Random(number)
+        try:
+            session = server.create_session(seed=number)
+            texts = [server.generate_text(f"I am {number}", session)]
+            fork = server.fork_session(session)
+            if dice.random() < 0.5:
+                stream = server.generate_stream("?", session)
+                next(stream, None)
+                stream.close()
+                server.rollback(session)
+            with contextlib.suppress(UserError):  # it may be answering another
+                server.generate_text("all of us", shared, max_new_tokens=2)
+            results[number] = [*texts, server.generate_text("and", fork)]
+            server.delete_session(session)
+        except Exception as e:
+            errors.append(e)
+
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(64)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+    finally:
+        sys.setswitchinterval(old)
+    assert not errors, errors[0]
+    for number in range(64):
+        quiet = serve(temperature=1.0, top_k=20, max_new_tokens=12)
+        session = quiet.create_session(seed=number)
+        want = [quiet.generate_text(f"I am {number}", session), quiet.generate_text("and", session)]
+        assert results[number] == want
+    assert not server.decoder.answers and len(server.sessions) == 65
+
+
+def test_a_long_prompt_does_not_hold_up_the_others():
+    server = serve(max_new_tokens=30, eos_token_id=-1)
+    short = server.answer("Hello", as_ids=True)
+    next(short)
+    read, pieces = server.decoder.read, []
+
+    def noted(ids, state):
+        pieces.append((len(ids), len(ids[0])))
+        return read(ids, state)
+
+    server.decoder.read = noted
+    long = server.answer([5] * 3000, as_ids=True, max_new_tokens=1)
+    tokens_of(long)
+    assert max(length for _, length in pieces) == streaming.SMALL_PIECE
+    assert pieces.count((1, 1)) == 6, "a step of the other with every piece"
+    assert len(tokens_of(short)) == 29
+
+
+def test_one_bad_answer_does_not_disturb_the_others():
+    server = serve(max_new_tokens=10)
+    good = server.answer("Hello", as_ids=True)
+    bad = server.answer("Hello", as_ids=True, logit_bias=dict.fromkeys(range(257), -math.inf))
+    first = next(good).tokens
+    with pytest.raises(UserError, match="every token is banned"):
+        next(bad)
+    assert [t.id for t in first] + tokens_of(good) == tokens_of(serve(max_new_tokens=10).answer(
+        "Hello", as_ids=True))
+    assert not server.decoder.answers
+
+
+# ------------------------------------------------------------------------------------ files
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_a_saved_session_goes_on_bit_for_bit(tmp_path, document_mask):
+    eos = {"document_mask": True, "eos_id": 0} if document_mask else {}
+    server = serve(wide(**eos), temperature=1.0, top_k=0, repetition_penalty=1.3,
+                   logit_bias={65: 1.5}, stop=["zq"])
+    session = server.create_session(seed=11)
+    for prompt in ("Hello", "", "World"):
+        server.generate_text(prompt, session)
+        server.save_session(session, tmp_path / "s.safetensors")
+        again = server.load_session(tmp_path / "s.safetensors")
+        old, new = server.find(session), server.find(again)
+        assert torch.equal(next_logits(server, session), next_logits(server, again))
+        assert (new.now.recent, new.seed, new.turns, new.config) == (
+            old.now.recent, old.seed, old.turns, old.config)
+        other = StreamingServer(server.model, tokenizer=BYTES)
+        fresh = other.load_session(tmp_path / "s.safetensors", "mine")
+        texts = [place.generate_text("more", name, max_new_tokens=20) for place, name in
+                 ((server, server.fork_session(session)), (server, again), (other, fresh))]
+        assert texts[0] == texts[1] == texts[2]
+
+
+def test_a_session_without_text_can_be_saved(tmp_path):
+    server = serve()
+    server.save_session(server.create_session(), tmp_path / "s")
+    again = server.load_session(tmp_path / "s")
+    assert server.generate_text("Hello", again) == serve().generate_text("Hello")
+
+
+def test_the_file_is_as_large_after_a_hundred_thousand_tokens_as_after_ten(tmp_path):
+    server, sizes = serve(wide(n_layer=1)), set()
+    session = server.create_session("s", seed=1)
+    for count in (0, 10, 100, 99_890):
+        server.generate_text([7] * count or [1], session, max_new_tokens=0)
+        server.save_session(session, tmp_path / "s")
+        sizes.add((tmp_path / "s").stat().st_size // 64)
+        assert server.get_session_info(session)["state_bytes"] == server.model.init_state(1).nbytes
+    assert len(sizes) == 1
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    server = serve()
+    session = server.create_session(seed=1)
+    server.generate_text("Hello", session)
+    path = tmp_path_factory.mktemp("saved") / "s.safetensors"
+    server.save_session(session, path)
+    return server, path.read_bytes()
+
+
+def test_damaged_files_are_refused_and_leave_no_session(tmp_path, saved):
+    server, good = saved
+    path, dice, before = tmp_path / "s", random.Random(0), set(server.sessions)
+    header = 8 + int.from_bytes(good[:8], "little")
+    spots = [*range(0, header, 5), *(dice.randrange(header, len(good)) for _ in range(200))]
+    damaged = [good[:at] + bytes([good[at] ^ (1 << at % 8)]) + good[at + 1 :] for at in spots]
+    damaged += [good[:size] for size in (0, 7, 8, header, len(good) // 2, len(good) - 1)]
+    damaged += [good + b"x", b"", os.urandom(1000), good[:8] + b"{" * 1000]
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=re.escape(str(path))):
+            server.load_session(path)
+    assert set(server.sessions) == before
+    path.write_bytes(good)
+    server.load_session(path)
+
+
+def hostile(change) -> bytes:
+    """A file with a right checksum and wrong contents."""
+    from safetensors.torch import save
+
+    server = serve()
+    tensors = {n: t.clone() for n, t in server.tensors(server.nothing()).items()}
+    about = {"seed": 1, "turns": 0, "config": {"logit_bias": None}}
+    notes = {"format": STATE_FORMAT, "model": server.fingerprint, "session": about}
+    change(tensors, notes)
+    notes["session"] = json.dumps(notes["session"])
+    return save(tensors, {**notes, "checksum": digest([tensors, notes])})
+
+
+@pytest.mark.parametrize("change", [
+    lambda t, n: t.update(extra=torch.zeros(1)),
+    lambda t, n: t.pop("recent"),
+    lambda t, n: t.update(logits=torch.zeros(1, 10**7)),
+    lambda t, n: t.update(logits=t["logits"].double()),
+    lambda t, n: t.update(recent=t["recent"] + 258, position=t["position"] + 10**4),
+    lambda t, n: t.update(position=t["position"] - 5),
+    lambda t, n: t.update({k: v.repeat(2, *[1] * (v.dim() - 1)) for k, v in t.items()}),
+    lambda t, n: n.update(model="0" * 64),
+    lambda t, n: n.update(session={"seed": -1, "turns": 0, "config": {"logit_bias": None}}),
+    lambda t, n: n.update(session={"seed": 1, "turns": 0, "config": {"logit_bias": None, "x": 1}}),
+    lambda t, n: n.update(session={"seed": 1, "turns": 0, "config": {"logit_bias": {"a": 1}}}),
+    lambda t, n: n.update(session={"seed": 1, "turns": 0, "config": {"logit_bias": None,
+                                                                     "temperature": -1}}),
+    lambda t, n: n.update(session=[1, 2]),
+    lambda t, n: n.update(format="tinymamba-state-1"),
+])
+def test_hostile_files_are_refused(tmp_path, change):
+    (tmp_path / "s").write_bytes(hostile(change))
+    server = serve()
+    with pytest.raises(UserError):
+        server.load_session(tmp_path / "s")
+    assert not server.sessions
+
+
+def test_a_huge_tensor_in_a_file_is_refused_before_it_is_read(tmp_path):
+    """A sparse file whose header is in order: 8 GB that must not be allocated."""
+    path = tmp_path / "s"
+    header = json.dumps({"logits": {"dtype": "F32", "shape": [1, 2 * 10**9],
+                                    "data_offsets": [0, 8 * 10**9]}}).encode()
+    with open(path, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 8 * 10**9)
+    server, before = serve(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError):
+        server.load_session(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
+def test_the_session_of_another_model_is_refused(tmp_path, saved):
+    (tmp_path / "s").write_bytes(saved[1])
+    other = free_copy(wide())
+    other.head.weight.data[0, 0] += 1e-3
+    with pytest.raises(UserError, match="no state of this model"):
+        serve(other).load_session(tmp_path / "s")
+
+
+def test_kill_9_while_saving_never_leaves_half_a_session(tmp_path, saved):
+    script = textwrap.dedent("""
+        import sys
+        sys.path[:0] = sys.argv[1:3]
+        from test_streaming import serve
+        server = serve()
+        session = server.create_session("s", seed=1)
+        while True:
+            server.generate_text("Hello", session, max_new_tokens=1)
+            server.save_session(session, "s.safetensors")
+            print("saved", flush=True)
+        """)
+    dice = random.Random(0)
+    process = None
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, "-c", script, str(ROOT), str(ROOT / "tests")],
+                                   cwd=tmp_path, stdout=subprocess.PIPE)
+        process.stdout.readline()
+        until = time.monotonic() + dice.uniform(0, 0.05)
+        while time.monotonic() < until:
+            os.sched_yield()
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        server = serve()
+        assert server.generate_text("a", server.load_session(tmp_path / "s.safetensors"))
+
+
+# ------------------------------------------------------------------------------- command line
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with a checkpoint and its tokenizer beside it."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    model = TinyMambaModel(tiny_config(d_model=64, num_heads=2, tie_embeddings=False))
+    with torch.no_grad():
+        model.head.weight[128:] = 0.0  # so that the likeliest is always a character
+    save_checkpoint(folder / "tinymamba_model_latest.pt",
+                    {"model": model.state_dict(), "config": model.config.to_dict()})
+    vocabulary = "\n".join([*byte_alphabet(), EOS_TOKEN])
+    (folder / "vocab.txt").write_text(vocabulary + "\n", encoding="utf-8")
+    return folder
+
+
+def run(folder: Path, *words, **how) -> subprocess.CompletedProcess:
+    return run_script("streaming.py", *words, cwd=folder, **how)
+
+
+def test_the_command_of_the_readme(folder):
+    words = ["--checkpoint", "./tinymamba_model_latest.pt", "--prompt", "Once upon a time",
+             "--max_tokens", "100"]
+    outs = [run(folder, *words, "--seed", 1, *more) for more in ([], ["--streaming"])]
+    for done in outs:
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert outs[0].stdout == outs[1].stdout and len(outs[0].stdout) > 10
+
+
+def test_the_snippet_of_the_readme(folder):
+    snippet = (ROOT / "README.md").read_text().split("### Multi-Session Support")[1]
+    code = re.search(r"```python\n(.*?)```", snippet, re.S)[1]
+    assert 'device="cuda"' in code
+    code += "\nprint(len(text1_continued))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 0
+    assert torch.cuda.is_available() or "cuda is not here; using the cpu" in done.stderr
+
+
+def test_a_conversation_on_the_console(folder):
+    lines = ["Hello", "/stats", "World", "/save talk.safetensors", "/fork twin", "/sessions",
+             "/gates", "again", "/undo", "/reset", "/load talk.safetensors", "/use twin", "/what",
+             "/save", "/use nobody", "/help"]
+    done = run(folder, "--checkpoint", "tinymamba_model_latest.pt", "--interactive",
+               "--max_tokens", 8, input="\n".join(lines) + "\n")
+    assert done.returncode == 0, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 3 and "/what" in errors[0] and "/save" in errors[1]
+    assert "nobody" in errors[2]
+    assert "tokens/s" in done.stderr and "saved talk.safetensors" in done.stdout
+    assert "now in twin" in done.stdout and "twin <- here" in done.stdout
+    assert "\033[38;2;" in done.stdout and "attention" in done.stdout
+    assert (folder / "talk.safetensors").exists()
+
+
+def test_a_session_goes_on_from_a_file(folder):
+    flags = ["--checkpoint", "tinymamba_model_latest.pt", "--temperature", 0, "--max_tokens", 6]
+    whole = run(folder, *flags[:-1], 12, "--prompt", "abc").stdout
+    first = run(folder, *flags, "--prompt", "abc", "--save_session", "s")
+    assert first.returncode == 0 and "saved s" in first.stderr
+    server = StreamingServer(folder / "tinymamba_model_latest.pt")
+    session = server.load_session(folder / "s")
+    rest = server.generate_text("", session, max_new_tokens=6)
+    assert (first.stdout.removesuffix("\n") + rest) == whole.removesuffix("\n")
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(folder):
+    command = [sys.executable, "-u", str(ROOT / "streaming.py"), "--checkpoint",
+               "tinymamba_model_latest.pt", "--interactive", "--max_tokens", "100000000"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=folder, **pipes)
+    process.stdin.write(b"Hello\n")
+    process.stdin.flush()
+    process.stdout.readline()
+    assert process.stdout.read(40), "it answers"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(b"/reset\n/stats\n/help\n", timeout=60)
+    assert process.returncode == 0, err
+    assert b"Ctrl-D ends" in out and err == b""
+
+
+@pytest.mark.parametrize("words, fragments", [
+    (["--checkpoint", "nowhere.pt"], ["nowhere.pt", "no such checkpoint"]),
+    (["--temperature", "-1"], ["temperature"]),
+    (["--tokenizer", "nowhere.json"], ["nowhere.json"]),
+    (["--device", "cuda:77"], ["device"]),
+    (["--dtype", "float8"], ["--dtype"]),
+    (["--load_session", "vocab.txt"], ["vocab.txt"]),
+    (["--max_token", "3"], ["--max_token", "did you mean --max_tokens"]),
+    (["--prompt", "x", "--save_session", "/proc/nowhere/s"], ["/proc/nowhere/s"]),
+])
+def test_bad_commands_are_refused_in_one_line(folder, words, fragments):
+    done = run(folder, *words)
+    if "--save_session" in words:
+        assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ")
+    else:
+        assert_refused(done, *fragments)
+
+
+def test_a_checkpoint_without_a_tokenizer_takes_ids_only(tmp_path, folder):
+    checkpoint = tmp_path / "model.pt"
+    checkpoint.write_bytes((folder / "tinymamba_model_latest.pt").read_bytes())
+    assert_refused(run(tmp_path, "--checkpoint", "model.pt", "--prompt", "x"), "tokenizer")
+    server = StreamingServer(checkpoint)
+    assert len(tokens_of(server.answer([1, 2], as_ids=True, max_new_tokens=5))) == 5
+    (tmp_path / "vocab.txt").write_text("\n".join(map(str, range(1000))))
+    with pytest.raises(UserError, match="tokenizer: has"):
+        StreamingServer(checkpoint)
+
+
+# ------------------------------------------------------------------------------------ size
+
+
+@pytest.mark.slow
+def test_a_prompt_of_a_million_tokens_takes_constant_memory():
+    server = serve(wide(n_layer=1))
+    server.generate_text([7] * 20_000, max_new_tokens=0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    session = server.create_session()
+    server.generate_text([7] * 1_000_000, session, max_new_tokens=3)
+    assert server.get_session_info(session)["position"] == 1_000_003
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000  # the ids, in kB
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_keeps_its_state_in_float32(dtype):
+    server = StreamingServer(free_copy(wide()), tokenizer=BYTES, dtype=dtype,
+                             config=StreamingConfig(temperature=0.0))
+    session = server.create_session()
+    server.generate_text("Hello", session, max_new_tokens=20)
+    now = server.decoder.settle(server.find(session).now)
+    assert now.state.layers[0].ssm.dtype == now.state.layers[0].phase.dtype == torch.float32
+    ids = torch.tensor([list(now.recent)])
+    close(torch.from_numpy(now.logits), wide()(ids)[0, -1], 0.15)
