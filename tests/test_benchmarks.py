@@ -7,14 +7,14 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, assert_refused, run_script
+from conftest import ROOT, assert_refused, run_script, tiny_config
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import quality  # noqa: E402
 import scan  # noqa: E402
 import synthetic  # noqa: E402
 
-from testv2 import UserError  # noqa: E402
+from testv2 import TinyMambaModel, UserError, save_checkpoint  # noqa: E402
 
 
 def random() -> torch.Generator:
@@ -137,3 +137,29 @@ def test_a_scan_that_differs_is_not_timed(monkeypatch):
                               scans=["ours", "mamba2"])
     with pytest.raises(UserError, match="mamba2: differs from ours"):
         scan.compare(args, 1, 20)
+
+
+def test_streaming_command_times_tokens_sessions_and_prefill(tmp_path, small_checkpoint):
+    words = ("--tinymamba_checkpoint", small_checkpoint, "--contexts", 5, 40, "--llama_context", 5,
+             "--tokens", 3, "--sessions", 2, "--rounds", 2, "--threads", 1)
+    done = run_script("benchmarks/streaming.py", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "streaming.jsonl").read_text().splitlines()]
+    assert [row["kind"] for row in rows] == [
+        "token after 5", "token after 40", "2 sessions, tinymamba", "prefill"]
+    names = [{name[3:] for name in row if name.startswith("ms ")} for row in rows]
+    assert names == [{"tinymamba", "llama"}, {"tinymamba"}, {"together", "one_by_one"},
+                     {"prefill", "training"}]
+    for row in rows:
+        for name, value in row.items():
+            if name.startswith("ms "):
+                low, high = row["spread " + name[3:]]
+                assert 0 < low <= value <= high
+
+
+@pytest.fixture
+def small_checkpoint(tmp_path):
+    model = TinyMambaModel(tiny_config(d_model=64, vocab_size=64))
+    save_checkpoint(tmp_path / "small.pt",
+                    {"model": model.state_dict(), "config": model.config.to_dict()})
+    return tmp_path / "small.pt"
