@@ -22,12 +22,14 @@ as one batch.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import math
+import os
 import re
 import secrets
 import signal
@@ -91,7 +93,7 @@ class StreamingConfig:
     eos_token_id: int | None = None  # None takes the model's or tokenizer's, -1 none
     bos_token_id: int | None = None  # begins every session; None begins only those without a prompt
     pad_token_id: int | None = None  # is never drawn
-    batch_size: int = 64  # answers that are decoded together at most
+    batch_size: int = 64  # answers that are decoded together at most; the server's, for all
     state_buffer_size: int = 8  # tokens of an answer that are made ahead of a slow reader
     optimize_memory: bool = False  # read prompts 512 tokens at a time, not 4096
 
@@ -114,14 +116,15 @@ class StreamingConfig:
             require(legal, name, f"{value!r} is not legal", f"it must be from {low} to {high}")
         for name, kind in (("stop", list[str]), ("stop_ids", list[int])):
             value = getattr(self, name)
-            require(not value or (has_type(value, kind) and "" not in value), name,
-                    f"{value!r} is not legal", f"pass a {kind}, without empty strings")
-        ids = [*(self.stop_ids or ()), *(self.logit_bias or ())]
+            legal = value is None or value == [] or (has_type(value, kind) and "" not in value)
+            require(legal, name, f"{value!r} is not legal", f"pass a {kind}, none of them empty")
+        bias = {} if self.logit_bias is None else self.logit_bias
+        require(isinstance(bias, dict) and all(has_type(b, float) or b == -math.inf
+                                               for b in bias.values()), "logit_bias",
+                f"{bias!r} is not legal", "pass {id: number}, -inf for a token never drawn")
+        ids = [*(self.stop_ids or []), *bias]
         require(all(type(i) is int and 0 <= i < vocab_size for i in ids), "stop_ids, logit_bias",
                 f"{ids} are not all ids", f"they must be from 0 to {vocab_size - 1}")
-        bias = (self.logit_bias or {}).values()
-        require(all(type(b) in (int, float) and b < math.inf for b in bias), "logit_bias",
-                "has a value that is no number", "use numbers, or -inf for a token never drawn")
         return self
 
 # ------------------------------------------------------------------------------------ sampling
@@ -153,7 +156,8 @@ def probabilities(logits: np.ndarray, recent, config: StreamingConfig) -> np.nda
     p = np.exp(x)
     p /= p.sum()
     if config.top_p < 1.0:
-        order = np.argsort(-p, kind="stable")
+        alive = p.nonzero()[0]
+        order = alive[np.argsort(-p[alive], kind="stable")]
         before = np.cumsum(p[order]) - p[order]  # probability of all likelier tokens
         p[order[1:][before[1:] >= config.top_p]] = 0.0
     p[p < config.min_p * p[best]] = 0.0
@@ -177,7 +181,7 @@ class TextStream:
     def __init__(self, tokenizer, context: list[int], stops: list[str]):
         """`context`: ids before, which some tokenizers need to know what the next ones read as."""
         self.tokenizer, self.context, self.stops = tokenizer, context, stops
-        self.held, self.shown = [], 0  # ids of an unfinished character; characters before it
+        self.held, self.shown = [], ""  # ids up to an unfinished character; the text before it
         self.waiting, self.stopped = "", False  # text that may become a stop string
 
     def holds(self) -> bool:
@@ -189,14 +193,15 @@ class TextStream:
         known = self.tokenizer.decode(self.context)
         text = self.tokenizer.decode(self.context + self.held)[len(known) :]
         certain = text.rstrip(MARK)
-        self.waiting += certain[self.shown :].replace(MARK, "")
-        self.shown = len(certain)
+        self.waiting += certain[len(self.shown) :].replace(MARK, "")
+        self.shown = certain
         if not text.endswith(MARK) or len(self.held) == 8:  # more than any character needs
             kept = self.held[-3:] if text.endswith(MARK) else []
             while kept and self.tokenizer.decode(kept).strip(MARK):
                 kept = kept[1:]
-            self.context, self.held = self.held[: len(self.held) - len(kept)], kept
-            self.shown = 0
+            done = self.held[: len(self.held) - len(kept)]
+            self.context = done if text else self.context + done  # hidden tokens have no text
+            self.held, self.shown = kept, ""
         return self.release()
 
     def release(self) -> str:
@@ -205,7 +210,8 @@ class TextStream:
         if found:
             text, self.waiting, self.stopped = self.waiting[: min(found)], "", True
             return text
-        sizes = [n for stop in self.stops for n in range(1, len(stop))
+        longest = len(self.waiting)
+        sizes = [n for stop in self.stops for n in range(1, min(len(stop), longest + 1))
                  if self.waiting.endswith(stop[:n])]
         certain = len(self.waiting) - max(sizes, default=0)
         text, self.waiting = self.waiting[:certain], self.waiting[certain:]
@@ -216,6 +222,19 @@ class TextStream:
         text, self.waiting = self.waiting, ""
         return text
 
+def extend(tokenizer, ids: list[int], text: str) -> list[int]:
+    """The ids, and those of a text that goes on where they end."""
+    if not text:
+        return ids
+    before = tokenizer.decode(ids[-8:])
+    alone, both = tokenizer.encode(before), tokenizer.encode(before + text)
+    same = next((n for n, (a, b) in enumerate(zip(alone, both, strict=False)) if a != b),
+                min(len(alone), len(both)))
+    changed = alone[same:]  # tokens that the text makes longer
+    if ids[len(ids) - len(changed) :] == changed:
+        return ids[: len(ids) - len(changed)] + both[same:]
+    return ids + tokenizer.encode(text)
+
 # ------------------------------------------------------------------------------------ decoding
 
 class Moment(NamedTuple):
@@ -224,7 +243,7 @@ class Moment(NamedTuple):
     state: ModelState  # of one row
     logits: np.ndarray | None  # (V,) float32, of the token after the state; None before any token
     recent: tuple[int, ...]  # the last REMEMBERED tokens
-    unread: tuple[int, ...]  # the last of them, which the state has yet to read
+    unread: tuple[int, ...]  # tokens that the state has yet to read
 
     @property
     def position(self) -> int:
@@ -259,8 +278,9 @@ class Decoder:
     only between computations, which never change what they are given.
     """
 
-    def __init__(self, model: TinyMambaModel, compiled: bool = False):
+    def __init__(self, model: TinyMambaModel, batch_size: int, compiled: bool = False):
         self.model, self.turn = model.requires_grad_(False).eval(), threading.Condition()
+        self.batch_size = batch_size
         self.device, self.busy = model.embedding.weight.device, False
         self.one_token = torch.compile(model.run) if compiled else model.run
         self.answers: list[Answer] = []  # open ones
@@ -286,42 +306,47 @@ class Decoder:
 
     def wait(self, answer: Answer) -> None:
         """Until it has a token or is over, see that steps are taken."""
-        while True:
-            with self.turn:
-                while answer.hungry() and self.busy:
-                    self.turn.wait()
-                if not answer.hungry():
-                    return
-                self.busy = True
-            self.step()
+        while answer.hungry():
+            lead = False
+            try:
+                with self.turn:
+                    while answer.hungry() and self.busy:
+                        self.turn.wait()
+                    if answer.hungry():
+                        lead = self.busy = True
+                if lead:
+                    self.step()
+            finally:
+                if lead:
+                    with self.turn:
+                        self.busy = False
+                        self.turn.notify_all()
 
     def step(self) -> None:
         """Read on in the prompts, up to a piece, and draw a token of every answer with room."""
-        try:
+        with self.turn:
+            prompts, ready = self.pieces(), self.gather(self.ready())
+            tokens, state = [[a.last] for a in ready], self.state
+        for answer, piece in prompts:
+            read = self.read([piece], answer.state)
             with self.turn:
-                prompts, ready = self.pieces(), self.gather(self.ready())
-                tokens, state = [[a.last] for a in ready], self.state
-            for answer, piece in prompts:
-                read = self.read([piece], answer.state)
-                with self.turn:
-                    answer.has_read(len(piece), *read)
-            if ready:
-                logits, gates, state = self.read(tokens, state)
-                with self.turn:
-                    self.hand_out(ready, logits, gates, state)
-        finally:
+                answer.has_read(len(piece), *read)
+        if ready:
+            logits, gates, state = self.read(tokens, state)
             with self.turn:
-                self.busy = False
-                self.turn.notify_all()
+                self.hand_out(ready, logits, gates, state)
 
     def pieces(self) -> list[tuple[Answer, list[int]]]:
-        """What of which prompts to read next: little, where others wait for it."""
+        """What of which prompts to read next: little, where others wait for it, to equal shares."""
         left, pieces = SMALL_PIECE if len(self.answers) > 1 else PIECE, []
-        for answer in self.answers:
-            most = min(left, SMALL_PIECE) if answer.config.optimize_memory else left
-            if piece := answer.to_read[:most]:
-                pieces.append((answer, piece))
-                left -= len(piece)
+        waiting = sorted((a for a in self.answers if a.to_read and not a.over),
+                         key=lambda a: len(a.to_read))
+        for number, answer in enumerate(waiting):
+            share = left // (len(waiting) - number)
+            piece = answer.to_read[: min(share, SMALL_PIECE) if answer.config.optimize_memory
+                                   else share]
+            pieces += [(answer, piece)] if piece else []
+            left -= len(piece)
         return pieces
 
     def ready(self) -> list[Answer]:
@@ -330,7 +355,7 @@ class Decoder:
         known = set(map(id, inside))
         others = (a for a in self.answers if id(a) not in known
                   and a.has_room((a.config.state_buffer_size + 1) // 2))
-        return [*inside, *others][: min((a.config.batch_size for a in self.answers), default=0)]
+        return [*inside, *others][: self.batch_size]
 
     def gather(self, ready: list[Answer]) -> list[Answer]:
         """Make `state` the rows of these answers."""
@@ -377,19 +402,20 @@ class Answer:
         `done` is called with the answer when it is over.
         """
         self.decoder, self.config, self.ends, self.done = decoder, config, ends, done
+        self.origin, self.prompt_tokens = moment, len(prompt)
         self.moment = self.start = moment.followed_by(prompt)  # `start` will have read the prompt
         self.state, self.to_read, self.logits = moment.state, list(self.moment.unread), None
         self.recent, self.position = self.moment.recent, self.moment.position
         self.ids, self.queue, self.last = [], deque(), None  # drawn since `start`; not given out
         self.given = self.clean = 0  # of the ids: given out; given out with all of their text
-        self.since = ""  # text given out after the clean ones
+        self.since, self.milestone = "", None  # text given out after the clean ones; see `rebase`
         self.drawn, self.over, self.open = 0, False, True
         self.error = self.finish_reason = self.ended_by = None
         self.tokenizer, self.chunks = tokenizer, self.make_chunks()
         self.stream = TextStream(tokenizer, list(self.recent[-8:]), config.stop or [])
-        decoder.answers.append(self)
         if not self.to_read:
             self.begin(moment.logits, None)
+        decoder.answers.append(self)
 
     def __iter__(self) -> Iterator[Chunk]:
         return self
@@ -420,9 +446,11 @@ class Answer:
         c = self.config
         window = self.recent[len(self.recent) - min(len(self.recent), c.repetition_window) :]
         self.logits, self.last = logits, None
+        if self.over:  # stopped meanwhile
+            return
         try:
             token = draw(probabilities(logits, window, c), c.seed, self.position)
-        except UserError as e:
+        except Exception as e:  # of this answer alone: its reader is to hear of it, no other
             self.error = e
             self.end(None)
             return
@@ -433,7 +461,10 @@ class Answer:
         self.last, self.position, self.drawn = token, self.position + 1, self.drawn + 1
         self.recent = (*self.recent, token)[-REMEMBERED:]
         self.ids.append(token)
+        gates = None if gates is None else gates.copy()
         self.queue.append(Token(token, *likelihoods(logits, token, c.logprobs), gates))
+        if self.milestone is None and len(self.ids) >= REBASE:
+            self.milestone = len(self.ids), self.live(self.decoder.state_of(self))
         if self.drawn == c.max_new_tokens:
             self.end("length")
 
@@ -441,23 +472,25 @@ class Answer:
         self.finish_reason, self.over = reason, True
 
     def has_room(self, most: int) -> bool:
-        return not self.over and self.last is not None and len(self.queue) < most
+        return self.open and not self.over and self.last is not None and len(self.queue) < most
 
     def hungry(self) -> bool:
         return self.open and not self.over and not self.queue
 
     def stop(self) -> None:
         """End it here, from another thread than the one that reads it."""
-        self.over = True
-        self.queue.clear()
+        with self.decoder.turn:
+            self.over = True
+            self.queue.clear()
+            self.decoder.turn.notify_all()
 
     def next_token(self) -> Token | None:
         """The next token, or None at the end; makes it if no other thread has."""
-        if not self.queue:
-            self.decoder.wait(self)
-        if self.queue:
-            self.given += 1
-            return self.queue.popleft()
+        self.decoder.wait(self)
+        with self.decoder.turn:
+            if self.queue:
+                self.given += 1
+                return self.queue.popleft()
         if self.error:
             raise self.error
         return None
@@ -476,7 +509,7 @@ class Answer:
                     tokens, text = [], ""
                     self.rebase()
             else:
-                text, self.since = self.stream.finish(), ""
+                text, self.since = self.stream.finish(), self.stream.shown.replace(MARK, "")
                 self.clean = self.given - len(self.stream.held)
             if text or tokens:
                 yield Chunk(text, tokens)
@@ -492,11 +525,13 @@ class Answer:
         return text
 
     def rebase(self) -> None:
-        """Forget the first part of a long answer, of which the reader has all."""
+        """Give up the first part of a long answer once its reader has all of it."""
         with self.decoder.turn:
-            if len(self.ids) >= REBASE and self.clean == len(self.ids):
-                self.start = self.live(self.decoder.state_of(self))
-                self.ids, self.given, self.clean = [], 0, 0
+            if self.milestone and self.clean >= self.milestone[0]:
+                count, self.start = self.milestone
+                del self.ids[:count]
+                self.given, self.clean = self.given - count, self.clean - count
+                self.milestone = None
 
     def live(self, state: ModelState) -> Moment:
         """After all that was drawn."""
@@ -506,8 +541,12 @@ class Answer:
 
     def close(self) -> None:
         """End it here: the session stands after what was given out."""
-        self.chunks.close()
-        self.settle()
+        try:
+            self.chunks.close()
+        except ValueError:  # another thread is waiting for its next chunk, and will settle it
+            self.stop()
+        else:
+            self.settle()
 
     def settle(self) -> None:
         with self.decoder.turn:
@@ -515,13 +554,20 @@ class Answer:
                 return
             self.open = False
             state = self.decoder.leave(self)
-            if not self.to_read and self.clean == len(self.ids) and not self.since:
-                self.moment = self.live(state)
-            elif not self.to_read:
-                rest = self.tokenizer.encode(self.since) if self.since else []
-                self.moment = self.start.followed_by([*self.ids[: self.clean], *rest])
-            if self.done:
-                self.done(self)
+            try:
+                if self.given < len(self.ids):  # made ahead, and never given out
+                    self.ended_by = None
+                    self.finish_reason = "stop" if self.stream.stopped else None
+                if self.error:
+                    self.moment = self.origin
+                elif not self.to_read and self.clean == len(self.ids) and not self.since:
+                    self.moment = self.live(state)
+                elif not self.to_read:
+                    read = extend(self.tokenizer, self.ids[: self.clean], self.since)
+                    self.moment = self.start.followed_by(read)
+            finally:
+                if self.done:
+                    self.done(self)
 
 def likelihoods(logits: np.ndarray, token: int, count: int | None):
     """The logprob of a token and the `count` likeliest ids with theirs, from logits (V,)."""
@@ -552,17 +598,19 @@ class Session:
 class StreamingServer:
     """Sessions of one model, for any number of threads.
 
-    `model_path`: a checkpoint, or a model. `config`: defaults of every session. `tokenizer`: a
-    tokenizer.json or vocab.txt, or an object with encode and decode; None looks beside the
-    checkpoint and beside its training data. `dtype`: of weights and activations; states stay
-    float32. `compiled`: compile the step of one token, which takes a minute and makes it faster.
+    `model_path`: a checkpoint, or a model, which is moved, put into eval mode and frozen.
+    `config`: defaults of every session. `tokenizer`: a tokenizer.json or vocab.txt, or an object
+    with encode and decode; None looks beside the checkpoint and beside its training data. `dtype`:
+    of weights and activations; states stay float32. `compiled`: compile the step of one token,
+    which takes a while and makes it faster.
 
-    Prompts are text or lists of ids. What is wrong raises a UserError, and changes nothing.
+    Prompts are text or lists of ids. What is wrong raises a UserError, and changes nothing. Part of
+    a character at the end of an answer is neither given out nor read.
     """
 
     def __init__(self, model_path, device: str = "auto", config: StreamingConfig | None = None,
                  tokenizer=None, dtype: torch.dtype = torch.float32, compiled: bool = False):
-        device = usable_device(device)
+        device, config = usable_device(str(device)), config or StreamingConfig()
         problem = why_no_compile(device) if compiled else None
         require(not problem, "compile", f"{problem}", "leave it out")
         if isinstance(model_path, TinyMambaModel):
@@ -572,9 +620,9 @@ class StreamingServer:
         self.model = self.model.to(device, dtype)
         self.tokenizer = tokenizer = open_tokenizer(tokenizer, self.model, beside)
         self.vocab_size = self.model.config.vocab_size
-        self.decoder = Decoder(self.model, compiled)
+        self.config = checked(config, self.vocab_size)
+        self.decoder = Decoder(self.model, config.batch_size, compiled)
         self.turn, self.sessions = self.decoder.turn, {}
-        self.config = (config or StreamingConfig()).validate(self.vocab_size)
         known = getattr(tokenizer, "__len__", lambda: 0)()
         require(known <= self.vocab_size, "tokenizer", f"has {known} ids, the model "
                 f"{self.vocab_size}", "pass the one that the model was trained with")
@@ -589,7 +637,7 @@ class StreamingServer:
 
         With a `seed`, the same prompts give the same answers again.
         """
-        config = (config or self.config).validate(self.vocab_size)
+        config = checked(self.config if config is None else config, self.vocab_size)
         seed = config.seed if seed is None else seed
         seed = secrets.randbits(63) if seed is None else seed
         return self.add(session_id, self.nothing(), config, seed).id
@@ -600,7 +648,7 @@ class StreamingServer:
 
     def add(self, session_id: str | None, now: Moment, config: StreamingConfig, seed: int,
             turns: int = 0) -> Session:
-        name = session_id or uuid.uuid4().hex
+        name = uuid.uuid4().hex if session_id is None else session_id
         require(isinstance(name, str) and PLAIN_NAME.fullmatch(name), "session_id",
                 f"{name!r} is no plain name", "use up to 64 letters, digits, - and _")
         require(has_type(seed, int) and 0 <= seed < 2**63, "seed", f"{seed!r} is not legal",
@@ -611,7 +659,7 @@ class StreamingServer:
             return self.sessions[name]
 
     def find(self, session_id: str, idle: bool = True) -> Session:
-        session = self.sessions.get(session_id)
+        session = self.sessions.get(session_id) if isinstance(session_id, str) else None
         require(session, "session_id", f"there is no session {session_id!r}", "create it first")
         require(not idle or not session.answer, "session_id", f"{session_id} is answering",
                 "wait until it has, or close its stream")
@@ -624,37 +672,47 @@ class StreamingServer:
         Without a session it is made in one of its own, which ends with it. `as_ids` needs no
         tokenizer: chunks have tokens, no text, and every token counts as given out.
         """
+        require(as_ids or self.tokenizer, "tokenizer", "none was found", "pass one, or ids")
+        ids = self.encode(prompt)
         with self.turn:
             session = self.find(session_id) if session_id is not None else None
             config = self.configured(session.config if session else self.config, settings)
-            seed = config.seed if "seed" in settings or not session else session.seed
-            config.seed = secrets.randbits(63) if seed is None else seed
-            require(as_ids or self.tokenizer, "tokenizer", "none was found", "pass one, or ids")
+            if settings.get("seed") is None and session:
+                config.seed = session.seed
+            elif config.seed is None:
+                config.seed = secrets.randbits(63)
             now = session.now if session else self.nothing()
-            ids = self.encode(prompt, now, config)
-            answer = Answer(self.decoder, now, ids, config, self.ends(config),
-                            None if as_ids else self.tokenizer,
+            answer = Answer(self.decoder, now, self.begun(ids, now, config), config,
+                            self.ends(config), None if as_ids else self.tokenizer,
                             functools.partial(self.settle, session) if session else None)
             if session:
-                session.answer, session.before = answer, now
+                session.answer = answer
             return answer
 
     def configured(self, config: StreamingConfig, settings: dict) -> StreamingConfig:
         fields = {field.name for field in dataclasses.fields(StreamingConfig)}
         for name in settings:
             require(name in fields, name, "is no setting", f"use {', '.join(sorted(fields))}")
-        return dataclasses.replace(config, **settings).validate(self.vocab_size)
+        require("batch_size" not in settings, "batch_size", "is the server's, for all answers",
+                "set it in the server's config")
+        return checked(dataclasses.replace(config, **settings), self.vocab_size)
 
-    def encode(self, prompt: str | list[int], now: Moment, config: StreamingConfig) -> list[int]:
+    def encode(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
             require(self.tokenizer, "tokenizer", "none was found", "pass one, or a prompt of ids")
             prompt = self.tokenizer.encode(prompt)
-        ids = list(prompt)
-        require(all(type(i) is int and 0 <= i < self.vocab_size for i in ids), "prompt",
+        ids = prompt.tolist() if isinstance(prompt, np.ndarray | Tensor) else prompt
+        require(isinstance(ids, list | tuple) and all(type(i) is int for i in ids), "prompt",
+                f"of {type(prompt).__name__} is neither text nor ids", "pass one of them")
+        require(min(ids, default=0) >= 0 and max(ids, default=0) < self.vocab_size, "prompt",
                 "has ids out of the vocabulary", f"they must be from 0 to {self.vocab_size - 1}")
+        return list(ids)
+
+    def begun(self, ids: list[int], now: Moment, config: StreamingConfig) -> list[int]:
+        """The ids of a prompt, with what comes before the first of a session."""
+        begin = config.bos_token_id
         if now.position > 0:
             return ids
-        begin = config.bos_token_id
         if begin is None and not ids:
             begin = self.eos_of(config)
             require(begin >= 0, "prompt", "is empty, and no token begins a text",
@@ -675,14 +733,19 @@ class StreamingServer:
 
     def settle(self, session: Session, answer: Answer) -> None:
         """An answer of the session is over."""
-        session.now, session.answer = answer.moment, None
-        session.turns, session.used = session.turns + 1, time.time()
+        session.now, session.answer, session.used = answer.moment, None, time.time()
+        if answer.error:
+            return
+        session.before, session.turns = answer.origin, session.turns + 1
         if answer.config.reset_on_eos and answer.ended_by == self.eos_of(answer.config):
             session.now = self.nothing()
 
     def generate_stream(self, prompt: str | list[int], session_id: str | None = None,
                         **settings) -> Iterator[str]:
-        """Text as it is made; closed early, the session stands after what was given out."""
+        """Text as it is made; closed early, the session stands after what was given out.
+
+        What is wrong with the arguments is said when the first text is asked for.
+        """
         with contextlib.closing(self.answer(prompt, session_id, **settings)) as answer:
             for chunk in answer:
                 if chunk.text:
@@ -753,7 +816,12 @@ class StreamingServer:
                 "recent": torch.tensor([[*blank, *moment.recent]])}
 
     def save_session(self, session_id: str, path: str | Path) -> None:
-        """Write a safetensors file; its size does not depend on how much the session has read."""
+        """Write a safetensors file; its size does not depend on how much the session has read.
+
+        It may take the place of an older session, and of nothing else.
+        """
+        require(not os.path.lexists(path) or is_session(path), str(path),
+                "is there, and no session", "name another file")
         with self.turn:
             session = self.find(session_id)
             session.now = now = self.decoder.settle(session.now)
@@ -765,23 +833,40 @@ class StreamingServer:
     def load_session(self, path: str | Path, session_id: str | None = None) -> str:
         """A new session from a file that this very model has saved; its id."""
         fresh = self.nothing()
-        like = self.tensors(fresh)
-        tensors, notes = read_tensors(path, like, {"model": self.fingerprint}, rows=1)
+        tensors, notes = read_tensors(path, self.tensors(fresh), {"model": self.fingerprint}, 1)
         logits, recent = tensors.pop("logits")[0].numpy(), tensors.pop("recent")[0].tolist()
         state, recent = fresh.state.fill(tensors), tuple(i for i in recent if i >= 0)
+        position, start = (int(t[0]) for t in (state.position, state.document_start))
         try:
             about = json.loads(notes["session"])
             bias = about["config"].pop("logit_bias")
             config = StreamingConfig(**about["config"])
             config.logit_bias = bias and {int(i): b for i, b in bias.items()}
-            seed, turns, position = about["seed"], about["turns"], int(state.position[0])
-            sound = (max(recent, default=0) < self.vocab_size and position >= len(recent)
-                     and type(turns) is int)
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            checked(config, self.vocab_size)
+            seed, turns = about["seed"], about["turns"]
+            sound = (max(recent, default=0) < self.vocab_size and has_type(turns, int)
+                     and len(recent) <= position < 2**62 and 0 <= start <= position
+                     and turns >= 0 and np.isfinite(logits).all())
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
             raise UserError(str(path), f"is no session ({e})", "save it anew") from None
         require(sound, str(path), "is no session", "save it anew")
         now = Moment(state, logits if position else None, recent, ())
-        return self.add(session_id, now, config.validate(self.vocab_size), seed, turns).id
+        return self.add(session_id, now, config, seed, turns).id
+
+def checked(config: StreamingConfig, vocab_size: int) -> StreamingConfig:
+    require(isinstance(config, StreamingConfig), "config", f"is a {type(config).__name__}",
+            "pass a StreamingConfig")
+    return config.validate(vocab_size)
+
+def is_session(path: str | Path) -> bool:
+    """Whether a file looks like one that save_session wrote."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "session" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 def usable_device(name: str) -> torch.device:
     """As pick_device; but a script written for a GPU runs, with a warning, where there is none."""
@@ -811,7 +896,9 @@ class StreamingInference:
 
     def generate_next_token(self, token: int | list[int] | None = None, **settings) -> int | None:
         """Read a token, or several, or none, and draw the next; None if that ends the text."""
-        prompt = [] if token is None else [token] if isinstance(token, int) else token
+        prompt = [] if token is None else token
+        if not isinstance(prompt, list | tuple):
+            prompt = np.atleast_1d(prompt).tolist()
         with contextlib.closing(self.server.answer(
                 prompt, self.session, as_ids=True, **{**settings, "max_new_tokens": 1})) as answer:
             return next((token.id for chunk in answer for token in chunk.tokens), None)
@@ -845,16 +932,6 @@ def coloured(chunk: Chunk) -> str:
     gates = [token.gates.mean(0) for token in chunk.tokens if token.gates is not None]
     return painted(chunk.text, np.mean(gates, axis=0)[ORDER]) if gates else chunk.text
 
-@contextlib.contextmanager
-def ctrl_c_sets() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, instead of what it does otherwise."""
-    event = threading.Event()
-    before = signal.signal(signal.SIGINT, lambda *_: event.set())
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, before)
-
 class Console:
     """Answers on a terminal, to one prompt or to many."""
 
@@ -862,26 +939,26 @@ class Console:
             "/stats, /help; Ctrl-C stops an answer, Ctrl-D ends")
 
     def __init__(self, server: StreamingServer, args):
-        self.server, self.streaming = server, args.streaming or args.interactive
-        self.gates, self.stats = args.gates, args.stats
-        self.session = server.load_session(args.load_session) if args.load_session else (
-            server.create_session())
+        self.server, self.interactive = server, args.interactive
+        self.streaming = args.streaming or args.interactive
+        self.gates, self.stats, self.settings = args.gates, args.stats, args.settings
+        config = server.configured(server.config, args.settings)
+        self.session = (server.load_session(args.load_session) if args.load_session
+                        else server.create_session(config=config))
 
     def say(self, prompt: str) -> None:
         """Print the answer to a prompt."""
         begin, first, count, shown = time.perf_counter(), None, 0, []
         if self.gates:
             print(legend())
-        answer = self.server.answer(prompt, self.session)
-        with ctrl_c_sets() as stopped, contextlib.closing(answer):
+        answer = self.server.answer(prompt, self.session, **self.settings)
+        with self.on_ctrl_c(answer.stop), contextlib.closing(answer):
             for chunk in answer:
                 first = first or time.perf_counter() - begin
                 count += len(chunk.tokens)
                 shown.append(coloured(chunk) if self.gates else chunk.text)
                 if self.streaming:
                     print(shown[-1], end="", flush=True)
-                if stopped.is_set():
-                    break
         print("" if self.streaming else "".join(shown))
         if self.stats:
             seconds, info = time.perf_counter() - begin, self.server.get_session_info(self.session)
@@ -889,14 +966,26 @@ class Console:
             print(f"{first or seconds:.3f} s to the first text, {rate:,.1f} tokens/s; "
                   f"{info['position']:,} tokens in {info['state_bytes']:,} bytes", file=sys.stderr)
 
-    def interact(self) -> int:
+    @contextlib.contextmanager
+    def on_ctrl_c(self, stop) -> Iterator[None]:
+        """Turn after turn, Ctrl-C stops the answer, not the program."""
+        if not self.interactive:
+            yield
+            return
+        before = signal.signal(signal.SIGINT, lambda *_: stop())
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def interact(self) -> None:
         print(self.HELP)
         while True:
             try:
                 line = input("> ")
             except EOFError:
                 print()
-                return 0
+                return
             except KeyboardInterrupt:
                 print("\n(Ctrl-D ends)")
                 continue
@@ -941,53 +1030,64 @@ class Console:
 def parse(argv: list[str] | None):
     parser = CliParser(usage="python streaming.py --checkpoint FILE [--FLAG VALUE ...]",
                        description=__doc__.split("As a library")[0])
-    c = StreamingConfig()
     flags = [
         ("--checkpoint", str, "tinymamba_model_latest.pt", "a checkpoint of testv2.py"),
         ("--tokenizer", str, None, "tokenizer.json or vocab.txt; else beside the training data"),
         ("--device", str, "auto", "auto, cpu, cuda, cuda:1 or mps"),
         ("--dtype", str, "float32", "of the weights: float32, bfloat16 or float16"),
         ("--prompt", str, "", "what to continue; empty begins a new text"),
-        ("--max_tokens", int, c.max_new_tokens, "tokens of an answer"),
-        ("--temperature", float, c.temperature, "0 takes the likeliest token every time"),
-        ("--top_k", int, c.top_k, "draw among so many of the likeliest; 0 is all"),
-        ("--top_p", float, c.top_p, "draw among the fewest that have this much probability"),
-        ("--min_p", float, c.min_p, "leave out what has less than this share of the likeliest's"),
-        ("--repetition_penalty", float, c.repetition_penalty, "above 1 avoids recent tokens"),
-        ("--seed", int, None, "the same seed gives the same text"),
-        ("--load_session", str, None, "go on with the session in this file"),
+        ("--load_session", str, None, "go on with the session, and the settings, in this file"),
         ("--save_session", str, None, "write the session to this file afterwards"),
     ]
     for flag, kind, default, text in flags:
-        shown = "" if default is None or default == "" else f" [{default}]"
+        shown = f" [{default}]" if default else ""
         parser.add_argument(flag, type=kind, default=default, help=text + shown,
                             metavar=kind.__name__.upper())
-    parser.add_argument("--stop", nargs="+", metavar="STR", help="strings that end an answer")
+    settings = {
+        "max_tokens": ("max_new_tokens", int, "tokens of an answer"),
+        "temperature": ("temperature", float, "0 takes the likeliest token every time"),
+        "top_k": ("top_k", int, "draw among so many of the likeliest; 0 is all"),
+        "top_p": ("top_p", float, "draw among the fewest that have this much probability"),
+        "min_p": ("min_p", float, "leave out what has less than this share of the likeliest's"),
+        "repetition_penalty": ("repetition_penalty", float, "above 1 avoids recent tokens"),
+        "seed": ("seed", int, "the same seed gives the same text"),
+    }
+    for flag, (name, kind, text) in settings.items():
+        default = getattr(StreamingConfig, name)
+        parser.add_argument(f"--{flag}", type=kind, dest=name, default=argparse.SUPPRESS,
+                            help=text + ("" if default is None else f" [{default}]"),
+                            metavar=kind.__name__.upper())
+    parser.add_argument("--stop", nargs="+", metavar="STR", default=argparse.SUPPRESS,
+                        help="strings that end an answer")
     for flag, text in (
         ("--streaming", "print text as it is made"),
         ("--interactive", "turn after turn, with commands: /help lists them"),
         ("--gates", "colour text by the branch that carried it: SSM, attention or MLP"),
         ("--stats", "time to the first text, tokens/s, size of the state"),
         ("--compile", "compile the step of one token: a minute first, faster after"),
+        ("--force", "let --save_session replace a file"),
     ):
         parser.add_argument(flag, action="store_true", help=text)
     args = parser.parse_args(argv)
+    names = [field.name for field in dataclasses.fields(StreamingConfig)]
+    args.settings = {name: getattr(args, name) for name in names if hasattr(args, name)}
     require(args.dtype in DTYPES, "--dtype", f"{args.dtype} is unknown", f"use {', '.join(DTYPES)}")
+    pick_device(args.device)
+    there = args.save_session and os.path.lexists(args.save_session)
+    require(args.force or not there, "--save_session", f"{args.save_session} is there",
+            "pass --force or name another")
     return args
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    pick_device(args.device)
-    config = StreamingConfig(
-        max_new_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,
-        top_p=args.top_p, min_p=args.min_p, repetition_penalty=args.repetition_penalty,
-        seed=args.seed, stop=args.stop)
-    server = StreamingServer(args.checkpoint, args.device, config, args.tokenizer,
+    sys.stdout.reconfigure(errors="replace")  # a terminal need not know every character
+    server = StreamingServer(args.checkpoint, args.device, None, args.tokenizer,
                              DTYPES[args.dtype], args.compile)
     console = Console(server, args)
+    if args.prompt or not args.interactive:
+        console.say(args.prompt)
     if args.interactive:
-        return console.interact()
-    console.say(args.prompt)
+        console.interact()
     if args.save_session:
         server.save_session(console.session, args.save_session)
         print(f"saved {args.save_session}", file=sys.stderr)

@@ -100,6 +100,9 @@ def run_cli(main) -> typing.NoReturn:
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # who read the output, as head does, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
@@ -315,7 +318,7 @@ def has_type(value, hint) -> bool:
     if options:
         return any(has_type(value, option) for option in options)
     if hint is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
     return type(value) is hint
 
 def parse_as(hint, text: str):
@@ -548,7 +551,9 @@ class ShortConv(nn.Module):
             history = F.pad(u, (0, 0, K - 1, 0))  # (B, K-1+L, D)
         else:
             history = torch.cat((past.conv.to(u.dtype), u), dim=1)
-        if self.document_mask:
+        if L == 1 and not self.document_mask:
+            u = u + (history * weight.T).sum(1, keepdim=True)
+        elif self.document_mask:
             age = torch.arange(L, device=u.device) - piece.starts  # (B, L)
             taps = ((history[:, k : k + L] * weight[:, k], age >= K - 1 - k) for k in range(K))
             u = u + sum(tap * known[..., None] for tap, known in taps)
@@ -582,7 +587,8 @@ class MambaSSM(nn.Module):
     def forward(self, u: Tensor, piece: Piece, past: LayerState | None):
         """u (B, L, D) -> the branch's output (B, L, D), the new SSM state and its phase."""
         c = self.config
-        z, x, B, C, dt = self.in_proj(u).split(self.sizes, dim=-1)
+        E, N = self.d_inner, c.d_state
+        z, x, BC, dt = self.in_proj(u).split([E, E, 2 * N, self.n_heads], dim=-1)
         x = x.unflatten(-1, (self.n_heads, c.ssm_head_dim))  # (B, L, H, P)
         dt = F.threshold(F.softplus(widen(dt) + widen(self.dt_bias)), MIN_DT, 0.0)  # (B, L, H)
         half_turns = self.half_turns(u)  # (B, L, N/2)
@@ -595,7 +601,7 @@ class MambaSSM(nn.Module):
         state, phase = (None, None) if past is None else (past.ssm, past.phase)
         phase = running_phase(half_turns, phase)
         cos, sin = (math.pi * phase).cos(), (math.pi * phase).sin()
-        B, C = apply_rotary_pos_emb(B, cos, sin), apply_rotary_pos_emb(C, cos, sin)
+        B, C = apply_rotary_pos_emb(BC.unflatten(-1, (2, N)).movedim(2, 0), cos, sin)  # (B, L, N)
         A = -widen(self.A_log).exp()
         y, state = selective_scan(x, dt, A, B, C, self.D, state, resets, c.scan, c.chunk_size)
         return self.out_proj(y.flatten(2) * F.silu(z)), state, phase[:, -1]
@@ -1541,6 +1547,8 @@ def digest(value) -> str:
     feed(value)
     return h.hexdigest()
 
+REPLACING = threading.Lock()  # two writers of one file would share its temporary name
+
 def replace_file(path: str | Path, write, previous: Path | None = None) -> None:
     """Let `write(temporary name)` make the file, then put it in place in one step, on disk.
 
@@ -1549,19 +1557,22 @@ def replace_file(path: str | Path, write, previous: Path | None = None) -> None:
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
+        if os.path.lexists(path) and not path.is_file():
+            raise OSError("something is there that is no plain file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(str(temporary))
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        if previous and path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
+        with REPLACING:
+            write(str(temporary))
+            with open(temporary, "rb+") as f:
+                os.fsync(f.fileno())
+            if previous and path.exists():
+                os.replace(path, previous)
+            os.replace(temporary, path)
         if os.name == "posix":  # the rename itself is on disk when the folder is
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
-    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
-        with contextlib.suppress(OSError):
+    except (OSError, RuntimeError, ValueError) as e:  # torch reports a full disk as a RuntimeError
+        with contextlib.suppress(OSError, ValueError):
             temporary.unlink()
         raise UserError(str(path), f"cannot be written ({e})", "free space or name another") from e
 

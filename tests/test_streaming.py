@@ -55,6 +55,7 @@ from testv2 import (
     byte_alphabet,
     digest,
     save_checkpoint,
+    write_tensors,
 )
 
 GREEDY = {"temperature": 0.0}
@@ -167,6 +168,8 @@ def test_the_penalty_looks_back_on_the_window_only():
     ("max_new_tokens", -1), ("max_new_tokens", 2.5), ("stop", [""]), ("stop", "abc"),
     ("stop_ids", [257]), ("logit_bias", {400: 1.0}), ("logit_bias", {1: math.nan}),
     ("logit_bias", {1: math.inf}), ("seed", -1), ("logprobs", 300), ("batch_size", 0),
+    ("logit_bias", {1: 10**400}), ("logit_bias", [1]), ("stop_ids", 0), ("temperature", 10**400),
+    ("batch_size", 2),
     ("state_buffer_size", 0), ("eos_token_id", 257), ("pad_token_id", -1), ("topk", 3),
 ])
 def test_bad_settings_are_refused_by_name_and_change_nothing(field, value):
@@ -307,10 +310,37 @@ def test_a_stop_inside_of_a_token_leaves_what_is_before_it():
     first = next(answer)
     assert (first.text, answer.since) == ("ab", "ab")
     answer.config.logit_bias = {1: 1000.0}
-    assert list(answer) == [] or answer.finish_reason
+    assert "".join(chunk.text for chunk in answer) == "" and answer.finish_reason == "stop"
     read = server.find(session).now.recent
     assert tokenizer.decode(read) == "xab"
     assert_has_read(server, session, list(read))
+
+
+def test_text_before_an_unfinished_character_is_read_as_it_was_given_out():
+    tokenizer = Vocabulary(b"ab\xc3", *(bytes([b]) for b in range(256)))
+    server = StreamingServer(wide(), tokenizer=tokenizer, config=StreamingConfig(
+        temperature=0.0, max_new_tokens=1, logit_bias={0: 1000.0}))
+    session = server.create_session()
+    assert server.generate_text("x", session) == "ab"
+    assert tokenizer.decode(server.find(session).now.recent) == "xab"
+
+
+def test_words_go_on_in_context(tmp_path):
+    """A tokenizer that begins every text with a space, and one with hidden tokens between."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    words = {word: i for i, word in enumerate(["<unk>", "\u2581hello", "\u2581a", "\u2581ac",
+                                               "c", "\u2581", "<s>", "\u2581b"])}
+    library = Tokenizer(models.Unigram([(word, -1.0) for word in words], unk_id=0))
+    library.pre_tokenizer, library.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    library.add_special_tokens(["<s>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = SimpleTokenizer(tmp_path / "tokenizer.json")
+    ids = [words["\u2581hello"], words["\u2581a"]]
+    assert tokenizer.decode(streaming.extend(tokenizer, ids, "c")) == "hello ac"
+    assert streaming.extend(tokenizer, ids, "") == ids
+    texts, _ = streamed(tokenizer, [words["\u2581b"], words["<s>"], words["\u2581hello"]])
+    assert "".join(texts) == tokenizer.decode([words["\u2581b"], words["\u2581hello"]])
 
 
 def test_text_held_back_for_a_stop_is_given_out_at_the_end():
@@ -321,7 +351,7 @@ def test_text_held_back_for_a_stop_is_given_out_at_the_end():
 
 def test_an_answer_longer_than_what_is_kept_of_it(monkeypatch):
     monkeypatch.setattr(streaming, "REBASE", 16)
-    server = serve(temperature=1.0, top_k=0)
+    server = serve(temperature=1.0, top_k=0, eos_token_id=-1)
     session, ids = server.create_session(seed=1), []
     with contextlib.closing(server.answer([7], session, as_ids=True, max_new_tokens=200)) as answer:
         for chunk in answer:
@@ -332,6 +362,13 @@ def test_an_answer_longer_than_what_is_kept_of_it(monkeypatch):
     assert_has_read(server, session, [7, *ids])
     alone = server.answer([7], as_ids=True, max_new_tokens=200, seed=1)
     assert tokens_of(alone)[:150] == ids
+    other = server.answer([9], as_ids=True, max_new_tokens=100)
+    again = server.answer([7], server.create_session("a", seed=1), as_ids=True, max_new_tokens=100)
+    for _ in range(90):  # in turns, so that there are always tokens made ahead
+        next(other), next(again)
+        assert len(again.ids) <= 16 + 17
+    again.close()
+    assert_has_read(server, "a", [7, *ids[:90]])
 
 
 def test_eos_ends_an_answer_and_with_reset_on_eos_the_memory():
@@ -430,11 +467,12 @@ def test_a_session_answers_one_at_a_time():
     assert not server.decoder.answers and server.decoder.state is None
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "..", "a b", "x" * 65, "é", 7, "a\n"])
+@pytest.mark.parametrize("name", ["", "a/b", "..", "a b", "x" * 65, "é", 7, "a\n", 0, []])
 def test_session_ids_are_plain_names(name):
     server = serve()
-    with pytest.raises(UserError, match="session_id"):
-        server.add(name, server.nothing(), server.config, 1) if name != "" else server.find(name)
+    for act in (server.create_session, server.get_session_info):
+        with pytest.raises(UserError, match="session_id"):
+            act(name)
     assert not server.sessions
 
 
@@ -602,9 +640,113 @@ def test_one_bad_answer_does_not_disturb_the_others():
     first = next(good).tokens
     with pytest.raises(UserError, match="every token is banned"):
         next(bad)
+    session = server.create_session()
+    with pytest.raises(UserError, match="every token is banned"):
+        server.generate_text("Hello", session, logit_bias=dict.fromkeys(range(257), -math.inf))
+    assert server.get_session_info(session)["position"] == 0
     assert [t.id for t in first] + tokens_of(good) == tokens_of(serve(max_new_tokens=10).answer(
         "Hello", as_ids=True))
     assert not server.decoder.answers
+
+
+def test_closed_answers_leave_the_batch_at_once():
+    server = serve(batch_size=2, max_new_tokens=50, eos_token_id=-1)
+    live = server.answer("Hello", as_ids=True)
+    rows, step = [], server.decoder.hand_out
+    server.decoder.hand_out = lambda ready, *rest: (rows.append(len(ready)), step(ready, *rest))
+    for number in range(6):
+        with contextlib.closing(server.answer([number], as_ids=True)) as short:
+            next(short)
+            next(short)
+            next(live)
+    rows.clear()
+    next(live)
+    assert set(rows) <= {1} and len(server.decoder.answers) == 1
+    assert len(tokens_of(live)) == 50 - 7
+
+
+def test_what_was_made_ahead_is_undone_by_closing():
+    """Steps that another answer asks for run this one into its end."""
+    whole = tokens_of(serve().answer("Hello", as_ids=True))
+    server = serve(reset_on_eos=True, eos_token_id=whole[3])
+    session = server.create_session()
+    ahead = server.answer("Hello", session, as_ids=True)
+    given = [token.id for token in next(ahead).tokens]
+    tokens_of(server.answer("x", as_ids=True, eos_token_id=-1))
+    assert ahead.over
+    ahead.close()
+    assert ahead.finish_reason is None
+    assert_has_read(server, session, [*BYTES.encode("Hello"), *given])
+
+
+def test_an_answer_may_be_closed_while_another_thread_waits_for_it(monkeypatch):
+    server, within, go_on = serve(max_new_tokens=50), threading.Event(), threading.Event()
+    session = server.create_session()
+    answer, read = server.answer("Hello", session, as_ids=True), server.decoder.read
+
+    def slow(ids, state):
+        within.set()
+        assert go_on.wait(60)
+        return read(ids, state)
+
+    monkeypatch.setattr(server.decoder, "read", slow)
+    got = []
+    reader = threading.Thread(target=lambda: got.extend(tokens_of(answer)))
+    reader.start()
+    assert within.wait(60)
+    answer.close()
+    go_on.set()
+    reader.join(60)
+    assert not reader.is_alive() and got == [] and not server.decoder.answers
+    monkeypatch.undo()
+    server.find(session)
+    assert_has_read(server, session, BYTES.encode("Hello"))
+
+
+def test_an_interrupted_step_leaves_no_one_waiting(monkeypatch):
+    server = serve()
+    answer = server.answer("Hello", as_ids=True)
+    read = server.decoder.read
+
+    def interrupted(ids, state):
+        monkeypatch.setattr(server.decoder, "read", read)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(server.decoder, "read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(answer)
+    assert tokens_of(server.answer("Hello", as_ids=True)) == tokens_of(
+        serve().answer("Hello", as_ids=True))
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one():
+    server, steps = serve(max_new_tokens=2), []
+    long = server.answer([5] * 200_000, as_ids=True)
+    short = server.answer("Hi", as_ids=True)
+    step = server.decoder.step
+    server.decoder.step = lambda: (steps.append(1), step())
+    assert next(short) and len(steps) == 1
+    assert next(long, None) is not None or long.close() is None
+
+
+@pytest.mark.parametrize(
+    "prompt", [None, 5, b"abc", {1: 2}, {3}, [1.5], [True], [[1]], [257], [-1]])
+def test_prompts_are_text_or_ids(prompt):
+    with pytest.raises(UserError, match="prompt"):
+        serve().answer(prompt)
+
+
+def test_arrays_and_tensors_are_ids_too():
+    ids = BYTES.encode("Hello")
+    outs = [serve().generate_text(form) for form in (ids, tuple(ids), np.array(ids),
+                                                     torch.tensor(ids), "Hello")]
+    assert len(set(outs)) == 1
+    model = StreamingInference(wide(), config=StreamingConfig(**GREEDY))
+    firsts = set()
+    for one in (65, np.int64(65), torch.tensor(65), [65]):
+        model.reset_state()
+        firsts.add(model.generate_next_token(one))
+    assert len(firsts) == 1
 
 
 # ------------------------------------------------------------------------------------ files
@@ -704,6 +846,11 @@ def hostile(change) -> bytes:
     lambda t, n: n.update(session={"seed": 1, "turns": 0, "config": {"logit_bias": None,
                                                                      "temperature": -1}}),
     lambda t, n: n.update(session=[1, 2]),
+    lambda t, n: n.update(session={"seed": 1, "turns": -1, "config": {"logit_bias": None}}),
+    lambda t, n: n.update(session={"seed": 1, "turns": 0, "config": {"logit_bias": None,
+                                                                     "temperature": 10**400}}),
+    lambda t, n: t.update(logits=t["logits"] * math.nan),
+    lambda t, n: t.update(position=t["position"] + 2**62),
     lambda t, n: n.update(format="tinymamba-state-1"),
 ])
 def test_hostile_files_are_refused(tmp_path, change):
@@ -726,6 +873,49 @@ def test_a_huge_tensor_in_a_file_is_refused_before_it_is_read(tmp_path):
     with pytest.raises(UserError):
         server.load_session(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
+def test_deep_json_is_refused(tmp_path):
+    (tmp_path / "s").write_bytes(hostile(lambda t, n: None).replace(
+        b'\\"turns\\": 0', b'\\"turns\\": 0'))
+    server = serve()
+    assert server.load_session(tmp_path / "s")
+    notes = {"model": server.fingerprint, "session": "[" * 100_000}
+    write_tensors(tmp_path / "deep", server.tensors(server.nothing()), notes)
+    with pytest.raises(UserError, match="deep"):
+        server.load_session(tmp_path / "deep")
+
+
+def test_a_session_takes_the_place_of_an_older_one_and_of_nothing_else(tmp_path):
+    server = serve()
+    session = server.create_session()
+    for _ in range(2):
+        server.save_session(session, tmp_path / "s")
+    (tmp_path / "notes.txt").write_text("mine")
+    for path in (tmp_path / "notes.txt", tmp_path, "/dev/null", "a\0b"):
+        with pytest.raises(UserError):
+            server.save_session(session, path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_threads_may_save_to_one_file(tmp_path):
+    server, errors = serve(), []
+    sessions = [server.create_session() for _ in range(4)]
+
+    def work(session: str) -> None:
+        try:
+            for _ in range(10):
+                server.save_session(session, tmp_path / "s")
+                server.delete_session(server.load_session(tmp_path / "s"))
+        except Exception as e:
+            errors.append(e)
+
+    threads = [threading.Thread(target=work, args=(session,)) for session in sessions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors[0]
 
 
 def test_the_session_of_another_model_is_refused(tmp_path, saved):
@@ -832,6 +1022,17 @@ def test_a_session_goes_on_from_a_file(folder):
     session = server.load_session(folder / "s")
     rest = server.generate_text("", session, max_new_tokens=6)
     assert (first.stdout.removesuffix("\n") + rest) == whole.removesuffix("\n")
+    again = run(folder, *flags[:-1], 3, "--load_session", "s", "--save_session", "s", "--force")
+    assert again.returncode == 0 and rest.startswith(again.stdout.removesuffix("\n"))
+    assert len(again.stdout.removesuffix("\n")) == 3, "flags go before the settings of the file"
+
+
+def test_output_that_no_one_reads_to_the_end(folder):
+    command = f"{sys.executable} {ROOT / 'streaming.py'} --max_tokens 3000 --streaming | head -c 9"
+    done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    plain = run(folder, "--max_tokens", 300, "--seed", 3, env={"PYTHONIOENCODING": "ascii"})
+    assert plain.returncode == 0, plain.stderr
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(folder):
@@ -858,13 +1059,10 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(folder):
     (["--load_session", "vocab.txt"], ["vocab.txt"]),
     (["--max_token", "3"], ["--max_token", "did you mean --max_tokens"]),
     (["--prompt", "x", "--save_session", "/proc/nowhere/s"], ["/proc/nowhere/s"]),
+    (["--prompt", "x", "--save_session", "vocab.txt"], ["vocab.txt", "--force"]),
 ])
 def test_bad_commands_are_refused_in_one_line(folder, words, fragments):
-    done = run(folder, *words)
-    if "--save_session" in words:
-        assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ")
-    else:
-        assert_refused(done, *fragments)
+    assert_refused(run(folder, *words), *fragments)
 
 
 def test_a_checkpoint_without_a_tokenizer_takes_ids_only(tmp_path, folder):
