@@ -89,6 +89,7 @@ class StreamingConfig:
     stop_ids: list[int] | None = None  # ids that do, besides eos_token_id
     seed: int | None = None  # of the draws; None takes the session's own
     logprobs: int | None = None  # name so many likeliest alternatives with every token
+    adapter: str | None = None  # which of the server's adapters answers; None is the model itself
     reset_on_eos: bool = False  # an answer that ends with eos ends its session's memory as well
     eos_token_id: int | None = None  # None takes the model's or tokenizer's, -1 none
     bos_token_id: int | None = None  # begins every session; None begins only those without a prompt
@@ -110,6 +111,8 @@ class StreamingConfig:
             "bos_token_id": (int | None, 0, vocab_size - 1),
             "pad_token_id": (int | None, 0, vocab_size - 1),
         }
+        require(has_type(self.adapter, str | None), "adapter", f"{self.adapter!r} is not legal",
+                "pass a name")
         for name, (kind, low, high) in spans.items():
             value = getattr(self, name)
             legal = has_type(value, kind) and (value is None or low <= value <= high)
@@ -280,7 +283,7 @@ class Decoder:
 
     def __init__(self, model: TinyMambaModel, batch_size: int, compiled: bool = False):
         self.model, self.turn = model.requires_grad_(False).eval(), threading.Condition()
-        self.batch_size = batch_size
+        self.batch_size, self.reading = batch_size, threading.Lock()
         self.device, self.busy = model.embedding.weight.device, False
         self.one_token = torch.compile(model.run) if compiled else model.run
         self.answers: list[Answer] = []  # open ones
@@ -288,20 +291,33 @@ class Decoder:
         self.state: ModelState | None = None
 
     @torch.inference_mode()
-    def read(self, ids: list[list[int]], state: ModelState):
-        """ids (B, L) -> logits (B, V) of the last column, its gates (n_layer, B, 3), new state."""
+    def read(self, ids: list[list[int]], state: ModelState, adapters: list[str | None]):
+        """ids (B, L) -> logits (B, V) of the last column, its gates (n_layer, B, 3), new state.
+
+        `adapters`: the one of each row.
+        """
         run = self.one_token if len(ids[0]) == 1 else self.model.run
-        hidden, state, gates = run(torch.tensor(ids, device=self.device), state)
+        with self.reading:
+            self.let_serve(adapters)
+            hidden, state, gates = run(torch.tensor(ids, device=self.device), state)
         logits = self.model.head(hidden[:, -1]).float()  # (B, V)
         if len(ids[0]) > 1:
             state = state.clone()  # of a long piece, it is a small view
         return logits.cpu().numpy(), gates[:, :, -1].float().cpu().numpy(), state
 
-    def settle(self, moment: Moment) -> Moment:
+    def let_serve(self, adapters: list[str | None]) -> None:
+        if hasattr(self.model, "adapter_switch"):
+            from peft import set_adapter
+
+            alike = len(set(adapters)) == 1
+            set_adapter(self.model, adapters[0] if alike else adapters)
+
+    def settle(self, moment: Moment, adapter: str | None) -> Moment:
         """The same moment with nothing left to read."""
         state, logits, unread = moment.state, moment.logits, list(moment.unread)
         for at in range(0, len(unread), SMALL_PIECE):
-            (logits,), _, state = self.read([unread[at : at + SMALL_PIECE]], state)
+            piece = unread[at : at + SMALL_PIECE]
+            (logits,), _, state = self.read([piece], state, [adapter])
         return moment._replace(state=state, logits=logits, unread=())
 
     def wait(self, answer: Answer) -> None:
@@ -328,11 +344,11 @@ class Decoder:
             prompts, ready = self.pieces(), self.gather(self.ready())
             tokens, state = [[a.last] for a in ready], self.state
         for answer, piece in prompts:
-            read = self.read([piece], answer.state)
+            read = self.read([piece], answer.state, [answer.config.adapter])
             with self.turn:
                 answer.has_read(len(piece), *read)
         if ready:
-            logits, gates, state = self.read(tokens, state)
+            logits, gates, state = self.read(tokens, state, [a.config.adapter for a in ready])
             with self.turn:
                 self.hand_out(ready, logits, gates, state)
 
@@ -602,14 +618,16 @@ class StreamingServer:
     `config`: defaults of every session. `tokenizer`: a tokenizer.json or vocab.txt, or an object
     with encode and decode; None looks beside the checkpoint and beside its training data. `dtype`:
     of weights and activations; states stay float32. `compiled`: compile the step of one token,
-    which takes a while and makes it faster.
+    which takes a while and makes it faster. `adapters`: folders of peft.py by name, of which every
+    session and answer may choose one; they are decoded in one batch.
 
     Prompts are text or lists of ids. What is wrong raises a UserError, and changes nothing. Part of
     a character at the end of an answer is neither given out nor read.
     """
 
     def __init__(self, model_path, device: str = "auto", config: StreamingConfig | None = None,
-                 tokenizer=None, dtype: torch.dtype = torch.float32, compiled: bool = False):
+                 tokenizer=None, dtype: torch.dtype = torch.float32, compiled: bool = False,
+                 adapters: dict[str, str | Path] | None = None):
         device, config = usable_device(str(device)), config or StreamingConfig()
         problem = why_no_compile(device) if compiled else None
         require(not problem, "compile", f"{problem}", "leave it out")
@@ -617,12 +635,20 @@ class StreamingServer:
             self.model, beside = model_path, []
         else:
             self.model, beside = load_model(model_path, device), [model_path]
+        for name, folder in (adapters or {}).items():
+            from peft import load_adapter
+
+            load_adapter(self.model, folder, name)
+        require(not compiled or len(adapters or {}) <= 1, "compile", "every mix of adapters would "
+                "be compiled anew", "load one, or merge it")
         self.model = self.model.to(device, dtype)
         self.tokenizer = tokenizer = open_tokenizer(tokenizer, self.model, beside)
         self.vocab_size = self.model.config.vocab_size
-        self.config = checked(config, self.vocab_size)
+        self.adapters = tuple(adapters or ())
+        self.config = self.checked(config)
         self.decoder = Decoder(self.model, config.batch_size, compiled)
         self.turn, self.sessions = self.decoder.turn, {}
+        self.beginnings = {name: self.begin(name) for name in (None, *self.adapters)}
         known = getattr(tokenizer, "__len__", lambda: 0)()
         require(known <= self.vocab_size, "tokenizer", f"has {known} ids, the model "
                 f"{self.vocab_size}", "pass the one that the model was trained with")
@@ -637,13 +663,27 @@ class StreamingServer:
 
         With a `seed`, the same prompts give the same answers again.
         """
-        config = checked(self.config if config is None else config, self.vocab_size)
+        config = self.checked(self.config if config is None else config)
         seed = config.seed if seed is None else seed
         seed = secrets.randbits(63) if seed is None else seed
-        return self.add(session_id, self.nothing(), config, seed).id
+        return self.add(session_id, self.nothing(config), config, seed).id
 
-    def nothing(self) -> Moment:
+    def checked(self, config: StreamingConfig) -> StreamingConfig:
+        require(isinstance(config, StreamingConfig), "config", f"is a {type(config).__name__}",
+                "pass a StreamingConfig")
+        config.validate(self.vocab_size)
+        require(config.adapter is None or config.adapter in self.adapters, "adapter",
+                f"there is no {config.adapter!r}",
+                f"there are {', '.join(self.adapters) or 'none'}")
+        return config
+
+    def nothing(self, config: StreamingConfig) -> Moment:
         """Before the first token."""
+        return self.beginnings[config.adapter]
+
+    def begin(self, adapter: str | None) -> Moment:
+        """What a session begins with: an adapter may have a first state of its own."""
+        self.decoder.let_serve([adapter])
         return Moment(self.model.init_state(1), None, (), ())
 
     def add(self, session_id: str | None, now: Moment, config: StreamingConfig, seed: int,
@@ -681,7 +721,7 @@ class StreamingServer:
                 config.seed = session.seed
             elif config.seed is None:
                 config.seed = secrets.randbits(63)
-            now = session.now if session else self.nothing()
+            now = session.now if session else self.nothing(config)
             answer = Answer(self.decoder, now, self.begun(ids, now, config), config,
                             self.ends(config), None if as_ids else self.tokenizer,
                             functools.partial(self.settle, session) if session else None)
@@ -695,7 +735,7 @@ class StreamingServer:
             require(name in fields, name, "is no setting", f"use {', '.join(sorted(fields))}")
         require("batch_size" not in settings, "batch_size", "is the server's, for all answers",
                 "set it in the server's config")
-        return checked(dataclasses.replace(config, **settings), self.vocab_size)
+        return self.checked(dataclasses.replace(config, **settings))
 
     def encode(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -738,7 +778,7 @@ class StreamingServer:
             return
         session.before, session.turns = answer.origin, session.turns + 1
         if answer.config.reset_on_eos and answer.ended_by == self.eos_of(answer.config):
-            session.now = self.nothing()
+            session.now = self.nothing(session.config)
 
     def generate_stream(self, prompt: str | list[int], session_id: str | None = None,
                         **settings) -> Iterator[str]:
@@ -767,7 +807,7 @@ class StreamingServer:
         """Forget everything but the name and the seed."""
         with self.turn:
             session = self.find(session_id)
-            session.now, session.before = self.nothing(), None
+            session.now, session.before = self.nothing(session.config), None
             session.turns, session.used = 0, time.time()
 
     def rollback(self, session_id: str) -> None:
@@ -824,7 +864,7 @@ class StreamingServer:
                 "is there, and no session", "name another file")
         with self.turn:
             session = self.find(session_id)
-            session.now = now = self.decoder.settle(session.now)
+            session.now = now = self.decoder.settle(session.now, session.config.adapter)
             about = {"seed": session.seed, "turns": session.turns,
                      "config": dataclasses.asdict(session.config)}
             notes = {"model": self.fingerprint, "session": json.dumps(about)}
@@ -832,7 +872,7 @@ class StreamingServer:
 
     def load_session(self, path: str | Path, session_id: str | None = None) -> str:
         """A new session from a file that this very model has saved; its id."""
-        fresh = self.nothing()
+        fresh = Moment(self.model.init_state(1), None, (), ())
         tensors, notes = read_tensors(path, self.tensors(fresh), {"model": self.fingerprint}, 1)
         logits, recent = tensors.pop("logits")[0].numpy(), tensors.pop("recent")[0].tolist()
         state, recent = fresh.state.fill(tensors), tuple(i for i in recent if i >= 0)
@@ -842,7 +882,7 @@ class StreamingServer:
             bias = about["config"].pop("logit_bias")
             config = StreamingConfig(**about["config"])
             config.logit_bias = bias and {int(i): b for i, b in bias.items()}
-            checked(config, self.vocab_size)
+            self.checked(config)
             seed, turns = about["seed"], about["turns"]
             sound = (max(recent, default=0) < self.vocab_size and has_type(turns, int)
                      and len(recent) <= position < 2**62 and 0 <= start <= position
@@ -852,11 +892,6 @@ class StreamingServer:
         require(sound, str(path), "is no session", "save it anew")
         now = Moment(state, logits if position else None, recent, ())
         return self.add(session_id, now, config, seed, turns).id
-
-def checked(config: StreamingConfig, vocab_size: int) -> StreamingConfig:
-    require(isinstance(config, StreamingConfig), "config", f"is a {type(config).__name__}",
-            "pass a StreamingConfig")
-    return config.validate(vocab_size)
 
 def is_session(path: str | Path) -> bool:
     """Whether a file looks like one that save_session wrote."""
@@ -1033,6 +1068,7 @@ def parse(argv: list[str] | None):
     flags = [
         ("--checkpoint", str, "tinymamba_model_latest.pt", "a checkpoint of testv2.py"),
         ("--tokenizer", str, None, "tokenizer.json or vocab.txt; else beside the training data"),
+        ("--adapter", str, None, "folder of an adapter that peft.py made"),
         ("--device", str, "auto", "auto, cpu, cuda, cuda:1 or mps"),
         ("--dtype", str, "float32", "of the weights: float32, bfloat16 or float16"),
         ("--prompt", str, "", "what to continue; empty begins a new text"),
@@ -1069,8 +1105,9 @@ def parse(argv: list[str] | None):
     ):
         parser.add_argument(flag, action="store_true", help=text)
     args = parser.parse_args(argv)
-    names = [field.name for field in dataclasses.fields(StreamingConfig)]
-    args.settings = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    names = {field.name for field in dataclasses.fields(StreamingConfig)} - {"adapter"}
+    args.settings = {name: getattr(args, name) for name in sorted(names) if hasattr(args, name)}
+    args.settings |= {"adapter": "default"} if args.adapter else {}
     require(args.dtype in DTYPES, "--dtype", f"{args.dtype} is unknown", f"use {', '.join(DTYPES)}")
     pick_device(args.device)
     there = args.save_session and os.path.lexists(args.save_session)
@@ -1081,8 +1118,9 @@ def parse(argv: list[str] | None):
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     sys.stdout.reconfigure(errors="replace")  # a terminal need not know every character
-    server = StreamingServer(args.checkpoint, args.device, None, args.tokenizer,
-                             DTYPES[args.dtype], args.compile)
+    adapters = {"default": args.adapter} if args.adapter else {}
+    server = StreamingServer(args.checkpoint, args.device, StreamingConfig(), args.tokenizer,
+                             DTYPES[args.dtype], args.compile, adapters)
     console = Console(server, args)
     if args.prompt or not args.interactive:
         console.say(args.prompt)

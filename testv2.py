@@ -330,13 +330,14 @@ def parse_as(hint, text: str):
         legal = "one of " + ", ".join(words[hint]) if hint in words else hint.__name__
         raise argparse.ArgumentTypeError(f"{text!r} is not legal; pass {legal}") from None
 
-def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag for every field; the help text is the comment beside the field."""
+def add_config_flags(parser: argparse.ArgumentParser, defaults: dict, leave_out=()) -> None:
+    """One flag for every field, but for some; the help text is the comment beside the field."""
     group = parser
     for line in inspect.getsource(Config).split("\n"):
         if title := re.match(r"    # (\w.*)$", line):
             group = parser.add_argument_group(title[1])
-        if not (found := re.match(r"    (\w+): .*?  # (.*)$", line)):
+        found = re.match(r"    (\w+): .*?  # (.*)$", line)
+        if not found or found[1] in leave_out:
             continue
         (name, text), hint = found.groups(), HINTS[found[1]]
         kind = {"nargs": "?", "const": True} if hint is bool else {}
@@ -344,7 +345,7 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
             hint, kind = float if list[float] in options else str, {"nargs": "+"}
         if name in CHOICES:
             text += f": {', '.join(map(show, CHOICES[name]))}"
-        text = f"{text} [{show(getattr(Config, name))}]".replace("%", "%%")
+        text = f"{text} [{show(defaults.get(name, getattr(Config, name)))}]".replace("%", "%%")
         kind |= {"type": functools.partial(parse_as, hint), "metavar": hint.__name__.upper()}
         group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **kind)
 
@@ -361,7 +362,7 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[Config, dict, boo
     profile = "time a few steps with torch.profiler, write a trace, and end"
     parser.add_argument("--profile", action="store_true", help=profile)
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
-    add_config_flags(parser)
+    add_config_flags(parser, {})
     given = vars(parser.parse_args(argv))
     named = {name: value for name, value in given.items() if name in HINTS}
     for name in ("train_data_path", "val_data_path"):
@@ -583,6 +584,7 @@ class MambaSSM(nn.Module):
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
         self.D = nn.Parameter(torch.ones(self.n_heads))
         self.out_proj = projection(self.d_inner, [config.d_model], config)
+        self.offset = None  # from peft.py: C before it turns (B, L, N) -> more to add to y
 
     def forward(self, u: Tensor, piece: Piece, past: LayerState | None):
         """u (B, L, D) -> the branch's output (B, L, D), the new SSM state and its phase."""
@@ -601,9 +603,11 @@ class MambaSSM(nn.Module):
         state, phase = (None, None) if past is None else (past.ssm, past.phase)
         phase = running_phase(half_turns, phase)
         cos, sin = (math.pi * phase).cos(), (math.pi * phase).sin()
-        B, C = apply_rotary_pos_emb(BC.unflatten(-1, (2, N)).movedim(2, 0), cos, sin)  # (B, L, N)
+        BC = BC.unflatten(-1, (2, N)).movedim(2, 0)  # (2, B, L, N)
+        B, C = apply_rotary_pos_emb(BC, cos, sin)  # (B, L, N) each
         A = -widen(self.A_log).exp()
         y, state = selective_scan(x, dt, A, B, C, self.D, state, resets, c.scan, c.chunk_size)
+        y = y if self.offset is None else y + self.offset(BC[1])
         return self.out_proj(y.flatten(2) * F.silu(z)), state, phase[:, -1]
 
     def half_turns(self, u: Tensor) -> Tensor:
@@ -638,16 +642,19 @@ class LocalAttention(nn.Module):
         self.qkv = projection(config.d_model, [config.d_model] * 3, config)
         self.q_norm, self.k_norm = RMSNorm(self.head_dim), RMSNorm(self.head_dim)
         self.out_proj = projection(config.d_model, [config.d_model], config)
+        self.prefix = None  # from peft.py: queries before RoPE (B, A, L, F) -> more to add
 
     def forward(self, u: Tensor, piece: Piece, past: LayerState | None):
         """u (B, L, D) -> the branch's output (B, L, D), last W-1 keys and values."""
         q, k, v = self.qkv(u).unflatten(-1, (3, self.n_heads, self.head_dim)).unbind(2)
         q, k, v = (t.transpose(1, 2) for t in (self.q_norm(q), self.k_norm(k), v))  # (B, A, L, F)
+        plain_q = q
         q, k = (apply_rotary_pos_emb(t, piece.cos, piece.sin) for t in (q, k))
         keys = self.after(None if past is None else past.keys, k)  # (B, A, W+L, F)
         values = self.after(None if past is None else past.values, v)
         attend = self.attend_written_out if self.written_out(q.shape[2], q.device) else self.attend
         y = attend(q, keys, values, piece.mask)
+        y = y if self.prefix is None else y + self.prefix(plain_q)
         tails = (keep_last(t[:, :, 1:].transpose(1, 2), self.window - 1, piece.lengths)
                  for t in (keys, values))
         return self.out_proj(y.transpose(1, 2).flatten(2)), *(t.transpose(1, 2) for t in tails)
@@ -811,6 +818,7 @@ class TinyMambaModel(nn.Module):
         self.rotary = RotaryEmbedding(config.d_model // config.num_heads, config.rope_theta)
         self.norm = RMSNorm(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.start = None  # from peft.py: zeros of init_state -> the learned first states
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         init_weights(self)
@@ -853,6 +861,9 @@ class TinyMambaModel(nn.Module):
             order = (attention_mask == 0).long().argsort(dim=1, stable=True)
             ids, lengths = ids.gather(1, order), (attention_mask != 0).sum(1)
             back = order.argsort(dim=1)[..., None]  # (B, L, 1)
+        asked = state is not None
+        if self.start is not None and not asked:
+            state = self.init_state(len(ids))
         starts, document = self.find_documents(ids, state, lengths)
         piece = self.describe(ids, state, starts, lengths)
         x = self.dropout(self.embedding(ids))
@@ -867,9 +878,9 @@ class TinyMambaModel(nn.Module):
         if back is not None:
             x = x.gather(1, back.expand_as(x))
             gates = [g.gather(1, back.expand_as(g)) for g in gates]
-        if state is not None:
+        if asked:
             state = state.after(layers, document, ids.shape[1] if lengths is None else lengths)
-        return x, state, torch.stack(gates)
+        return x, state if asked else None, torch.stack(gates)
 
     def describe(self, ids: Tensor, state: ModelState | None, starts: Tensor | None,
                  lengths: Tensor | None) -> Piece:
@@ -924,6 +935,7 @@ class TinyMambaModel(nn.Module):
             h, phase = widen(zeros(*state)), widen(zeros(c.d_state // 2))
             tail = zeros(c.d_conv - 1, c.d_model)
             layers.append(LayerState(tail, h, phase, zeros(*keys), zeros(*keys)))
+        layers = layers if self.start is None else self.start(layers)
         return ModelState(layers, zeros(dtype=torch.int64), zeros(dtype=torch.int64))
 
     def count_parameters(self) -> dict[str, int]:
@@ -932,7 +944,8 @@ class TinyMambaModel(nn.Module):
                  "head")
         counts = dict.fromkeys(parts, 0)
         for name, p in self.named_parameters():
-            counts[name.split(".")[2 if name.startswith("blocks.") else 0]] += p.numel()
+            part = name.split(".")[2 if name.startswith("blocks.") else 0]
+            counts[part] = counts.get(part, 0) + p.numel()
         return {**counts, "total": sum(counts.values())}
 
     def fingerprint(self) -> str:
@@ -1506,8 +1519,9 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """
     no_matrix = ("head", "controller", "angle_proj")
     linear = {m.weight: getattr(m, "parts", [m.out_features]) for name, m in model.named_modules()
-              if isinstance(m, nn.Linear) and not name.endswith(no_matrix)}
-    others = [p for p in model.parameters() if p not in linear]
+              if isinstance(m, nn.Linear) and not name.endswith(no_matrix)
+              and m.weight.requires_grad}
+    others = [p for p in model.parameters() if p.requires_grad and p not in linear]
     if config.optimizer == "muon":
         return MuonAdamW(linear, others, config)
     groups = [{"params": list(linear), "weight_decay": config.weight_decay},
@@ -1648,6 +1662,8 @@ def load_newest(path: str | Path) -> dict:
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> TinyMambaModel:
     """The model of a checkpoint, in eval mode."""
     state = load_checkpoint(path)
+    require("adapter" not in state, str(path), "holds an adapter only, no model",
+            "pass the base's checkpoint, and the adapter's folder as --adapter")
     model = TinyMambaModel(Config.from_dict(state["config"]))
     model.load_state_dict(state["model"])
     return model.to(device).eval()
@@ -1903,7 +1919,7 @@ class Trainer:
         self.watchdog = self.meet_others() if self.world > 1 else None
         torch.manual_seed(config.seed)
         torch.set_float32_matmul_precision("high")
-        self.model = TinyMambaModel(config).to(self.device)
+        self.model = self.build().to(self.device)
         self.fsdp = config.parallel == "fsdp" and self.world > 1
         if self.fsdp:
             self.shard()
@@ -1933,6 +1949,13 @@ class Trainer:
             require_writable(self.folder, "log_dir")
         self.log = Logger(config, self.folder, self.main, self.step)
         self.forward = self.wrap(config.use_compile)
+
+    def build(self) -> TinyMambaModel:
+        return TinyMambaModel(self.config)
+
+    def weights(self) -> dict[str, Tensor]:
+        """What of the model a checkpoint holds."""
+        return self.model.state_dict()
 
     def meet_others(self) -> Watchdog:
         """Set up the process group that the launcher asks for."""
@@ -2185,7 +2208,7 @@ class Trainer:
         """The whole run as tensors and plain values, for `save_checkpoint`."""
         history = self.progress["history"]["val"]
         return {
-            "model": tree_map(whole, self.model.state_dict()),
+            "model": tree_map(whole, dict(self.weights())),
             "optimizer": tree_map(whole, self.optimizer.state_dict()),
             "scheduler": {"step": self.step, "total_steps": self.total_steps},
             "scaler": self.scaler.state_dict(),
@@ -2231,8 +2254,8 @@ class Trainer:
                     f"the data's {name} was {old} and is {value}",
                     "start a new run, or pass --accept_changed_data")
         cut = {name: share_of(saved["model"][name].to(self.device), value)
-               for name, value in self.model.state_dict().items()}
-        self.model.load_state_dict(cut)
+               for name, value in self.weights().items()}
+        self.model.load_state_dict(cut, strict=False)
         decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
         for p, kept in self.optimizer.state.items():
@@ -2414,6 +2437,8 @@ def main(argv: list[str] | None = None) -> int:
     saved = None
     if config.resume:
         saved = load_newest(config.checkpoint_path)
+        require("optimizer" in saved and "adapter" not in saved, config.checkpoint_path,
+                "holds no run that could go on", "start one from it: peft.py --method full")
         settings = {**saved["config"], **named, "resume": True}
         require_same_run(saved["config"], settings)
         config = Config.from_dict(settings)

@@ -33,8 +33,8 @@ INSTALLED = {"wandb", "pyarrow", "tiktoken"}  # by requirements-dev.txt
 def workspace(tmp_path_factory) -> Path:
     """A copy of the project with the files that the README's commands name."""
     folder = tmp_path_factory.mktemp("readme")
-    for name in ("testv2.py", "ssm_kernels.py", "streaming.py", "Makefile", "requirements.txt",
-                 "requirements-dev.txt"):  # fmt: skip
+    for name in ("testv2.py", "ssm_kernels.py", "streaming.py", "peft.py", "Makefile",
+                 "requirements.txt", "requirements-dev.txt"):  # fmt: skip
         shutil.copy(ROOT / name, folder)
     (folder / "data").mkdir()
     shutil.copy(ROOT / "data" / "prepare.py", folder / "data")
@@ -92,6 +92,12 @@ def run_training(words: list[str], cwd: Path) -> str:
     return run([cwd / "testv2.py", *words, *extra], cwd)
 
 
+def run_finetuning(words: list[str], cwd: Path) -> str:
+    short = [] if "--adapter" in words else flags(
+        steps=2, batch_size=2, block_size=16, validation_steps=1, generation_length=5)
+    return run([cwd / "peft.py", *words, *short], cwd)
+
+
 def launch(words: list[str], cwd: Path) -> None:
     """torchrun and torch.distributed.launch, run by this Python; two nodes on one machine."""
     module = {"torchrun": "torch.distributed.run"}.get(words[0], words[2])
@@ -121,6 +127,9 @@ def test_command(command, workspace):
         case ["python", "streaming.py", *rest]:
             talk = "Hello\n/reset\n" if "--interactive" in rest else None
             assert run([workspace / "streaming.py", *rest], workspace, input=talk)
+        case ["python", "peft.py", *rest]:
+            done = run_finetuning(rest, workspace)
+            assert "merged.pt" in done if "--merge" in rest else "validation at step 2" in done
         case ["python", "benchmark.py", *rest]:
             small = flags(d_model=32, n_layer=1, vocab_size=64, sequence_lengths=16,
                           tokens_per_step=32, test_iterations=1, compile="off",
@@ -130,6 +139,12 @@ def test_command(command, workspace):
             small = flags(steps=1, seeds=0, validation_tokens=8192, data=random_data(workspace))
             assert "bits_per_byte" in run(
                 [ROOT / "benchmarks/quality.py", *rest, *small], workspace)
+        case ["python", "benchmarks/streaming.py", *rest]:
+            small = flags(contexts=[8], llama_context=8, tokens=2, sessions=2, rounds=2)
+            assert "sessions" in run([ROOT / "benchmarks/streaming.py", *rest, *small], workspace)
+        case ["python", "benchmarks/finetune.py", *rest]:
+            assert "style" in run([ROOT / "benchmarks/finetune.py", *rest, "--steps", "2",
+                                   "--methods", "lora", "--tasks", "style"], workspace)
         case ["python", "-m", "torch.distributed.launch", *_] | ["torchrun", *_]:
             launch(words, workspace)
         case ["python", "-m", "pytest"]:
@@ -168,6 +183,10 @@ def test_snippet(number, workspace, tmp_path):
         folder = tmp_path
         (folder / "data" / "text").mkdir(parents=True)
         shutil.copytree(workspace / "gpt2", folder / "gpt2")
+    if "load_adapter" in snippet:  # of the checkpoint that the last command has left
+        for words in (shlex.split(c)[2:] for c in COMMANDS if c.startswith("python peft.py")):
+            if {"lora", "prefix"} & set(words):
+                run_finetuning([*words, "--force"], workspace)
     for i in (1, 2, 3):
         write_tokens(workspace / "data" / "text" / f"dataset{i}.bin", "words " * 2000)
     (folder / "snippet.py").write_text(snippet)

@@ -74,7 +74,7 @@ def tokens_of(answer: Answer) -> list[int]:
 
 def next_logits(server: StreamingServer, session: str) -> torch.Tensor:
     """What the model would say next in a session, (V,)."""
-    return torch.from_numpy(server.decoder.settle(server.find(session).now).logits)
+    return torch.from_numpy(server.decoder.settle(server.find(session).now, None).logits)
 
 
 def assert_has_read(server: StreamingServer, session: str, ids: list[int]) -> None:
@@ -621,9 +621,9 @@ def test_a_long_prompt_does_not_hold_up_the_others():
     next(short)
     read, pieces = server.decoder.read, []
 
-    def noted(ids, state):
+    def noted(ids, *others):
         pieces.append((len(ids), len(ids[0])))
-        return read(ids, state)
+        return read(ids, *others)
 
     server.decoder.read = noted
     long = server.answer([5] * 3000, as_ids=True, max_new_tokens=1)
@@ -684,10 +684,10 @@ def test_an_answer_may_be_closed_while_another_thread_waits_for_it(monkeypatch):
     session = server.create_session()
     answer, read = server.answer("Hello", session, as_ids=True), server.decoder.read
 
-    def slow(ids, state):
+    def slow(*args):
         within.set()
         assert go_on.wait(60)
-        return read(ids, state)
+        return read(*args)
 
     monkeypatch.setattr(server.decoder, "read", slow)
     got = []
@@ -708,7 +708,7 @@ def test_an_interrupted_step_leaves_no_one_waiting(monkeypatch):
     answer = server.answer("Hello", as_ids=True)
     read = server.decoder.read
 
-    def interrupted(ids, state):
+    def interrupted(*args):
         monkeypatch.setattr(server.decoder, "read", read)
         raise KeyboardInterrupt
 
@@ -823,7 +823,7 @@ def hostile(change) -> bytes:
     from safetensors.torch import save
 
     server = serve()
-    tensors = {n: t.clone() for n, t in server.tensors(server.nothing()).items()}
+    tensors = {n: t.clone() for n, t in server.tensors(server.nothing(server.config)).items()}
     about = {"seed": 1, "turns": 0, "config": {"logit_bias": None}}
     notes = {"format": STATE_FORMAT, "model": server.fingerprint, "session": about}
     change(tensors, notes)
@@ -881,7 +881,7 @@ def test_deep_json_is_refused(tmp_path):
     server = serve()
     assert server.load_session(tmp_path / "s")
     notes = {"model": server.fingerprint, "session": "[" * 100_000}
-    write_tensors(tmp_path / "deep", server.tensors(server.nothing()), notes)
+    write_tensors(tmp_path / "deep", server.tensors(server.nothing(server.config)), notes)
     with pytest.raises(UserError, match="deep"):
         server.load_session(tmp_path / "deep")
 
@@ -1096,7 +1096,7 @@ def test_low_precision_keeps_its_state_in_float32(dtype):
                              config=StreamingConfig(temperature=0.0))
     session = server.create_session()
     server.generate_text("Hello", session, max_new_tokens=20)
-    now = server.decoder.settle(server.find(session).now)
+    now = server.decoder.settle(server.find(session).now, None)
     assert now.state.layers[0].ssm.dtype == now.state.layers[0].phase.dtype == torch.float32
     ids = torch.tensor([list(now.recent)])
     close(torch.from_numpy(now.logits), wide()(ids)[0, -1], 0.15)
