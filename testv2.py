@@ -589,8 +589,7 @@ class MambaSSM(nn.Module):
     def forward(self, u: Tensor, piece: Piece, past: LayerState | None):
         """u (B, L, D) -> the branch's output (B, L, D), the new SSM state and its phase."""
         c = self.config
-        E, N = self.d_inner, c.d_state
-        z, x, BC, dt = self.in_proj(u).split([E, E, 2 * N, self.n_heads], dim=-1)
+        z, x, B, C, dt = self.in_proj(u).split(self.sizes, dim=-1)
         x = x.unflatten(-1, (self.n_heads, c.ssm_head_dim))  # (B, L, H, P)
         dt = F.threshold(F.softplus(widen(dt) + widen(self.dt_bias)), MIN_DT, 0.0)  # (B, L, H)
         half_turns = self.half_turns(u)  # (B, L, N/2)
@@ -603,11 +602,11 @@ class MambaSSM(nn.Module):
         state, phase = (None, None) if past is None else (past.ssm, past.phase)
         phase = running_phase(half_turns, phase)
         cos, sin = (math.pi * phase).cos(), (math.pi * phase).sin()
-        BC = BC.unflatten(-1, (2, N)).movedim(2, 0)  # (2, B, L, N)
-        B, C = apply_rotary_pos_emb(BC, cos, sin)  # (B, L, N) each
+        plain_C = C
+        B, C = apply_rotary_pos_emb(B, cos, sin), apply_rotary_pos_emb(C, cos, sin)  # (B, L, N)
         A = -widen(self.A_log).exp()
         y, state = selective_scan(x, dt, A, B, C, self.D, state, resets, c.scan, c.chunk_size)
-        y = y if self.offset is None else y + self.offset(BC[1])
+        y = y if self.offset is None else y + self.offset(plain_C)
         return self.out_proj(y.flatten(2) * F.silu(z)), state, phase[:, -1]
 
     def half_turns(self, u: Tensor) -> Tensor:

@@ -535,16 +535,17 @@ def test_a_signal_to_any_process_at_any_moment_is_heeded_by_all(place, number):
     assert load_checkpoint(LATEST)["global_step"] == max(steps, default=4)
 
 
-def launch(ranks: int, *words, nodes: int = 1) -> None:
-    """testv2.py in several processes, started by torchrun, once for each node."""
+def launch(ranks: int, *words, nodes: int = 1, timeout: float = 200) -> str:
+    """testv2.py in several processes, started by torchrun, once for each node; what they print."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks // nodes}",
                f"--nnodes={nodes}", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     script = [str(ROOT / "testv2.py"), *map(str, words)]
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENV}
     agents = [subprocess.Popen([*command, f"--node_rank={node}", *script], **how)
               for node in range(nodes)]
-    done = [agent.communicate(timeout=200) for agent in agents]
+    done = [agent.communicate(timeout=timeout) for agent in agents]
     assert all(agent.returncode == 0 for agent in agents), done
+    return "".join(out for out, _ in done)
 
 
 STEPS = {"enable_validation": "true", "validation_interval": 3, "validation_steps": 3,
@@ -573,6 +574,19 @@ def test_cut_parameters_train_as_whole_ones_and_checkpoints_fit_both(place):
         for a, b in pairs:
             if isinstance(b, torch.Tensor):
                 torch.testing.assert_close(a, b, atol=2e-3, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_compiled_autocast_and_recomputed_on_two_processes(place, parallel):
+    words = brief_flags(**{**STEPS, "batch_size": 2, "max_steps": 3, "rank_timeout": 600})
+    words[words.index("--amp_dtype") + 1] = "bfloat16"
+    launch(2, *words, "--parallel", parallel)
+    eager = losses()
+    said = launch(2, *words, "--parallel", parallel, "--use_compile", "true",
+                  "--checkpoint_activations", timeout=900)
+    assert "torch.compile" not in said, "it fell back"
+    assert losses() == pytest.approx(eager, abs=2e-2) and len(eager) == 3
 
 
 SHARES = [(2, 2)] if not CHAOS else [(1, 2), (1, 4), (2, 0), (2, 2), (2, 4), (4, 0), (4, 2), (4, 4)]
