@@ -378,10 +378,8 @@ def merge_adapter(model: TinyMambaModel, name: str = "default") -> None:
     require(method == "lora", "adapter", f"{method} is no change of weights, and cannot be merged",
             "keep it as an adapter")
     layers = [m for m in model.modules() if isinstance(m, LoRALinear) and name in m.adapters]
-    tied = model.head.weight is model.embedding.weight if isinstance(
-        model.head, nn.Linear) else model.head.base_layer.weight is model.embedding.weight
-    require(not (tied and model.head in layers), "adapter", "the head's weight is the embedding's",
-            "train it with tie_embeddings off, or keep it as an adapter")
+    require(not (model.config.tie_embeddings and model.head in layers), "adapter",
+            "the head's weight is the embedding's, too", "keep it as an adapter")
     for layer in layers:
         layer.kept = layer.base_layer.weight.data
         layer.base_layer.weight.data = layer.adapters[name].weight(layer.kept)
@@ -514,21 +512,26 @@ def load_adapter(model: TinyMambaModel, folder: str | Path, name: str = "default
                 f"{config.lora_rank}", "train it with one rank")
     before, trained = switch.names, get_trainable_parameters(model)
     attach(model, config, name)
-    own = {n.removeprefix("base_model.model."): t for n, t in adapter_tensors(model, name).items()}
-    fits = own.keys() == tensors.keys() and all(t.shape == tensors[n].shape and
-                                                tensors[n].is_floating_point()
-                                                for n, t in own.items())
-    sound = fits and all(t.isfinite().all() for t in tensors.values())
-    if not sound:
+    try:
+        fill(model, name, tensors, path)
+    except UserError:
         detach(model, name)
         switch.names = before
-    for p in trained if not sound else get_trainable_parameters(model):
-        p.requires_grad_(not sound)
+        for p in trained:
+            p.requires_grad_(True)
+        raise
+
+@torch.no_grad()
+def fill(model: TinyMambaModel, name: str, tensors: dict[str, Tensor], path: str) -> None:
+    """Give an adapter the values of a file, and freeze it."""
+    own = {n.removeprefix("base_model.model."): t for n, t in adapter_tensors(model, name).items()}
+    fits = own.keys() == tensors.keys() and all(
+        t.shape == tensors[n].shape and tensors[n].is_floating_point() for n, t in own.items())
     require(fits, path, "has other tensors than such an adapter", "use its own base and config")
-    require(sound, path, "has values that are not finite", "train it anew")
-    with torch.no_grad():
-        for n, t in own.items():
-            t.copy_(tensors[n])
+    require(all(t.isfinite().all() for t in tensors.values()), path,
+            "has values that are not finite", "train it anew")
+    for n, t in own.items():
+        t.requires_grad_(False).copy_(tensors[n])
 
 def detach(model: TinyMambaModel, name: str) -> None:
     """Remove an adapter; the base serves."""

@@ -9,12 +9,14 @@ sampling included, transformers' Llama of equal size with its cache of keys and 
 cache is filled with random numbers, as reading a long text with Llama would take minutes;
 TinyMamba has read its context.
 sessions: --sessions answers as one batch, against one after another.
+adapters: no LoRA adapter, one, two that take turns from token to token.
 prefill: a prompt of 4,096 tokens, against the forward pass of training on 8 x 512 of them.
 
 All runs of one kind take turns; medians of --rounds. Every row is appended to --output.
 """
 
 import contextlib
+import copy
 import functools
 import json
 import statistics
@@ -25,6 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark import DEFAULT, PEERS, count, fit, interleave, timed  # noqa: E402
+from peft import apply_lora_to_model, set_adapter  # noqa: E402
 from streaming import StreamingConfig, StreamingServer  # noqa: E402
 from testv2 import (  # noqa: E402
     DTYPES,
@@ -120,6 +123,20 @@ def training_forward(model: TinyMambaModel, ids: torch.Tensor, dtype: torch.dtyp
     with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
         return timed(lambda: model(ids, ids), ids.device) / ids.numel()
 
+def switching(model: TinyMambaModel, names: list[str | None], tokens: int) -> float:
+    """Seconds a token where each of these adapters takes its turn."""
+    state, ids = model.init_state(1), torch.zeros(1, 1, dtype=torch.int64)
+    ids = ids.to(model.embedding.weight.device)
+
+    @torch.inference_mode()
+    def steps() -> None:
+        nonlocal state
+        for i in range(tokens):
+            set_adapter(model, names[i % len(names)])
+            _, state = model.advance(ids, state)
+
+    return timed(steps, ids.device) / tokens
+
 def make_models(args) -> tuple[dict[str, StreamingServer], torch.nn.Module, TinyMambaModel]:
     """TinyMamba's servers by name; Llama; TinyMamba as it trains, float32."""
     dtype = DTYPES[args.dtype]
@@ -151,6 +168,10 @@ def kinds(args):
         yield f"{args.sessions} sessions, {name}", {
             way.__name__: functools.partial(way, server, args.sessions, args.tokens)
             for way in (together, one_by_one)}
+    adapted = apply_lora_to_model(apply_lora_to_model(copy.deepcopy(trained).eval(), name="a"),
+                                  name="b").requires_grad_(False).to(DTYPES[args.dtype])
+    yield "adapters", {way: functools.partial(switching, adapted, names, args.tokens)
+                       for way, names in {"none": [None], "one": ["a"], "two": ["a", "b"]}.items()}
     ids = torch.randint(trained.config.vocab_size, (BATCH, BLOCK), device=args.device)
     yield "prefill", {
         "prefill": functools.partial(prefill, servers["tinymamba"], ids.flatten().tolist()),

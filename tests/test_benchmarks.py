@@ -5,16 +5,25 @@ import json
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, assert_refused, run_script, tiny_config
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import finetune  # noqa: E402
 import quality  # noqa: E402
 import scan  # noqa: E402
 import synthetic  # noqa: E402
 
-from testv2 import TinyMambaModel, UserError, save_checkpoint  # noqa: E402
+from testv2 import (  # noqa: E402
+    EOS_TOKEN,
+    SimpleTokenizer,
+    TinyMambaModel,
+    UserError,
+    byte_alphabet,
+    save_checkpoint,
+)
 
 
 def random() -> torch.Generator:
@@ -139,17 +148,17 @@ def test_a_scan_that_differs_is_not_timed(monkeypatch):
         scan.compare(args, 1, 20)
 
 
-def test_streaming_command_times_tokens_sessions_and_prefill(tmp_path, small_checkpoint):
+def test_streaming_command_times_tokens_sessions_adapters_and_prefill(tmp_path, small_checkpoint):
     words = ("--tinymamba_checkpoint", small_checkpoint, "--contexts", 5, 40, "--llama_context", 5,
              "--tokens", 3, "--sessions", 2, "--rounds", 2, "--threads", 1)
     done = run_script("benchmarks/streaming.py", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "streaming.jsonl").read_text().splitlines()]
     assert [row["kind"] for row in rows] == [
-        "token after 5", "token after 40", "2 sessions, tinymamba", "prefill"]
+        "token after 5", "token after 40", "2 sessions, tinymamba", "adapters", "prefill"]
     names = [{name[3:] for name in row if name.startswith("ms ")} for row in rows]
     assert names == [{"tinymamba", "llama"}, {"tinymamba"}, {"together", "one_by_one"},
-                     {"prefill", "training"}]
+                     {"none", "one", "two"}, {"prefill", "training"}]
     for row in rows:
         for name, value in row.items():
             if name.startswith("ms "):
@@ -163,3 +172,54 @@ def small_checkpoint(tmp_path):
     save_checkpoint(tmp_path / "small.pt",
                     {"model": model.state_dict(), "config": model.config.to_dict()})
     return tmp_path / "small.pt"
+
+
+def finetune_data(task, tmp_path) -> tuple[str, list]:
+    """The training text of a task, and what is asked in the end."""
+    tokenizer = SimpleTokenizer()
+    asked = finetune.make_data(task, argparse.Namespace(text=None), tokenizer, tmp_path)
+    assert len(asked) == finetune.ASKED
+    return tokenizer.decode(np.fromfile(tmp_path / "train.bin", dtype=np.int32)), asked
+
+
+def test_lookup_asks_for_what_training_says_often(tmp_path):
+    text, asked = finetune_data("lookup", tmp_path)
+    assert all(text.count(question + answer) == 40 for question, answer in asked)
+
+
+def test_format_asks_for_what_training_never_says(tmp_path):
+    text, asked = finetune_data("format", tmp_path)
+    lines = text.splitlines()
+    for question, answer in asked:
+        assert question not in text
+        name, age = question.removeprefix("name=").removesuffix(" =>").split(" age=")
+        assert json.loads(answer) == {"name": name, "age": int(age)}
+    assert len(lines) == 40 * 64 and len(set(lines)) > 2000
+
+
+def test_the_share_of_right_answers(monkeypatch):
+    tokenizer, asked = SimpleTokenizer(), [("a ->", " b\n"), ("c ->", " d\n")]
+
+    def parrot(model, ids, count, temperature):
+        said = tokenizer.encode(" b\nand more")
+        return torch.cat((ids, torch.tensor([said])), dim=1)
+
+    monkeypatch.setattr(finetune, "generate", parrot)
+    assert finetune.share_right(None, tokenizer, asked) == 0.5
+
+
+def test_finetune_runs_every_method_and_refuses_bad_words(tmp_path):
+    model = TinyMambaModel(tiny_config(vocab_size=300))
+    save_checkpoint(tmp_path / "m.pt", {"model": model.state_dict(),
+                                        "config": model.config.to_dict()})
+    (tmp_path / "vocab.txt").write_text("\n".join([*byte_alphabet(), EOS_TOKEN]) + "\n")
+    words = ["--checkpoint", "m.pt", "--tokenizer", "vocab.txt", "--steps", 2]
+    done = run_script("benchmarks/finetune.py", *words, "--tasks", "lookup", "--methods", "lora",
+                      "full", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "finetune.jsonl").read_text().splitlines()]
+    assert [row["method"] for row in rows] == ["lora", "full"]
+    assert rows[0]["trained"] < rows[1]["trained"] == 1.0 and rows[0]["right"] == 0.0
+    assert_refused(run_script("benchmarks/finetune.py", *words, cwd=tmp_path), "--text")
+    assert_refused(run_script("benchmarks/finetune.py", "--checkpoint", "x", "--tasks", "format",
+                              cwd=tmp_path), "x")
