@@ -642,6 +642,7 @@ class StreamingServer:
         require(not compiled or len(adapters or {}) <= 1, "compile", "every mix of adapters would "
                 "be compiled anew", "load one, or merge it")
         self.model = self.model.to(device, dtype)
+        turn_weights(self.model)
         self.tokenizer = tokenizer = open_tokenizer(tokenizer, self.model, beside)
         self.vocab_size = self.model.config.vocab_size
         self.adapters = tuple(adapters or ())
@@ -909,6 +910,19 @@ def usable_device(name: str) -> torch.device:
         warnings.warn(f"device: {name} is not here; using the cpu", stacklevel=3)
         name = "cpu"
     return pick_device(name)
+
+@torch.no_grad()
+def turn_weights(model: TinyMambaModel) -> None:
+    """Lay wide float32 matrices out by columns, where it is a CPU that multiplies them.
+
+    The product with the vector of one token reads them up to twice as fast so. A head that is the
+    embedding's, too, gets a copy, as rows of the embedding are read one by one.
+    """
+    if model.embedding.weight.device.type != "cpu" or model.embedding.weight.dtype != torch.float32:
+        return
+    for m in model.modules():
+        if isinstance(m, torch.nn.Linear) and m.out_features > m.in_features:
+            m.weight = torch.nn.Parameter(m.weight.t().contiguous().t())
 
 def open_tokenizer(given, model: TinyMambaModel, beside: list):
     """The one given, or what lies beside these files or the model's training data, or None."""
