@@ -58,9 +58,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
@@ -1440,12 +1437,14 @@ class ShardedBatches:
 
 def whole(t):
     """A tensor of which each process holds a part (FSDP), put together; anything else as it is."""
-    return t.full_tensor() if isinstance(t, DTensor) else t
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 def share_of(t: Tensor, like: Tensor) -> Tensor:
     """This process's part of a whole tensor, cut as `like` is."""
-    if not isinstance(like, DTensor) or t.shape != like.shape:
+    if not hasattr(like, "device_mesh") or t.shape != like.shape:
         return t
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None)
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -1968,6 +1967,9 @@ class Trainer:
 
     def shard(self) -> None:
         """Cut every parameter over the processes; each block is put together while it is used."""
+        from torch.distributed.device_mesh import init_device_mesh  # half a second to import
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
         warnings.filterwarnings("ignore", ".*returned a view tensor")  # none is changed in place
         mesh = init_device_mesh(self.device.type, (self.world,))
         for block in self.model.blocks:
