@@ -550,6 +550,12 @@ def plot(rows: list[dict], path: Path) -> None:
     figure.legend(loc="outside right upper")
     replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
 
+def append_row(path: str, row: dict) -> None:
+    """Print a row as JSON, and add it to the file of rows."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row), flush=True)
+
 def write_results(results: dict, args: argparse.Namespace) -> None:
     """results.json, results.md and plots; the plots of an earlier run go."""
     add_ratios(results["rows"])

@@ -56,11 +56,14 @@ from testv2 import (
     load_checkpoint,
     load_model,
     load_newest,
+    named_fields,
     prepare_default_data,
     replace_file,
     require,
-    require_same_run,
+    require_plain_name,
+    require_spans,
     require_writable,
+    resumed_config,
     run_cli,
     save_checkpoint,
     sibling,
@@ -69,7 +72,6 @@ from testv2 import (
 
 METHODS = ("lora", "prefix", "state_offset", "full")
 BRANCHES = r"blocks\.\d+\.(ssm|attention|mlp)\.(in_proj|qkv|out_proj)(\.down|\.up)?"
-PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 # ------------------------------------------------------------------------------------ config
 
@@ -95,10 +97,7 @@ class AdapterConfig:
         }
         require(self.method in METHODS, "method", f"{self.method!r} is not a choice",
                 f"use one of {', '.join(METHODS)}")
-        for name, (kind, low, high) in spans.items():
-            value = getattr(self, name)
-            require(has_type(value, kind) and low <= value <= high, name,
-                    f"{value!r} is not legal", f"it must be from {low} to {high}")
+        require_spans(self, spans)
         require(has_type(self.target_modules, list[str] | None), "target_modules",
                 f"{self.target_modules!r} is not legal", "pass names, as in_proj")
         return self
@@ -292,9 +291,9 @@ def targets(model: TinyMambaModel, patterns: list[str] | None) -> list[str]:
 def attach(model: TinyMambaModel, config: AdapterConfig, name: str = "default") -> TinyMambaModel:
     """Give the model a new adapter, let it serve, and freeze all else. Changes `model` itself."""
     config.validate()
+    require(config.method != "full", "method", "full is no adapter", "train the model as it is")
+    require_plain_name(name, "adapter")
     switch = switch_of(model)
-    require(isinstance(name, str) and PLAIN_NAME.fullmatch(name), "adapter",
-            f"{name!r} is no plain name", "use up to 64 letters, digits, - and _")
     require(name not in switch.configs, "adapter", f"{name} is there already", "use another name")
     require(not switch.merged, "adapter", f"{switch.merged} is merged", "unmerge_adapter first")
     found = targets(model, config.target_modules) if config.method == "lora" else []
@@ -303,7 +302,7 @@ def attach(model: TinyMambaModel, config: AdapterConfig, name: str = "default") 
     if config.method == "lora":
         config = dataclasses.replace(config, target_modules=found)
         for target in found:
-            layer = linears(model)[target]
+            layer = model.get_submodule(target)
             if isinstance(layer, nn.Linear):
                 layer = LoRALinear(layer, switch)
                 model.set_submodule(target, layer)
@@ -412,12 +411,12 @@ FOREIGN = (
 
 def adapter_tensors(model: TinyMambaModel, name: str) -> dict[str, Tensor]:
     """Every tensor of an adapter, by its name in a file."""
-    found, mark = {}, f".adapters.{name}."
+    found, mark, method = {}, f".adapters.{name}.", switch_of(model).configs[name].method
     for key, t in model.state_dict(keep_vars=True).items():
         place, _, part = key.partition(mark)
         if not part:
             continue
-        if switch_of(model).configs[name].method == "lora":
+        if method == "lora":
             found[f"base_model.model.{place}.{LORA_NAMES[part]}"] = t
         else:
             found[f"{place}.{part}"] = t
@@ -504,7 +503,7 @@ def load_adapter(model: TinyMambaModel, folder: str | Path, name: str = "default
         places, known = {n.rpartition(".lora_")[0] for n in tensors}, set(linears(model))
         require(places and places <= known, path, f"has layers that the model lacks: "
                 f"{', '.join(sorted(places - known)[:3])}", "use the base that it was trained on")
-        config.target_modules = [re.escape(place) for place in linears(model) if place in places]
+        config.target_modules = sorted(places)
         ranks = {place: tensors[f"{place}.lora_A.weight"].shape[0] for place in places
                  if f"{place}.lora_A.weight" in tensors}
         require(set(ranks.values()) == {config.lora_rank}, path,
@@ -608,7 +607,7 @@ class FineTuner(Trainer):
 # ------------------------------------------------------------------------------------ main
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
-    """The command line, and the fields of Config that it names."""
+    """The command line, and the fields of Config that it names; `asked`: those of AdapterConfig."""
     parser = CliParser(usage="python peft.py --checkpoint FILE [--FLAG VALUE ...]",
                        description=__doc__.split("As a library")[0])
     parser.add_argument("--checkpoint", default="tinymamba_model_latest.pt", metavar="FILE",
@@ -619,19 +618,21 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
                         help="write a plain checkpoint with the LoRA adapter in it, merged.pt")
     parser.add_argument("--force", action="store_true", help="let it replace files of output_dir")
     adapter = parser.add_argument_group("Adapter")
-    adapter.add_argument("--method", choices=METHODS, default="lora", help=f"{METHODS} [lora]")
+    adapter.add_argument("--method", choices=METHODS, default=argparse.SUPPRESS,
+                         help=f"{', '.join(METHODS)} [lora]")
     for name, kind, text in (
         ("lora_rank", int, "rank of an update"),
         ("lora_alpha", float, "an update counts alpha / rank times"),
         ("lora_dropout", float, "dropout rate on the input of an update"),
         ("prefix_length", int, "keys and values that every token sees"),
     ):
-        default = getattr(AdapterConfig, name)
-        adapter.add_argument(f"--{name}", type=kind, default=default, metavar=kind.__name__.upper(),
-                             help=f"{text} [{default}]")
-    adapter.add_argument("--use_rslora", action="store_true", help="alpha / sqrt(rank) instead")
-    adapter.add_argument("--use_dora", action="store_true", help="length and direction apart")
-    adapter.add_argument("--target_modules", nargs="+", metavar="NAME",
+        adapter.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS,
+                             metavar=kind.__name__.upper(),
+                             help=f"{text} [{getattr(AdapterConfig, name)}]")
+    for name, text in (("use_rslora", "alpha / sqrt(rank) instead"),
+                       ("use_dora", "length and direction apart")):
+        adapter.add_argument(f"--{name}", action="store_true", default=argparse.SUPPRESS, help=text)
+    adapter.add_argument("--target_modules", nargs="+", metavar="NAME", default=argparse.SUPPRESS,
                          help="ends of names, or patterns [all projections of the branches]")
     data = parser.add_argument_group("Short names")
     for flag, name, kind in (("--train_data", "train_data_path", str),
@@ -641,11 +642,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
                           metavar=kind.__name__.upper(), help=f"the same as --{name}", **several)
     add_config_flags(parser, {**FIRST, "lr": "by method", "optimizer": "adamw"}, NOT_FLAGS)
     args = parser.parse_args(argv)
-    named = {name: value for name, value in vars(args).items() if name in Config.__annotations__}
-    for name in ("train_data_path", "val_data_path"):
-        if len(named.get(name, ())) == 1:
-            named[name] = named[name][0]
-    return args, named
+    args.asked = {field.name: getattr(args, field.name)
+                  for field in dataclasses.fields(AdapterConfig) if hasattr(args, field.name)}
+    args.method = args.asked.get("method", AdapterConfig.method)
+    return args, named_fields(vars(args))
 
 def settings(args, named: dict, base: TinyMambaModel) -> Config:
     """The Config of a run: the base's shape, what suits fine-tuning, and the flags over it."""
@@ -666,9 +666,13 @@ def checkpoint_name(method: str) -> str:
 def train(args, named: dict) -> int:
     """A run of its own, or the rest of one."""
     folder = Path(args.output_dir)
-    asked = {field.name: getattr(args, field.name) for field in dataclasses.fields(AdapterConfig)}
-    adapter, base = AdapterConfig(**asked).validate(), load_model(args.checkpoint)
+    adapter, base = AdapterConfig(**args.asked).validate(), load_model(args.checkpoint)
     config, saved = settings(args, named, base), None
+    if config.resume:
+        saved = load_newest(config.checkpoint_path)
+        config = resumed_config(saved, {**named, "checkpoint_path": config.checkpoint_path})
+        kept = {name: value for name, value in saved.get("adapter", {}).items() if name != "base"}
+        adapter = AdapterConfig(**{**kept, **args.asked}).validate()
     if adapter.method == "lora":
         targets(base, adapter.target_modules)  # refused before anything is touched
     require(not args.merge or adapter.method == "lora", "--merge", "is for --method lora",
@@ -676,11 +680,6 @@ def train(args, named: dict) -> int:
     there = [f for f in (WEIGHTS, ABOUT, "merged.pt") if (folder / f).exists()]
     require(args.force or config.resume or not there, str(folder), f"holds {', '.join(there)}",
             "pass --force, --resume or another --output_dir")
-    if config.resume:
-        saved = load_newest(config.checkpoint_path)
-        values = {**saved["config"], **named, "checkpoint_path": config.checkpoint_path}
-        require_same_run(saved["config"], values)
-        config = Config.from_dict(values)
     prepare_default_data(config, named)
     tuner = FineTuner(config, base, adapter, saved=saved)
     code = tuner.run()

@@ -61,6 +61,8 @@ from testv2 import (
     pick_device,
     read_tensors,
     require,
+    require_plain_name,
+    require_spans,
     run_cli,
     why_no_compile,
     write_tensors,
@@ -69,7 +71,6 @@ from testv2 import (
 REMEMBERED = 512  # last tokens that a session knows by name, for the repetition penalty
 PIECE, SMALL_PIECE = 4096, 512  # tokens of a prompt that are read at once
 REBASE = 1024  # tokens of an answer after which its first state is given up
-PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 # ------------------------------------------------------------------------------------ config
 
@@ -113,10 +114,7 @@ class StreamingConfig:
         }
         require(has_type(self.adapter, str | None), "adapter", f"{self.adapter!r} is not legal",
                 "pass a name")
-        for name, (kind, low, high) in spans.items():
-            value = getattr(self, name)
-            legal = has_type(value, kind) and (value is None or low <= value <= high)
-            require(legal, name, f"{value!r} is not legal", f"it must be from {low} to {high}")
+        require_spans(self, spans)
         for name, kind in (("stop", list[str]), ("stop_ids", list[int])):
             value = getattr(self, name)
             legal = value is None or value == [] or (has_type(value, kind) and "" not in value)
@@ -635,17 +633,11 @@ class StreamingServer:
             self.model, beside = model_path, []
         else:
             self.model, beside = load_model(model_path, device), [model_path]
-        for name, folder in (adapters or {}).items():
-            from peft import load_adapter
-
-            load_adapter(self.model, folder, name)
-        require(not compiled or len(adapters or {}) <= 1, "compile", "every mix of adapters would "
-                "be compiled anew", "load one, or merge it")
+        self.adapters = self.load_adapters(adapters or {}, compiled)
         self.model = self.model.to(device, dtype)
         turn_weights(self.model)
         self.tokenizer = tokenizer = open_tokenizer(tokenizer, self.model, beside)
         self.vocab_size = self.model.config.vocab_size
-        self.adapters = tuple(adapters or ())
         self.config = self.checked(config)
         self.decoder = Decoder(self.model, config.batch_size, compiled)
         self.turn, self.sessions = self.decoder.turn, {}
@@ -653,6 +645,17 @@ class StreamingServer:
         known = getattr(tokenizer, "__len__", lambda: 0)()
         require(known <= self.vocab_size, "tokenizer", f"has {known} ids, the model "
                 f"{self.vocab_size}", "pass the one that the model was trained with")
+
+    def load_adapters(self, folders: dict[str, str | Path], compiled: bool) -> list[str]:
+        """Give them to the model; their names."""
+        require(not compiled or len(folders) <= 1, "compile", "every mix of adapters would be "
+                "compiled anew", "load one, or merge it")
+        if folders:
+            from peft import load_adapter
+
+            for name, folder in folders.items():
+                load_adapter(self.model, folder, name)
+        return list(folders)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -690,8 +693,7 @@ class StreamingServer:
     def add(self, session_id: str | None, now: Moment, config: StreamingConfig, seed: int,
             turns: int = 0) -> Session:
         name = uuid.uuid4().hex if session_id is None else session_id
-        require(isinstance(name, str) and PLAIN_NAME.fullmatch(name), "session_id",
-                f"{name!r} is no plain name", "use up to 64 letters, digits, - and _")
+        require_plain_name(name, "session_id")
         require(has_type(seed, int) and 0 <= seed < 2**63, "seed", f"{seed!r} is not legal",
                 "it must be from 0 to 2^63 - 1")
         with self.turn:
@@ -1133,7 +1135,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     sys.stdout.reconfigure(errors="replace")  # a terminal need not know every character
     adapters = {"default": args.adapter} if args.adapter else {}
-    server = StreamingServer(args.checkpoint, args.device, StreamingConfig(), args.tokenizer,
+    server = StreamingServer(args.checkpoint, args.device, None, args.tokenizer,
                              DTYPES[args.dtype], args.compile, adapters)
     console = Console(server, args)
     if args.prompt or not args.interactive:

@@ -83,6 +83,18 @@ def require(holds, field: str, problem: str, remedy: str) -> None:
     if not holds:
         raise UserError(field, problem, remedy)
 
+def require_plain_name(name, field: str) -> None:
+    """Refuse what could be no part of a path or of another name."""
+    require(isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name), field,
+            f"{name!r} is no plain name", "use up to 64 letters, digits, - and _")
+
+def require_spans(holder, spans: dict[str, tuple]) -> None:
+    """Refuse fields that are not of their (type, lowest, highest)."""
+    for name, (kind, low, high) in spans.items():
+        value = getattr(holder, name)
+        legal = has_type(value, kind) and (value is None or low <= value <= high)
+        require(legal, name, f"{value!r} is not legal", f"it must be from {low} to {high}")
+
 def need(module: str):
     """An optional package's module; a UserError with the pip line where it is missing."""
     try:
@@ -346,6 +358,14 @@ def add_config_flags(parser: argparse.ArgumentParser, defaults: dict, leave_out=
         kind |= {"type": functools.partial(parse_as, hint), "metavar": hint.__name__.upper()}
         group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **kind)
 
+def named_fields(given: dict) -> dict:
+    """The fields of Config among parsed flags."""
+    named = {name: value for name, value in given.items() if name in HINTS}
+    for name in ("train_data_path", "val_data_path"):
+        if len(named.get(name, ())) == 1:
+            named[name] = named[name][0]
+    return named
+
 def parse_command_line(argv: list[str] | None = None) -> tuple[Config, dict, bool]:
     """The Config of a preset and the flags over it; the fields so named; is it to profile?
 
@@ -361,10 +381,7 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[Config, dict, boo
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     add_config_flags(parser, {})
     given = vars(parser.parse_args(argv))
-    named = {name: value for name, value in given.items() if name in HINTS}
-    for name in ("train_data_path", "val_data_path"):
-        if len(named.get(name, ())) == 1:
-            named[name] = named[name][0]
+    named = named_fields(given)
     config = Config(**{**PRESETS[given["preset"]], **named})
     return config if config.resume else config.validate(), named, given["profile"]
 
@@ -1629,6 +1646,12 @@ def require_same_run(old: dict, new: dict) -> None:
     require(not changed, ", ".join(changed), f"{asked} asked for, but the checkpoint has {had}",
             "leave the flags out, or start a new run")
 
+def resumed_config(saved: dict, named: dict) -> Config:
+    """The settings of a checkpoint, with those that the user has named over them."""
+    settings = {**saved["config"], **named, "resume": True}
+    require_same_run(saved["config"], settings)
+    return Config.from_dict(settings)
+
 def run_files(path: str | Path) -> list[Path]:
     """The checkpoints of the run that saves to `path`: that file, then the others, newest first."""
     path = Path(path)
@@ -2440,9 +2463,7 @@ def main(argv: list[str] | None = None) -> int:
         saved = load_newest(config.checkpoint_path)
         require("optimizer" in saved and "adapter" not in saved, config.checkpoint_path,
                 "holds no run that could go on", "start one from it: peft.py --method full")
-        settings = {**saved["config"], **named, "resume": True}
-        require_same_run(saved["config"], settings)
-        config = Config.from_dict(settings)
+        config = resumed_config(saved, named)
     first = from_launcher("RANK", 0) == 0
     if first and config.d_model >= 768 and pick_device(config.device).type == "cpu":
         print("hint: this is a large model for a CPU; try --preset demo")

@@ -16,7 +16,6 @@ row to --output.
 
 import contextlib
 import io
-import json
 import multiprocessing
 import os
 import random
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark import peak_bytes  # noqa: E402
+from benchmark import append_row, peak_bytes  # noqa: E402
 from peft import (  # noqa: E402
     METHODS,
     AdapterConfig,
@@ -106,8 +105,7 @@ def run(task: str, variant: str, lr: float | None, args) -> dict:
         parsed, named = parse(words)
         base = load_model(args.checkpoint)
         config = settings(parsed, named, base)
-        adapter = AdapterConfig(parsed.method, use_dora=parsed.use_dora)
-        tuner = FineTuner(config, base, adapter, tokenizer)
+        tuner = FineTuner(config, base, AdapterConfig(**parsed.asked), tokenizer)
         before, start = peak_bytes(torch.device("cpu"), reset=True), time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
             tuner.run()
@@ -144,10 +142,7 @@ def main(argv: list[str] | None = None) -> int:
         for variant in args.methods:
             for lr in args.lr or [None]:
                 with spawn.Pool(1) as pool:
-                    row = pool.apply(run, (task, variant, lr, args))
-                with open(args.output, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(json.dumps(row), flush=True)
+                    append_row(args.output, pool.apply(run, (task, variant, lr, args)))
     return 0
 
 if __name__ == "__main__":

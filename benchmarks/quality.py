@@ -15,7 +15,6 @@ training. `bits_per_byte_read` is on the same data read as one long text: TinyMa
 the others by a window of one block that moves on by an eighth of a block.
 """
 
-import json
 import math
 import sys
 import time
@@ -26,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmark import append_row  # noqa: E402
 from testv2 import (  # noqa: E402
     CliParser,
     Config,
@@ -195,10 +195,7 @@ def main() -> None:
     for seed in args.seeds:
         for name in args.models:
             for lr in args.lr or [RATES[args.task][name]]:
-                row = run(args, data, name, seed, lr)
-                with open(args.output, "a") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(json.dumps(row), flush=True)
+                append_row(args.output, run(args, data, name, seed, lr))
 
 if __name__ == "__main__":
     run_cli(main)

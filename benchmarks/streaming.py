@@ -18,7 +18,6 @@ All runs of one kind take turns; medians of --rounds. Every row is appended to -
 import contextlib
 import copy
 import functools
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -26,7 +25,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark import DEFAULT, PEERS, count, fit, interleave, timed  # noqa: E402
+from benchmark import DEFAULT, PEERS, append_row, count, fit, interleave, timed  # noqa: E402
 from peft import apply_lora_to_model, set_adapter  # noqa: E402
 from streaming import StreamingConfig, StreamingServer  # noqa: E402
 from testv2 import (  # noqa: E402
@@ -206,9 +205,7 @@ def main(argv: list[str] | None = None) -> int:
             require(not timing.reason, name, str(timing.reason), "mend that")
             row[f"ms {name}"] = round(1e3 * statistics.median(timing.seconds), 4)
             row[f"spread {name}"] = [round(1e3 * f(timing.seconds), 4) for f in (min, max)]
-        with open(args.output, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
+        append_row(args.output, row)
     return 0
 
 if __name__ == "__main__":

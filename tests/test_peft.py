@@ -250,7 +250,7 @@ def test_bad_adapters_are_refused():
     for wrong, word in (({"lora_rank": 0}, "lora_rank"), ({"lora_rank": -1}, "lora_rank"),
                         ({"lora_alpha": 0.0}, "lora_alpha"), ({"lora_rank": 1.5}, "lora_rank"),
                         ({"lora_dropout": 1.0}, "lora_dropout"), ({"method": "x"}, "method"),
-                        ({"prefix_length": 0}, "prefix_length"),
+                        ({"prefix_length": 0}, "prefix_length"), ({"method": "full"}, "no adapter"),
                         ({"target_modules": "qkv"}, "target_modules"),
                         ({"target_modules": ["nowhere"]}, "there are attention.out_proj"),
                         ({"target_modules": ["("]}, "no pattern")):
@@ -429,10 +429,9 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(based):
     assert finetune(based, "--output_dir", "whole", *common).returncode == 0
     common[common.index("--steps") + 1] = 3
     assert finetune(based, "--output_dir", "cut", *common).returncode == 0
-    refused = finetune(based, "--output_dir", "cut", "--resume", "--lora_rank", 4, "--lora_dropout",
-                       0.1, "--steps", 6)
+    refused = finetune(based, "--output_dir", "cut", "--resume", "--lora_rank", 4, "--steps", 6)
     assert_refused(refused, "lora_rank", "changed")
-    done = finetune(based, "--output_dir", "cut", "--resume", "--lora_dropout", 0.1, "--steps", 6)
+    done = finetune(based, "--output_dir", "cut", "--resume", "--steps", 6)
     assert done.returncode == 0, done.stderr
     whole, cut = (load_checkpoint(f"{name}/adapter_latest.pt") for name in ("whole", "cut"))
     assert whole["global_step"] == cut["global_step"] == 6
