@@ -313,6 +313,8 @@ SHAPE_FIELDS = [
     "d_state", "d_conv", "expand_factor", "ssm_head_dim", "window_size", "num_heads",
     "rope_theta", "gate", "gate_top_k", "document_mask",
 ]
+# What a model takes along when it is written without its training.
+FOLDER_FIELDS = [*SHAPE_FIELDS, "eos_id", "block_size", "deepnet", "scan", "chunk_size"]
 RUN_FIELDS = [*SHAPE_FIELDS, "optimizer", "block_size", "seed", "train_data_weights"]
 
 def show(value) -> str:
@@ -1228,8 +1230,9 @@ class SimpleTokenizer:
         return len(self.pieces) if self.library is None else self.library.get_vocab_size()
 
 def find_tokenizer(data_path: str) -> SimpleTokenizer | None:
-    """The tokenizer that lies beside a .bin file, or None."""
-    files = (Path(data_path).with_name(name) for name in ("tokenizer.json", "vocab.txt"))
+    """The tokenizer that lies beside a file, or in a folder, or None."""
+    folder = Path(data_path) if Path(data_path).is_dir() else Path(data_path).parent
+    files = (folder / name for name in ("tokenizer.json", "vocab.txt"))
     return next((SimpleTokenizer(file) for file in files if file.is_file()), None)
 
 # ------------------------------------------------------------------------------------ data
@@ -1555,6 +1558,7 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
 # -------------------------------------------------------------------------------- checkpoints
 
 CHECKPOINT_FORMAT = 3
+FOLDER_FORMAT = 1
 
 def digest(value) -> str:
     """SHA-256 over nested dicts and lists of tensors and plain values."""
@@ -1681,13 +1685,55 @@ def load_newest(path: str | Path) -> dict:
     raise next(iter(damaged.values()))
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> TinyMambaModel:
-    """The model of a checkpoint, in eval mode."""
+    """The model of a checkpoint, or of a folder that `save_folder` wrote, in eval mode."""
+    if Path(path).is_dir():
+        return load_folder(Path(path)).to(device).eval()
     state = load_checkpoint(path)
     require("adapter" not in state, str(path), "holds an adapter only, no model",
             "pass the base's checkpoint, and the adapter's folder as --adapter")
     model = TinyMambaModel(Config.from_dict(state["config"]))
     model.load_state_dict(state["model"])
     return model.to(device).eval()
+
+def save_folder(folder: Path, model: TinyMambaModel) -> None:
+    """Write model.safetensors, with a checksum, and config.json: a model without pickle."""
+    from safetensors.torch import save
+
+    tensors = {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
+    if model.config.tie_embeddings:
+        tensors.pop("head.weight")
+    said = {"format": "pt", "checksum": digest(tensors)}
+    config = {name: getattr(model.config, name) for name in FOLDER_FIELDS}
+    config = {"model_type": "tinymamba", "format_version": FOLDER_FORMAT, **config}
+    replace_file(folder / "model.safetensors",
+                 lambda temporary: Path(temporary).write_bytes(save(tensors, said)))
+    replace_file(folder / "config.json", lambda temporary: Path(temporary).write_text(
+        json.dumps(config, indent=2) + "\n", encoding="utf-8"))
+
+def load_folder(folder: Path) -> TinyMambaModel:
+    """The model of such a folder; a missing, damaged or foreign file is a UserError."""
+    from safetensors import SafetensorError, safe_open
+
+    name, remedy = str(folder / "config.json"), "export the model again"
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        known = config["model_type"] == "tinymamba" and config["format_version"] == FOLDER_FORMAT
+        require(known, name, f"is no TinyMamba model of format {FOLDER_FORMAT}", remedy)
+        model = TinyMambaModel(Config.from_dict({n: config[n] for n in FOLDER_FIELDS}))
+        name = str(folder / "model.safetensors")
+        with safe_open(name, framework="pt") as file:
+            said = file.metadata() or {}
+            tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as e:
+        raise UserError(name, f"cannot be read ({e})", remedy) from None
+    require(said.get("checksum") == digest(tensors), name, "is damaged", remedy)
+    if model.config.tie_embeddings:
+        tensors["head.weight"] = tensors.get("embedding.weight")
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError:
+        raise UserError(name, "does not fit its config.json", remedy) from None
+    return model
 
 def sibling(path: str | Path, tag: str) -> Path:
     """x_latest.pt -> x_tag.pt."""
