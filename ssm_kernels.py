@@ -63,11 +63,29 @@ class ChunkedScan(torch.autograd.Function):
         grads = [grad.flatten(1, 2)[:, : x.shape[1]] for grad in grads]
         return *grads, dD, torch.cat(dstate), None
 
+def scan_in_one_tile(x, dt, log_decay, B, C, D, state, chunk_size) -> tuple[Tensor, Tensor]:
+    """The forward pass of ChunkedScan without a loop over tiles: a graph for every length."""
+    inputs = to_chunks(chunk_size, x, dt, log_decay, B, C)
+    y, last = tile_forward(*inputs, D, state)
+    return y.flatten(1, 2)[:, : x.shape[1]], last
+
+def is_writing_graph() -> bool:
+    """Whether torch.export or torch.jit.trace makes a graph that must fit inputs of any length."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+def count_blocks(length: int, size: int) -> int:
+    """How many blocks of a size hold a length. In a graph they are two at least: one would be taken
+    for a constant."""
+    return (length + size - 1) // size + (1 if is_writing_graph() else 0)
+
 def to_chunks(chunk_size: int, *tensors: Tensor) -> list[Tensor]:
     """(B, L, ...) -> (B, C, Q, ...). Padding has dt 0 and decay 1, so it leaves the state alone."""
-    pad = -tensors[0].shape[1] % chunk_size
-    padded = (F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) if pad else t for t in tensors)
-    return [t.unflatten(1, (-1, chunk_size)) for t in padded]
+    length = tensors[0].shape[1]
+    count = count_blocks(length, chunk_size)
+    pad = count * chunk_size - length
+    spare = is_writing_graph() or pad > 0
+    padded = (F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) if spare else t for t in tensors)
+    return [t.unflatten(1, (count, chunk_size)) for t in padded]
 
 def tiles(x: Tensor) -> tuple[list[slice], list[slice]]:
     """Rows and spans of chunks of x (B, C, Q, H, P) to take together: what fits a CPU's cache.
@@ -103,7 +121,10 @@ def describe(x, dt, log_decay, B, C, D, state) -> Tile:
     between = torch.minimum(between, future).exp_().mul_(dt[..., None, :]).to(x.dtype)
     similarity = C @ B.mT
     scores = similarity * between
-    scores.diagonal(dim1=-2, dim2=-1).add_(D[:, None])
+    if is_writing_graph():  # it may hold no view that is written to
+        scores = scores + D[:, None, None] * torch.eye(scores.shape[-1], device=D.device)
+    else:
+        scores.diagonal(dim1=-2, dim2=-1).add_(D[:, None])
     from_start = total.exp()[..., None]
     to_end = ((total[..., -1:] - total).clamp(max=0).exp() * dt)[..., None]
     reads, writes = (C * from_start).to(x.dtype), (B * to_end).to(x.dtype)

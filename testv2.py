@@ -61,7 +61,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-from ssm_kernels import ChunkedScan, DepthwiseConv, lower_triangle
+from ssm_kernels import (
+    ChunkedScan,
+    DepthwiseConv,
+    count_blocks,
+    depthwise,
+    is_writing_graph,
+    lower_triangle,
+    scan_in_one_tile,
+)
 
 # ------------------------------------------------------------------------------------ errors
 
@@ -505,7 +513,8 @@ def selective_scan(
         if method == "sequential" or x.shape[1] == 1:
             return scan_sequential(x, dt, log_decay, B, C, D, state)
         B, C = B.to(x.dtype), C.to(x.dtype)
-        y, state = ChunkedScan.apply(x, dt, log_decay, B, C, D, state.mT, chunk_size)
+        scan = scan_in_one_tile if is_writing_graph() else ChunkedScan.apply
+        y, state = scan(x, dt, log_decay, B, C, D, state.mT, chunk_size)
         return y, state.mT
 
 def scan_sequential(x, dt, log_decay, B, C, D, state):
@@ -575,7 +584,7 @@ class ShortConv(nn.Module):
             taps = ((history[:, k : k + L] * weight[:, k], age >= K - 1 - k) for k in range(K))
             u = u + sum(tap * known[..., None] for tap, known in taps)
         else:
-            u = u + DepthwiseConv.apply(history, weight)
+            u = u + (depthwise if is_writing_graph() else DepthwiseConv.apply)(history, weight)
         return u, keep_last(history, K - 1, piece.lengths)
 
 class MambaSSM(nn.Module):
@@ -682,7 +691,9 @@ class LocalAttention(nn.Module):
 
     def written_out(self, length: int, device: torch.device) -> bool:
         """Plain matrix products beat the fused kernels on a CPU, but not for a few tokens."""
-        return not self.use_flash_attn or (device.type == "cpu" and length >= self.window)
+        any_length = is_writing_graph() and not isinstance(length, int)
+        return not self.use_flash_attn or any_length or (
+            device.type == "cpu" and length >= self.window)
 
     def mask(self, length: int, starts: Tensor | None, device: torch.device) -> Tensor:
         """The mask that the attention of a piece needs, the same in every layer; of bool.
@@ -692,11 +703,12 @@ class LocalAttention(nn.Module):
         """
         W, written_out = self.window, self.written_out(length, device)
         block = W if written_out else min(length, W)
-        first = torch.arange(0, length, block, device=device).view(-1, 1, 1)  # (blocks, 1, 1)
+        blocks = count_blocks(length, W) if written_out else -(-length // block)
+        first = block * torch.arange(blocks, device=device)[:, None, None]
         token = first + torch.arange(block, device=device)[:, None]  # (blocks, block, 1)
         begin = torch.zeros_like(token)
         if starts is not None:
-            begin = F.pad(starts, (0, -length % block)).unflatten(1, (-1, block))
+            begin = F.pad(starts, (0, blocks * block - length)).unflatten(1, (blocks, block))
             begin = begin[:, None, ..., None]  # (B, 1, blocks, block, 1)
         if written_out:
             key = first + torch.arange(W, device=device)
@@ -728,8 +740,10 @@ class LocalAttention(nn.Module):
         together one full row: one softmax over W columns serves both.
         """
         (B, A, L), W = q.shape[:3], self.window
-        q, keys, values = (F.pad(t, (0, 0, 0, -L % W)).unflatten(2, (-1, W)).flatten(0, 1)
-                           for t in (q * self.head_dim**-0.5, keys, values))  # (B*A, blocks, W, F)
+        blocks = count_blocks(L, W)
+        q, keys, values = (F.pad(t, (0, 0, 0, blocks * W - L)).unflatten(2, (blocks + more, W))
+                           .flatten(0, 1)  # (B*A, blocks, W, F)
+                           for t, more in ((q * self.head_dim**-0.5, 0), (keys, 1), (values, 1)))
         own = lower_triangle(q.new_empty(W, W))
         scores = torch.where(own, q @ keys[:, 1:].mT, q @ keys[:, :-1].mT)  # (B*A, blocks, W, W)
         scores = scores.unflatten(0, (B, A))
@@ -878,7 +892,7 @@ class TinyMambaModel(nn.Module):
             back = order.argsort(dim=1)[..., None]  # (B, L, 1)
         asked = state is not None
         if self.start is not None and not asked:
-            state = self.init_state(len(ids))
+            state = self.init_state(ids.shape[0])
         starts, document = self.find_documents(ids, state, lengths)
         piece = self.describe(ids, state, starts, lengths)
         x = self.dropout(self.embedding(ids))
@@ -911,7 +925,7 @@ class TinyMambaModel(nn.Module):
         masked = self.config.document_mask
         if state is None and not masked:
             return None, None
-        first = ids.new_zeros(len(ids))  # 0 or less: begun before this piece
+        first = ids.new_zeros(ids.shape[0])  # 0 or less: begun before this piece
         if state is not None:
             first = state.document_start - state.position
         if not masked:
@@ -920,8 +934,8 @@ class TinyMambaModel(nn.Module):
         ends = ids == self.config.eos_id
         if lengths is not None:
             ends = ends & (index < lengths[:, None])
-        begins = torch.where(ends, index + 1, first[:, None]).cummax(dim=1).values  # (B, L)
-        starts = torch.cat((first[:, None], begins[:, :-1]), dim=1)
+        begins = running_max(torch.where(ends, index + 1, first[:, None]))  # (B, L)
+        starts = torch.cat((first[:, None], begins), dim=1)[:, : ids.shape[1]]
         return starts, begins[:, -1]
 
     def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -967,6 +981,13 @@ class TinyMambaModel(nn.Module):
         """SHA-256 of the architecture and of every weight."""
         shape = {name: getattr(self.config, name) for name in SHAPE_FIELDS}
         return digest({"config": shape, "weights": dict(self.state_dict())})
+
+def running_max(x: Tensor) -> Tensor:
+    """x (B, L) -> the largest up to each token. ONNX has no cummax, so a graph gets a table."""
+    if not is_writing_graph():
+        return x.cummax(dim=1).values
+    table = x[:, None].expand(-1, x.shape[1], -1)  # (B, L, L)
+    return table.masked_fill(~lower_triangle(table), torch.iinfo(x.dtype).min).amax(-1)
 
 def init_weights(model: TinyMambaModel) -> None:
     """All initialisation, in one place; nothing touches a weight after it.
