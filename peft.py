@@ -51,14 +51,13 @@ from testv2 import (
     Trainer,
     UserError,
     add_config_flags,
-    digest,
     has_type,
     load_checkpoint,
     load_model,
     load_newest,
     named_fields,
     prepare_default_data,
-    replace_file,
+    read_all_tensors,
     require,
     require_plain_name,
     require_spans,
@@ -67,6 +66,7 @@ from testv2 import (
     run_cli,
     save_checkpoint,
     sibling,
+    write_json,
     write_tensors,
 )
 
@@ -445,8 +445,7 @@ def save_adapter(model: TinyMambaModel, folder: str | Path, name: str = "default
             about["prefix_length"] = config.prefix_length
     require_writable(folder, "output_dir")
     write_tensors(folder / WEIGHTS, adapter_tensors(model, name), {"base": switch.base})
-    text = json.dumps(about, indent=2) + "\n"
-    replace_file(folder / ABOUT, lambda temporary: Path(temporary).write_text(text))
+    write_json(folder / ABOUT, about)
 
 def read_config(folder: Path) -> AdapterConfig:
     path = folder / ABOUT
@@ -474,18 +473,9 @@ def read_config(folder: Path) -> AdapterConfig:
 
 def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor], dict[str, str]]:
     """The config, the tensors by name, and the notes of an adapter's folder."""
-    from safetensors import SafetensorError, safe_open
-
-    config, path = read_config(folder), folder / WEIGHTS
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
-            notes = file.metadata() or {}
-    except (SafetensorError, OSError) as e:
-        raise UserError(str(path), f"cannot be read ({e})", "save it anew") from None
-    checksum = notes.pop("checksum", None)  # of which Hugging Face's have none
-    require(checksum in (None, digest([tensors, notes])), str(path), "is damaged", "save it anew")
-    return config, tensors, notes
+    config = read_config(folder)
+    # Hugging Face's files have no checksum.
+    return config, *read_all_tensors(folder / WEIGHTS, "save it anew", unsigned=True)
 
 def load_adapter(model: TinyMambaModel, folder: str | Path, name: str = "default") -> None:
     """Attach an adapter from its folder and let it serve, as save_adapter or Hugging Face wrote it.

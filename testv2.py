@@ -1110,7 +1110,7 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], notes: dict[str,
     from safetensors.torch import save
 
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    notes = {**notes, "format": STATE_FORMAT}
+    notes = {"format": STATE_FORMAT, **notes}
     said = {**notes, "checksum": digest([tensors, notes])}
     replace_file(path, lambda temporary: Path(temporary).write_bytes(save(tensors, said)))
 
@@ -1143,6 +1143,25 @@ def read_tensors(path: str | Path, like: dict[str, Tensor], notes: dict[str, str
     checksum = said.pop("checksum", None)
     require(checksum == digest([tensors, said]), name, "is damaged", remedy)
     return tensors, said
+
+def read_all_tensors(path: str | Path, remedy: str,
+                     unsigned: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and notes of a safetensors file of any content; a damaged one is a UserError.
+
+    `unsigned` takes a file without a checksum, too, as others write it.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+            notes = file.metadata() or {}
+    except (SafetensorError, OSError) as e:
+        raise UserError(str(path), f"cannot be read ({e})", remedy) from None
+    checksum = notes.pop("checksum", None)
+    sound = checksum == digest([tensors, notes]) or (unsigned and checksum is None)
+    require(sound, str(path), "is damaged", remedy)
+    return tensors, notes
 
 # -------------------------------------------------------------------------------- tokenizer
 
@@ -1630,6 +1649,10 @@ def replace_file(path: str | Path, write, previous: Path | None = None) -> None:
             temporary.unlink()
         raise UserError(str(path), f"cannot be written ({e})", "free space or name another") from e
 
+def write_json(path: str | Path, value) -> None:
+    text = json.dumps(value, indent=2) + "\n"
+    replace_file(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
 def save_checkpoint(path: str | Path, state: dict, previous: Path | None = None) -> None:
     """Write `state` (tensors and plain values) with a checksum, and read it back.
 
@@ -1718,42 +1741,32 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> TinyMamb
 
 def save_folder(folder: Path, model: TinyMambaModel) -> None:
     """Write model.safetensors, with a checksum, and config.json: a model without pickle."""
-    from safetensors.torch import save
-
-    tensors = {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
+    tensors = model.state_dict()
     if model.config.tie_embeddings:
         tensors.pop("head.weight")
-    said = {"format": "pt", "checksum": digest(tensors)}
     config = {name: getattr(model.config, name) for name in FOLDER_FIELDS}
-    config = {"model_type": "tinymamba", "format_version": FOLDER_FORMAT, **config}
-    replace_file(folder / "model.safetensors",
-                 lambda temporary: Path(temporary).write_bytes(save(tensors, said)))
-    replace_file(folder / "config.json", lambda temporary: Path(temporary).write_text(
-        json.dumps(config, indent=2) + "\n", encoding="utf-8"))
+    write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    write_json(folder / "config.json",
+               {"model_type": "tinymamba", "format_version": FOLDER_FORMAT, **config})
 
 def load_folder(folder: Path) -> TinyMambaModel:
     """The model of such a folder; a missing, damaged or foreign file is a UserError."""
-    from safetensors import SafetensorError, safe_open
-
-    name, remedy = str(folder / "config.json"), "export the model again"
+    path, remedy = folder / "config.json", "export the model again"
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = json.loads(path.read_bytes())
         known = config["model_type"] == "tinymamba" and config["format_version"] == FOLDER_FORMAT
-        require(known, name, f"is no TinyMamba model of format {FOLDER_FORMAT}", remedy)
+        require(known, str(path), f"is no TinyMamba model of format {FOLDER_FORMAT}", remedy)
         model = TinyMambaModel(Config.from_dict({n: config[n] for n in FOLDER_FIELDS}))
-        name = str(folder / "model.safetensors")
-        with safe_open(name, framework="pt") as file:
-            said = file.metadata() or {}
-            tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as e:
-        raise UserError(name, f"cannot be read ({e})", remedy) from None
-    require(said.get("checksum") == digest(tensors), name, "is damaged", remedy)
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise UserError(str(path), f"cannot be read ({e})", remedy) from None
+    path = folder / "model.safetensors"
+    tensors, _ = read_all_tensors(path, remedy)
     if model.config.tie_embeddings:
         tensors["head.weight"] = tensors.get("embedding.weight")
     try:
         model.load_state_dict(tensors)
     except RuntimeError:
-        raise UserError(name, "does not fit its config.json", remedy) from None
+        raise UserError(str(path), "does not fit its config.json", remedy) from None
     return model
 
 def sibling(path: str | Path, tag: str) -> Path:
