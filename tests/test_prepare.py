@@ -343,7 +343,9 @@ def test_interrupted_run_leaves_the_old_files(tmp_path):
     before = contents(tmp_path / "out")
     flags = ["--input", "big.txt", "--tokenizer", "byte", "--output_dir", "out", "--force"]
     process = subprocess.Popen(
-        [sys.executable, prepare.__file__, *flags], cwd=tmp_path, stderr=subprocess.PIPE
+        [sys.executable, prepare.__file__, *flags], cwd=tmp_path, stderr=subprocess.PIPE,
+        # A shell starts its background jobs, and so their children, with the signal ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while not any(f.stat().st_size > 1e6 for f in (tmp_path / "out").glob(".prepare-*/train.bin")):
