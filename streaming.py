@@ -52,12 +52,11 @@ from testv2 import (
     DTYPES,
     CliParser,
     ModelState,
-    SimpleTokenizer,
     TinyMambaModel,
     UserError,
-    find_tokenizer,
     has_type,
     load_model,
+    open_tokenizer,
     pick_device,
     read_tensors,
     require,
@@ -925,14 +924,6 @@ def turn_weights(model: TinyMambaModel) -> None:
     for m in model.modules():
         if isinstance(m, torch.nn.Linear) and m.out_features > m.in_features:
             m.weight = torch.nn.Parameter(m.weight.t().contiguous().t())
-
-def open_tokenizer(given, model: TinyMambaModel, beside: list):
-    """The one given, or what lies beside these files or the model's training data, or None."""
-    if given is not None:
-        return SimpleTokenizer(given) if isinstance(given, str | Path) else given
-    data = model.config.train_data_path
-    beside = [*beside, *([data] if isinstance(data, str) else data)]
-    return next(filter(None, (find_tokenizer(str(path)) for path in beside)), None)
 
 class StreamingInference:
     """One session of a model. The arguments are those of StreamingServer."""

@@ -1183,7 +1183,7 @@ class SimpleTokenizer:
     """
 
     def __init__(self, path: str | Path | None = None):
-        self.library = None
+        self.path, self.library = path, None
         if path is None:
             self._read_vocabulary([*byte_alphabet(), EOS_TOKEN])
         elif not Path(path).is_file():
@@ -1274,6 +1274,14 @@ def find_tokenizer(data_path: str) -> SimpleTokenizer | None:
     folder = Path(data_path) if Path(data_path).is_dir() else Path(data_path).parent
     files = (folder / name for name in ("tokenizer.json", "vocab.txt"))
     return next((SimpleTokenizer(file) for file in files if file.is_file()), None)
+
+def open_tokenizer(given, model: TinyMambaModel, beside: list):
+    """The one given, or what lies beside these files or the model's training data, or None."""
+    if given is not None:
+        return SimpleTokenizer(given) if isinstance(given, str | Path) else given
+    data = model.config.train_data_path
+    beside = [*beside, *([data] if isinstance(data, str) else data)]
+    return next(filter(None, (find_tokenizer(str(path)) for path in beside)), None)
 
 # ------------------------------------------------------------------------------------ data
 
@@ -1744,10 +1752,13 @@ def save_folder(folder: Path, model: TinyMambaModel) -> None:
     tensors = model.state_dict()
     if model.config.tie_embeddings:
         tensors.pop("head.weight")
-    config = {name: getattr(model.config, name) for name in FOLDER_FIELDS}
     write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
-    write_json(folder / "config.json",
-               {"model_type": "tinymamba", "format_version": FOLDER_FORMAT, **config})
+    write_json(folder / "config.json", describe_model(model))
+
+def describe_model(model: TinyMambaModel) -> dict:
+    """What config.json says of a model."""
+    config = {name: getattr(model.config, name) for name in FOLDER_FIELDS}
+    return {"model_type": "tinymamba", "format_version": FOLDER_FORMAT, **config}
 
 def load_folder(folder: Path) -> TinyMambaModel:
     """The model of such a folder; a missing, damaged or foreign file is a UserError."""

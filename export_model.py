@@ -1,0 +1,499 @@
+"""Export: a trained model as files that work without the training code.
+
+    python export_model.py --checkpoint ./tinymamba_model_latest.pt --format all --verify --generate
+    python export_model.py --format onnx --optimize --benchmark --output_dir ./exported_models
+    python export_model.py --format torch_export --aoti  # compiled ahead of time
+    python export_model.py --format onnx --quantize int4 --calibration_data data/text/train.bin
+    python exported_models/onnx/onnx_generate.py --prompt "Once upon a time"  # no PyTorch needed
+
+Each format is a folder of its own below --output_dir, with config.json and the tokenizer:
+
+    pytorch       model.safetensors, which load_model, streaming.py and all other tools take, and
+                  inference.pt, the same as a checkpoint without the state of training
+    torchscript   model.pt for torch.jit.load, which PyTorch has deprecated: use torch_export
+    onnx          prefill.onnx and step.onnx, which share weights.data, and onnx_generate.py
+    torch_export  prefill.pt2 and step.pt2 for torch.export.load; with --aoti compiled, for
+                  torch._inductor.aoti_load_package
+
+Every graph is a function of ids and the state's tensors to logits after the last token and the
+state's tensors: prefill takes ids (B, L) of any L >= 1, step ids (B, 1). The state begins as zeros;
+their shapes stand in config.json. Compiled graphs want contiguous tensors.
+
+Letters in the comments on shapes:
+    B batch      L length      V vocabulary
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import logging
+import shutil
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from testv2 import (
+    CliParser,
+    LayerState,
+    ModelState,
+    TinyMambaModel,
+    UserError,
+    describe_model,
+    load_model,
+    need,
+    open_tokenizer,
+    pick_device,
+    require,
+    require_writable,
+    run_cli,
+    save_checkpoint,
+    save_folder,
+    why_no_compile,
+    write_json,
+)
+
+TOLERANCE = 1e-4  # by how much logits and states may differ, where they are below 1; else the share
+LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 513, 4096)  # that --verify tries
+STREAMED = 2000  # tokens that --verify streams
+ROUNDS, STEPS = 7, 32  # of --benchmark, and of a round
+
+# ------------------------------------------------------------------------------------ graphs
+
+class Graph(nn.Module):
+    """The model as functions of tensors alone: ids and a state to last logits and a state."""
+
+    def __init__(self, model: TinyMambaModel):
+        super().__init__()
+        self.model = model
+
+    def prefill(self, ids: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """ids (B, L) and those of ModelState.tensors() -> logits (B, V) and the same after it."""
+        per_layer = len(LayerState._fields)
+        layers = [LayerState(*tensors[i : i + per_layer])
+                  for i in range(0, len(tensors) - 2, per_layer)]
+        state = ModelState(layers, *tensors[-2:])
+        logits, state = self.model.advance(ids, state, last_only=True)
+        return logits[:, -1], *(t.contiguous() for t in state.tensors().values())
+
+    step = forward = prefill
+
+    def start(self, batch: int) -> list[Tensor]:
+        return list(self.model.init_state(batch).tensors().values())
+
+def load_graph(path: str, device: torch.device) -> Graph:
+    """Of a checkpoint or folder, ready to be written down."""
+    model = load_model(path, device).requires_grad_(False)
+    model.config.scan = "chunked"  # the same numbers; the other would be a loop over one length
+    return Graph(model)
+
+def examples(graph: Graph, args) -> dict[str, tuple[Tensor, ...]]:
+    """Inputs to trace the graphs with; any sizes do, but a 1 would be taken for a constant."""
+    batch, length = max(2, args.batch_size), max(2, args.seq_length)
+    state = graph.start(batch)
+    return {"prefill": (random_ids(graph, batch, length), *state),
+            "step": (random_ids(graph, batch, 1), *state)}
+
+def random_ids(graph: Graph, batch: int, length: int, seed: int = 0) -> Tensor:
+    """(B, L), the same ones for the same arguments."""
+    ids = torch.randint(0, graph.model.config.vocab_size, (batch, length),
+                        generator=torch.manual_seed(seed))
+    return ids.to(graph.model.embedding.weight.device)
+
+def programs(graph: Graph, args) -> Iterator[tuple[str, torch.export.ExportedProgram]]:
+    """What torch.export makes of prefill, then of step."""
+    batch, length = (torch.export.Dim(name, min=1) for name in ("batch", "length"))
+    for name, example in examples(graph, args).items():
+        dims = {0: batch, 1: length} if name == "prefill" else {0: batch}
+        shapes = (dims, tuple({0: batch} for _ in example[1:]))
+        yield name, torch.export.export(graph, example, dynamic_shapes=shapes, strict=False,
+                                        prefer_deferred_runtime_asserts_over_guards=True)
+
+# ------------------------------------------------------------------------------------ writing
+
+def write_pytorch(folder: Path, graph: Graph, args) -> None:
+    save_folder(folder, graph.model)
+    save_checkpoint(folder / "inference.pt", {"config": graph.model.config.to_dict(),
+                                              "model": graph.model.state_dict()})
+
+def write_torchscript(folder: Path, graph: Graph, args) -> None:
+    print("torchscript: PyTorch has deprecated TorchScript; torch_export takes its place")
+    with warnings.catch_warnings(action="ignore"):  # that it is deprecated, and of every constant
+        module = torch.jit.trace_module(graph, examples(graph, args), check_trace=False)
+    buffer = io.BytesIO()
+    torch.jit.save(module, buffer)
+    (folder / "model.pt").write_bytes(buffer.getbuffer())
+
+def write_torch_export(folder: Path, graph: Graph, args) -> None:
+    for name, program in programs(graph, args):
+        path, buffer = folder / f"{name}.pt2", io.BytesIO()
+        if args.aoti:
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+        else:
+            torch.export.save(program, buffer)
+            path.write_bytes(buffer.getbuffer())
+
+def write_onnx(folder: Path, graph: Graph, args) -> None:
+    names, protos = list(graph.model.init_state(1).tensors()), {}
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # torchvision's absence is no news
+    for name, program in programs(graph, args):
+        with warnings.catch_warnings(action="ignore"):
+            made = torch.onnx.export(
+                program, dynamo=True, verbose=False, input_names=["ids", *names],
+                output_names=["logits", *(f"new.{n}" for n in names)])
+        protos[name] = made.model_proto
+        for node in protos[name].graph.node:
+            del node.metadata_props[:]  # which line of which file it comes from
+        if args.optimize:
+            protos[name] = optimize_onnx(name, protos[name], folder)
+    share_weights(protos, folder)
+    shutil.copy(Path(__file__).with_name("onnx_generate.py"), folder)
+
+def share_weights(protos: dict, folder: Path) -> None:
+    """Write the graphs, and beside them, once each, all tensors that take room."""
+    onnx = need("onnx")
+    places = {}
+    with open(folder / "weights.data", "wb") as file:
+        for name, proto in protos.items():
+            for tensor in proto.graph.initializer:
+                data = onnx.numpy_helper.to_array(tensor).tobytes()
+                if len(data) < 1024:
+                    continue
+                key = hashlib.sha256(data).digest()
+                if key not in places:
+                    places[key] = file.seek(-(-file.tell() // 64) * 64)  # aligned, to be mapped
+                    file.write(data)
+                tensor.raw_data = data  # so that the library finds it where it puts the note
+                onnx.external_data_helper.set_external_data(
+                    tensor, "weights.data", places[key], len(data))
+                tensor.ClearField("raw_data")
+            (folder / f"{name}.onnx").write_bytes(proto.SerializeToString())
+            onnx.checker.check_model(str(folder / f"{name}.onnx"))
+
+def optimize_onnx(name: str, proto, folder: Path):
+    """The graph as ONNX Runtime rewrites it, once and for all instead of at every start."""
+    onnx, runtime = need("onnx"), need("onnxruntime")
+    paths = {kind: str(folder / f"{kind}.onnx") for kind in ("plain", "better")}
+    onnx.save(proto, paths["plain"])
+    options = runtime.SessionOptions()
+    options.optimized_model_filepath = paths["better"]
+    # More would write down what suits this very processor.
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    runtime.InferenceSession(paths["plain"], options, ["CPUExecutionProvider"])
+    better, seconds = onnx.load(paths["better"]), {}
+    for kind, path in paths.items():
+        began = time.perf_counter()
+        runtime.InferenceSession(path, None, ["CPUExecutionProvider"])
+        seconds[kind] = time.perf_counter() - began
+        Path(path).unlink()
+    print(f"onnx: {name}: {len(proto.graph.node)} nodes became {len(better.graph.node)}, "
+          f"{seconds['plain']:.2f} s to start became {seconds['better']:.2f}")
+    return better
+
+# ------------------------------------------------------------------------------------ running
+
+Step = Callable[..., tuple[Tensor, ...]]  # ids, state's tensors -> logits, state's tensors
+
+def open_pytorch(folder: Path, args) -> tuple[Step, Step]:
+    graph = load_graph(folder, args.device)
+    return graph.prefill, graph.step
+
+def open_torchscript(folder: Path, args) -> tuple[Step, Step]:
+    module = torch.jit.load(folder / "model.pt", map_location=args.device)
+    return module.prefill, module.step
+
+def open_torch_export(folder: Path, args) -> tuple[Step, Step]:
+    paths = (str(folder / f"{name}.pt2") for name in ("prefill", "step"))
+    if args.aoti:
+        return tuple(map(torch._inductor.aoti_load_package, paths))
+    return tuple(torch.export.load(path).module() for path in paths)
+
+def open_onnx(folder: Path, args) -> tuple[Step, Step]:
+    from onnx_generate import OnnxModel
+
+    model = OnnxModel(folder, torch.get_num_threads())
+    names = list(model.start())
+
+    def run(ids: Tensor, *state: Tensor) -> list[Tensor]:
+        arrays = dict(zip(names, (t.numpy() for t in state), strict=True))
+        logits, after = model.advance(ids.numpy(), arrays)
+        return [torch.from_numpy(array) for array in (logits, *after.values())]
+
+    return run, run
+
+class Runner:
+    """A model at work, as two graphs and the shapes of its state."""
+
+    def __init__(self, prefill: Step, step: Step, state: dict, device: torch.device):
+        self.prefill, self.step, self.state, self.device = prefill, step, state, device
+
+    @staticmethod
+    def open(name: str, folder: Path, args) -> Runner:
+        """An exported model, of which nothing is known but its folder."""
+        state = json.loads((folder / "config.json").read_bytes())["state"]
+        device = torch.device("cpu") if name == "onnx" else args.device
+        return Runner(*FORMATS[name].open(folder, args), state, device)
+
+    def start(self, batch: int) -> list[Tensor]:
+        """The state before any token."""
+        return [torch.zeros(batch, *shape, dtype=getattr(torch, dtype), device=self.device)
+                for shape, dtype in self.state.values()]
+
+    @torch.no_grad()
+    def advance(self, ids: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """ids (B, L) -> logits (B, V) after the last, and the state."""
+        graph = self.step if ids.shape[1] == 1 else self.prefill
+        # Compiled graphs take the layout of memory for granted.
+        inputs = (t.to(self.device).contiguous() for t in (ids, *state))
+        logits, *state = graph(*inputs)
+        return logits, state
+
+    def generate(self, ids: list[int], count: int) -> list[int]:
+        """The `count` likeliest ids after `ids`, one after another."""
+        piece, state, made = torch.tensor([ids]), self.start(1), []
+        for _ in range(count):
+            logits, state = self.advance(piece, state)
+            piece = logits.argmax(-1, keepdim=True)
+            made.append(piece.item())
+        return made
+
+class Format(NamedTuple):
+    write: Callable[[Path, Graph, argparse.Namespace], None]
+    open: Callable[[Path, argparse.Namespace], tuple[Step, Step]]
+    can_optimize: bool = False
+
+FORMATS = {
+    "pytorch": Format(write_pytorch, open_pytorch),
+    "torchscript": Format(write_torchscript, open_torchscript),
+    "onnx": Format(write_onnx, open_onnx, can_optimize=True),
+    "torch_export": Format(write_torch_export, open_torch_export),
+}
+
+# ------------------------------------------------------------------------------------ verifying
+
+class Mismatch(Exception):
+    """Where an exported model gives something else than the model."""
+
+class Gap:
+    """How far what a model gives is from what it should give, at most."""
+
+    def __init__(self, names: list[str]):
+        self.names, self.logits, self.state = names, 0.0, 0.0
+
+    def add(self, got: list[Tensor], want: list[Tensor], where: str) -> None:
+        """Logits, and the state's tensors if they come; a Mismatch if they are too far apart."""
+        for name, g, w in zip(["logits", *self.names], got, want, strict=False):
+            g, w = g.cpu().double(), w.cpu().double()
+            if g.shape != w.shape:
+                raise Mismatch(f"{name} is {tuple(g.shape)} and not {tuple(w.shape)} {where}")
+            gap = (g - w).abs()
+            if name.endswith("phase"):  # a circle of 2
+                gap = torch.minimum(gap, 2 - gap)
+            share = gap.max().item() / max(1.0, w.abs().max().item())
+            if not share <= TOLERANCE:  # nor if it is no number
+                raise Mismatch(f"{name} differs by {gap.max():.1e} {where}")
+            if name == "logits":
+                self.logits = max(self.logits, gap.max().item())
+            else:
+                self.state = max(self.state, share)
+
+def verify(runner: Runner, graph: Graph, text: list[int]) -> str:
+    """Compare an exported model with the model it was made from; what was found.
+
+    On random ids and on a real text, in pieces of LENGTHS tokens after 70 others, and token by
+    token. A Mismatch says where they differ.
+    """
+    gap = Gap(list(runner.state))
+    for batch in (1, 3):
+        state = graph.prefill(random_ids(graph, batch, 70), *graph.start(batch))[1:]
+        for length in LENGTHS:
+            where = f"at length {length}, batch {batch}"
+            real = [[text[(row * 97 + i) % len(text)] for i in range(length)]
+                    for row in range(batch)]
+            for ids in (random_ids(graph, batch, length, seed=length), torch.tensor(real)):
+                logits, after = runner.advance(ids, state)
+                want = graph.prefill(ids.to(state[0].device), *state)
+                gap.add([logits, *after], want, where)
+    verify_stream(runner, graph, text[:32], gap)
+    return (f"logits within {gap.logits:.1e} of the model's, states within {gap.state:.1e}; "
+            f"the likeliest token is the same for {STREAMED:,} of {STREAMED:,} in a row")
+
+def verify_stream(runner: Runner, graph: Graph, prompt: list[int], gap: Gap) -> None:
+    """Read the prompt and then, token by token, what the model itself finds likeliest."""
+    piece, state, own = torch.tensor([prompt]), runner.start(1), graph.start(1)
+    for number in range(STREAMED):
+        logits, state = runner.advance(piece, state)
+        want, *own = graph.prefill(piece.to(own[0].device), *own)
+        # Angles are sums over the text, and what rounds differently adds up, without harm.
+        gap.add([logits], [want], f"at token {number} of a stream")
+        piece = want.argmax(-1, keepdim=True).cpu()
+        if not torch.equal(logits.argmax(-1, keepdim=True).cpu(), piece):
+            raise Mismatch(f"token {number} of a stream is another")
+
+# ------------------------------------------------------------------------------------ timing
+
+def measure(runners: dict[str, Runner], graph: Graph, args) -> list[dict]:
+    """A row for each exported model and for the model itself; medians of turns."""
+    from benchmark import interleave
+
+    runners = {"the model": Runner(graph.prefill, graph.step, {}, args.device), **runners}
+    ids, start = random_ids(graph, args.batch_size, args.seq_length), graph.start(args.batch_size)
+
+    def make(runner: Runner, pieces: list[Tensor]):
+        def run() -> float:
+            state, began = start, time.perf_counter()
+            for piece in pieces:
+                _, state = runner.advance(piece, state)
+            return time.perf_counter() - began
+
+        return run
+
+    pieces = {"prefill": [ids], "step": [ids[:, :1]] * STEPS}
+    timings = interleave({(name, kind): functools.partial(make, runner, pieces[kind])
+                          for name, runner in runners.items() for kind in pieces}, 1, ROUNDS)
+    rows = []
+    for name in runners:
+        prefill, step = (timings[name, kind] for kind in pieces)
+        reason = prefill.reason or step.reason
+        require(not reason, f"--benchmark: {name}", f"failed ({reason})", "see --verify")
+        rows.append({
+            "format": name, "step_ms": round(1e3 * statistics.median(step.seconds) / STEPS, 3),
+            "prefill_tokens_per_second": round(ids.numel() / statistics.median(prefill.seconds)),
+            "mb": None if name not in FORMATS else round(megabytes(args.output_dir / name), 1)})
+    return rows
+
+def report(rows: list[dict], args) -> None:
+    """Print the table, and write it as benchmark.json."""
+    from benchmark import table
+
+    about = {name: getattr(args, name) for name in ("batch_size", "seq_length")}
+    write_json(args.output_dir / "benchmark.json", {
+        **about, "threads": torch.get_num_threads(), "device": str(args.device), "rows": rows})
+    lines = [["", "prefill, tokens a second", "a step, ms", "times as fast", "MB on disk"]]
+    lines += [[row["format"], f"{row['prefill_tokens_per_second']:,}", f"{row['step_ms']:.2f}",
+               f"{rows[0]['step_ms'] / row['step_ms']:.2f}", str(row["mb"] or "")] for row in rows]
+    print(table(lines), end="")
+
+# ------------------------------------------------------------------------------------ main
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = CliParser(usage="python export_model.py --checkpoint FILE [--FLAG VALUE ...]",
+                       description=__doc__)
+    add = parser.add_argument
+    add("--checkpoint", default="tinymamba_model_latest.pt", metavar="FILE",
+        help="a checkpoint, or a folder of weights [tinymamba_model_latest.pt]")
+    add("--output_dir", type=Path, default=Path("exported_models"), metavar="DIR",
+        help="of a folder for each format [exported_models]")
+    add("--format", choices=[*FORMATS, "all"], default="all", help="[all]")
+    add("--optimize", action="store_true", help="onnx: rewrite the graphs for a faster start")
+    add("--aoti", action="store_true", help="torch_export: compile ahead of time")
+    add("--batch_size", type=int, default=1, metavar="INT",
+        help="texts that --benchmark runs side by side; exported models take any number [1]")
+    add("--seq_length", type=int, default=128, metavar="INT",
+        help="tokens of its prompt; exported models take any number [128]")
+    add("--device", default="cpu", help="auto, cpu, cuda or mps: where the graphs are to run [cpu]")
+    add("--vocab_file", metavar="FILE",
+        help="tokenizer.json or vocab.txt to take along; else beside checkpoint or training data")
+    add("--verify", action="store_true", help="compare with the model; exit 1 where they differ")
+    add("--benchmark", action="store_true", help="time the exported models, and the model itself")
+    add("--generate", action="store_true", help="continue --prompt with the exported models")
+    add("--prompt", default="import os\n", help="[import os]")
+    add("--max_tokens", type=int, default=40, metavar="INT", help="of --generate [40]")
+    add("--force", action="store_true", help="replace what is in --output_dir")
+    args = parser.parse_args(argv)
+    args.formats = list(FORMATS) if args.format == "all" else [args.format]
+    for name in ("batch_size", "seq_length", "max_tokens"):
+        value = getattr(args, name)
+        require(value >= 1, f"--{name}", f"{value} is not legal", "pass 1 or more")
+    check(args)
+    return args
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what cannot work before anything is made."""
+    for flag, name in (("optimize", "onnx"), ("aoti", "torch_export")):
+        require(not getattr(args, flag) or name in args.formats, f"--{flag}",
+                f"does nothing for {args.format}", f"leave it out, or pass --format {name}")
+    args.device = pick_device(args.device)
+    problem = why_no_compile(args.device) if args.aoti else None
+    require(not problem, "--aoti", f"{problem}", "leave it out")
+    if "onnx" in args.formats:
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            need(package)
+    for name in args.formats:
+        folder = args.output_dir / name
+        require(args.force or not folder.exists(), str(folder), "is there already",
+                "pass --force or another --output_dir")
+    require_writable(args.output_dir, "--output_dir")
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `folder` if all went well."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        yield temporary
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    except OSError as e:
+        remedy = "free space or name another"
+        raise UserError(str(folder), f"cannot be written ({e})", remedy) from e
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+def export(name: str, graph: Graph, tokenizer, args) -> str:
+    """Write one format, verified if asked for; what is to be said of it."""
+    tensors = graph.model.init_state(1).tensors().items()
+    shapes = {n: [list(t.shape[1:]), str(t.dtype).removeprefix("torch.")] for n, t in tensors}
+    with new_folder(args.output_dir / name) as folder:
+        FORMATS[name].write(folder, graph, args)
+        write_json(folder / "config.json", {**describe_model(graph.model), "state": shapes})
+        if tokenizer and tokenizer.path:
+            shutil.copy(tokenizer.path, folder)
+        said = f"{megabytes(folder):.1f} MB"
+        if args.verify:
+            text = real_text(graph, tokenizer, args.prompt)
+            said += "; " + verify(Runner.open(name, folder, args), graph, text)
+        return said
+
+def megabytes(folder: Path) -> float:
+    return sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+
+def real_text(graph: Graph, tokenizer, prompt: str) -> list[int]:
+    """Ids of the prompt and of this file, or of its bytes, where there is no tokenizer."""
+    text, size = prompt + Path(__file__).read_text(encoding="utf-8"), graph.model.config.vocab_size
+    return [i % size for i in (tokenizer.encode(text) if tokenizer else text.encode())]
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    graph, failed, runners = load_graph(args.checkpoint, args.device), False, {}
+    tokenizer = open_tokenizer(args.vocab_file, graph.model, [args.checkpoint])
+    require(tokenizer or not args.generate, "--vocab_file", "no tokenizer was found", "name one")
+    for name in args.formats:
+        try:
+            print(f"{args.output_dir / name}: {export(name, graph, tokenizer, args)}", flush=True)
+            runners[name] = Runner.open(name, args.output_dir / name, args)
+        except Mismatch as e:
+            print(f"error: {name}: {e}; nothing is kept of it", file=sys.stderr)
+            failed = True
+    for name, runner in runners.items() if args.generate else ():
+        made = runner.generate(tokenizer.encode(args.prompt), args.max_tokens)
+        print(f"--- {name}\n{args.prompt}{tokenizer.decode(made)}")
+    if args.benchmark:
+        report(measure(runners, graph, args), args)
+    return 1 if failed else 0
+
+if __name__ == "__main__":
+    run_cli(main)
