@@ -538,7 +538,7 @@ FIRST = {  # values that differ from Config's own
     "weight_decay": 0.0, "validation_interval": 100, "checkpoint_interval": 100,
     "generation_interval": 250, "use_compile": False, "num_epochs": 1000,
 }
-RATES = {"lora": 4e-3, "prefix": 2e-2, "state_offset": 2e-2, "full": 2e-3}
+RATES = {"lora": 8e-3, "prefix": 3e-2, "state_offset": 1e-1, "full": 4e-3}
 FROM_BASE = [*SHAPE_FIELDS, "block_size", "batch_size", "data_dtype", "eos_id", "generation_prompt",
              "deepnet", "scan", "chunk_size"]
 NOT_FLAGS = [*SHAPE_FIELDS, "deepnet", "checkpoint_path", "parallel"]
