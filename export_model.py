@@ -64,7 +64,9 @@ from testv2 import (
     write_json,
 )
 
-TOLERANCE = 1e-4  # by how much logits and states may differ, where they are below 1; else the share
+# By how much values up to 1 may differ, and by what share larger ones. A state holds sums over the
+# whole text, in which what rounds differently adds up.
+TOLERANCE = {"logits": 1e-4, "state": 1e-3}
 LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 513, 4096)  # that --verify tries
 STREAMED = 2000  # tokens that --verify streams
 ROUNDS, STEPS = 7, 32  # of --benchmark, and of a round
@@ -139,7 +141,8 @@ def write_torch_export(folder: Path, graph: Graph, args) -> None:
     for name, program in programs(graph, args):
         path, buffer = folder / f"{name}.pt2", io.BytesIO()
         if args.aoti:
-            torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+            with warnings.catch_warnings(action="ignore"):  # PyTorch's, of its own parts
+                torch._inductor.aoti_compile_and_package(program, package_path=str(path))
         else:
             torch.export.save(program, buffer)
             path.write_bytes(buffer.getbuffer())
@@ -289,7 +292,7 @@ class Gap:
     """How far what a model gives is from what it should give, at most."""
 
     def __init__(self, names: list[str]):
-        self.names, self.logits, self.state = names, 0.0, 0.0
+        self.names, self.worst = names, dict.fromkeys(TOLERANCE, 0.0)
 
     def add(self, got: list[Tensor], want: list[Tensor], where: str) -> None:
         """Logits, and the state's tensors if they come; a Mismatch if they are too far apart."""
@@ -301,12 +304,10 @@ class Gap:
             if name.endswith("phase"):  # a circle of 2
                 gap = torch.minimum(gap, 2 - gap)
             share = gap.max().item() / max(1.0, w.abs().max().item())
-            if not share <= TOLERANCE:  # nor if it is no number
+            kind = "logits" if name == "logits" else "state"
+            if not share <= TOLERANCE[kind]:  # nor if it is no number
                 raise Mismatch(f"{name} differs by {gap.max():.1e} {where}")
-            if name == "logits":
-                self.logits = max(self.logits, gap.max().item())
-            else:
-                self.state = max(self.state, share)
+            self.worst[kind] = max(self.worst[kind], share)
 
 def verify(runner: Runner, graph: Graph, text: list[int]) -> str:
     """Compare an exported model with the model it was made from; what was found.
@@ -326,7 +327,8 @@ def verify(runner: Runner, graph: Graph, text: list[int]) -> str:
                 want = graph.prefill(ids.to(state[0].device), *state)
                 gap.add([logits, *after], want, where)
     verify_stream(runner, graph, text[:32], gap)
-    return (f"logits within {gap.logits:.1e} of the model's, states within {gap.state:.1e}; "
+    logits, states = gap.worst.values()
+    return (f"logits within {logits:.1e} of the model's, states within {states:.1e}; "
             f"the likeliest token is the same for {STREAMED:,} of {STREAMED:,} in a row")
 
 def verify_stream(runner: Runner, graph: Graph, prompt: list[int], gap: Gap) -> None:
@@ -335,7 +337,6 @@ def verify_stream(runner: Runner, graph: Graph, prompt: list[int], gap: Gap) -> 
     for number in range(STREAMED):
         logits, state = runner.advance(piece, state)
         want, *own = graph.prefill(piece.to(own[0].device), *own)
-        # Angles are sums over the text, and what rounds differently adds up, without harm.
         gap.add([logits], [want], f"at token {number} of a stream")
         piece = want.argmax(-1, keepdim=True).cpu()
         if not torch.equal(logits.argmax(-1, keepdim=True).cpu(), piece):

@@ -1,14 +1,50 @@
 """Models outside of training: folders of plain tensors, and graphs that fit every length."""
 
+import argparse
 import copy
+import errno
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import DOCUMENTS, close, close_angles, some_ids, wide
+from conftest import (
+    DOCUMENTS,
+    ROOT,
+    assert_refused,
+    close,
+    close_angles,
+    files_below,
+    run_script,
+    some_ids,
+    wide,
+)
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from testv2 import LayerState, ModelState, UserError, load_model, save_folder
+import export_model
+from export_model import (
+    FORMATS,
+    Gap,
+    Graph,
+    Mismatch,
+    write_torch_export,
+    write_torchscript,
+)
+from onnx_generate import OnnxModel
+from testv2 import (
+    EOS_TOKEN,
+    SimpleTokenizer,
+    UserError,
+    byte_alphabet,
+    generate,
+    load_model,
+    save_folder,
+)
 
 LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 513)
 
@@ -51,27 +87,38 @@ def test_a_damaged_or_foreign_folder_is_refused(tmp_path):
     refused("config.json: cannot be read")
 
 
-class Graph(torch.nn.Module):
-    """A step of any length as a function of tensors: ids and a state to last logits and a state."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids, *tensors):
-        layers = [LayerState(*tensors[i : i + 5]) for i in range(0, len(tensors) - 2, 5)]
-        logits, state = self.model.advance(ids, ModelState(layers, *tensors[-2:]), last_only=True)
-        return logits, *state.tensors().values()
+# ------------------------------------------------------------------------------------- graphs
 
 
-def assert_fits_every_length(graph, model):
+def settings(**changes) -> argparse.Namespace:
+    return argparse.Namespace(**{"batch_size": 2, "seq_length": 37, "optimize": False,
+                                 "aoti": False, "device": torch.device("cpu"), **changes})
+
+
+def graph_of(**changes) -> Graph:
+    return Graph(copy.deepcopy(wide(**changes)).requires_grad_(False))
+
+
+def byte_tokenizer() -> Tokenizer:
+    """What SimpleTokenizer() does, as a tokenizer.json."""
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(byte_alphabet())}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([EOS_TOKEN])
+    return tokenizer
+
+
+@torch.no_grad()
+def assert_fits_every_length(prefill, step, graph, lengths=LENGTHS):
+    model = graph.model
     for batch in (1, 3):
         _, state = model.advance(some_ids(batch, 70), model.init_state(batch))
-        for length in LENGTHS:
+        inputs = [t.contiguous() for t in state.tensors().values()]
+        for length in lengths:
             ids = some_ids(batch, length, seed=length)
-            got = graph(ids, *state.tensors().values())
+            got = (step if length == 1 else prefill)(ids, *inputs)
             logits, after = model.advance(ids, state, last_only=True)
-            close(got[0], logits, 1e-4)
+            close(got[0], logits[:, -1], 1e-4)
             for (name, want), tensor in zip(after.tensors().items(), got[1:], strict=True):
                 if name.endswith("phase"):
                     close_angles(tensor, want, 1e-4)
@@ -79,23 +126,204 @@ def assert_fits_every_length(graph, model):
                     close(tensor, want, 1e-4, scale=1.0)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("changes", [{}, DOCUMENTS, {"gate": "top_k"},
                                      {"gate": "sparsemax", "low_rank": 4, "bias": False}], ids=str)
-@pytest.mark.filterwarnings("ignore")
-def test_a_traced_graph_fits_every_length(changes):
-    model = copy.deepcopy(wide(**changes)).requires_grad_(False)
-    example = (some_ids(2, 37), *model.init_state(2).tensors().values())
-    assert_fits_every_length(torch.jit.trace(Graph(model), example, check_trace=False), model)
+def test_torchscript_fits_every_length(tmp_path, changes):
+    graph = graph_of(**changes)
+    write_torchscript(tmp_path, graph, settings())
+    module = torch.jit.load(tmp_path / "model.pt")
+    assert_fits_every_length(module.prefill, module.step, graph)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("changes", [{}, DOCUMENTS], ids=["one_text", "documents"])
-def test_an_exported_graph_fits_every_length(changes):
-    model = copy.deepcopy(wide(n_layer=1, **changes)).requires_grad_(False)
-    example = (some_ids(2, 37), *model.init_state(2).tensors().values())
-    batch, length = (torch.export.Dim(name, min=1) for name in ("batch", "length"))
-    shapes = ({0: batch, 1: length}, tuple({0: batch} for _ in example[1:]))
-    program = torch.export.export(Graph(model).eval(), example, dynamic_shapes=shapes, strict=False,
-                                  prefer_deferred_runtime_asserts_over_guards=True)
-    assert_fits_every_length(program.module(), model)
+@pytest.fixture(scope="module")
+def onnx_folder(tmp_path_factory) -> tuple[Path, Graph]:
+    """A folder as the command makes it, and the graph that it was made from."""
+    folder = tmp_path_factory.mktemp("onnx")
+    save_folder(folder / "model", wide(n_layer=1, **DOCUMENTS))
+    byte_tokenizer().save(str(folder / "model" / "tokenizer.json"))
+    done = run_script("export_model.py", "--checkpoint", "model", "--format", "onnx",
+                      "--optimize", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    return folder / "exported_models" / "onnx", graph_of(n_layer=1, **DOCUMENTS)
+
+
+def test_onnx_fits_every_length(onnx_folder):
+    folder, graph = onnx_folder
+    assert_fits_every_length(*FORMATS["onnx"].open(folder, settings()), graph)
+
+
+def test_onnx_streams_what_the_model_does(onnx_folder):
+    folder, graph = onnx_folder
+    prompt = some_ids(1, 20)
+    want = generate(graph.model, prompt, 2000, 0.0)[0, 20:].tolist()
+    assert list(OnnxModel(folder).generate(prompt[0].tolist(), 2000)) == want
+
+
+def test_both_onnx_graphs_share_their_weights(onnx_folder):
+    folder, graph = onnx_folder
+    size = 4 * sum(p.numel() for p in graph.model.parameters())
+    assert (folder / "weights.data").stat().st_size < 1.5 * size
+    for name in ("prefill.onnx", "step.onnx"):
+        assert str(ROOT).encode() not in (folder / name).read_bytes()  # nor where it was made
+
+
+def test_an_onnx_folder_works_alone(onnx_folder, tmp_path):
+    """Elsewhere, where there is neither PyTorch nor this repository."""
+    folder, graph = onnx_folder
+    shutil.copytree(folder, tmp_path / "moved")
+    (tmp_path / "torch.py").write_text("raise ImportError('no PyTorch here')")
+    words = [sys.executable, "moved/onnx_generate.py", "--prompt", "abc", "--max_tokens", "40"]
+    done = subprocess.run(words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tokenizer = SimpleTokenizer(folder / "tokenizer.json")
+    ids = generate(graph.model, torch.tensor([tokenizer.encode("abc")]), 40, 0.0)[0, 3:].tolist()
+    assert done.stdout == "abc" + tokenizer.decode(ids) + "\n"
+    (tmp_path / "moved" / "weights.data").unlink()
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0 and "weights.data: no such file" in done.stderr
+
+
+def test_onnx_draws_by_the_seed(onnx_folder):
+    model = OnnxModel(onnx_folder[0])
+    draws = [list(model.generate([1, 2], 30, temperature=1.5, seed=seed)) for seed in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_torch_export_fits_every_length(tmp_path):
+    graph = graph_of(n_layer=1)
+    write_torch_export(tmp_path, graph, settings())
+    assert_fits_every_length(*FORMATS["torch_export"].open(tmp_path, settings()), graph)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, DOCUMENTS, {"gate": "top_k"}], ids=str)
+def test_compiled_ahead_of_time_fits_every_length(tmp_path, changes):
+    graph, asked = graph_of(n_layer=1, **changes), settings(aoti=True)
+    write_torch_export(tmp_path, graph, asked)
+    assert_fits_every_length(*FORMATS["torch_export"].open(tmp_path, asked), graph)
+
+
+# ------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A working folder with a small model; verifications are short."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("LENGTHS", (1, 2, 17)), ("STREAMED", 20), ("ROUNDS", 1)):
+        monkeypatch.setattr(export_model, name, value)
+    save_folder(tmp_path / "model", wide())
+    byte_tokenizer().save(str(tmp_path / "model" / "tokenizer.json"))
+    return tmp_path
+
+
+def command(*words) -> int:
+    return export_model.main(["--checkpoint", "model", *words])
+
+
+def test_the_command_writes_verifies_runs_and_times(folder, capsys):
+    assert command("--format", "torchscript", "--verify", "--generate", "--benchmark") == 0
+    said, error = capsys.readouterr()
+    assert "the same for 20 of 20" in said and "deprecated" in said and not error
+    rows = json.loads((folder / "exported_models" / "benchmark.json").read_text())["rows"]
+    assert [row["format"] for row in rows] == ["the model", "torchscript"]
+    assert all(row["step_ms"] > 0 and row["prefill_tokens_per_second"] > 0 for row in rows)
+    ids = torch.tensor([SimpleTokenizer().encode("import os\n")])
+    made = generate(load_model("model"), ids, 40, 0.0)[0, ids.shape[1] :].tolist()
+    assert "import os\n" + SimpleTokenizer().decode(made) in said
+
+
+def test_the_pytorch_format_is_the_model(folder):
+    assert command("--format", "pytorch", "--verify") == 0
+    made, own = folder / "exported_models" / "pytorch", load_model("model").fingerprint()
+    assert load_model(made).fingerprint() == own
+    assert load_model(made / "inference.pt").fingerprint() == own
+    done = run_script("streaming.py", "--checkpoint", made, "--prompt", "a", "--max_tokens", 5,
+                      cwd=folder)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("place", ["logits", "layers.1.keys"])
+def test_a_mismatch_says_where_and_keeps_nothing(folder, monkeypatch, capsys, place):
+    """As a graph that was specialised for one length would be."""
+    plain, at = FORMATS["pytorch"], ["logits", *wide().init_state(1).tensors()].index(place)
+
+    def spoiled(folder, args):
+        def prefill(ids, *state):
+            out = list(graph(ids, *state))
+            if ids.shape[1] == 17:
+                out[at] = out[at] + 1.0
+            return out
+
+        graph, step = plain.open(folder, args)
+        return prefill, step
+
+    monkeypatch.setitem(FORMATS, "pytorch", plain._replace(open=spoiled))
+    assert command("--format", "pytorch", "--verify") == 1
+    error = capsys.readouterr().err
+    assert f"error: pytorch: {place} differs by 1.0e+00 at length 17, batch 1" in error
+    assert list((folder / "exported_models").iterdir()) == []
+
+
+def test_angles_go_round():
+    gap, zero = Gap(["layers.0.phase"]), torch.zeros(1)
+    gap.add([zero, torch.tensor([1.99999])], [zero, zero], "here")
+    with pytest.raises(Mismatch, match="phase differs by 1.0e.00 here"):
+        gap.add([zero, torch.ones(1)], [zero, zero], "here")
+    with pytest.raises(Mismatch, match="logits differs by nan"):
+        gap.add([torch.tensor([torch.nan])], [zero], "here")
+
+
+@pytest.mark.parametrize("words, fragment", [
+    (["--format", "pytorch", "--optimize"], "--optimize: does nothing for pytorch"),
+    (["--format", "onnx", "--aoti"], "--aoti: does nothing for onnx"),
+    (["--batch_size", "0"], "--batch_size: 0 is not legal"),
+    (["--vocab_file", "none.json"], "none.json: no such file"),
+    (["--checkpoint", "none.pt"], "none.pt: no such checkpoint"),
+    (["--device", "cuda:77"], "device: cuda:77 is not here"),
+    (["--output_dir", "model/config.json"], "--output_dir: model/config.json cannot be made"),
+], ids=str)  # fmt: skip
+def test_what_cannot_work_is_refused(folder, words, fragment):
+    with pytest.raises(UserError) as refused:
+        command(*words)
+    assert fragment in str(refused.value)
+    assert not list(folder.glob("exported_models/*"))
+
+
+def test_what_is_there_stays_without_force(folder):
+    assert command("--format", "pytorch") == 0
+    before = files_below(folder)
+    done = run_script("export_model.py", "--checkpoint", "model", "--format", "pytorch",
+                      cwd=folder)
+    assert_refused(done, "exported_models/pytorch", "is there already", "--force")
+    assert files_below(folder) == before
+    assert command("--format", "pytorch", "--force") == 0
+    assert files_below(folder) == before
+
+
+def test_a_full_disk_leaves_what_was_there(folder, monkeypatch):
+    assert command("--format", "torchscript") == 0
+    before = files_below(folder)
+
+    def full(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"torchscript: cannot be written \(.*No space left"):
+        command("--format", "torchscript", "--force")
+    assert files_below(folder) == before
+
+
+def test_a_missing_package_is_named(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(UserError, match="onnxscript: is not installed; pip install onnxscript"):
+        command("--format", "onnx")
+
+
+def test_a_model_without_a_tokenizer_is_exported_but_cannot_write(folder):
+    (folder / "model" / "tokenizer.json").unlink()
+    assert command("--format", "pytorch", "--verify") == 0
+    with pytest.raises(UserError, match="--vocab_file: no tokenizer was found"):
+        command("--format", "pytorch", "--generate", "--force")
