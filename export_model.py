@@ -79,6 +79,7 @@ class Graph(nn.Module):
     def __init__(self, model: TinyMambaModel):
         super().__init__()
         self.model = model
+        self.programs: dict[str, torch.export.ExportedProgram] = {}
 
     def prefill(self, ids: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         """ids (B, L) and those of ModelState.tensors() -> logits (B, V) and the same after it."""
@@ -113,14 +114,16 @@ def random_ids(graph: Graph, batch: int, length: int, seed: int = 0) -> Tensor:
                         generator=torch.manual_seed(seed))
     return ids.to(graph.model.embedding.weight.device)
 
-def programs(graph: Graph, args) -> Iterator[tuple[str, torch.export.ExportedProgram]]:
-    """What torch.export makes of prefill, then of step."""
+def programs(graph: Graph, args) -> dict[str, torch.export.ExportedProgram]:
+    """What torch.export makes of prefill and of step, once for all formats."""
     batch, length = (torch.export.Dim(name, min=1) for name in ("batch", "length"))
-    for name, example in examples(graph, args).items():
+    for name, example in {} if graph.programs else examples(graph, args).items():
         dims = {0: batch, 1: length} if name == "prefill" else {0: batch}
         shapes = (dims, tuple({0: batch} for _ in example[1:]))
-        yield name, torch.export.export(graph, example, dynamic_shapes=shapes, strict=False,
-                                        prefer_deferred_runtime_asserts_over_guards=True)
+        graph.programs[name] = torch.export.export(
+            graph, example, dynamic_shapes=shapes, strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True)
+    return graph.programs
 
 # ------------------------------------------------------------------------------------ writing
 
@@ -138,7 +141,7 @@ def write_torchscript(folder: Path, graph: Graph, args) -> None:
     (folder / "model.pt").write_bytes(buffer.getbuffer())
 
 def write_torch_export(folder: Path, graph: Graph, args) -> None:
-    for name, program in programs(graph, args):
+    for name, program in programs(graph, args).items():
         path, buffer = folder / f"{name}.pt2", io.BytesIO()
         if args.aoti:
             with warnings.catch_warnings(action="ignore"):  # PyTorch's, of its own parts
@@ -150,7 +153,7 @@ def write_torch_export(folder: Path, graph: Graph, args) -> None:
 def write_onnx(folder: Path, graph: Graph, args) -> None:
     names, protos = list(graph.model.init_state(1).tensors()), {}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # torchvision's absence is no news
-    for name, program in programs(graph, args):
+    for name, program in programs(graph, args).items():
         with warnings.catch_warnings(action="ignore"):
             made = torch.onnx.export(
                 program, dynamo=True, verbose=False, input_names=["ids", *names],

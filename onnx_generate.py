@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy [0]")
     parser.add_argument("--seed", type=int, help="the same seed gives the same text")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="replace")  # a terminal need not know every character
     for name in ("prefill.onnx", "step.onnx", "weights.data", "tokenizer.json"):
         if not (Path(args.model) / name).is_file():
             sys.exit(f"error: {Path(args.model) / name}: no such file; export the model again")
@@ -83,7 +84,7 @@ def main() -> None:
         if not text.endswith("\ufffd"):  # else a character is not complete yet
             print(text[len(shown) :], end="", flush=True)
             shown = text
-    print()
+    print(tokenizer.decode(made)[len(shown) :])
 
 if __name__ == "__main__":
     main()
