@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, flags, free_port, run_script, write_tokens
 
+import export_model
 from testv2 import parse_command_line
 
 README = (ROOT / "README.md").read_text()
@@ -26,15 +27,17 @@ SHORT = flags(
     validation_steps=1, generation_length=5, gradient_accumulation_steps=1, use_compile="false",
     device="cpu",
 )  # fmt: skip
-INSTALLED = {"wandb", "pyarrow", "tiktoken"}  # by requirements-dev.txt
+# By requirements-dev.txt.
+INSTALLED = {"wandb", "pyarrow", "tiktoken", "onnx", "onnxscript", "onnxruntime"}
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory) -> Path:
     """A copy of the project with the files that the README's commands name."""
     folder = tmp_path_factory.mktemp("readme")
-    for name in ("testv2.py", "ssm_kernels.py", "streaming.py", "peft.py", "Makefile",
-                 "requirements.txt", "requirements-dev.txt"):  # fmt: skip
+    for name in ("testv2.py", "ssm_kernels.py", "streaming.py", "peft.py", "export_model.py",
+                 "onnx_generate.py", "benchmark.py", "Makefile", "requirements.txt",
+                 "requirements-dev.txt"):  # fmt: skip
         shutil.copy(ROOT / name, folder)
     (folder / "data").mkdir()
     shutil.copy(ROOT / "data" / "prepare.py", folder / "data")
@@ -130,6 +133,14 @@ def test_command(command, workspace):
         case ["python", "peft.py", *rest]:
             done = run_finetuning(rest, workspace)
             assert "merged.pt" in done if "--merge" in rest else "validation at step 2" in done
+        case ["python", "export_model.py", *rest] if "--aoti" in rest:  # tests/test_export.py does
+            assert export_model.parse([*rest, "--output_dir", str(workspace / "made")])
+        case ["python", "export_model.py", *rest]:
+            quick = ["--format", "torchscript"] if "all" in rest else []
+            quick += ["--vocab_file", "data/text/tokenizer.json"]  # the last run had other data
+            assert "MB" in run([workspace / "export_model.py", *rest, *quick], workspace)
+        case ["python", "exported_models/onnx/onnx_generate.py", *rest]:
+            assert "import os" in run([workspace / words[1], *rest], workspace)
         case ["python", "benchmark.py", *rest]:
             small = flags(d_model=32, n_layer=1, vocab_size=64, sequence_lengths=16,
                           tokens_per_step=32, test_iterations=1, compile="off",
@@ -154,9 +165,9 @@ def test_command(command, workspace):
             check(["make", "--dry-run", target], workspace)
         case ["pip", "install", "-r", file]:
             assert (ROOT / file).read_text()
-        case ["pip", "install", package]:
-            assert package in INSTALLED
-            check([sys.executable, "-c", f"import {package}"], workspace)
+        case ["pip", "install", *packages]:
+            assert INSTALLED.issuperset(packages)
+            check([sys.executable, "-c", f"import {', '.join(packages)}"], workspace)
         case ["ruff", *rest]:
             check([sys.executable, "-m", "ruff", *rest], ROOT)
         case ["tensorboard", *rest]:
