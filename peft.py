@@ -42,6 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssm_kernels import QuantizedLinear
 from testv2 import (
     SHAPE_FIELDS,
     CliParser,
@@ -57,6 +58,7 @@ from testv2 import (
     load_newest,
     named_fields,
     prepare_default_data,
+    quantize_like,
     read_all_tensors,
     require,
     require_plain_name,
@@ -134,7 +136,7 @@ class Place(nn.Module):
 class LoRALinear(Place):
     """A linear layer whose weight W becomes W + s B A (Hu et al., arXiv 2106.09685, eq. 3)."""
 
-    def __init__(self, base_layer: nn.Linear, switch: Switch):
+    def __init__(self, base_layer: nn.Linear | QuantizedLinear, switch: Switch):
         super().__init__(switch)
         self.base_layer, self.kept = base_layer, None
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
@@ -268,7 +270,8 @@ def switch_of(model: TinyMambaModel) -> Switch:
 
 def linears(model: TinyMambaModel) -> dict[str, nn.Module]:
     """Every linear layer by name, those with adapters included."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | LoRALinear)
+    kinds = nn.Linear | QuantizedLinear | LoRALinear
+    return {name: m for name, m in model.named_modules() if isinstance(m, kinds)
             and not name.endswith(".base_layer")}
 
 def targets(model: TinyMambaModel, patterns: list[str] | None) -> list[str]:
@@ -303,7 +306,7 @@ def attach(model: TinyMambaModel, config: AdapterConfig, name: str = "default") 
         config = dataclasses.replace(config, target_modules=found)
         for target in found:
             layer = model.get_submodule(target)
-            if isinstance(layer, nn.Linear):
+            if not isinstance(layer, LoRALinear):
                 layer = LoRALinear(layer, switch)
                 model.set_submodule(target, layer)
             layer.adapters[name] = LoRA(layer.base_layer, config)
@@ -370,6 +373,7 @@ def set_adapter(model: TinyMambaModel, names) -> None:
 def merge_adapter(model: TinyMambaModel, name: str = "default") -> None:
     """Write a LoRA adapter into the weights; the old ones are kept for unmerge_adapter."""
     switch = switch_of(model)
+    require_whole(model, "it cannot be merged with an adapter", "keep it as an adapter")
     require(not switch.merged, "adapter", f"{switch.merged} is merged already",
             "unmerge_adapter first")
     require(name in switch.configs, "adapter", f"there is no {name!r}", "load it first")
@@ -383,6 +387,9 @@ def merge_adapter(model: TinyMambaModel, name: str = "default") -> None:
         layer.kept = layer.base_layer.weight.data
         layer.base_layer.weight.data = layer.adapters[name].weight(layer.kept)
     switch.merged, switch.names = name, None
+
+def require_whole(model: TinyMambaModel, problem: str, remedy: str) -> None:
+    require(not model.quantization, "checkpoint", f"is quantised, {problem}", remedy)
 
 def unmerge_adapter(model: TinyMambaModel) -> None:
     """Take back merge_adapter, bit for bit; the adapter serves again."""
@@ -554,6 +561,8 @@ class FineTuner(Trainer):
 
     def build(self) -> TinyMambaModel:
         model = TinyMambaModel(self.config)
+        if self.base.quantization:
+            quantize_like(model, self.base.quantization)
         model.load_state_dict(self.base.state_dict())
         if self.adapter.method == "full":
             return model
@@ -584,8 +593,8 @@ class FineTuner(Trainer):
 
     def announce(self) -> None:
         super().announce()
-        whole = sum(p.numel() for p in self.model.parameters())
         trained = sum(p.numel() for p in get_trainable_parameters(self.model))
+        whole = self.model.count_parameters()["total"]
         self.log.say(f"{trained:,} of {whole:,} parameters are trained, {trained / whole:.2%}")
 
     def take_best(self) -> None:
@@ -657,6 +666,10 @@ def train(args, named: dict) -> int:
     """A run of its own, or the rest of one."""
     folder = Path(args.output_dir)
     adapter, base = AdapterConfig(**args.asked).validate(), load_model(args.checkpoint)
+    if args.method == "full":
+        require_whole(base, "and only adapters can be trained on it", "use --method lora")
+    if args.merge:
+        require_whole(base, "it cannot be merged with an adapter", "leave --merge out")
     config, saved = settings(args, named, base), None
     if config.resume:
         saved = load_newest(config.checkpoint_path)
@@ -695,6 +708,7 @@ def merge(args) -> int:
     require(args.force or not path.exists(), str(path), "is there",
             "pass --force or another --output_dir")
     model = load_model(args.checkpoint)
+    require_whole(model, "it cannot be merged with an adapter", "keep it as an adapter")
     load_adapter(model, args.adapter)
     require_writable(path.parent, "output_dir")
     write_merged(model, path)

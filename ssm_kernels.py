@@ -1,9 +1,11 @@
 """Hand-written passes, forward and backward, for what PyTorch's own are slow at.
 
-`ChunkedScan` is the parallel form of `scan_sequential` in testv2.py, which is its reference, and
-`DepthwiseConv` a causal convolution. Both are plain PyTorch, on every device. Timed with
+`ChunkedScan` is the parallel form of `scan_sequential` in testv2.py, which is its reference,
+`DepthwiseConv` a causal convolution, and `QuantizedLinear` a linear layer of whole numbers. All are
+plain PyTorch, on every device. Timed with
 
     python benchmarks/scan.py
+    python benchmarks/quantize.py
 
 Letters in the comments on shapes:
     B batch      L length        D channels            H SSM heads  P SSM head width
@@ -15,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 # ------------------------------------------------------------------------------------ scan
@@ -215,3 +217,114 @@ class DepthwiseConv(torch.autograd.Function):
 def depthwise(x: Tensor, weight: Tensor) -> Tensor:
     """As of an image one pixel high, whose channels lie in memory as the library likes them."""
     return F.conv2d(x.mT.unsqueeze(2), weight[:, None, None], groups=len(weight)).squeeze(2).mT
+
+# ------------------------------------------------------------------------------ quantisation
+
+FEW_ROWS = 32  # above, weights are made whole where activations are not to be rounded to a byte
+CACHE = 1 << 20  # bytes of codes that a CPU's core keeps at hand
+# Without these instructions a CPU is slow at products of bytes, or rounds their sums.
+MULTIPLIES_BYTES = getattr(torch.cpu, "_is_vnni_supported", lambda: False)()
+
+class QuantizedLinear(nn.Module):
+    """A linear layer whose weight (out, in) is codes * scale: whole numbers, a scale for each row.
+
+    Of 8 bits, a code is any number from -127 to 127. Of 4 bits, it is one from -8 to 7 times the
+    factor of its group, again a whole number within a byte (as in QServe, arXiv 2405.04532), so
+    that products of bytes serve both; files hold the 4 bits. In mode `dynamic` an activation
+    is rounded to a byte, with a scale for each token; in mode `weight_only` it is not.
+    """
+
+    def __init__(self, d_in: int, d_out: int, bias: bool, bits: int, mode: str, group_size: int):
+        super().__init__()
+        self.in_features, self.out_features, self.bits = d_in, d_out, bits
+        self.dynamic = mode == "dynamic"
+        self.register_buffer("codes", torch.zeros(d_out, d_in, dtype=torch.int8))
+        self.register_buffer("scale", torch.ones(d_out))
+        if bits == 4:
+            groups = torch.ones(d_out, d_in // group_size, dtype=torch.int8)
+            self.register_buffer("factors", groups)
+        self.bias = nn.Parameter(torch.zeros(d_out), requires_grad=False) if bias else None
+
+    def _apply(self, fn, recurse=True):
+        scale = self.scale
+        super()._apply(fn, recurse)
+        self.scale = scale.to(self.scale.device)  # float32 in a model of any type
+        return self
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in) of float32, as it counts."""
+        return whole_weight(self.codes, self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), of the type of x."""
+        learning = torch.is_grad_enabled() and x.requires_grad
+        product = QuantizedProduct.apply if learning else quantized_product
+        return product(x, self.codes, self.scale, self.bias, self.dynamic)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bits={self.bits}, dynamic={self.dynamic}"
+
+class QuantizedProduct(torch.autograd.Function):
+    """`quantized_product` that keeps no whole weight for its backward pass.
+
+    To the gradient, rounding an activation is nothing.
+    """
+
+    @staticmethod
+    def forward(ctx, x, codes, scale, bias, dynamic):
+        ctx.save_for_backward(codes, scale)
+        ctx.dtype = x.dtype
+        return quantized_product(x, codes, scale, bias, dynamic)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        dx = dy @ whole_weight(*ctx.saved_tensors).to(dy.dtype)
+        return dx.to(ctx.dtype), None, None, None, None
+
+def whole_weight(codes: Tensor, scale: Tensor) -> Tensor:
+    return codes.float() * scale[:, None]
+
+def quantized_product(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None,
+                      dynamic: bool) -> Tensor:
+    """x (..., in) times the transpose of codes * scale (out, in), plus bias (out,): (..., out)."""
+    rows = x.numel() // x.shape[-1]
+    bytewise = MULTIPLIES_BYTES and x.device.type == "cpu" and not is_writing_graph()
+    if not bytewise or rows == 0 or not (dynamic or rows <= FEW_ROWS):
+        if dynamic:
+            steps, step = to_bytes(x.float())
+            x = (steps * step).to(x.dtype)
+        weight = whole_weight(codes, scale).to(x.dtype)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    wide = x.reshape(rows, -1).float()
+    steps, step = to_bytes(wide)
+    first = steps.to(torch.int8)
+    if dynamic:
+        y = torch._int_mm(first, codes.t())  # (rows, out)
+    else:  # what rounding left is a second byte, and the cache still has the codes
+        rest = (wide / step).sub_(steps).mul_(254).round_().to(torch.int8)
+        parts = codes.t().split(max(1, CACHE // codes.shape[1]), dim=1)
+        y = torch.cat([torch._int_mm(first, part) + torch._int_mm(rest, part) / 254
+                       for part in parts], dim=1)
+    y = y * scale
+    y = y * step if bias is None else torch.addcmul(bias.float(), y, step)
+    return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+def to_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (..., in) in whole steps from -127 to 127, and the step (..., 1) of each row."""
+    step = torch.linalg.vector_norm(x, math.inf, -1, keepdim=True).clamp(min=1e-30) / 127
+    return (x / step).round(), step
+
+def pack(codes: Tensor, factors: Tensor) -> Tensor:
+    """Codes of 4 bits (out, in) and the factors of their groups -> uint8 (out, in/2)."""
+    size = codes.shape[1] // factors.shape[1]
+    numbers = (codes.unflatten(1, (-1, size)) // factors[..., None]).flatten(1) + 8  # 0 to 15
+    low, high = numbers.to(torch.uint8).unflatten(1, (-1, 2)).unbind(2)
+    return low | high << 4
+
+def unpack(packed: Tensor, factors: Tensor) -> Tensor:
+    """The opposite of `pack`."""
+    numbers = torch.stack((packed & 15, packed >> 4), dim=2).flatten(1).to(torch.int8) - 8
+    size = numbers.shape[1] // factors.shape[1]
+    return (numbers.unflatten(1, (-1, size)) * factors[..., None]).flatten(1)

@@ -64,11 +64,15 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from ssm_kernels import (
     ChunkedScan,
     DepthwiseConv,
+    QuantizedLinear,
     count_blocks,
     depthwise,
     is_writing_graph,
     lower_triangle,
+    pack,
     scan_in_one_tile,
+    unpack,
+    whole_weight,
 )
 
 # ------------------------------------------------------------------------------------ errors
@@ -848,6 +852,7 @@ class TinyMambaModel(nn.Module):
         self.norm = RMSNorm(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.start = None  # from peft.py: zeros of init_state -> the learned first states
+        self.quantization: dict | None = None  # from quantize.py, as it stands in config.json
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         init_weights(self)
@@ -972,7 +977,10 @@ class TinyMambaModel(nn.Module):
         parts = ("embedding", "conv", "ssm", "attention", "mlp", "gate", "norm", "residual_scale",
                  "head")
         counts = dict.fromkeys(parts, 0)
-        for name, p in self.named_parameters():
+        codes = {name: t for name, t in self.named_buffers() if name.endswith(".codes")}
+        if self.config.tie_embeddings:
+            codes.pop("head.codes", None)
+        for name, p in (*self.named_parameters(), *codes.items()):
             part = name.split(".")[2 if name.startswith("blocks.") else 0]
             counts[part] = counts.get(part, 0) + p.numel()
         return {**counts, "total": sum(counts.values())}
@@ -980,6 +988,8 @@ class TinyMambaModel(nn.Module):
     def fingerprint(self) -> str:
         """SHA-256 of the architecture and of every weight."""
         shape = {name: getattr(self.config, name) for name in SHAPE_FIELDS}
+        if self.quantization:
+            shape["quantization"] = self.quantization
         return digest({"config": shape, "weights": dict(self.state_dict())})
 
 def running_max(x: Tensor) -> Tensor:
@@ -1748,16 +1758,23 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> TinyMamb
     return model.to(device).eval()
 
 def save_folder(folder: Path, model: TinyMambaModel) -> None:
-    """Write model.safetensors, with a checksum, and config.json: a model without pickle."""
+    """Write model.safetensors, with a checksum, and config.json: a model without pickle.
+
+    Numbers of 4 bits lie two in a byte. Of a tied embedding and a quantised head, the head is kept.
+    """
     tensors = model.state_dict()
+    for name in [n for n in tensors if n.endswith(".factors")]:
+        codes = name.replace(".factors", ".codes")
+        tensors[codes] = pack(tensors[codes], tensors[name])
     if model.config.tie_embeddings:
-        tensors.pop("head.weight")
+        tensors.pop("head.weight" if "head.weight" in tensors else "embedding.weight")
     write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     write_json(folder / "config.json", describe_model(model))
 
 def describe_model(model: TinyMambaModel) -> dict:
     """What config.json says of a model."""
     config = {name: getattr(model.config, name) for name in FOLDER_FIELDS}
+    config |= {"quantization": model.quantization} if model.quantization else {}
     return {"model_type": "tinymamba", "format_version": FOLDER_FORMAT, **config}
 
 def load_folder(folder: Path) -> TinyMambaModel:
@@ -1768,17 +1785,47 @@ def load_folder(folder: Path) -> TinyMambaModel:
         known = config["model_type"] == "tinymamba" and config["format_version"] == FOLDER_FORMAT
         require(known, str(path), f"is no TinyMamba model of format {FOLDER_FORMAT}", remedy)
         model = TinyMambaModel(Config.from_dict({n: config[n] for n in FOLDER_FIELDS}))
-    except (OSError, ValueError, TypeError, KeyError) as e:
+        if "quantization" in config:
+            quantize_like(model, config["quantization"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
         raise UserError(str(path), f"cannot be read ({e})", remedy) from None
     path = folder / "model.safetensors"
     tensors, _ = read_all_tensors(path, remedy)
-    if model.config.tie_embeddings:
-        tensors["head.weight"] = tensors.get("embedding.weight")
     try:
-        model.load_state_dict(tensors)
-    except RuntimeError:
+        fill_model(model, tensors)
+    except (RuntimeError, KeyError):
         raise UserError(str(path), "does not fit its config.json", remedy) from None
     return model
+
+def fill_model(model: TinyMambaModel, tensors: dict[str, Tensor]) -> None:
+    """Give the model what `save_folder` has written."""
+    for name in [n for n in tensors if n.endswith(".factors")]:
+        codes = name.replace(".factors", ".codes")
+        tensors[codes] = unpack(tensors[codes], tensors[name])
+    if model.config.tie_embeddings and isinstance(model.head, QuantizedLinear):
+        tensors["embedding.weight"] = whole_weight(tensors["head.codes"], tensors["head.scale"])
+    elif model.config.tie_embeddings:
+        tensors["head.weight"] = tensors.get("embedding.weight")
+    model.load_state_dict(tensors)
+
+QUANTIZATION_FORMAT = 1
+QUANTIZATION_MODES = ("dynamic", "weight_only")
+
+def quantize_like(model: TinyMambaModel, scheme: dict) -> None:
+    """Put quantised layers, still to be filled, where a scheme has them."""
+    version, mode, size = (scheme[name] for name in ("version", "mode", "group_size"))
+    if version != QUANTIZATION_FORMAT or mode not in QUANTIZATION_MODES:
+        raise ValueError(f"quantization of version {version} and mode {mode!r} is unknown")
+    if type(size) is not int or size < 2 or size % 2:
+        raise ValueError(f"groups of {size!r} are not legal")
+    for name, bits in scheme["layers"].items():
+        layer = model.get_submodule(name)
+        cut = bits == 8 or layer.in_features % size == 0
+        if not isinstance(layer, nn.Linear) or bits not in (4, 8) or not cut:
+            raise ValueError(f"{name} cannot be quantised to {bits} bits in groups of {size}")
+        model.set_submodule(name, QuantizedLinear(
+            layer.in_features, layer.out_features, layer.bias is not None, bits, mode, size))
+    model.quantization = scheme
 
 def sibling(path: str | Path, tag: str) -> Path:
     """x_latest.pt -> x_tag.pt."""

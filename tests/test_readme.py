@@ -35,9 +35,9 @@ INSTALLED = {"wandb", "pyarrow", "tiktoken", "onnx", "onnxscript", "onnxruntime"
 def workspace(tmp_path_factory) -> Path:
     """A copy of the project with the files that the README's commands name."""
     folder = tmp_path_factory.mktemp("readme")
-    for name in ("testv2.py", "ssm_kernels.py", "streaming.py", "peft.py", "export_model.py",
-                 "onnx_generate.py", "benchmark.py", "Makefile", "requirements.txt",
-                 "requirements-dev.txt"):  # fmt: skip
+    for name in ("testv2.py", "ssm_kernels.py", "streaming.py", "peft.py", "quantize.py",
+                 "export_model.py", "onnx_generate.py", "benchmark.py", "Makefile",
+                 "requirements.txt", "requirements-dev.txt"):  # fmt: skip
         shutil.copy(ROOT / name, folder)
     (folder / "data").mkdir()
     shutil.copy(ROOT / "data" / "prepare.py", folder / "data")
@@ -141,6 +141,10 @@ def test_command(command, workspace):
             assert "MB" in run([workspace / "export_model.py", *rest, *quick], workspace)
         case ["python", "exported_models/onnx/onnx_generate.py", *rest]:
             assert "import os" in run([workspace / words[1], *rest], workspace)
+        case ["python", "quantize.py", *rest]:
+            tokens = flags(calibration_tokens=512) if "--calibration_data" in rest else []
+            done = run([workspace / "quantize.py", *rest, *tokens, "--group_size", "8"], workspace)
+            assert "ssm state" in done if "--report" in rest else "of float32" in done
         case ["python", "benchmark.py", *rest]:
             small = flags(d_model=32, n_layer=1, vocab_size=64, sequence_lengths=16,
                           tokens_per_step=32, test_iterations=1, compile="off",
@@ -153,6 +157,11 @@ def test_command(command, workspace):
         case ["python", "benchmarks/streaming.py", *rest]:
             small = flags(contexts=[8], llama_context=8, tokens=2, sessions=2, rounds=2)
             assert "sessions" in run([ROOT / "benchmarks/streaming.py", *rest, *small], workspace)
+        case ["python", "benchmarks/quantize.py", *rest]:
+            small = flags(calibration_tokens=512, val_tokens=512, group_size=8, d_model=96,
+                          n_layer=1, tokens=2, rounds=2)
+            assert "random weights" in run(
+                [ROOT / "benchmarks/quantize.py", *rest, *small], workspace)
         case ["python", "benchmarks/finetune.py", *rest]:
             assert "style" in run([ROOT / "benchmarks/finetune.py", *rest, "--steps", "2",
                                    "--methods", "lora", "--tasks", "style"], workspace)

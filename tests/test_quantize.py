@@ -1,0 +1,459 @@
+"""Quantisation: what a layer computes on each path, what GPTQ gains, what a folder holds."""
+
+import copy
+import json
+import math
+import subprocess
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import (
+    DOCUMENTS,
+    assert_refused,
+    close,
+    examples,
+    files_below,
+    flags,
+    free_copy,
+    run_script,
+    some_ids,
+    wide,
+    write_tokens,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from test_export import Graph
+from torch import nn
+
+import ssm_kernels
+from peft import apply_lora_to_model, merge_adapter, save_adapter
+from quantize import main, mean_loss, quantize_model, quantize_weight, read_blocks, report
+from ssm_kernels import QuantizedLinear, pack, to_bytes, unpack
+from streaming import StreamingServer
+from testv2 import (
+    TinyMambaModel,
+    UserError,
+    generate,
+    load_model,
+    run_cli,
+    save_checkpoint,
+    save_folder,
+)
+
+SIZE = 8  # inputs of a group
+SCHEMES = [(8, "dynamic"), (8, "weight_only"), (4, "dynamic"), (4, "weight_only")]
+
+
+def quantized(bits=8, mode="dynamic", calibration=None, **changes) -> TinyMambaModel:
+    return quantize_model(wide(**changes), bits, mode, SIZE, calibration)
+
+
+def some_layer(mode: str, d_in=96, d_out=40, bits=8, bias=True) -> QuantizedLinear:
+    layer = QuantizedLinear(d_in, d_out, bias, bits, mode, SIZE)
+    codes, scale, factors = quantize_weight(torch.randn(d_out, d_in), bits, SIZE)
+    layer.codes.copy_(codes)
+    layer.scale.copy_(scale)
+    if bits == 4:
+        layer.factors.copy_(factors)
+    if bias:
+        nn.init.normal_(layer.bias)
+    return layer
+
+
+# ------------------------------------------------------------------------------------ numbers
+
+
+@examples(60)
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 6), st.integers(0, 2**31))
+def test_packed_numbers_come_back(rows, groups, half, seed):
+    random = torch.Generator().manual_seed(seed)
+    factors = torch.randint(1, 16, (rows, groups), generator=random, dtype=torch.int8)
+    numbers = torch.randint(-8, 8, (rows, groups, 2 * half), generator=random, dtype=torch.int8)
+    codes = (numbers * factors[..., None]).flatten(1)
+    packed = pack(codes, factors)
+    assert packed.dtype == torch.uint8 and packed.nbytes * 2 == codes.nbytes
+    assert torch.equal(unpack(packed, factors), codes)
+
+
+@examples(40)
+@given(st.sampled_from([4, 8]), st.booleans(), st.integers(0, 2**31))
+def test_codes_are_legal_and_near(bits, corrected, seed):
+    random = torch.Generator().manual_seed(seed)
+    weight = torch.randn(6, 32, generator=random) * torch.rand(6, 1, generator=random)
+    weight[0] = 0.0
+    x = torch.randn(64, 32, generator=random)
+    codes, scale, factors = quantize_weight(weight, bits, SIZE, x.T @ x if corrected else None)
+    whole = codes.double() * scale[:, None].double()
+    step = scale.double()[:, None].expand_as(whole)
+    if bits == 4:
+        assert factors.min() >= 1 and factors.max() <= 15
+        assert torch.equal(unpack(pack(codes, factors), factors), codes)
+        step = step * factors.double().repeat_interleave(SIZE, dim=1)
+    assert codes.abs().max() <= 127 and not whole[0].any()
+    if not corrected:  # no further than half a step, but for what the best factor cuts off
+        cut = (weight.double() / step).clamp(-8 if bits == 4 else -127, 7 if bits == 4 else 127)
+        assert ((whole / step - cut).abs() <= 0.5 + 1e-4).all()
+
+
+def test_gptq_leaves_less_error_than_rounding_where_inputs_are_correlated():
+    mixed = torch.randn(12, 64) @ torch.diag(torch.rand(64) + 0.1)
+    x, weight = torch.randn(2000, 12) @ mixed + 0.1 * torch.randn(2000, 64), torch.randn(48, 64)
+    for bits, gain in ((4, 0.5), (8, 0.5)):
+        errors = []
+        for hessian in (None, x.T @ x):
+            codes, scale, _ = quantize_weight(weight, bits, SIZE, hessian)
+            errors.append((x @ (codes * scale[:, None] - weight).T).square().mean().item())
+        assert errors[1] < gain * errors[0], errors
+
+
+def test_an_input_that_is_never_there_does_no_harm():
+    x = torch.randn(200, 32)
+    x[:, 5] = 0.0
+    weight = torch.randn(8, 32)
+    for hessian in (x.T @ x, torch.zeros(32, 32)):
+        codes, scale, _ = quantize_weight(weight, 4, SIZE, hessian)
+        close(codes * scale[:, None], weight, 0.25)
+
+
+# ------------------------------------------------------------------------------------ layers
+
+
+@pytest.mark.parametrize("bytewise", [True, False], ids=["bytes", "plain"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", ["dynamic", "weight_only"])
+def test_every_path_gives_the_product_with_the_weight(mode, dtype, bytewise, monkeypatch):
+    if bytewise and not ssm_kernels.MULTIPLIES_BYTES:
+        pytest.skip("this CPU has no instructions for it")
+    monkeypatch.setattr(ssm_kernels, "MULTIPLIES_BYTES", bytewise)
+    monkeypatch.setattr(ssm_kernels, "CACHE", 1000)  # several parts
+    for bias in (True, False):
+        layer = some_layer(mode, bias=bias)
+        for shape in ((1, 1, 96), (3, 5, 96), (50, 96), (96,), (0, 96), (2, 0, 96)):
+            x = torch.randn(shape).to(dtype)
+            got, whole = layer(x), layer.weight.double()
+            given_bias = None if layer.bias is None else layer.bias.double()
+            want = F.linear(x.double(), whole, given_bias)
+            assert got.dtype == dtype and got.shape == want.shape
+            step = to_bytes(x.float())[1].double()
+            half = step / 2 if mode == "dynamic" else step / 508
+            bound = half * whole.abs().sum(1) + 1e-5  # of what is rounded to whole steps
+            if dtype == torch.bfloat16:
+                bound = bound + 2**-7 * (x.double().abs() @ whole.abs().T + want.abs() + 1e-3)
+            assert ((got.double() - want).abs() <= bound).all()
+
+
+def test_a_row_does_not_depend_on_those_beside_it():
+    layer, x = some_layer("dynamic"), torch.randn(4, 96) * torch.tensor([[1e-3], [1], [50], [0]])
+    for i in range(4):
+        assert torch.equal(layer(x)[i], layer(x[i : i + 1])[0])
+
+
+def test_a_row_that_is_not_finite_stays_so():
+    for mode in ("dynamic", "weight_only"):
+        layer, x = some_layer(mode), torch.randn(3, 96)
+        x[1, 7] = math.inf
+        x[2, 7] = math.nan
+        got = layer(x)
+        assert got[0].isfinite().all() and not got[1:].isfinite().any()
+
+
+def test_a_change_of_type_leaves_whole_numbers_and_scales():
+    model = quantized(4)
+    before = {n: t.clone() for n, t in model.state_dict().items()
+              if n.endswith((".codes", ".scale", ".factors"))}
+    model = model.to(torch.bfloat16).to("cpu")
+    for name, t in before.items():
+        got = model.state_dict()[name]
+        assert torch.equal(got, t) and got.dtype == t.dtype
+    assert model(some_ids(1, 9)).dtype == torch.bfloat16
+
+
+# ------------------------------------------------------------------------------------ models
+
+
+@pytest.mark.parametrize(("bits", "mode"), SCHEMES)
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False, "bias": False},
+                                     {"low_rank": 8, "gate": "top_k", **DOCUMENTS}], ids=str)
+@torch.no_grad()
+def test_a_quantised_model_is_near_the_model_of_its_whole_weights(bits, mode, changes):
+    model = quantized(bits, mode, **changes)
+    plain = copy.deepcopy(wide(**changes))
+    for name in model.quantization["layers"]:
+        plain.get_submodule(name).weight.copy_(model.get_submodule(name).weight)
+    assert torch.equal(plain.embedding.weight, model.embedding.weight)
+    ids = some_ids(2, 40)
+    close(model(ids), plain(ids), {"dynamic": 0.2, "weight_only": 1e-3}[mode])
+    gates = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    assert len(gates) == 4 and all("controller" in n or "angle_proj" in n for n in gates)
+
+
+def test_the_given_model_stays_as_it_was_and_another_fingerprint_is_made():
+    model = wide()
+    before = model.fingerprint()
+    prints = {quantized(bits, mode).fingerprint() for bits, mode in SCHEMES}
+    assert model.fingerprint() == before and before not in prints and len(prints) == 4
+    assert model.count_parameters() == quantized(tie_embeddings=True).count_parameters() | {
+        "total": model.count_parameters()["total"]}
+
+
+def test_gptq_is_nearer_to_the_model_than_rounding():
+    ids, model = some_ids(48, 32, vocab=5, seed=3), wide()  # of few tokens: inputs of low rank
+    calibration = some_ids(96, 32, vocab=5, seed=4)
+    errors = []
+    for given_ids in (None, calibration):
+        got = quantize_model(model, 4, "weight_only", SIZE, given_ids)
+        errors.append((got(ids) - model(ids)).square().mean().item())
+    assert errors[1] < 0.9 * errors[0], errors
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("bits", "mode"), SCHEMES)
+def test_a_folder_gives_back_the_very_model(tmp_path, bits, mode, tied):
+    model = quantized(bits, mode, tie_embeddings=tied)
+    save_folder(tmp_path, model)
+    again = load_model(tmp_path)
+    assert again.fingerprint() == model.fingerprint() and again.quantization == model.quantization
+    ids = some_ids(2, 40)
+    assert torch.equal(again(ids), model(ids))
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert ("embedding.weight" in tensors) == (not tied)
+    codes = tensors["blocks.0.mlp.in_proj.codes"]
+    assert codes.nbytes == 128 * 32 * bits // 8
+    again.load_state_dict(model.state_dict())
+
+
+def test_a_damaged_or_foreign_folder_is_refused(tmp_path):
+    save_folder(tmp_path, quantized(4))
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    good, about = weights.read_bytes(), json.loads(config.read_text())
+    for at in range(len(good) // 4, len(good), len(good) // 7):
+        weights.write_bytes(good[:at] + bytes([good[at] ^ 4]) + good[at + 1 :])
+        with pytest.raises(UserError, match=r"model.safetensors: is damaged"):
+            load_model(tmp_path)
+    weights.write_bytes(good)
+    scheme = about["quantization"]
+    for other in ({}, [], 4, {**scheme, "version": 99}, {**scheme, "mode": "magic"},
+                  {**scheme, "group_size": 0}, {**scheme, "group_size": "x"},
+                  {**scheme, "layers": {"blocks.9.x": 4}}, {**scheme, "layers": {"norm": 8}},
+                  {**scheme, "layers": {"head": 3}}, {**scheme, "layers": []}):
+        config.write_text(json.dumps({**about, "quantization": other}))
+        with pytest.raises(UserError, match=r"config.json: cannot be read"):
+            load_model(tmp_path)
+    config.write_text(json.dumps({**about, "quantization": {**scheme, "group_size": 4}}))
+    with pytest.raises(UserError, match="does not fit"):
+        load_model(tmp_path)
+    del about["quantization"]
+    config.write_text(json.dumps(about))
+    with pytest.raises(UserError, match="does not fit"):
+        load_model(tmp_path)
+
+
+@torch.no_grad()
+def test_a_stream_from_a_folder_is_the_greedy_text_of_the_model(tmp_path):
+    model = quantized(4, "weight_only")
+    save_folder(tmp_path, model)
+    prompt = some_ids(1, 12)
+    server = StreamingServer(str(tmp_path), "cpu")
+    answer = server.answer(prompt[0].tolist(), as_ids=True, max_new_tokens=20, temperature=0.0,
+                           eos_token_id=-1)
+    got = [token.id for chunk in answer for token in chunk.tokens]
+    want = generate(load_model(tmp_path), prompt, 20, 0.0)[0, 12:].tolist()
+    assert got == want
+
+
+@torch.no_grad()
+def test_pieces_of_a_text_give_what_the_whole_gives():
+    for mode in ("dynamic", "weight_only"):
+        model, ids = quantized(8, mode), some_ids(2, 40)
+        state, parts = model.init_state(2), []
+        for piece in ids.split([1, 7, 32], dim=1):
+            logits, state = model.advance(piece, state)
+            parts.append(logits)
+        close(torch.cat(parts, dim=1), model(ids), {"dynamic": 0.1, "weight_only": 1e-3}[mode])
+
+
+# ------------------------------------------------------------------------------------ adapters
+
+
+@pytest.mark.parametrize(("mode", "tolerance"), [("weight_only", 1e-3), ("dynamic", 0.2)])
+def test_lora_on_a_quantised_model_learns_as_on_its_whole_weights(mode, tolerance):
+    model = quantized(8, mode)
+    plain = copy.deepcopy(wide())
+    for name in model.quantization["layers"]:
+        plain.get_submodule(name).weight.data = model.get_submodule(name).weight
+    ids, grads = some_ids(2, 33), []
+    for base in (copy.deepcopy(model), plain):
+        torch.manual_seed(5)
+        adapted = apply_lora_to_model(base, rank=4)
+        for i, p in enumerate(p for p in adapted.parameters() if p.requires_grad):
+            nn.init.normal_(p, std=0.05, generator=torch.Generator().manual_seed(i))
+        adapted.loss(ids[:, :-1], ids[:, 1:]).backward()
+        grads.append({n: p.grad for n, p in adapted.named_parameters() if p.requires_grad})
+    assert grads[0].keys() == grads[1].keys() and len(grads[0]) == 2 * 2 * 6
+    for name, grad in grads[0].items():
+        close(grad, grads[1][name], tolerance)
+
+
+def test_the_gradient_of_an_input_is_that_of_the_whole_weight():
+    layer, x = some_layer("weight_only"), torch.randn(3, 5, 96, requires_grad=True)
+    layer(x).square().sum().backward()
+    other = x.detach().clone().requires_grad_(True)
+    F.linear(other, layer.weight, layer.bias).square().sum().backward()
+    close(x.grad, other.grad, 1e-3)
+
+
+def test_an_adapter_knows_its_quantised_base_and_is_not_merged(tmp_path):
+    model = quantized()
+    base = model.fingerprint()
+    adapted = apply_lora_to_model(model)
+    layer = adapted.blocks[0].mlp.in_proj
+    close(layer.weight, layer.base_layer.weight, 1e-6)
+    save_adapter(adapted, tmp_path)
+    assert base.encode() in (tmp_path / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="is quantised, it cannot be merged"):
+        merge_adapter(adapted)
+
+
+# ------------------------------------------------------------------------------------ graphs
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("mode", ["dynamic", "weight_only"])
+def test_a_traced_graph_fits_every_length(mode):
+    model = quantized(8, mode, n_layer=1)
+    example = (some_ids(2, 37), *model.init_state(2).tensors().values())
+    traced = torch.jit.trace(Graph(model), example, check_trace=False)
+    same_path(traced, model, example)
+
+
+@torch.no_grad()
+def test_an_exported_graph_fits_every_length():
+    model = quantized(4, "weight_only", n_layer=1)
+    example = (some_ids(2, 37), *model.init_state(2).tensors().values())
+    batch, length = (torch.export.Dim(name, min=1) for name in ("batch", "length"))
+    shapes = ({0: batch, 1: length}, tuple({0: batch} for _ in example[1:]))
+    program = torch.export.export(Graph(model).eval(), example, dynamic_shapes=shapes,
+                                  strict=False, prefer_deferred_runtime_asserts_over_guards=True)
+    same_path(program.module(), model, example)
+
+
+def same_path(graph, model, example):
+    """The graph multiplies whole weights; activations that are rounded may fall to either side."""
+    for length in (1, 5, 64):
+        ids = some_ids(2, length, seed=length)
+        want = Graph(model)(ids, *example[1:])[0]
+        dynamic = model.quantization["mode"] == "dynamic"
+        close(graph(ids, *example[1:])[0], want, 0.1 if dynamic else 1e-3)
+
+
+# ------------------------------------------------------------------------------------ commands
+
+
+@pytest.fixture
+def base(place):
+    """A checkpoint beside data, in the working folder."""
+    save("base.pt", wide())
+    (place / "data" / "text" / "vocab.txt").write_text("a\nb\n")
+    return place
+
+
+def save(path: str, model: TinyMambaModel) -> None:
+    save_checkpoint(path, {"model": model.state_dict(), "config": model.config.to_dict()})
+
+
+TRAIN = ("--calibration_data", "data/text/train.bin", "--calibration_tokens", 640)
+INT4 = ("--checkpoint", "base.pt", "--bits", 4, "--group_size", SIZE, "--output_dir", "out")
+
+
+def command(capsys, *words) -> subprocess.CompletedProcess:
+    """quantize.py with these words, in this process."""
+    with pytest.raises(SystemExit) as ended:
+        run_cli(lambda: main([str(word) for word in words]))
+    return subprocess.CompletedProcess(words, ended.value.code, *capsys.readouterr())
+
+
+def test_the_command_writes_a_folder_that_serves_and_learns(base):
+    done = run_script("quantize.py", *INT4, *TRAIN, cwd=base)
+    assert done.returncode == 0 and done.stdout.startswith("out/model.safetensors: "), done.stderr
+    model = load_model("out")
+    assert model.quantization["method"] == "gptq" and model.quantization["mode"] == "weight_only"
+    assert files_below(base / "out").keys() == {"model.safetensors", "config.json", "vocab.txt"}
+    learned = run_script("peft.py", "--checkpoint", "out", *flags(
+        method="lora", output_dir="lora", steps=2, validation_steps=1, batch_size=2,
+        block_size=16, device="cpu", generate_samples="false"), cwd=base)
+    assert learned.returncode == 0, learned.stderr
+    server = StreamingServer("out", "cpu", adapters={"a": "lora"})
+    assert server.tokenizer is not None and server.generate_text("a", max_new_tokens=3, adapter="a")
+    again = quantize_model(load_model("base.pt"), 4, "weight_only", SIZE,
+                           read_blocks("data/text/train.bin", wide(), 640))
+    assert again.fingerprint() == model.fingerprint()  # the same data give the same numbers
+
+
+def test_what_cannot_be_done_is_refused_in_one_line(base, capsys):
+    def refused(*words, naming: list[str]):
+        before = files_below(base)
+        assert_refused(command(capsys, *words), *naming)
+        assert files_below(base) == before and not (base / "new").exists()
+
+    bad = free_copy(wide())
+    bad.blocks[1].mlp.in_proj.weight.data[3, 3] = math.inf
+    save("bad.pt", bad)
+    save_folder(base / "int8", quantized())
+    write_tokens(base / "far.bin", [5] * 700 + [257])
+    eight = ("--checkpoint", "base.pt", "--output_dir", "new")
+    four = (*eight, "--bits", 4, "--group_size", SIZE)
+    refused("--checkpoint", "int8", "--output_dir", "new", naming=["is quantised already"])
+    refused("--checkpoint", "bad.pt", "--output_dir", "new",
+            naming=["blocks.1.mlp.in_proj.weight has values that are not finite"])
+    refused(*eight, "--bits", 4, "--rtn", naming=["group_size: 64 does not divide the 32 inputs",
+                                                  "blocks.0.ssm.in_proj", "[2, 4, 8, 16, 32]"])
+    refused(*four, "--group_size", 3, "--rtn", naming=["group_size: 3 is not legal"])
+    refused(*four, naming=["calibration_data: is missing", "--rtn"])
+    refused(*four, "--rtn", *TRAIN, naming=["--rtn: needs no calibration data"])
+    refused(*four, "--report", naming=["calibration_data: is missing"])
+    refused(*four, "--calibration_data", "none.bin", naming=["none.bin: no such file"])
+    refused(*four, "--calibration_data", "data/text/train.bin",
+            naming=["data/text/train.bin: has ", "tokens of 65536"])
+    refused(*four, *TRAIN[:3], 31, naming=["calibration_tokens: 31 is less than one block"])
+    refused(*four, "--calibration_data", "far.bin", "--calibration_tokens", 640,
+            naming=["far.bin: id 257 at offset 700 is outside vocab_size=257"])
+    refused(*eight, "--output_dir", "int8", naming=["int8: holds model.safetensors", "--force"])
+    refused(*eight, "--output_dir", "base.pt/x", naming=["output_dir"])
+    refused(*eight, "--bits", 3, naming=["--bits"])
+    refused(*eight, "--mode", "static", naming=["--mode"])
+    refused("--checkpoint", "none.pt", naming=["none.pt: no such checkpoint"])
+
+
+def test_a_quantised_base_takes_adapters_only(base):
+    save_folder(base / "int8", quantized())
+    for words in (("--method", "full"), ("--method", "lora", "--merge")):
+        before = files_below(base)
+        assert_refused(run_script("peft.py", "--checkpoint", "int8", "--output_dir", "new", *words,
+                                  cwd=base), "checkpoint: is quantised")
+        assert files_below(base) == before
+
+
+def test_force_replaces_and_the_report_names_every_part(base, capsys):
+    for words in ((), ("--force", "--mode", "weight_only")):
+        done = command(capsys, "--checkpoint", "base.pt", "--output_dir", "out", *words)
+        assert done.returncode == 0, done.stderr
+    assert load_model("out").quantization["mode"] == "weight_only"
+    before = files_below(base)
+    done = command(capsys, *INT4, *TRAIN, "--report")
+    assert done.returncode == 0 and files_below(base) == before
+    for part in ("gate.controller", "ssm.angle_proj", "blocks.1.attention.qkv", "head ",
+                 "embedding.weight", "ssm.A_log", "conv.weight", "ssm state"):
+        assert f"\n{part}" in done.stdout
+
+
+def test_the_report_is_the_loss_of_the_quantised_part(base):
+    model, ids = wide(), some_ids(20, 32)
+    rows = {row["part"]: row for row in report(model, 4, "weight_only", SIZE, ids)}
+    alone = quantize_model(model, 4, "weight_only", SIZE, layers={"blocks.0.mlp.in_proj": 4})
+    row = rows["blocks.0.mlp.in_proj"]
+    assert row["loss"] == mean_loss(alone, ids) != rows["nothing"]["loss"]
+    assert math.isclose(row["change"], math.exp(row["loss"] - rows["nothing"]["loss"]) - 1)
+
