@@ -3,7 +3,7 @@
     python export_model.py --checkpoint ./tinymamba_model_latest.pt --format all --verify --generate
     python export_model.py --format onnx --optimize --benchmark --output_dir ./exported_models
     python export_model.py --format torch_export --aoti  # compiled ahead of time
-    python export_model.py --format onnx --quantize int4 --calibration_data data/text/train.bin
+    python export_model.py --format onnx --quantize both --calibration_data data/text/train.bin
     python exported_models/onnx/onnx_generate.py --prompt "Once upon a time"  # no PyTorch needed
 
 Each format is a folder of its own below --output_dir, with config.json and the tokenizer:
@@ -14,6 +14,8 @@ Each format is a folder of its own below --output_dir, with config.json and the 
     onnx          prefill.onnx and step.onnx, which share weights.data, and onnx_generate.py
     torch_export  prefill.pt2 and step.pt2 for torch.export.load; with --aoti compiled, for
                   torch._inductor.aoti_load_package
+
+With --quantize, pytorch and onnx become pytorch_int8, onnx_int4 and so on, by way of quantize.py.
 
 Every graph is a function of ids and the state's tensors to logits after the last token and the
 state's tensors: prefill takes ids (B, L) of any L >= 1, step ids (B, 1). The state begins as zeros;
@@ -27,11 +29,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
+import math
 import shutil
 import statistics
 import sys
@@ -44,6 +49,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ssm_kernels import QuantizedLinear, pack
 from testv2 import (
     CliParser,
     LayerState,
@@ -64,12 +70,15 @@ from testv2 import (
     write_json,
 )
 
-# By how much values up to 1 may differ, and by what share larger ones. A state holds sums over the
-# whole text, in which what rounds differently adds up.
-TOLERANCE = {"logits": 1e-4, "state": 1e-3}
+# By how much values up to 1 may differ, and by what share larger ones; what share of the likeliest
+# tokens must be the same. A state holds sums over the whole text, in which what rounds differently
+# adds up: of quantised models, only logits can be compared.
+EXACT = {"logits": 1e-4, "state": 1e-3, "same": 1.0}
+ROUNDED = {"logits": 0.1, "state": math.inf, "same": 0.95}
 LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 513, 4096)  # that --verify tries
 STREAMED = 2000  # tokens that --verify streams
 ROUNDS, STEPS = 7, 32  # of --benchmark, and of a round
+MODEL = "the model"  # itself, as a row of --benchmark
 
 # ------------------------------------------------------------------------------------ graphs
 
@@ -112,7 +121,7 @@ def random_ids(graph: Graph, batch: int, length: int, seed: int = 0) -> Tensor:
     """(B, L), the same ones for the same arguments."""
     ids = torch.randint(0, graph.model.config.vocab_size, (batch, length),
                         generator=torch.manual_seed(seed))
-    return ids.to(graph.model.embedding.weight.device)
+    return ids.to(next(graph.model.parameters()).device)
 
 def programs(graph: Graph, args) -> dict[str, torch.export.ExportedProgram]:
     """What torch.export makes of prefill and of step, once for all formats."""
@@ -129,6 +138,8 @@ def programs(graph: Graph, args) -> dict[str, torch.export.ExportedProgram]:
 
 def write_pytorch(folder: Path, graph: Graph, args) -> None:
     save_folder(folder, graph.model)
+    if graph.model.quantization:  # which only such a folder holds
+        return
     save_checkpoint(folder / "inference.pt", {"config": graph.model.config.to_dict(),
                                               "model": graph.model.state_dict()})
 
@@ -152,6 +163,8 @@ def write_torch_export(folder: Path, graph: Graph, args) -> None:
 
 def write_onnx(folder: Path, graph: Graph, args) -> None:
     names, protos = list(graph.model.init_state(1).tensors()), {}
+    if graph.model.quantization:
+        graph = with_onnx_layers(graph)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # torchvision's absence is no news
     for name, program in programs(graph, args).items():
         with warnings.catch_warnings(action="ignore"):
@@ -165,6 +178,63 @@ def write_onnx(folder: Path, graph: Graph, args) -> None:
             protos[name] = optimize_onnx(name, protos[name], folder)
     share_weights(protos, folder)
     shutil.copy(Path(__file__).with_name("onnx_generate.py"), folder)
+
+class OnnxLinear(nn.Module):
+    """A quantised layer as ONNX Runtime's own operator: groups of whole numbers from 0, and scales.
+
+    Of 8 bits, it is fast with activations of bytes only, which it rounds group by group; of 4 bits,
+    also with whole ones.
+    """
+
+    def __init__(self, layer: QuantizedLinear, size: int):
+        super().__init__()
+        out, self.bits = layer.out_features, layer.bits
+        if self.bits == 4:
+            packed, scales = pack(layer.codes, layer.factors), layer.factors * layer.scale[:, None]
+        else:
+            packed = (layer.codes.int() + 128).to(torch.uint8)  # (out, in)
+            packed = nn.functional.pad(packed, (0, -packed.shape[1] % size), value=128)
+            scales = layer.scale[:, None].repeat(1, packed.shape[1] // size)
+        self.register_buffer("packed", packed.view(out, -1, size * self.bits // 8))
+        self.register_buffer("scales", scales)
+        self.bias = layer.bias
+        bytewise = layer.dynamic or self.bits == 8
+        self.about = {"K": layer.in_features, "N": out, "bits": self.bits, "block_size": size,
+                      "accuracy_level": 4 if bytewise else 0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A place in the graph: only ONNX Runtime computes it."""
+        y = torch.onnx.ops.symbolic(
+            "com.microsoft::MatMulNBits", (x, self.packed, self.scales), attrs=self.about,
+            dtype=x.dtype, shape=(*x.shape[:-1], self.about["N"]), version=1)
+        return y if self.bias is None else y + self.bias
+
+class OnnxEmbedding(nn.Module):
+    """The rows of a quantised head."""
+
+    def __init__(self, head: OnnxLinear):
+        super().__init__()
+        self.width = head.about["K"]
+        self.register_buffer("rows", head.packed.flatten(1))
+        self.register_buffer("scale", head.scales[:, :1])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (B, L) -> (B, L, D)."""
+        return ((self.rows[ids].float() - 128) * self.scale[ids])[..., : self.width]
+
+def with_onnx_layers(graph: Graph) -> Graph:
+    """The graph of a quantised model, for ONNX Runtime."""
+    model, size = copy.deepcopy(graph.model), graph.model.quantization["group_size"]
+    for name, bits in model.quantization["layers"].items():
+        legal = size if bits == 4 else 64
+        require(legal >= 16 and legal & (legal - 1) == 0, "group_size",
+                f"{size} is nothing that ONNX Runtime knows", "use 16, 32, 64 or 128")
+        model.set_submodule(name, OnnxLinear(model.get_submodule(name), legal))
+    if model.config.tie_embeddings and isinstance(model.head, OnnxLinear):
+        model.embedding = OnnxEmbedding(model.head)
+    made = Graph(model)
+    made.start = graph.start
+    return made
 
 def share_weights(protos: dict, folder: Path) -> None:
     """Write the graphs, and beside them, once each, all tensors that take room."""
@@ -277,12 +347,11 @@ class Runner:
 class Format(NamedTuple):
     write: Callable[[Path, Graph, argparse.Namespace], None]
     open: Callable[[Path, argparse.Namespace], tuple[Step, Step]]
-    can_optimize: bool = False
 
 FORMATS = {
     "pytorch": Format(write_pytorch, open_pytorch),
     "torchscript": Format(write_torchscript, open_torchscript),
-    "onnx": Format(write_onnx, open_onnx, can_optimize=True),
+    "onnx": Format(write_onnx, open_onnx),
     "torch_export": Format(write_torch_export, open_torch_export),
 }
 
@@ -294,8 +363,9 @@ class Mismatch(Exception):
 class Gap:
     """How far what a model gives is from what it should give, at most."""
 
-    def __init__(self, names: list[str]):
-        self.names, self.worst = names, dict.fromkeys(TOLERANCE, 0.0)
+    def __init__(self, names: list[str], tolerance: dict[str, float]):
+        self.names, self.tolerance = names, tolerance
+        self.worst = dict.fromkeys(tolerance, 0.0)
 
     def add(self, got: list[Tensor], want: list[Tensor], where: str) -> None:
         """Logits, and the state's tensors if they come; a Mismatch if they are too far apart."""
@@ -308,7 +378,7 @@ class Gap:
                 gap = torch.minimum(gap, 2 - gap)
             share = gap.max().item() / max(1.0, w.abs().max().item())
             kind = "logits" if name == "logits" else "state"
-            if not share <= TOLERANCE[kind]:  # nor if it is no number
+            if not share <= self.tolerance[kind]:  # nor if it is no number
                 raise Mismatch(f"{name} differs by {gap.max():.1e} {where}")
             self.worst[kind] = max(self.worst[kind], share)
 
@@ -318,7 +388,8 @@ def verify(runner: Runner, graph: Graph, text: list[int]) -> str:
     On random ids and on a real text, in pieces of LENGTHS tokens after 70 others, and token by
     token. A Mismatch says where they differ.
     """
-    gap = Gap(list(runner.state))
+    tolerance = ROUNDED if graph.model.quantization else EXACT
+    gap = Gap(list(runner.state), tolerance)
     for batch in (1, 3):
         state = graph.prefill(random_ids(graph, batch, 70), *graph.start(batch))[1:]
         for length in LENGTHS:
@@ -329,21 +400,26 @@ def verify(runner: Runner, graph: Graph, text: list[int]) -> str:
                 logits, after = runner.advance(ids, state)
                 want = graph.prefill(ids.to(state[0].device), *state)
                 gap.add([logits, *after], want, where)
-    verify_stream(runner, graph, text[:32], gap)
-    logits, states = gap.worst.values()
-    return (f"logits within {logits:.1e} of the model's, states within {states:.1e}; "
-            f"the likeliest token is the same for {STREAMED:,} of {STREAMED:,} in a row")
+    same = count_same(runner, graph, text, gap)
+    if same < STREAMED * tolerance["same"]:
+        raise Mismatch(f"only {same:,} of {STREAMED:,} streamed tokens are the same")
+    return (f"logits within {gap.worst['logits']:.1e} of the model's, states within "
+            f"{gap.worst['state']:.1e}; the likeliest token is the same for {same:,} of "
+            f"{STREAMED:,} in a row")
 
-def verify_stream(runner: Runner, graph: Graph, prompt: list[int], gap: Gap) -> None:
-    """Read the prompt and then, token by token, what the model itself finds likeliest."""
-    piece, state, own = torch.tensor([prompt]), runner.start(1), graph.start(1)
+def count_same(runner: Runner, graph: Graph, text: list[int], gap: Gap) -> int:
+    """Of STREAMED tokens, one at a time, for how many both find the same one likeliest.
+
+    They read what the model itself writes after the first 32 of the text.
+    """
+    piece, state, own, same = torch.tensor([text[:32]]), runner.start(1), graph.start(1), 0
     for number in range(STREAMED):
         logits, state = runner.advance(piece, state)
         want, *own = graph.prefill(piece.to(own[0].device), *own)
         gap.add([logits], [want], f"at token {number} of a stream")
         piece = want.argmax(-1, keepdim=True).cpu()
-        if not torch.equal(logits.argmax(-1, keepdim=True).cpu(), piece):
-            raise Mismatch(f"token {number} of a stream is another")
+        same += torch.equal(logits.argmax(-1, keepdim=True).cpu(), piece)
+    return same
 
 # ------------------------------------------------------------------------------------ timing
 
@@ -351,7 +427,7 @@ def measure(runners: dict[str, Runner], graph: Graph, args) -> list[dict]:
     """A row for each exported model and for the model itself; medians of turns."""
     from benchmark import interleave
 
-    runners = {"the model": Runner(graph.prefill, graph.step, {}, args.device), **runners}
+    runners = {MODEL: Runner(graph.prefill, graph.step, {}, args.device), **runners}
     ids, start = random_ids(graph, args.batch_size, args.seq_length), graph.start(args.batch_size)
 
     def make(runner: Runner, pieces: list[Tensor]):
@@ -374,7 +450,7 @@ def measure(runners: dict[str, Runner], graph: Graph, args) -> list[dict]:
         rows.append({
             "format": name, "step_ms": round(1e3 * statistics.median(step.seconds) / STEPS, 3),
             "prefill_tokens_per_second": round(ids.numel() / statistics.median(prefill.seconds)),
-            "mb": None if name not in FORMATS else round(megabytes(args.output_dir / name), 1)})
+            "mb": None if name == MODEL else round(megabytes(args.output_dir / name), 1)})
     return rows
 
 def report(rows: list[dict], args) -> None:
@@ -402,6 +478,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--format", choices=[*FORMATS, "all"], default="all", help="[all]")
     add("--optimize", action="store_true", help="onnx: rewrite the graphs for a faster start")
     add("--aoti", action="store_true", help="torch_export: compile ahead of time")
+    add("--quantize", choices=("int8", "int4", "both"),
+        help="pytorch and onnx: linear layers of so many bits instead of float32")
+    add("--calibration_data", metavar="FILE", help="a .bin of tokens, which int4 needs")
     add("--batch_size", type=int, default=1, metavar="INT",
         help="texts that --benchmark runs side by side; exported models take any number [1]")
     add("--seq_length", type=int, default=128, metavar="INT",
@@ -417,6 +496,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--force", action="store_true", help="replace what is in --output_dir")
     args = parser.parse_args(argv)
     args.formats = list(FORMATS) if args.format == "all" else [args.format]
+    args.schemes = [""]
+    if args.quantize:
+        args.schemes = ["_int8", "_int4"] if args.quantize == "both" else [f"_{args.quantize}"]
+        args.formats = ["pytorch", "onnx"] if args.format == "all" else args.formats
     for name in ("batch_size", "seq_length", "max_tokens"):
         value = getattr(args, name)
         require(value >= 1, f"--{name}", f"{value} is not legal", "pass 1 or more")
@@ -428,14 +511,18 @@ def check(args: argparse.Namespace) -> None:
     for flag, name in (("optimize", "onnx"), ("aoti", "torch_export")):
         require(not getattr(args, flag) or name in args.formats, f"--{flag}",
                 f"does nothing for {args.format}", f"leave it out, or pass --format {name}")
+    require(not args.quantize or {*args.formats} <= {"pytorch", "onnx"}, "--quantize",
+            f"makes {args.format} smaller, but not faster", "pass --format pytorch or onnx")
+    require("_int4" not in args.schemes or args.calibration_data, "--calibration_data",
+            "int4 needs it", "pass a .bin of tokens, such as data/text/train.bin")
     args.device = pick_device(args.device)
     problem = why_no_compile(args.device) if args.aoti else None
     require(not problem, "--aoti", f"{problem}", "leave it out")
     if "onnx" in args.formats:
         for package in ("onnx", "onnxscript", "onnxruntime"):
             need(package)
-    for name in args.formats:
-        folder = args.output_dir / name
+    for name in itertools.product(args.formats, args.schemes):
+        folder = args.output_dir / "".join(name)
         require(args.force or not folder.exists(), str(folder), "is there already",
                 "pass --force or another --output_dir")
     require_writable(args.output_dir, "--output_dir")
@@ -457,11 +544,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
-def export(name: str, graph: Graph, tokenizer, args) -> str:
+def export(name: str, scheme: str, graph: Graph, tokenizer, args) -> str:
     """Write one format, verified if asked for; what is to be said of it."""
     tensors = graph.model.init_state(1).tensors().items()
     shapes = {n: [list(t.shape[1:]), str(t.dtype).removeprefix("torch.")] for n, t in tensors}
-    with new_folder(args.output_dir / name) as folder:
+    with new_folder(args.output_dir / (name + scheme)) as folder:
         FORMATS[name].write(folder, graph, args)
         write_json(folder / "config.json", {**describe_model(graph.model), "state": shapes})
         if tokenizer and tokenizer.path:
@@ -471,6 +558,19 @@ def export(name: str, graph: Graph, tokenizer, args) -> str:
             text = real_text(graph, tokenizer, args.prompt)
             said += "; " + verify(Runner.open(name, folder, args), graph, text)
         return said
+
+def quantized(graph: Graph, scheme: str, args) -> Graph:
+    """The graph itself, or one of quantised layers."""
+    if not scheme:
+        return graph
+    from quantize import CALIBRATION_TOKENS, quantize_model, read_blocks
+
+    blocks = None
+    if args.calibration_data:
+        blocks = read_blocks(args.calibration_data, graph.model, CALIBRATION_TOKENS)
+    if scheme == "_int8":
+        return Graph(quantize_model(graph.model, 8, "dynamic"))
+    return Graph(quantize_model(graph.model, 4, "weight_only", calibration=blocks))
 
 def megabytes(folder: Path) -> float:
     return sum(file.stat().st_size for file in folder.iterdir()) / 1e6
@@ -485,13 +585,16 @@ def main(argv: list[str] | None = None) -> int:
     graph, failed, runners = load_graph(args.checkpoint, args.device), False, {}
     tokenizer = open_tokenizer(args.vocab_file, graph.model, [args.checkpoint])
     require(tokenizer or not args.generate, "--vocab_file", "no tokenizer was found", "name one")
-    for name in args.formats:
-        try:
-            print(f"{args.output_dir / name}: {export(name, graph, tokenizer, args)}", flush=True)
-            runners[name] = Runner.open(name, args.output_dir / name, args)
-        except Mismatch as e:
-            print(f"error: {name}: {e}; nothing is kept of it", file=sys.stderr)
-            failed = True
+    for scheme in args.schemes:
+        made = quantized(graph, scheme, args)
+        for name in args.formats:
+            folder = args.output_dir / (name + scheme)
+            try:
+                print(f"{folder}: {export(name, scheme, made, tokenizer, args)}", flush=True)
+                runners[folder.name] = Runner.open(name, folder, args)
+            except Mismatch as e:
+                print(f"error: {folder.name}: {e}; nothing is kept of it", file=sys.stderr)
+                failed = True
     for name, runner in runners.items() if args.generate else ():
         made = runner.generate(tokenizer.encode(args.prompt), args.max_tokens)
         print(f"--- {name}\n{args.prompt}{tokenizer.decode(made)}")

@@ -47,6 +47,7 @@ from testv2 import (
     TinyMambaModel,
     TokenFile,
     load_model,
+    open_tokenizer,
     quantize_like,
     require,
     require_writable,
@@ -61,6 +62,7 @@ STAGES = (r"(in_proj|qkv)(\.down)?", r"(in_proj|qkv)\.up", r"out_proj(\.down)?",
 DAMPING = 0.01  # of the mean of the Hessian's diagonal
 LARGEST = 15  # factor of a group: 8 times that is within a byte
 ROWS = 16  # texts of a batch
+CALIBRATION_TOKENS = 65_536
 
 # ------------------------------------------------------------------------------------ rounding
 
@@ -303,7 +305,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--group_size", default=64, help="inputs of a group of 4 bits [64]",
                         **whole)
     parser.add_argument("--calibration_data", metavar="FILE", help="a .bin of tokens, for GPTQ")
-    parser.add_argument("--calibration_tokens", default=65_536, help="of it [65536]", **whole)
+    parser.add_argument("--calibration_tokens", default=CALIBRATION_TOKENS,
+                        help=f"of it [{CALIBRATION_TOKENS}]", **whole)
     parser.add_argument("--data_dtype", choices=("auto", "int32", "uint16"), default="auto",
                         help="type of the ids in it [auto]")
     parser.add_argument("--rtn", action="store_true", help="round to the nearest, without data")
@@ -330,16 +333,6 @@ def read_blocks(path: str, model: TinyMambaModel, tokens: int, data_dtype: str =
         file.check(model.config.vocab_size, begin, begin + size)
     return torch.stack([torch.from_numpy(file.read(b, b + size).astype("int64")) for b in begins])
 
-def copy_tokenizer(checkpoint: Path, data: str | list[str], folder: Path) -> None:
-    """The tokenizer's file, from beside the checkpoint or its training data."""
-    data = [data] if isinstance(data, str) else data
-    places = [checkpoint if checkpoint.is_dir() else checkpoint.parent,
-              *(Path(path).parent for path in data)]
-    files = (place / name for place in places for name in OUTPUTS[2:])
-    for file in [next(filter(Path.is_file, files), None)]:
-        if file and file.resolve() != (folder / file.name).resolve():
-            shutil.copyfile(file, folder / file.name)
-
 def write(args, model: TinyMambaModel, calibration: Tensor | None) -> int:
     folder = Path(args.output_dir)
     there = [f for f in OUTPUTS if (folder / f).exists()]
@@ -348,8 +341,10 @@ def write(args, model: TinyMambaModel, calibration: Tensor | None) -> int:
     refuse_unfit(model, layer_bits(model, args.bits), args.mode, args.group_size)
     require_writable(folder, "output_dir")  # before minutes are spent
     new = quantize_model(model, args.bits, args.mode, args.group_size, calibration)
-    copy_tokenizer(Path(args.checkpoint), model.config.train_data_path, folder)
     save_folder(folder, new)
+    tokenizer = open_tokenizer(None, model, [args.checkpoint])
+    if tokenizer and Path(tokenizer.path).resolve().parent != folder.resolve():
+        shutil.copy(tokenizer.path, folder)
     size = (folder / OUTPUTS[0]).stat().st_size
     whole = 4 * sum(p.numel() for p in model.parameters())
     print(f"{folder / OUTPUTS[0]}: {size:,} bytes, {size / whole:.3f} of float32")
