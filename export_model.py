@@ -481,6 +481,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--quantize", choices=("int8", "int4", "both"),
         help="pytorch and onnx: linear layers of so many bits instead of float32")
     add("--calibration_data", metavar="FILE", help="a .bin of tokens, which int4 needs")
+    add("--calibration_tokens", type=int, default=65_536, metavar="INT", help="of it [65536]")
     add("--batch_size", type=int, default=1, metavar="INT",
         help="texts that --benchmark runs side by side; exported models take any number [1]")
     add("--seq_length", type=int, default=128, metavar="INT",
@@ -563,11 +564,11 @@ def quantized(graph: Graph, scheme: str, args) -> Graph:
     """The graph itself, or one of quantised layers."""
     if not scheme:
         return graph
-    from quantize import CALIBRATION_TOKENS, quantize_model, read_blocks
+    from quantize import quantize_model, read_blocks
 
     blocks = None
     if args.calibration_data:
-        blocks = read_blocks(args.calibration_data, graph.model, CALIBRATION_TOKENS)
+        blocks = read_blocks(args.calibration_data, graph.model, args.calibration_tokens)
     if scheme == "_int8":
         return Graph(quantize_model(graph.model, 8, "dynamic"))
     return Graph(quantize_model(graph.model, 4, "weight_only", calibration=blocks))

@@ -62,7 +62,6 @@ STAGES = (r"(in_proj|qkv)(\.down)?", r"(in_proj|qkv)\.up", r"out_proj(\.down)?",
 DAMPING = 0.01  # of the mean of the Hessian's diagonal
 LARGEST = 15  # factor of a group: 8 times that is within a byte
 ROWS = 16  # texts of a batch
-CALIBRATION_TOKENS = 65_536
 
 # ------------------------------------------------------------------------------------ rounding
 
@@ -305,8 +304,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--group_size", default=64, help="inputs of a group of 4 bits [64]",
                         **whole)
     parser.add_argument("--calibration_data", metavar="FILE", help="a .bin of tokens, for GPTQ")
-    parser.add_argument("--calibration_tokens", default=CALIBRATION_TOKENS,
-                        help=f"of it [{CALIBRATION_TOKENS}]", **whole)
+    parser.add_argument("--calibration_tokens", default=65_536, help="of it [65536]", **whole)
     parser.add_argument("--data_dtype", choices=("auto", "int32", "uint16"), default="auto",
                         help="type of the ids in it [auto]")
     parser.add_argument("--rtn", action="store_true", help="round to the nearest, without data")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 from conftest import (
@@ -19,6 +20,7 @@ from conftest import (
     close,
     close_angles,
     files_below,
+    flags,
     run_script,
     some_ids,
     wide,
@@ -33,10 +35,13 @@ from export_model import (
     Gap,
     Graph,
     Mismatch,
+    OnnxEmbedding,
+    OnnxLinear,
     write_torch_export,
     write_torchscript,
 )
 from onnx_generate import OnnxModel
+from ssm_kernels import QuantizedLinear
 from testv2 import (
     EOS_TOKEN,
     SimpleTokenizer,
@@ -204,6 +209,54 @@ def test_compiled_ahead_of_time_fits_every_length(tmp_path, changes):
     assert_fits_every_length(*FORMATS["torch_export"].open(tmp_path, asked), graph)
 
 
+# ------------------------------------------------------------------------------ quantised models
+
+
+def quantized_layer(bits: int, mode: str) -> QuantizedLinear:
+    layer = QuantizedLinear(96, 24, True, bits, mode, 32)
+    layer.codes.copy_(torch.randint(-127, 128, layer.codes.shape))
+    layer.scale.uniform_(0.001, 0.01)
+    if bits == 4:
+        layer.factors.copy_(torch.randint(1, 16, layer.factors.shape))
+        numbers = torch.randint(-8, 8, (24, 3, 32))
+        layer.codes.copy_((numbers * layer.factors[..., None]).flatten(1))
+    layer.bias.data.normal_()
+    return layer
+
+
+@pytest.mark.parametrize("bits, mode, tolerance", [
+    (8, "dynamic", 0.02), (8, "weight_only", 0.02), (4, "dynamic", 0.02), (4, "weight_only", 1e-5),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantised_layer_gives_the_same_in_onnx(bits, mode, tolerance):
+    layer = quantized_layer(bits, mode)
+    own, x = OnnxLinear(layer, 64 if bits == 8 else 32), torch.randn(2, 5, 96)
+    made = torch.onnx.export(own, (x,), dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(made.model_proto.SerializeToString())
+    [got] = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    close(torch.from_numpy(got), torch.nn.functional.linear(x, layer.weight, layer.bias), tolerance)
+
+
+def test_a_quantised_embedding_is_the_head_in_onnx():
+    head = quantized_layer(8, "dynamic")
+    ids = some_ids(2, 9, vocab=24)
+    close(OnnxEmbedding(OnnxLinear(head, 64))(ids), head.weight[ids], 1e-6)
+
+
+@pytest.mark.slow
+def test_quantised_models_are_exported_and_verified(place):
+    shape = {"d_model": 64, "n_layer": 2, "num_heads": 2, "ssm_head_dim": 16, "vocab_size": 257}
+    done = run_script("testv2.py", *flags(preset="demo", max_steps=150, **shape), cwd=place)
+    assert done.returncode == 0, done.stderr
+    words = ["--quantize", "both", "--calibration_data", "data/text/train.bin",
+             "--calibration_tokens", 4096]
+    done = run_script("export_model.py", *words, "--verify", "--benchmark", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in Path("exported_models").iterdir()} == {
+        "pytorch_int8", "onnx_int8", "pytorch_int4", "onnx_int4", "benchmark.json"}
+    assert load_model("exported_models/pytorch_int4").quantization["bits"] == 4
+
+
 # ------------------------------------------------------------------------------- the command
 
 
@@ -278,6 +331,9 @@ def test_angles_go_round():
 @pytest.mark.parametrize("words, fragment", [
     (["--format", "pytorch", "--optimize"], "--optimize: does nothing for pytorch"),
     (["--format", "onnx", "--aoti"], "--aoti: does nothing for onnx"),
+    (["--format", "torchscript", "--quantize", "int8"], "--quantize: makes torchscript smaller"),
+    (["--quantize", "int4"], "--calibration_data: int4 needs it"),
+    (["--quantize", "int4", "--calibration_data", "no.bin"], "no.bin"),
     (["--batch_size", "0"], "--batch_size: 0 is not legal"),
     (["--vocab_file", "none.json"], "none.json: no such file"),
     (["--checkpoint", "none.pt"], "none.pt: no such checkpoint"),
