@@ -55,10 +55,11 @@ from testv2 import (
     LayerState,
     ModelState,
     TinyMambaModel,
-    UserError,
+    copy_tokenizer,
     describe_model,
     load_model,
     need,
+    new_folder,
     open_tokenizer,
     pick_device,
     require,
@@ -104,11 +105,19 @@ class Graph(nn.Module):
     def start(self, batch: int) -> list[Tensor]:
         return list(self.model.init_state(batch).tensors().values())
 
-def load_graph(path: str, device: torch.device) -> Graph:
-    """Of a checkpoint or folder, ready to be written down."""
-    model = load_model(path, device).requires_grad_(False)
-    model.config.scan = "chunked"  # the same numbers; the other would be a loop over one length
-    return Graph(model)
+def load_graph(path: str | Path, device: torch.device) -> Graph:
+    """Of a checkpoint or folder, as it is to be written down."""
+    return Graph(load_model(path, device).requires_grad_(False))
+
+@contextlib.contextmanager
+def chunked(graph: Graph) -> Iterator[None]:
+    """The scan in its parallel form: the other would become a loop over one length."""
+    config = graph.model.config
+    scan, config.scan = config.scan, "chunked"
+    try:
+        yield
+    finally:
+        config.scan = scan
 
 def examples(graph: Graph, args) -> dict[str, tuple[Tensor, ...]]:
     """Inputs to trace the graphs with; any sizes do, but a 1 would be taken for a constant."""
@@ -129,9 +138,10 @@ def programs(graph: Graph, args) -> dict[str, torch.export.ExportedProgram]:
     for name, example in {} if graph.programs else examples(graph, args).items():
         dims = {0: batch, 1: length} if name == "prefill" else {0: batch}
         shapes = (dims, tuple({0: batch} for _ in example[1:]))
-        graph.programs[name] = torch.export.export(
-            graph, example, dynamic_shapes=shapes, strict=False,
-            prefer_deferred_runtime_asserts_over_guards=True)
+        with chunked(graph):
+            graph.programs[name] = torch.export.export(
+                graph, example, dynamic_shapes=shapes, strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True)
     return graph.programs
 
 # ------------------------------------------------------------------------------------ writing
@@ -145,7 +155,8 @@ def write_pytorch(folder: Path, graph: Graph, args) -> None:
 
 def write_torchscript(folder: Path, graph: Graph, args) -> None:
     print("torchscript: PyTorch has deprecated TorchScript; torch_export takes its place")
-    with warnings.catch_warnings(action="ignore"):  # that it is deprecated, and of every constant
+    # PyTorch warns that it is deprecated, and of every constant.
+    with warnings.catch_warnings(action="ignore"), chunked(graph):
         module = torch.jit.trace_module(graph, examples(graph, args), check_trace=False)
     buffer = io.BytesIO()
     torch.jit.save(module, buffer)
@@ -163,8 +174,7 @@ def write_torch_export(folder: Path, graph: Graph, args) -> None:
 
 def write_onnx(folder: Path, graph: Graph, args) -> None:
     names, protos = list(graph.model.init_state(1).tensors()), {}
-    if graph.model.quantization:
-        graph = with_onnx_layers(graph)
+    graph = with_onnx_layers(graph)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # torchvision's absence is no news
     for name, program in programs(graph, args).items():
         with warnings.catch_warnings(action="ignore"):
@@ -223,14 +233,18 @@ class OnnxEmbedding(nn.Module):
         return ((self.rows[ids].float() - 128) * self.scale[ids])[..., : self.width]
 
 def with_onnx_layers(graph: Graph) -> Graph:
-    """The graph of a quantised model, for ONNX Runtime."""
+    """The graph, if quantised with layers that ONNX Runtime knows."""
+    if not graph.model.quantization:
+        return graph
     model, size = copy.deepcopy(graph.model), graph.model.quantization["group_size"]
     for name, bits in model.quantization["layers"].items():
         legal = size if bits == 4 else 64
         require(legal >= 16 and legal & (legal - 1) == 0, "group_size",
-                f"{size} is nothing that ONNX Runtime knows", "use 16, 32, 64 or 128")
+                f"{size} is nothing that ONNX Runtime knows", "use a power of 2 from 16 on")
         model.set_submodule(name, OnnxLinear(model.get_submodule(name), legal))
     if model.config.tie_embeddings and isinstance(model.head, OnnxLinear):
+        require(model.head.bits == 8, "checkpoint", "has a tied head of 4 bits",
+                "quantise the head to 8")
         model.embedding = OnnxEmbedding(model.head)
     made = Graph(model)
     made.start = graph.start
@@ -403,8 +417,9 @@ def verify(runner: Runner, graph: Graph, text: list[int]) -> str:
     same = count_same(runner, graph, text, gap)
     if same < STREAMED * tolerance["same"]:
         raise Mismatch(f"only {same:,} of {STREAMED:,} streamed tokens are the same")
-    return (f"logits within {gap.worst['logits']:.1e} of the model's, states within "
-            f"{gap.worst['state']:.1e}; the likeliest token is the same for {same:,} of "
+    shown = [f"{kind} within {gap.worst[kind]:.1e}" for kind in ("logits", "state")
+             if tolerance[kind] < math.inf]
+    return (f"{', '.join(shown)} of the model's; the likeliest token is the same for {same:,} of "
             f"{STREAMED:,} in a row")
 
 def count_same(runner: Runner, graph: Graph, text: list[int], gap: Gap) -> int:
@@ -425,19 +440,18 @@ def count_same(runner: Runner, graph: Graph, text: list[int], gap: Gap) -> int:
 
 def measure(runners: dict[str, Runner], graph: Graph, args) -> list[dict]:
     """A row for each exported model and for the model itself; medians of turns."""
-    from benchmark import interleave
+    from benchmark import interleave, timed
 
     runners = {MODEL: Runner(graph.prefill, graph.step, {}, args.device), **runners}
     ids, start = random_ids(graph, args.batch_size, args.seq_length), graph.start(args.batch_size)
 
     def make(runner: Runner, pieces: list[Tensor]):
-        def run() -> float:
-            state, began = start, time.perf_counter()
+        def run() -> None:
+            state = start
             for piece in pieces:
                 _, state = runner.advance(piece, state)
-            return time.perf_counter() - began
 
-        return run
+        return lambda: timed(run, args.device)
 
     pieces = {"prefill": [ids], "step": [ids[:, :1]] * STEPS}
     timings = interleave({(name, kind): functools.partial(make, runner, pieces[kind])
@@ -481,6 +495,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--quantize", choices=("int8", "int4", "both"),
         help="pytorch and onnx: linear layers of so many bits instead of float32")
     add("--calibration_data", metavar="FILE", help="a .bin of tokens, which int4 needs")
+    add("--group_size", type=int, default=64, metavar="INT",
+        help="of int4: inputs that share a factor [64]")
     add("--calibration_tokens", type=int, default=65_536, metavar="INT", help="of it [65536]")
     add("--batch_size", type=int, default=1, metavar="INT",
         help="texts that --benchmark runs side by side; exported models take any number [1]")
@@ -514,36 +530,22 @@ def check(args: argparse.Namespace) -> None:
                 f"does nothing for {args.format}", f"leave it out, or pass --format {name}")
     require(not args.quantize or {*args.formats} <= {"pytorch", "onnx"}, "--quantize",
             f"makes {args.format} smaller, but not faster", "pass --format pytorch or onnx")
-    require("_int4" not in args.schemes or args.calibration_data, "--calibration_data",
-            "int4 needs it", "pass a .bin of tokens, such as data/text/train.bin")
+    needed = "_int4" in args.schemes
+    require(bool(args.calibration_data) == needed, "--calibration_data",
+            "int4 needs it" if needed else "only int4 needs it",
+            "pass a .bin of tokens, such as data/text/train.bin" if needed else "leave it out")
     args.device = pick_device(args.device)
     problem = why_no_compile(args.device) if args.aoti else None
     require(not problem, "--aoti", f"{problem}", "leave it out")
     if "onnx" in args.formats:
         for package in ("onnx", "onnxscript", "onnxruntime"):
             need(package)
-    for name in itertools.product(args.formats, args.schemes):
-        folder = args.output_dir / "".join(name)
-        require(args.force or not folder.exists(), str(folder), "is there already",
+    names = ["".join(pair) for pair in itertools.product(args.formats, args.schemes)]
+    for path in (args.output_dir / name for name in names + ["benchmark.json"] * args.benchmark):
+        require(args.force or not path.exists(), str(path), "is there already",
                 "pass --force or another --output_dir")
-    require_writable(args.output_dir, "--output_dir")
-
-@contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `folder` if all went well."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
-        yield temporary
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    except OSError as e:
-        remedy = "free space or name another"
-        raise UserError(str(folder), f"cannot be written ({e})", remedy) from e
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        ours = not path.is_dir() or (path / "config.json").exists()
+        require(ours, str(path), "is no exported model", "pass another --output_dir")
 
 def export(name: str, scheme: str, graph: Graph, tokenizer, args) -> str:
     """Write one format, verified if asked for; what is to be said of it."""
@@ -552,26 +554,39 @@ def export(name: str, scheme: str, graph: Graph, tokenizer, args) -> str:
     with new_folder(args.output_dir / (name + scheme)) as folder:
         FORMATS[name].write(folder, graph, args)
         write_json(folder / "config.json", {**describe_model(graph.model), "state": shapes})
-        if tokenizer and tokenizer.path:
-            shutil.copy(tokenizer.path, folder)
+        copy_tokenizer(tokenizer, folder)
+        if name == "onnx" and not (folder / "tokenizer.json").exists():
+            print("onnx: there is no tokenizer.json, so that onnx_generate.py takes ids only")
         said = f"{megabytes(folder):.1f} MB"
         if args.verify:
             text = real_text(graph, tokenizer, args.prompt)
             said += "; " + verify(Runner.open(name, folder, args), graph, text)
         return said
 
-def quantized(graph: Graph, scheme: str, args) -> Graph:
-    """The graph itself, or one of quantised layers."""
-    if not scheme:
-        return graph
+def make_graphs(graph: Graph, args) -> dict[str, Graph]:
+    """By the ending of their folders: the graph itself, or those of quantised models."""
+    if not args.quantize:
+        return {"": graph}
     from quantize import quantize_model, read_blocks
 
-    blocks = None
-    if args.calibration_data:
-        blocks = read_blocks(args.calibration_data, graph.model, args.calibration_tokens)
-    if scheme == "_int8":
-        return Graph(quantize_model(graph.model, 8, "dynamic"))
-    return Graph(quantize_model(graph.model, 4, "weight_only", calibration=blocks))
+    graphs = {}
+    for scheme in args.schemes:
+        if scheme == "_int8":
+            model = quantize_model(graph.model, 8, "dynamic")
+        else:
+            blocks = read_blocks(args.calibration_data, graph.model, args.calibration_tokens)
+            model = quantize_model(graph.model, 4, "weight_only", args.group_size, blocks)
+        graphs[scheme] = Graph(model)
+    return graphs
+
+def read_prompt(tokenizer, graph: Graph, args) -> list[int]:
+    """The ids of --prompt."""
+    require(tokenizer, "--vocab_file", "no tokenizer was found", "name one")
+    ids, size = tokenizer.encode(args.prompt), graph.model.config.vocab_size
+    require(ids, "--prompt", "holds no token", "pass some text")
+    require(max(ids) < size, "--vocab_file", f"gives ids beyond the model's {size}",
+            "pass the one it was trained with")
+    return ids
 
 def megabytes(folder: Path) -> float:
     return sum(file.stat().st_size for file in folder.iterdir()) / 1e6
@@ -585,20 +600,24 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     graph, failed, runners = load_graph(args.checkpoint, args.device), False, {}
     tokenizer = open_tokenizer(args.vocab_file, graph.model, [args.checkpoint])
-    require(tokenizer or not args.generate, "--vocab_file", "no tokenizer was found", "name one")
-    for scheme in args.schemes:
-        made = quantized(graph, scheme, args)
-        for name in args.formats:
-            folder = args.output_dir / (name + scheme)
-            try:
-                print(f"{folder}: {export(name, scheme, made, tokenizer, args)}", flush=True)
-                runners[folder.name] = Runner.open(name, folder, args)
-            except Mismatch as e:
-                print(f"error: {folder.name}: {e}; nothing is kept of it", file=sys.stderr)
-                failed = True
+    prompt = read_prompt(tokenizer, graph, args) if args.generate else []
+    graphs = make_graphs(graph, args)
+    for made in graphs.values() if "onnx" in args.formats else ():
+        with_onnx_layers(made)  # refuses what it cannot do before anything is written
+    require_writable(args.output_dir, "--output_dir")
+    for scheme, name in itertools.product(graphs, args.formats):
+        folder = args.output_dir / (name + scheme)
+        try:
+            print(f"{folder}: {export(name, scheme, graphs[scheme], tokenizer, args)}", flush=True)
+        except Mismatch as e:
+            print(f"error: {folder.name}: {e}; nothing is kept of it", file=sys.stderr)
+            failed = True
+            continue
+        if args.generate or args.benchmark:
+            runners[folder.name] = Runner.open(name, folder, args)
     for name, runner in runners.items() if args.generate else ():
-        made = runner.generate(tokenizer.encode(args.prompt), args.max_tokens)
-        print(f"--- {name}\n{args.prompt}{tokenizer.decode(made)}")
+        text = tokenizer.decode(runner.generate(prompt, args.max_tokens))
+        print(f"--- {name}\n{args.prompt}{text}")
     if args.benchmark:
         report(measure(runners, graph, args), args)
     return 1 if failed else 0

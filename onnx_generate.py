@@ -50,7 +50,10 @@ class OnnxModel:
 
     def generate(self, ids: list[int], max_tokens: int, temperature: float = 0.0,
                  seed: int | None = None):
-        """The ids that follow, one by one; temperature 0 takes the likeliest every time."""
+        """The ids that follow, one by one; temperature 0 takes the likeliest every time.
+
+        Nothing ends it early: stop at the id that ends a text, if there is one.
+        """
         draw, state, piece = np.random.default_rng(seed), None, ids
         for _ in range(max_tokens):
             logits, state = self.advance(np.array([piece], np.int64), state)
@@ -59,6 +62,10 @@ class OnnxModel:
                 weights = weights / temperature + draw.gumbel(size=weights.shape)
             piece = [int(weights.argmax())]
             yield piece[0]
+
+def fail(problem: str) -> None:
+    print(f"error: {problem}", file=sys.stderr)
+    sys.exit(2)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -71,10 +78,12 @@ def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # a terminal need not know every character
     for name in ("prefill.onnx", "step.onnx", "weights.data", "tokenizer.json"):
         if not (Path(args.model) / name).is_file():
-            sys.exit(f"error: {Path(args.model) / name}: no such file; export the model again")
+            fail(f"{Path(args.model) / name}: no such file; export the model with it")
     tokenizer = Tokenizer.from_file(str(Path(args.model) / "tokenizer.json"))
     tokenizer.encode_special_tokens = True  # text is never a special token
     ids = tokenizer.encode(args.prompt, add_special_tokens=False).ids
+    if not ids:
+        fail("--prompt: holds no token; pass some text")
     made, shown = [], ""
     print(args.prompt, end="")
     model = OnnxModel(args.model)

@@ -373,7 +373,7 @@ def set_adapter(model: TinyMambaModel, names) -> None:
 def merge_adapter(model: TinyMambaModel, name: str = "default") -> None:
     """Write a LoRA adapter into the weights; the old ones are kept for unmerge_adapter."""
     switch = switch_of(model)
-    require_whole(model, "it cannot be merged with an adapter", "keep it as an adapter")
+    require_whole(model)
     require(not switch.merged, "adapter", f"{switch.merged} is merged already",
             "unmerge_adapter first")
     require(name in switch.configs, "adapter", f"there is no {name!r}", "load it first")
@@ -388,8 +388,10 @@ def merge_adapter(model: TinyMambaModel, name: str = "default") -> None:
         layer.base_layer.weight.data = layer.adapters[name].weight(layer.kept)
     switch.merged, switch.names = name, None
 
-def require_whole(model: TinyMambaModel, problem: str, remedy: str) -> None:
-    require(not model.quantization, "checkpoint", f"is quantised, {problem}", remedy)
+def require_whole(model: TinyMambaModel, problem: str = "no adapter can be merged into it",
+                  remedy: str = "keep the adapter, without --merge") -> None:
+    """Refuse a quantised model."""
+    require(not model.quantization, "checkpoint", f"is quantised: {problem}", remedy)
 
 def unmerge_adapter(model: TinyMambaModel) -> None:
     """Take back merge_adapter, bit for bit; the adapter serves again."""
@@ -667,9 +669,9 @@ def train(args, named: dict) -> int:
     folder = Path(args.output_dir)
     adapter, base = AdapterConfig(**args.asked).validate(), load_model(args.checkpoint)
     if args.method == "full":
-        require_whole(base, "and only adapters can be trained on it", "use --method lora")
+        require_whole(base, "only adapters can be trained on it", "use --method lora")
     if args.merge:
-        require_whole(base, "it cannot be merged with an adapter", "leave --merge out")
+        require_whole(base)
     config, saved = settings(args, named, base), None
     if config.resume:
         saved = load_newest(config.checkpoint_path)
@@ -708,7 +710,7 @@ def merge(args) -> int:
     require(args.force or not path.exists(), str(path), "is there",
             "pass --force or another --output_dir")
     model = load_model(args.checkpoint)
-    require_whole(model, "it cannot be merged with an adapter", "keep it as an adapter")
+    require_whole(model)
     load_adapter(model, args.adapter)
     require_writable(path.parent, "output_dir")
     write_merged(model, path)

@@ -31,7 +31,6 @@ import argparse
 import copy
 import math
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,7 +45,9 @@ from testv2 import (
     ModelState,
     TinyMambaModel,
     TokenFile,
+    copy_tokenizer,
     load_model,
+    new_folder,
     open_tokenizer,
     quantize_like,
     require,
@@ -62,6 +63,7 @@ STAGES = (r"(in_proj|qkv)(\.down)?", r"(in_proj|qkv)\.up", r"out_proj(\.down)?",
 DAMPING = 0.01  # of the mean of the Hessian's diagonal
 LARGEST = 15  # factor of a group: 8 times that is within a byte
 ROWS = 16  # texts of a batch
+GROUP_SIZE = 64  # inputs that share a factor
 
 # ------------------------------------------------------------------------------------ rounding
 
@@ -129,7 +131,7 @@ def layer_bits(model: TinyMambaModel, bits: int) -> dict[str, int]:
 
 @torch.no_grad()
 def quantize_model(model: TinyMambaModel, bits: int = 8, mode: str = "dynamic",
-                   group_size: int = 64, calibration: Tensor | None = None,
+                   group_size: int = GROUP_SIZE, calibration: Tensor | None = None,
                    layers: dict[str, int] | None = None) -> TinyMambaModel:
     """A new model of quantised layers; the given one stays as it is.
 
@@ -137,6 +139,8 @@ def quantize_model(model: TinyMambaModel, bits: int = 8, mode: str = "dynamic",
     the usual ones, with their bits.
     """
     layers = layer_bits(model, bits) if layers is None else layers
+    if 4 not in layers.values():
+        group_size = GROUP_SIZE  # of nothing, but part of the fingerprint
     refuse_unfit(model, layers, mode, group_size)
     old, new = model, copy.deepcopy(model).eval().requires_grad_(False)
     quantize_like(new, {
@@ -301,8 +305,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--bits", type=int, choices=(8, 4), default=8, help="of a weight [8]")
     parser.add_argument("--mode", choices=QUANTIZATION_MODES,
                         help="[dynamic for 8 bits, weight_only for 4]")
-    parser.add_argument("--group_size", default=64, help="inputs of a group of 4 bits [64]",
-                        **whole)
+    parser.add_argument("--group_size", help="inputs of a group of 4 bits [64]", **whole)
     parser.add_argument("--calibration_data", metavar="FILE", help="a .bin of tokens, for GPTQ")
     parser.add_argument("--calibration_tokens", default=65_536, help="of it [65536]", **whole)
     parser.add_argument("--data_dtype", choices=("auto", "int32", "uint16"), default="auto",
@@ -315,6 +318,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--force", action="store_true", help="let it replace files of output_dir")
     args = parser.parse_args(argv)
     args.mode = args.mode or ("dynamic" if args.bits == 8 else "weight_only")
+    require(args.group_size is None or args.bits == 4, "--group_size", "8 bits have no groups",
+            "leave it out")
+    args.group_size = GROUP_SIZE if args.group_size is None else args.group_size
     return args
 
 def read_blocks(path: str, model: TinyMambaModel, tokens: int, data_dtype: str = "auto") -> Tensor:
@@ -338,11 +344,17 @@ def write(args, model: TinyMambaModel, calibration: Tensor | None) -> int:
             "pass --force or another --output_dir")
     refuse_unfit(model, layer_bits(model, args.bits), args.mode, args.group_size)
     require_writable(folder, "output_dir")  # before minutes are spent
-    new = quantize_model(model, args.bits, args.mode, args.group_size, calibration)
-    save_folder(folder, new)
     tokenizer = open_tokenizer(None, model, [args.checkpoint])
-    if tokenizer and Path(tokenizer.path).resolve().parent != folder.resolve():
-        shutil.copy(tokenizer.path, folder)
+    new = quantize_model(model, args.bits, args.mode, args.group_size, calibration)
+    with new_folder(folder / "made") as made:  # all is on disk before anything is replaced
+        save_folder(made, new)
+        copy_tokenizer(tokenizer, made)
+    for name in OUTPUTS:
+        if (folder / "made" / name).exists():
+            (folder / "made" / name).replace(folder / name)
+        else:  # no tokenizer of another model may stay
+            (folder / name).unlink(missing_ok=True)
+    (folder / "made").rmdir()
     size = (folder / OUTPUTS[0]).stat().st_size
     whole = 4 * sum(p.numel() for p in model.parameters())
     print(f"{folder / OUTPUTS[0]}: {size:,} bytes, {size / whole:.3f} of float32")

@@ -248,7 +248,8 @@ class QuantizedLinear(nn.Module):
     def _apply(self, fn, recurse=True):
         scale = self.scale
         super()._apply(fn, recurse)
-        self.scale = scale.to(self.scale.device)  # float32 in a model of any type
+        if self.scale.dtype != scale.dtype:  # float32 in a model of any type
+            self.scale = scale.to(self.scale.device)
         return self
 
     @property

@@ -41,10 +41,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import typing
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -1293,6 +1295,13 @@ def open_tokenizer(given, model: TinyMambaModel, beside: list):
     beside = [*beside, *([data] if isinstance(data, str) else data)]
     return next(filter(None, (find_tokenizer(str(path)) for path in beside)), None)
 
+def copy_tokenizer(tokenizer, folder: Path) -> None:
+    """Put the file of a SimpleTokenizer, if it has one, where find_tokenizer looks for it."""
+    path = Path(getattr(tokenizer, "path", None) or "")
+    if path.is_file():
+        name = "tokenizer.json" if path.suffix == ".json" else "vocab.txt"
+        shutil.copyfile(path, folder / name)
+
 # ------------------------------------------------------------------------------------ data
 
 def read_sidecar(path: str) -> dict:
@@ -1846,6 +1855,25 @@ def require_writable(folder: Path, field: str) -> None:
     except OSError as e:
         raise UserError(field, f"{folder} cannot be made ({e.strerror})", "name another") from e
     require(os.access(folder, os.W_OK), field, f"{folder} cannot be written to", "name another")
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `folder` if all went well, and else is gone."""
+    temporary = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}."))
+        temporary.chmod(0o755)
+        yield temporary
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    except OSError as e:
+        remedy = "free space or name another"
+        raise UserError(str(folder), f"cannot be written ({e})", remedy) from e
+    finally:
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 # ------------------------------------------------------------------------------------ sampling
 

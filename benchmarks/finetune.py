@@ -113,7 +113,7 @@ def run(task: str, variant: str, lr: float | None, args) -> dict:
         model = tuner.model.eval()
         trained = sum(p.numel() for p in get_trainable_parameters(model))
         row = {"task": task, "method": variant, "lr": config.lr, "steps": args.steps,
-               "trained": round(trained / sum(p.numel() for p in base.parameters()), 4),
+               "trained": round(trained / base.count_parameters()["total"], 4),
                "seconds": round(seconds, 1), "memory_mb": round((after - before) / 2**20),
                "loss": round(tuner.progress["history"]["val"][-1][1], 4)}
         return {**row, "right": share_right(model, tokenizer, asked)} if asked else row
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = CliParser(usage="python benchmarks/finetune.py [--FLAG VALUE ...]",
                        description=__doc__)
     parser.add_argument("--checkpoint", default="tinymamba_model_latest.pt", metavar="FILE",
-                        help="the base [tinymamba_model_latest.pt]")
+                        help="the base, or a quantised folder [tinymamba_model_latest.pt]")
     parser.add_argument("--tokenizer", default="data/text/train.bin", metavar="FILE",
                         help="beside this file [data/text/train.bin]")
     parser.add_argument("--text", nargs=2, metavar="FILE", help="for style: to train on, to test")
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     require(args.text or "style" not in args.tasks, "--text", "style needs two files",
             "pass two, or --tasks lookup format")
     for path in [args.checkpoint, *(args.text or ())]:
-        require(os.path.isfile(path), path, "no such file", "check the path")
+        require(os.path.exists(path), path, "no such file", "check the path")
     spawn = multiprocessing.get_context("spawn")
     for task in args.tasks:
         for variant in args.methods:

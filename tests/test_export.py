@@ -24,6 +24,7 @@ from conftest import (
     run_script,
     some_ids,
     wide,
+    write_tokens,
 )
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -37,16 +38,19 @@ from export_model import (
     Mismatch,
     OnnxEmbedding,
     OnnxLinear,
+    with_onnx_layers,
     write_torch_export,
     write_torchscript,
 )
 from onnx_generate import OnnxModel
+from quantize import quantize_model
 from ssm_kernels import QuantizedLinear
 from testv2 import (
     EOS_TOKEN,
     SimpleTokenizer,
     UserError,
     byte_alphabet,
+    find_tokenizer,
     generate,
     load_model,
     save_folder,
@@ -192,7 +196,10 @@ def test_an_onnx_folder_works_alone(onnx_folder, tmp_path):
     assert done.stdout == "abc" + tokenizer.decode(ids) + "\n"
     (tmp_path / "moved" / "weights.data").unlink()
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode != 0 and "weights.data: no such file" in done.stderr
+    assert_refused(done, "weights.data: no such file")
+    shutil.copy(folder / "weights.data", tmp_path / "moved")
+    done = subprocess.run([*words, "--prompt", ""], cwd=tmp_path, capture_output=True, text=True)
+    assert_refused(done, "--prompt: holds no token")
 
 
 def test_onnx_draws_by_the_seed(onnx_folder):
@@ -237,6 +244,17 @@ def test_a_quantised_layer_gives_the_same_in_onnx(bits, mode, tolerance):
     close(torch.from_numpy(got), torch.nn.functional.linear(x, layer.weight, layer.bias), tolerance)
 
 
+def test_all_quantised_layers_become_onnx_ones():
+    graph = Graph(quantize_model(wide(), 4, "weight_only", 16))
+    model = with_onnx_layers(graph).model
+    kinds = {name: type(model.get_submodule(name)) for name in graph.model.quantization["layers"]}
+    assert len(kinds) == 13 and {*kinds.values()} == {OnnxLinear}
+    assert isinstance(model.embedding, OnnxEmbedding)
+    four = Graph(quantize_model(wide(), 4, "weight_only", 16, layers={"head": 4}))
+    with pytest.raises(UserError, match="tied head of 4 bits"):
+        with_onnx_layers(four)
+
+
 def test_a_quantised_embedding_is_the_head_in_onnx():
     head = quantized_layer(8, "dynamic")
     ids = some_ids(2, 9, vocab=24)
@@ -266,7 +284,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name, value in (("LENGTHS", (1, 2, 17)), ("STREAMED", 20), ("ROUNDS", 1)):
         monkeypatch.setattr(export_model, name, value)
-    save_folder(tmp_path / "model", wide())
+    save_folder(tmp_path / "model", wide(scan="sequential"))
     byte_tokenizer().save(str(tmp_path / "model" / "tokenizer.json"))
     return tmp_path
 
@@ -292,6 +310,7 @@ def test_the_pytorch_format_is_the_model(folder):
     made, own = folder / "exported_models" / "pytorch", load_model("model").fingerprint()
     assert load_model(made).fingerprint() == own
     assert load_model(made / "inference.pt").fingerprint() == own
+    assert load_model(made).config.scan == load_model("model").config.scan == "sequential"
     done = run_script("streaming.py", "--checkpoint", made, "--prompt", "a", "--max_tokens", 5,
                       cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -319,6 +338,31 @@ def test_a_mismatch_says_where_and_keeps_nothing(folder, monkeypatch, capsys, pl
     assert list((folder / "exported_models").iterdir()) == []
 
 
+def test_another_likeliest_token_is_a_mismatch(folder, monkeypatch, capsys):
+    """Even if all logits are within the tolerance."""
+    plain = FORMATS["pytorch"]
+
+    def spoiled(folder, args):
+        def step(ids, *state):
+            logits, *rest = graph(ids, *state)
+            second = logits.topk(2).indices[0, 1]
+            logits[0, second] = logits.max() + 1e-6
+            return logits, *rest
+
+        graph = plain.open(folder, args)[1]
+        return graph, step
+
+    monkeypatch.setitem(FORMATS, "pytorch", plain._replace(open=spoiled))
+    monkeypatch.setattr(export_model, "EXACT", {**EXACT, "logits": 10.0})
+    assert command("--format", "pytorch", "--verify") == 1
+    assert "only 1 of 20 streamed tokens are the same" in capsys.readouterr().err
+
+
+def test_a_graph_of_another_shape_is_a_mismatch():
+    with pytest.raises(Mismatch, match=r"logits is \(1, 3\) and not \(1, 4\) here"):
+        Gap([], EXACT).add([torch.zeros(1, 3)], [torch.zeros(1, 4)], "here")
+
+
 def test_angles_go_round():
     gap, zero = Gap(["layers.0.phase"], EXACT), torch.zeros(1)
     gap.add([zero, torch.tensor([1.99999])], [zero, zero], "here")
@@ -333,6 +377,13 @@ def test_angles_go_round():
     (["--format", "onnx", "--aoti"], "--aoti: does nothing for onnx"),
     (["--format", "torchscript", "--quantize", "int8"], "--quantize: makes torchscript smaller"),
     (["--quantize", "int4"], "--calibration_data: int4 needs it"),
+    (["--calibration_data", "ids.bin"], "--calibration_data: only int4 needs it"),
+    (["--quantize", "both", "--calibration_data", "ids.bin", "--calibration_tokens", "64"],
+     "group_size: 64 does not divide the 32 inputs"),
+    (["--quantize", "both", "--calibration_data", "ids.bin", "--calibration_tokens", "64",
+      "--group_size", "8"], "group_size: 8 is nothing that ONNX Runtime knows"),
+    (["--generate", "--prompt", ""], "--prompt: holds no token"),
+    (["--generate", "--vocab_file", "many.txt", "--prompt", "1"], "--vocab_file: gives ids beyond"),
     (["--quantize", "int4", "--calibration_data", "no.bin"], "no.bin"),
     (["--batch_size", "0"], "--batch_size: 0 is not legal"),
     (["--vocab_file", "none.json"], "none.json: no such file"),
@@ -341,10 +392,25 @@ def test_angles_go_round():
     (["--output_dir", "model/config.json"], "--output_dir: model/config.json cannot be made"),
 ], ids=str)  # fmt: skip
 def test_what_cannot_work_is_refused(folder, words, fragment):
+    write_tokens(folder / "ids.bin", "text " * 40)
+    (folder / "many.txt").write_text("".join(f"word{i}\n" for i in range(400)))
+    before = files_below(folder)
     with pytest.raises(UserError) as refused:
         command(*words)
     assert fragment in str(refused.value)
-    assert not list(folder.glob("exported_models/*"))
+    assert files_below(folder) == before and not (folder / "exported_models").exists()
+
+
+def test_a_named_tokenizer_is_found_again(folder):
+    (folder / "model" / "tokenizer.json").rename(folder / "mine.json")
+    assert command("--format", "pytorch", "--vocab_file", "mine.json") == 0
+    assert find_tokenizer("exported_models/pytorch").encode("a") == SimpleTokenizer().encode("a")
+
+
+def test_a_folder_of_something_else_is_not_replaced(folder):
+    (folder / "exported_models" / "pytorch").mkdir(parents=True)
+    with pytest.raises(UserError, match="pytorch: is no exported model"):
+        command("--format", "pytorch", "--force")
 
 
 def test_what_is_there_stays_without_force(folder):

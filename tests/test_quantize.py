@@ -1,6 +1,7 @@
 """Quantisation: what a layer computes on each path, what GPTQ gains, what a folder holds."""
 
 import copy
+import errno
 import json
 import math
 import subprocess
@@ -24,10 +25,10 @@ from conftest import (
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_export import Graph
 from torch import nn
 
 import ssm_kernels
+from export_model import Graph
 from peft import apply_lora_to_model, merge_adapter, save_adapter
 from quantize import main, mean_loss, quantize_model, quantize_weight, read_blocks, report
 from ssm_kernels import QuantizedLinear, pack, to_bytes, unpack
@@ -312,7 +313,7 @@ def test_an_adapter_knows_its_quantised_base_and_is_not_merged(tmp_path):
     close(layer.weight, layer.base_layer.weight, 1e-6)
     save_adapter(adapted, tmp_path)
     assert base.encode() in (tmp_path / "adapter_model.safetensors").read_bytes()
-    with pytest.raises(UserError, match="is quantised, it cannot be merged"):
+    with pytest.raises(UserError, match="is quantised: no adapter can be merged"):
         merge_adapter(adapted)
 
 
@@ -410,6 +411,7 @@ def test_what_cannot_be_done_is_refused_in_one_line(base, capsys):
             naming=["blocks.1.mlp.in_proj.weight has values that are not finite"])
     refused(*eight, "--bits", 4, "--rtn", naming=["group_size: 64 does not divide the 32 inputs",
                                                   "blocks.0.ssm.in_proj", "[2, 4, 8, 16, 32]"])
+    refused(*eight, "--group_size", 32, naming=["--group_size: 8 bits have no groups"])
     refused(*four, "--group_size", 3, "--rtn", naming=["group_size: 3 is not legal"])
     refused(*four, naming=["calibration_data: is missing", "--rtn"])
     refused(*four, "--rtn", *TRAIN, naming=["--rtn: needs no calibration data"])
@@ -441,12 +443,29 @@ def test_force_replaces_and_the_report_names_every_part(base, capsys):
         done = command(capsys, "--checkpoint", "base.pt", "--output_dir", "out", *words)
         assert done.returncode == 0, done.stderr
     assert load_model("out").quantization["mode"] == "weight_only"
+    assert {path.name for path in (base / "out").iterdir()} == {
+        "model.safetensors", "config.json", "vocab.txt"}
+    (base / "data" / "text" / "vocab.txt").unlink()  # no tokenizer of another model may stay
+    done = command(capsys, "--checkpoint", "base.pt", "--output_dir", "out", "--force")
+    assert done.returncode == 0 and not (base / "out" / "vocab.txt").exists()
     before = files_below(base)
     done = command(capsys, *INT4, *TRAIN, "--report")
     assert done.returncode == 0 and files_below(base) == before
     for part in ("gate.controller", "ssm.angle_proj", "blocks.1.attention.qkv", "head ",
                  "embedding.weight", "ssm.A_log", "conv.weight", "ssm state"):
         assert f"\n{part}" in done.stdout
+
+
+def test_a_full_disk_leaves_the_folder_that_was_there(base, capsys, monkeypatch):
+    assert command(capsys, "--checkpoint", "base.pt", "--output_dir", "out").returncode == 0
+    before = files_below(base)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("testv2.shutil.copyfile", full)  # of the tokenizer, which comes last
+    assert_refused(command(capsys, *INT4[:2], "--output_dir", "out", "--force"), "No space left")
+    assert files_below(base) == before
 
 
 def test_the_report_is_the_loss_of_the_quantised_part(base):
