@@ -143,8 +143,8 @@ def test_command(command, workspace):
         case ["python", "exported_models/onnx/onnx_generate.py", *rest]:
             assert "import os" in run([workspace / words[1], *rest], workspace)
         case ["python", "quantize.py", *rest]:
-            tokens = flags(calibration_tokens=512) if "--calibration_data" in rest else []
-            done = run([workspace / "quantize.py", *rest, *tokens, "--group_size", "8"], workspace)
+            small = flags(calibration_tokens=512, group_size=8) if "4" in rest else []
+            done = run([workspace / "quantize.py", *rest, *small], workspace)
             assert "ssm state" in done if "--report" in rest else "of float32" in done
         case ["python", "benchmark.py", *rest]:
             small = flags(d_model=32, n_layer=1, vocab_size=64, sequence_lengths=16,
@@ -157,7 +157,8 @@ def test_command(command, workspace):
                 [ROOT / "benchmarks/quality.py", *rest, *small], workspace)
         case ["python", "benchmarks/streaming.py", *rest]:
             small = flags(contexts=[8], llama_context=8, tokens=2, sessions=2, rounds=2)
-            assert "sessions" in run([ROOT / "benchmarks/streaming.py", *rest, *small], workspace)
+            eager = [word for word in rest if word != "--compile"]  # tests/test_streaming.py does
+            assert "sessions" in run([ROOT / "benchmarks/streaming.py", *eager, *small], workspace)
         case ["python", "benchmarks/quantize.py", *rest]:
             small = flags(calibration_tokens=512, val_tokens=512, group_size=8, d_model=96,
                           n_layer=1, tokens=2, rounds=2)

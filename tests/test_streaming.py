@@ -65,7 +65,7 @@ BYTES = SimpleTokenizer()
 def serve(model=None, **fields) -> StreamingServer:
     """A server of a small model over bytes, greedy unless told otherwise."""
     config = StreamingConfig(**{"temperature": 0.0, "max_new_tokens": 12, **fields})
-    return StreamingServer(model or wide(), config=config, tokenizer=BYTES)
+    return StreamingServer(model or free_copy(wide()), config=config, tokenizer=BYTES)
 
 
 def tokens_of(answer: Answer) -> list[int]:
@@ -303,7 +303,7 @@ def test_a_stop_string_is_neither_given_out_nor_read():
 def test_a_stop_inside_of_a_token_leaves_what_is_before_it():
     pieces = [b"ab<", b"!>c", *(bytes([b]) for b in range(255))]
     tokenizer = Vocabulary(*pieces)
-    server = StreamingServer(wide(), tokenizer=tokenizer, config=StreamingConfig(
+    server = StreamingServer(free_copy(wide()), tokenizer=tokenizer, config=StreamingConfig(
         temperature=0.0, stop=["<!>"], max_new_tokens=2, logit_bias={0: 1000.0}))
     session = server.create_session()
     answer = server.answer("x", session)
@@ -318,7 +318,7 @@ def test_a_stop_inside_of_a_token_leaves_what_is_before_it():
 
 def test_text_before_an_unfinished_character_is_read_as_it_was_given_out():
     tokenizer = Vocabulary(b"ab\xc3", *(bytes([b]) for b in range(256)))
-    server = StreamingServer(wide(), tokenizer=tokenizer, config=StreamingConfig(
+    server = StreamingServer(free_copy(wide()), tokenizer=tokenizer, config=StreamingConfig(
         temperature=0.0, max_new_tokens=1, logit_bias={0: 1000.0}))
     session = server.create_session()
     assert server.generate_text("x", session) == "ab"
@@ -490,7 +490,7 @@ def test_old_sessions_are_cleaned_up_but_not_those_that_answer():
 
 
 def test_next_tokens_one_at_a_time():
-    model = StreamingInference(wide(), config=StreamingConfig(temperature=0.0))
+    model = StreamingInference(free_copy(wide()), config=StreamingConfig(temperature=0.0))
     ids = [model.generate_next_token(BYTES.encode("Hello"))]
     ids += [model.generate_next_token() for _ in range(9)]
     assert ids == tokens_of(serve().answer("Hello", as_ids=True, max_new_tokens=10))
@@ -741,7 +741,7 @@ def test_arrays_and_tensors_are_ids_too():
     outs = [serve().generate_text(form) for form in (ids, tuple(ids), np.array(ids),
                                                      torch.tensor(ids), "Hello")]
     assert len(set(outs)) == 1
-    model = StreamingInference(wide(), config=StreamingConfig(**GREEDY))
+    model = StreamingInference(free_copy(wide()), config=StreamingConfig(**GREEDY))
     firsts = set()
     for one in (65, np.int64(65), torch.tensor(65), [65]):
         model.reset_state()
@@ -1100,3 +1100,11 @@ def test_low_precision_keeps_its_state_in_float32(dtype):
     assert now.state.layers[0].ssm.dtype == now.state.layers[0].phase.dtype == torch.float32
     ids = torch.tensor([list(now.recent)])
     close(torch.from_numpy(now.logits), wide()(ids)[0, -1], 0.15)
+
+
+def test_a_compiled_step_gives_the_same_text():
+    texts = []
+    for compiled in (False, True):
+        server = StreamingServer(free_copy(wide(n_layer=1)), tokenizer=BYTES, compiled=compiled)
+        texts.append(server.generate_text("Hello", **GREEDY))
+    assert texts[0] == texts[1]
