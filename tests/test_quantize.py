@@ -47,12 +47,6 @@ SIZE = 8  # inputs of a group
 SCHEMES = [(8, "dynamic"), (8, "weight_only"), (4, "dynamic"), (4, "weight_only")]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fresh_models():
-    """A server lays the head of the model that it is given out anew, apart from the embedding."""
-    wide.cache_clear()
-
-
 def quantized(bits=8, mode="dynamic", calibration=None, **changes) -> TinyMambaModel:
     return quantize_model(wide(**changes), bits, mode, SIZE, calibration)
 

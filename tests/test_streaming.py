@@ -65,7 +65,7 @@ BYTES = SimpleTokenizer()
 def serve(model=None, **fields) -> StreamingServer:
     """A server of a small model over bytes, greedy unless told otherwise."""
     config = StreamingConfig(**{"temperature": 0.0, "max_new_tokens": 12, **fields})
-    return StreamingServer(model or free_copy(wide()), config=config, tokenizer=BYTES)
+    return StreamingServer(free_copy(model or wide()), config=config, tokenizer=BYTES)
 
 
 def tokens_of(answer: Answer) -> list[int]:
