@@ -232,19 +232,26 @@ class OnnxEmbedding(nn.Module):
         """ids (B, L) -> (B, L, D)."""
         return ((self.rows[ids].float() - 128) * self.scale[ids])[..., : self.width]
 
+def require_onnx_layers(model: TinyMambaModel) -> None:
+    """Refuse a quantised model that ONNX Runtime has no operators for."""
+    scheme = model.quantization or {"layers": {}}
+    if 4 in scheme["layers"].values():
+        size = scheme["group_size"]
+        require(size >= 16 and size & (size - 1) == 0, "group_size",
+                f"{size} is nothing that ONNX Runtime knows", "use a power of 2 from 16 on")
+    require(not model.config.tie_embeddings or scheme["layers"].get("head", 8) == 8, "checkpoint",
+            "has a tied head of 4 bits", "quantise the head to 8")
+
 def with_onnx_layers(graph: Graph) -> Graph:
     """The graph, if quantised with layers that ONNX Runtime knows."""
     if not graph.model.quantization:
         return graph
+    require_onnx_layers(graph.model)
     model, size = copy.deepcopy(graph.model), graph.model.quantization["group_size"]
     for name, bits in model.quantization["layers"].items():
-        legal = size if bits == 4 else 64
-        require(legal >= 16 and legal & (legal - 1) == 0, "group_size",
-                f"{size} is nothing that ONNX Runtime knows", "use a power of 2 from 16 on")
-        model.set_submodule(name, OnnxLinear(model.get_submodule(name), legal))
+        layer = OnnxLinear(model.get_submodule(name), size if bits == 4 else 64)
+        model.set_submodule(name, layer)
     if model.config.tie_embeddings and isinstance(model.head, OnnxLinear):
-        require(model.head.bits == 8, "checkpoint", "has a tied head of 4 bits",
-                "quantise the head to 8")
         model.embedding = OnnxEmbedding(model.head)
     made = Graph(model)
     made.start = graph.start
@@ -603,7 +610,7 @@ def main(argv: list[str] | None = None) -> int:
     prompt = read_prompt(tokenizer, graph, args) if args.generate else []
     graphs = make_graphs(graph, args)
     for made in graphs.values() if "onnx" in args.formats else ():
-        with_onnx_layers(made)  # refuses what it cannot do before anything is written
+        require_onnx_layers(made.model)
     require_writable(args.output_dir, "--output_dir")
     for scheme, name in itertools.product(graphs, args.formats):
         folder = args.output_dir / (name + scheme)

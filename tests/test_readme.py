@@ -134,7 +134,7 @@ def test_command(command, workspace):
             done = run_finetuning(rest, workspace)
             assert "merged.pt" in done if "--merge" in rest else "validation at step 2" in done
         case ["python", "export_model.py", *rest] if {"--aoti", "--quantize"} & {*rest}:
-            # In full it takes minutes; tests/test_export.py runs it, marked slow.
+            # In full it takes minutes; tests/test_export_model.py runs it, marked slow.
             assert export_model.parse([*rest, "--output_dir", str(workspace / "made")])
         case ["python", "export_model.py", *rest]:
             quick = ["--format", "torchscript"] if "all" in rest else []
