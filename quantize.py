@@ -46,6 +46,7 @@ from testv2 import (
     TinyMambaModel,
     TokenFile,
     copy_tokenizer,
+    find_documents,
     load_model,
     new_folder,
     open_tokenizer,
@@ -174,8 +175,10 @@ def correct_blocks(new: TinyMambaModel, old: TinyMambaModel, calibration: Tensor
     """GPTQ: the layers of each block, fitted to what the quantised ones before them give."""
     pieces = []
     for ids in calibration.to(new.embedding.weight.device).split(ROWS):
-        starts, _ = new.find_documents(ids, None, None)
-        pieces.append((new.embedding(ids), new.describe(ids, None, starts, None)))
+        ends = new.find_ends(ids)
+        starts, _ = find_documents(ids, ends, None, None)
+        piece = new.describe(ids, None, starts, None, ends is not None)
+        pieces.append((new.embedding(ids), piece))
     for i, block in enumerate(new.blocks):
         left = [n for n in new.quantization["layers"] if n.startswith(f"blocks.{i}.")]
         for stage in STAGES:

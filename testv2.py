@@ -556,6 +556,7 @@ class Piece(NamedTuple):
     mask: Tensor  # of attention, see LocalAttention.mask
     starts: Tensor | None = None  # (B, L) where the document of each token begins
     lengths: Tensor | None = None  # (B,) tokens of each row; what follows them is padding
+    packed: bool = False  # documents may begin inside the piece: at `starts`, forget the past
 
 def keep_last(history: Tensor, count: int, lengths: Tensor | None) -> Tensor:
     """The `count` entries of history (B, count + L, ...) up to the end of each row's tokens."""
@@ -573,7 +574,7 @@ class ShortConv(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.width, self.document_mask = config.d_conv, config.document_mask
+        self.width = config.d_conv
         self.weight = nn.Parameter(torch.empty(config.d_model, config.d_conv))
 
     def forward(self, u: Tensor, piece: Piece, past: LayerState | None):
@@ -583,9 +584,9 @@ class ShortConv(nn.Module):
             history = F.pad(u, (0, 0, K - 1, 0))  # (B, K-1+L, D)
         else:
             history = torch.cat((past.conv.to(u.dtype), u), dim=1)
-        if L == 1 and not self.document_mask:
+        if L == 1 and not piece.packed:
             u = u + (history * weight.T).sum(1, keepdim=True)
-        elif self.document_mask:
+        elif piece.packed:
             age = torch.arange(L, device=u.device) - piece.starts  # (B, L)
             taps = ((history[:, k : k + L] * weight[:, k], age >= K - 1 - k) for k in range(K))
             u = u + sum(tap * known[..., None] for tap, known in taps)
@@ -628,7 +629,7 @@ class MambaSSM(nn.Module):
         if piece.lengths is not None:
             real = (index < piece.lengths[:, None])[..., None]
             dt, half_turns = dt * real, half_turns * real
-        if c.document_mask:
+        if piece.packed:
             resets = (piece.starts == index) & (index > 0)
         state, phase = (None, None) if past is None else (past.ssm, past.phase)
         phase = running_phase(half_turns, phase)
@@ -888,22 +889,29 @@ class TinyMambaModel(nn.Module):
         return self.head(hidden[:, -1:] if last_only else hidden), state
 
     def run(self, ids: Tensor, state: ModelState | None = None,
-            attention_mask: Tensor | None = None):
-        """Embedding to last norm: hidden (B, L, D), new state (None if none came), gates."""
+            attention_mask: Tensor | None = None, embedded: Tensor | None = None,
+            ends: Tensor | None = None):
+        """Embedding to last norm: hidden (B, L, D), new state (None if none came), gates.
+
+        embedded (B, L, D) takes the place of the embeddings of ids (B, L). ends (B, L) of bool are
+        tokens after which a document begins, besides those that document_mask finds itself.
+        """
         back, lengths = None, None
         if ids.shape[1] == 0 or (attention_mask is not None and attention_mask.shape != ids.shape):
             raise ValueError(f"ids {tuple(ids.shape)} must hold a token, and attention_mask fit")
+        x = self.embedding(ids) if embedded is None else embedded
+        found = self.find_ends(ids)
+        ends = found if ends is None else ends if found is None else ends | found
         if attention_mask is not None:  # padding is moved to the end, where causality hides it
-            order = (attention_mask == 0).long().argsort(dim=1, stable=True)
-            ids, lengths = ids.gather(1, order), (attention_mask != 0).sum(1)
-            back = order.argsort(dim=1)[..., None]  # (B, L, 1)
+            order, back, lengths = padding_last(attention_mask)
+            x = take_tokens(x, order)
+            ends = None if ends is None else ends.gather(1, order)
         asked = state is not None
         if self.start is not None and not asked:
             state = self.init_state(ids.shape[0])
-        starts, document = self.find_documents(ids, state, lengths)
-        piece = self.describe(ids, state, starts, lengths)
-        x = self.dropout(self.embedding(ids))
-        layers, gates = [], []
+        starts, document = find_documents(ids, ends, state, lengths)
+        piece = self.describe(ids, state, starts, lengths, ends is not None)
+        x, layers, gates = self.dropout(x), [], []
         for i, block in enumerate(self.blocks):
             if self.config.checkpoint_activations and self.training:
                 block = functools.partial(recompute_in_backward, block, use_reentrant=False)
@@ -912,38 +920,23 @@ class TinyMambaModel(nn.Module):
             gates.append(weights)
         x = self.norm(x)
         if back is not None:
-            x = x.gather(1, back.expand_as(x))
-            gates = [g.gather(1, back.expand_as(g)) for g in gates]
+            x, *gates = (take_tokens(t, back) for t in (x, *gates))
         if asked:
             state = state.after(layers, document, ids.shape[1] if lengths is None else lengths)
         return x, state if asked else None, torch.stack(gates)
 
+    def find_ends(self, ids: Tensor) -> Tensor | None:
+        """Which of ids (B, L) end a document, with document_mask."""
+        return ids == self.config.eos_id if self.config.document_mask else None
+
     def describe(self, ids: Tensor, state: ModelState | None, starts: Tensor | None,
-                 lengths: Tensor | None) -> Piece:
+                 lengths: Tensor | None, packed: bool = False) -> Piece:
         """What all blocks must know of the piece ids (B, L)."""
         positions = torch.arange(ids.shape[1], device=ids.device)
         if state is not None:
             positions = positions + state.position[:, None, None]  # (B, 1, L)
         mask = self.blocks[0].attention.mask(ids.shape[1], starts, ids.device)
-        return Piece(*self.rotary(positions), mask, starts, lengths)
-
-    def find_documents(self, ids: Tensor, state: ModelState | None, lengths: Tensor | None):
-        """Where the document of each token begins (None: at 0), and that of each row's next."""
-        masked = self.config.document_mask
-        if state is None and not masked:
-            return None, None
-        first = ids.new_zeros(ids.shape[0])  # 0 or less: begun before this piece
-        if state is not None:
-            first = state.document_start - state.position
-        if not masked:
-            return first[:, None].expand_as(ids), first
-        index = torch.arange(ids.shape[1], device=ids.device)
-        ends = ids == self.config.eos_id
-        if lengths is not None:
-            ends = ends & (index < lengths[:, None])
-        begins = running_max(torch.where(ends, index + 1, first[:, None]))  # (B, L)
-        starts = torch.cat((first[:, None], begins), dim=1)[:, : ids.shape[1]]
-        return starts, begins[:, -1]
+        return Piece(*self.rotary(positions), mask, starts, lengths, packed)
 
     def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean loss without all logits: they are made LOSS_CHUNK tokens at a time, twice."""
@@ -993,6 +986,33 @@ class TinyMambaModel(nn.Module):
         if self.quantization:
             shape["quantization"] = self.quantization
         return digest({"config": shape, "weights": dict(self.state_dict())})
+
+def padding_last(attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where to take each token from (B, L) to have padding last, where it went, rows' lengths."""
+    order = (attention_mask == 0).long().argsort(dim=1, stable=True)
+    return order, order.argsort(dim=1), (attention_mask != 0).sum(1)
+
+def take_tokens(x: Tensor, order: Tensor) -> Tensor:
+    """x (B, L, ...) in another order (B, L) of its tokens."""
+    index = order.view(*order.shape, *(1,) * (x.dim() - 2))
+    return x.gather(1, index.expand_as(x))
+
+def find_documents(ids: Tensor, ends: Tensor | None, state: ModelState | None,
+                   lengths: Tensor | None):
+    """Where the document of each token begins (None: at 0), and that of each row's next."""
+    if state is None and ends is None:
+        return None, None
+    first = ids.new_zeros(ids.shape[0])  # 0 or less: begun before this piece
+    if state is not None:
+        first = state.document_start - state.position
+    if ends is None:
+        return first[:, None].expand_as(ids), first
+    index = torch.arange(ids.shape[1], device=ids.device)
+    if lengths is not None:
+        ends = ends & (index < lengths[:, None])
+    begins = running_max(torch.where(ends, index + 1, first[:, None]))  # (B, L)
+    starts = torch.cat((first[:, None], begins), dim=1)[:, : ids.shape[1]]
+    return starts, begins[:, -1]
 
 def running_max(x: Tensor) -> Tensor:
     """x (B, L) -> the largest up to each token. ONNX has no cummax, so a graph gets a table."""
@@ -1794,7 +1814,7 @@ def load_folder(folder: Path) -> TinyMambaModel:
         known = config["model_type"] == "tinymamba" and config["format_version"] == FOLDER_FORMAT
         require(known, str(path), f"is no TinyMamba model of format {FOLDER_FORMAT}", remedy)
         model = TinyMambaModel(Config.from_dict({n: config[n] for n in FOLDER_FIELDS}))
-        if "quantization" in config:
+        if config.get("quantization") is not None:
             quantize_like(model, config["quantization"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
         raise UserError(str(path), f"cannot be read ({e})", remedy) from None
@@ -1949,9 +1969,7 @@ class Logger:
 
 def plot_losses(history: dict[str, list], path: Path) -> None:
     """Draw training and validation loss over the steps into a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    figure = need("matplotlib.figure").Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
     for name, marker in (("train", ""), ("val", "o")):
         if history[name]:

@@ -111,7 +111,8 @@ def free_copy(module):
 
 def piece_of(model, length: int, starts=None, lengths=None) -> Piece:
     """What the blocks are told of a piece; without more, of one document without padding."""
-    return model.describe(torch.zeros(1, length, dtype=torch.int64), None, starts, lengths)
+    ids = torch.zeros(1, length, dtype=torch.int64)
+    return model.describe(ids, None, starts, lengths, model.config.document_mask)
 
 
 def some_ids(rows, length, vocab=257, seed=0):

@@ -1,0 +1,399 @@
+"""TinyMamba in Hugging Face's world: configuration, model and tokenizer for `transformers`.
+
+    python hf_integration.py convert --checkpoint tinymamba_model_best.pt --output_dir ./hf_model
+    python hf_integration.py convert --checkpoint ./hf_model --output_dir tuned.pt   # and back
+    python hf_integration.py push --model_dir ./hf_model --repo_id me/my-model --private
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model = AutoModelForCausalLM.from_pretrained("./hf_model", trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained("./hf_model")
+
+After `import hf_integration` no remote code needs to be trusted. The blocks are those of testv2.py;
+what is here hands them what `transformers` has prepared, and keeps their state in its cache.
+Letters in the comments on shapes are testv2.py's; M is the number of keys that a cache has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import is_tracing
+from transformers.utils.generic import can_return_tuple
+
+from testv2 import (
+    FOLDER_FIELDS,
+    FOLDER_FORMAT,
+    CliParser,
+    Config,
+    LayerState,
+    ModelState,
+    TinyMambaModel,
+    UserError,
+    apply_rotary_pos_emb,
+    load_folder,
+    load_model,
+    need,
+    new_folder,
+    open_tokenizer,
+    padding_last,
+    quantize_like,
+    require,
+    run_cli,
+    save_checkpoint,
+    save_folder,
+    take_tokens,
+    write_json,
+)
+
+# ------------------------------------------------------------------------------ configuration
+
+FIELDS = [*FOLDER_FIELDS, "dropout"]
+
+class TinyMambaConfig(PreTrainedConfig):
+    """The architecture: the fields of testv2.Config that a model keeps, under the same names.
+
+    `TinyMambaConfig(d_model=256, n_layer=4)`; the names that other models use (`hidden_size`,
+    `num_hidden_layers`, ...) are understood. An impossible value is a ValueError.
+    """
+
+    model_type = "tinymamba"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "hidden_size": "d_model", "num_hidden_layers": "n_layer", "hidden_act": "activation",
+        "num_attention_heads": "num_heads", "num_key_value_heads": "num_heads",
+        "sliding_window": "window_size", "tie_word_embeddings": "tie_embeddings",
+        "state_size": "d_state", "conv_kernel": "d_conv", "hidden_dropout": "dropout",
+    }
+    # Of each block the cache holds three states with a window: the convolution's inputs, and two
+    # of which only the newest counts, the phase and (position, start of the document).
+    number_of_conv_states = 3
+
+    def __post_init__(self, **kwargs):
+        given = {self.attribute_map.get(name, name): value for name, value in kwargs.items()}
+        for name in FIELDS:
+            setattr(self, name, given.pop(name, getattr(Config, name)))
+        given.pop("layer_types", None)  # a property here, written for those who read config.json
+        self.quantization = given.pop("quantization", None)
+        self.format_version = given.pop("format_version", FOLDER_FORMAT)
+        self.use_cache = given.pop("use_cache", True)
+        eos = self.eos_id if self.eos_id >= 0 else None
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(self, name, given.pop(name, eos))
+        super().__post_init__(**given)
+        self.native()
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Every block has a sliding window and a recurrent state."""
+        return ["hybrid_sliding"] * self.n_layer
+
+    def native(self) -> Config:
+        """The same as testv2.Config."""
+        try:
+            config = Config.from_dict({name: getattr(self, name) for name in FIELDS})
+        except UserError as e:
+            raise ValueError(str(e)) from None
+        config.use_flash_attn = self._attn_implementation != "eager"
+        return config
+
+# ------------------------------------------------------------------------------------ cache
+
+CONV, PHASE, WHERE = range(3)  # the states with a window
+
+def read_cache(cache: Cache, model: TinyMambaModel, batch: int) -> ModelState:
+    """What `cache` remembers of B texts, as the blocks want it."""
+    kind = cache.layers[0] if len(cache.layers) == len(model.blocks) else None
+    if not isinstance(kind, LinearAttentionCacheLayerMixin):
+        raise ValueError("past_key_values: has no place for recurrent states; make it with "
+                         "DynamicCache(config=model.config) or StaticCache(config=model.config, ..)")
+    state = model.init_state(batch)
+    if not cache.has_previous_state(0):
+        return state
+    where = cache.get_conv_state(0, WHERE).squeeze(-1)  # (B, 2)
+    if where.shape[0] != batch:
+        raise ValueError(f"past_key_values: is of {where.shape[0]} texts, the input of {batch}")
+    W = model.config.window_size
+    layers = []
+    for i in range(len(model.blocks)):
+        tail = cache.get_conv_state(i, CONV)[:, :, 1:].mT  # (B, K-1, D)
+        phase = cache.get_conv_state(i, PHASE).squeeze(-1)  # (B, N/2)
+        ssm = cache.get_recurrent_state(i)  # (B, H, P, N)
+        keys, values = (last_keys(t, cache.get_seq_length(i), W - 1)
+                        for t in (cache.layers[i].keys, cache.layers[i].values))
+        layers.append(LayerState(tail, ssm, phase, keys, values))
+    return ModelState(layers, *where.unbind(1))
+
+def last_keys(cached: Tensor, read: int, count: int) -> Tensor:
+    """The last `count` of cached (B, A, M, F) after `read` tokens; what is before them is hidden.
+
+    A static cache has places that are still empty behind those that were filled.
+    """
+    filled = min(read, cached.shape[2])
+    if filled == count == cached.shape[2]:
+        return cached
+    index = torch.arange(count, device=cached.device) + (filled - count)
+    return cached.index_select(2, index.clamp(min=0))
+
+def write_cache(cache: Cache, state: ModelState, length: int, padded: bool) -> None:
+    """Give `cache` the state after `length` more tokens."""
+    where = torch.stack((state.position, state.document_start), dim=1)[..., None]  # (B, 2, 1)
+    for i, layer in enumerate(state.layers):
+        tail = F.pad(layer.conv.mT, (1, 0))  # (B, D, K): a window of K holds K-1 that count
+        cache.update_conv_state(tail, i, CONV)
+        cache.update_conv_state(layer.phase[..., None], i, PHASE)
+        cache.update_conv_state(where, i, WHERE)
+        cache.update_recurrent_state(layer.ssm, i)
+        write_keys(cache, layer, i, length, padded)
+
+def write_keys(cache: Cache, layer: LayerState, i: int, length: int, padded: bool) -> None:
+    """Append the keys and values of `length` tokens, of which only the last W-1 are there."""
+    tails = layer.keys, layer.values  # (B, A, W-1, F)
+    count = tails[0].shape[2]
+    cache.update(*(F.pad(t, (0, 0, max(0, length - count), 0))[:, :, -length:] for t in tails), i)
+    slots = cache.layers[i]
+    if slots.keys.shape[2] < min(cache.get_seq_length(i), count):
+        raise ValueError(f"past_key_values: a static cache of {slots.keys.shape[2]} tokens is full; "
+                         "make it with a larger max_cache_len")
+    if padded:  # what is padding in a row was not to move its older keys
+        filled = min(cache.get_seq_length(i), slots.keys.shape[2])
+        kept = min(filled, count)
+        for cached, tail in zip((slots.keys, slots.values), tails, strict=True):
+            cached[:, :, filled - kept : filled] = tail[:, :, count - kept :]
+
+# ------------------------------------------------------------------------------------ model
+
+class Recorder:
+    """Takes down what the blocks are given and, if asked to, how their attention weighs.
+
+    Weights are (B, A, L, keys), with the keys of the last W-1 tokens before the piece first, as far
+    as there were any.
+    """
+
+    def __init__(self, model: TinyMambaModel, attentions: bool, padding: Tensor | None, read: int):
+        self.model, self.hidden, self.weights, self.handles = model, [], [], []
+        self.attentions = attentions
+        self.past = min(read, model.config.window_size - 1)
+        self.back = None if padding is None else padding_last(padding)[1]  # (B, L)
+
+    def __enter__(self) -> Recorder:
+        for block in self.model.blocks:
+            self.handles.append(block.register_forward_pre_hook(self.take))
+            if self.attentions:
+                block.attention.attend = block.attention.attend_written_out = self.attend
+        return self
+
+    def __exit__(self, *error) -> None:
+        for handle in self.handles:
+            handle.remove()
+        for block in self.model.blocks if self.attentions else ():
+            del block.attention.attend, block.attention.attend_written_out
+
+    def take(self, block: nn.Module, args: tuple) -> None:
+        x, self.piece, _ = args
+        self.hidden.append(x if self.back is None else take_tokens(x, self.back))
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """What LocalAttention.attend gives, by way of all weights."""
+        L, W = q.shape[2], self.model.config.window_size
+        keys, values = keys[:, :, 1:], values[:, :, 1:]  # (B, A, W-1+L, F)
+        token = torch.arange(L, device=q.device)[:, None]
+        key = torch.arange(1 - W, L, device=q.device)
+        begin = 0 if self.piece.starts is None else self.piece.starts[:, None, :, None]
+        visible = (key <= token) & (key > token - W) & (key >= begin)  # (B, 1, L, W-1+L)
+        scores = (q @ keys.mT * q.shape[-1] ** -0.5).masked_fill(~visible, -torch.inf)
+        weights = scores.softmax(-1).to(values.dtype)
+        self.weights.append(self.as_given(weights[..., W - 1 - self.past :]))
+        return weights @ values
+
+    def as_given(self, weights: Tensor) -> Tensor:
+        """Rows and columns (B, A, L, past+L) in the order that the tokens came in."""
+        if self.back is None:
+            return weights
+        columns = torch.arange(self.past, device=self.back.device).expand(len(self.back), -1)
+        columns = torch.cat((columns, self.back + self.past), dim=1)
+        return take_tokens(take_tokens(weights.transpose(1, 2), self.back).permute(0, 3, 1, 2),
+                           columns).permute(0, 3, 2, 1)
+
+class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
+    """TinyMambaModel as a causal language model of `transformers`.
+
+    `model.model` is the native one. A piece that is read after a cache goes on with its text;
+    padding, on whichever side, leaves a row as if it were not there.
+    """
+
+    config_class = TinyMambaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _is_stateful = True  # a state cannot go back by some tokens, as assisted generation asks
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+    _no_split_modules = ["TinyMambaBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "D", "angle_proj"]
+    _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}
+
+    def __init__(self, config: TinyMambaConfig):
+        super().__init__(config)
+        self.model = TinyMambaModel(config.native())
+        if config.quantization is not None:
+            quantize_like(self.model, config.quantization)
+        self.gradient_checkpointing = False
+        for p in self.model.parameters():  # TinyMambaModel has given them their values
+            p._is_hf_initialized = p.device.type != "meta"
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Values for what a file lacks: those that a new TinyMambaModel would have there."""
+        if module is self.model:
+            missing = {name: p for name, p in module.named_parameters()
+                       if not getattr(p, "_is_hf_initialized", False)}
+            fresh = TinyMambaModel(module.config).state_dict() if missing else {}
+            for name, p in missing.items():
+                p.copy_(fresh[name])
+        elif not any(module is own for own in self.modules()):
+            super()._init_weights(module)  # a larger embedding, on its way in
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embedding = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.model.head = value
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
+        embedding = super().resize_token_embeddings(*args, **kwargs)
+        self.model.config.vocab_size = self.config.vocab_size
+        return embedding
+
+    def set_attn_implementation(self, *args, **kwargs) -> None:
+        super().set_attn_implementation(*args, **kwargs)
+        for block in self.model.blocks:
+            block.attention.use_flash_attn = self.config._attn_implementation != "eager"
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None,
+                                    every_n_layers: int = 1) -> None:
+        if every_n_layers != 1:
+            raise ValueError(f"every_n_layers: {every_n_layers} is not possible; every block is "
+                             "made again, or none")
+        self.gradient_checkpointing = self.model.config.checkpoint_activations = enable
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values=None,
+                                  **kwargs):
+        """The padding among the tokens to be read, (B, L) or None: blocks need no other mask."""
+        return this_piece(attention_mask, inputs_embeds.shape[1])
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """input_ids (B, L) or inputs_embeds (B, L, D) -> logits (B, L, V).
+
+        attention_mask (B, L), or with the tokens in past_key_values before them, is 0 at padding.
+        position_ids (B, L) that do not go up by one from a token to the next begin a new document
+        there, which sees nothing of the one before. labels (B, L) are shifted here; kwargs go to
+        the loss. logits_to_keep is how many of the last logits to make, or which.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids, inputs_embeds: pass exactly one of them")
+        if inputs_embeds is not None and self.config.document_mask:
+            raise ValueError("inputs_embeds: a model with document_mask must see the ids")
+        shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        if input_ids is None:
+            input_ids = torch.zeros(shape, dtype=torch.int64, device=inputs_embeds.device)
+        padding = this_piece(attention_mask, shape[1])
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        read, state = 0, None
+        if past_key_values is not None:
+            read = past_key_values.get_seq_length()
+            state = read_cache(past_key_values, self.model, shape[0])
+        weights = self.asked(output_attentions, "output_attentions")
+        hiddens = self.asked(output_hidden_states, "output_hidden_states")
+        recorder = Recorder(self.model, weights, padding, read)
+        with recorder if weights or hiddens else contextlib.nullcontext():
+            hidden, state, _ = self.model.run(
+                input_ids, state, padding, inputs_embeds, document_ends(position_ids, padding))
+        if state is not None:
+            write_cache(past_key_values, state, shape[1], padding is not None)
+        kept = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else (
+            hidden[:, logits_to_keep])
+        logits = self.model.head(kept)
+        loss = None if labels is None else self.loss_function(
+            logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*recorder.hidden, hidden) if hiddens else None,
+            attentions=tuple(recorder.weights) if weights else None)
+
+    def asked(self, given: bool | None, name: str) -> bool:
+        """Is an output asked for, here or by the configuration?"""
+        return bool(getattr(self.config, name) if given is None else given)
+
+def this_piece(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    """The part of attention_mask that is about the last `length` tokens; None if none is padding.
+
+    While a graph is made, a single token counts as one of the text, as in `transformers`.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2 or attention_mask.shape[1] < length:
+        raise ValueError(f"attention_mask: of shape {tuple(attention_mask.shape)}; make it (batch, "
+                         f"{length}), with 0 at padding")
+    mask = attention_mask[:, -length:]
+    if is_tracing(mask):
+        return None if length == 1 else mask
+    return None if bool((mask != 0).all()) else mask
+
+def document_ends(position_ids: Tensor | None, padding: Tensor | None) -> Tensor | None:
+    """Tokens (B, L) after which positions start anew; None if there are none."""
+    if position_ids is None or position_ids.shape[-1] == 1:
+        return None
+    if padding is None:
+        ends = F.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (0, 1))
+    else:
+        order, back, lengths = padding_last(padding)
+        sorted_ids = position_ids.expand_as(order).gather(1, order)
+        index = torch.arange(1, order.shape[1], device=order.device)
+        jumps = (sorted_ids[:, 1:] != sorted_ids[:, :-1] + 1) & (index < lengths[:, None])
+        ends = F.pad(jumps, (0, 1)).gather(1, back)
+    return ends if is_tracing(position_ids) or bool(ends.any()) else None
