@@ -36,6 +36,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import is_tracing
 from transformers.utils.generic import can_return_tuple
@@ -47,6 +48,7 @@ from testv2 import (
     Config,
     LayerState,
     ModelState,
+    TinyMambaBlock,
     TinyMambaModel,
     UserError,
     apply_rotary_pos_emb,
@@ -193,7 +195,7 @@ class Recorder:
         self.model, self.hidden, self.weights, self.handles = model, [], [], []
         self.attentions = attentions
         self.past = min(read, model.config.window_size - 1)
-        self.back = None if padding is None else padding_last(padding)[1]  # (B, L)
+        self.order, self.back = (None, None) if padding is None else padding_last(padding)[:2]
 
     def __enter__(self) -> Recorder:
         for block in self.model.blocks:
@@ -208,9 +210,14 @@ class Recorder:
         for block in self.model.blocks if self.attentions else ():
             del block.attention.attend, block.attention.attend_written_out
 
-    def take(self, block: nn.Module, args: tuple) -> None:
-        x, self.piece, _ = args
-        self.hidden.append(x if self.back is None else take_tokens(x, self.back))
+    def take(self, block: nn.Module, args: tuple) -> tuple:
+        """What a block is given goes through what is taken down, so that gradients reach it."""
+        x, self.piece, past = args
+        if self.back is None:
+            self.hidden.append(x)
+            return args
+        self.hidden.append(take_tokens(x, self.back))
+        return take_tokens(self.hidden[-1], self.order), self.piece, past
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """What LocalAttention.attend gives, by way of all weights."""
@@ -221,18 +228,26 @@ class Recorder:
         begin = 0 if self.piece.starts is None else self.piece.starts[:, None, :, None]
         visible = (key <= token) & (key > token - W) & (key >= begin)  # (B, 1, L, W-1+L)
         scores = (q @ keys.mT * q.shape[-1] ** -0.5).masked_fill(~visible, -torch.inf)
-        weights = scores.softmax(-1).to(values.dtype)
-        self.weights.append(self.as_given(weights[..., W - 1 - self.past :]))
-        return weights @ values
+        weights = scores.softmax(-1).to(values.dtype)[..., W - 1 - self.past :]
+        self.weights.append(self.reorder(weights, self.back))
+        return self.reorder(self.weights[-1], self.order) @ values[:, :, W - 1 - self.past :]
 
-    def as_given(self, weights: Tensor) -> Tensor:
-        """Rows and columns (B, A, L, past+L) in the order that the tokens came in."""
-        if self.back is None:
+    def reorder(self, weights: Tensor, order: Tensor | None) -> Tensor:
+        """Rows, and columns but for those of the past, of (B, A, L, past+L) in another order."""
+        if order is None:
             return weights
-        columns = torch.arange(self.past, device=self.back.device).expand(len(self.back), -1)
-        columns = torch.cat((columns, self.back + self.past), dim=1)
-        return take_tokens(take_tokens(weights.transpose(1, 2), self.back).permute(0, 3, 1, 2),
-                           columns).permute(0, 3, 2, 1)
+        past = torch.arange(self.past, device=order.device).expand(len(order), -1)
+        columns = torch.cat((past, order + self.past), dim=1)
+        rows = take_tokens(weights.transpose(1, 2), order)  # (B, L, A, past+L)
+        return take_tokens(rows.transpose(1, 3), columns).permute(0, 2, 3, 1)
+
+class TinyMambaHFBlock(GradientCheckpointingLayer, TinyMambaBlock):
+    """The native block, which the trainers of `transformers` can tell to keep no activations."""
+
+class CheckpointedModel(TinyMambaModel):
+    """The native model of such blocks."""
+
+    BLOCK = TinyMambaHFBlock
 
 class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
     """TinyMambaModel as a causal language model of `transformers`.
@@ -247,17 +262,18 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
     _is_stateful = True  # a state cannot go back by some tokens, as assisted generation asks
     _supports_sdpa = True
     _can_compile_fullgraph = True
-    _no_split_modules = ["TinyMambaBlock"]
+    _no_split_modules = ["TinyMambaHFBlock"]
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "D", "angle_proj"]
     _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}
 
     def __init__(self, config: TinyMambaConfig):
         super().__init__(config)
-        self.model = TinyMambaModel(config.native())
+        self.model = CheckpointedModel(config.native())
+        if config.tie_embeddings:  # post_init does it, or from_pretrained when the file is read
+            self.model.head.weight = nn.Parameter(self.model.head.weight.detach().clone())
         if config.quantization is not None:
             quantize_like(self.model, config.quantization)
-        self.gradient_checkpointing = False
         for p in self.model.parameters():  # TinyMambaModel has given them their values
             p._is_hf_initialized = p.device.type != "meta"
         self.post_init()
@@ -295,13 +311,6 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
         super().set_attn_implementation(*args, **kwargs)
         for block in self.model.blocks:
             block.attention.use_flash_attn = self.config._attn_implementation != "eager"
-
-    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None,
-                                    every_n_layers: int = 1) -> None:
-        if every_n_layers != 1:
-            raise ValueError(f"every_n_layers: {every_n_layers} is not possible; every block is "
-                             "made again, or none")
-        self.gradient_checkpointing = self.model.config.checkpoint_activations = enable
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values=None,

@@ -841,6 +841,7 @@ class TinyMambaBlock(nn.Module):
 class TinyMambaModel(nn.Module):
     """The language model. `forward` for training, `advance` for text that arrives in pieces."""
 
+    BLOCK = TinyMambaBlock
     LOSS_CHUNK = 512  # tokens whose logits exist at one time
 
     def __init__(self, config: Config):
@@ -850,7 +851,7 @@ class TinyMambaModel(nn.Module):
                 "document_mask needs to know which id ends a document", "set it in the config")
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(TinyMambaBlock(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(self.BLOCK(config) for _ in range(config.n_layer))
         self.rotary = RotaryEmbedding(config.d_model // config.num_heads, config.rope_theta)
         self.norm = RMSNorm(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
