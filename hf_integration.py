@@ -16,8 +16,8 @@ Letters in the comments on shapes are testv2.py's; M is the number of keys that 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
-import os
 import re
 from pathlib import Path
 
@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
@@ -38,23 +37,26 @@ from transformers import (
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import is_tracing
+from transformers.utils import cached_file, is_tracing
 from transformers.utils.generic import can_return_tuple
 
 from testv2 import (
+    EOS_NAMES,
+    EOS_TOKEN,
     FOLDER_FIELDS,
     FOLDER_FORMAT,
     CliParser,
     Config,
     LayerState,
     ModelState,
+    SimpleTokenizer,
     TinyMambaBlock,
     TinyMambaModel,
     UserError,
-    apply_rotary_pos_emb,
+    byte_alphabet,
+    describe_model,
     load_folder,
     load_model,
-    need,
     new_folder,
     open_tokenizer,
     padding_last,
@@ -63,13 +65,12 @@ from testv2 import (
     run_cli,
     save_checkpoint,
     save_folder,
+    stored_tensors,
     take_tokens,
     write_json,
 )
 
 # ------------------------------------------------------------------------------ configuration
-
-FIELDS = [*FOLDER_FIELDS, "dropout"]
 
 class TinyMambaConfig(PreTrainedConfig):
     """The architecture: the fields of testv2.Config that a model keeps, under the same names.
@@ -92,7 +93,7 @@ class TinyMambaConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         given = {self.attribute_map.get(name, name): value for name, value in kwargs.items()}
-        for name in FIELDS:
+        for name in FOLDER_FIELDS:
             setattr(self, name, given.pop(name, getattr(Config, name)))
         given.pop("layer_types", None)  # a property here, written for those who read config.json
         self.quantization = given.pop("quantization", None)
@@ -112,7 +113,7 @@ class TinyMambaConfig(PreTrainedConfig):
     def native(self) -> Config:
         """The same as testv2.Config."""
         try:
-            config = Config.from_dict({name: getattr(self, name) for name in FIELDS})
+            config = Config.from_dict({name: getattr(self, name) for name in FOLDER_FIELDS})
         except UserError as e:
             raise ValueError(str(e)) from None
         config.use_flash_attn = self._attn_implementation != "eager"
@@ -126,8 +127,8 @@ def read_cache(cache: Cache, model: TinyMambaModel, batch: int) -> ModelState:
     """What `cache` remembers of B texts, as the blocks want it."""
     kind = cache.layers[0] if len(cache.layers) == len(model.blocks) else None
     if not isinstance(kind, LinearAttentionCacheLayerMixin):
-        raise ValueError("past_key_values: has no place for recurrent states; make it with "
-                         "DynamicCache(config=model.config) or StaticCache(config=model.config, ..)")
+        raise ValueError("past_key_values: has no place for recurrent states; make it as "
+                         "DynamicCache(config=model.config), or a StaticCache of it")
     state = model.init_state(batch)
     if not cache.has_previous_state(0):
         return state
@@ -174,8 +175,8 @@ def write_keys(cache: Cache, layer: LayerState, i: int, length: int, padded: boo
     cache.update(*(F.pad(t, (0, 0, max(0, length - count), 0))[:, :, -length:] for t in tails), i)
     slots = cache.layers[i]
     if slots.keys.shape[2] < min(cache.get_seq_length(i), count):
-        raise ValueError(f"past_key_values: a static cache of {slots.keys.shape[2]} tokens is full; "
-                         "make it with a larger max_cache_len")
+        raise ValueError(f"past_key_values: a static cache of {slots.keys.shape[2]} tokens is "
+                         "full; make it with a larger max_cache_len")
     if padded:  # what is padding in a row was not to move its older keys
         filled = min(cache.get_seq_length(i), slots.keys.shape[2])
         kept = min(filled, count)
@@ -183,6 +184,9 @@ def write_keys(cache: Cache, layer: LayerState, i: int, length: int, padded: boo
             cached[:, :, filled - kept : filled] = tail[:, :, count - kept :]
 
 # ------------------------------------------------------------------------------------ model
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision",
+                 "subfolder")
 
 class Recorder:
     """Takes down what the blocks are given and, if asked to, how their attention weighs.
@@ -289,6 +293,37 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
                 p.copy_(fresh[name])
         elif not any(module is own for own in self.modules()):
             super()._init_weights(module)  # a larger embedding, on its way in
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As every model's. A quantised folder is read whole, on the CPU: no device_map for it."""
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        config = kwargs.get("config")
+        if not isinstance(config, TinyMambaConfig):
+            config = TinyMambaConfig.from_pretrained(config or pretrained_model_name_or_path, **hub)
+        if config.quantization is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if kwargs.get("device_map") is not None:
+            raise ValueError("device_map: is not for a quantised model; leave it out")
+        weights = cached_file(pretrained_model_name_or_path, "model.safetensors", **hub)
+        model = cls(config)
+        try:
+            model.model.load_state_dict(load_folder(Path(weights).parent).state_dict())
+        except UserError as e:
+            raise ValueError(str(e)) from None
+        return model.eval()
+
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """As every model's, with the code that AutoModelForCausalLM needs to read it again."""
+        if kwargs.get("push_to_hub"):
+            raise ValueError("push_to_hub: would send a folder without its code; use "
+                             "model.push_to_hub(repo_id)")
+        if self.config.quantization is not None:
+            stored = stored_tensors(self.model)
+            kwargs.setdefault("state_dict", {f"model.{name}": t for name, t in stored.items()})
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            write_code(Path(save_directory))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embedding
@@ -406,3 +441,203 @@ def document_ends(position_ids: Tensor | None, padding: Tensor | None) -> Tensor
         jumps = (sorted_ids[:, 1:] != sorted_ids[:, :-1] + 1) & (index < lengths[:, None])
         ends = F.pad(jumps, (0, 1)).gather(1, back)
     return ends if is_tracing(position_ids) or bool(ends.any()) else None
+
+TinyMambaForCausalLM = TinyMambaHFModel
+
+# ------------------------------------------------------------------------------------ tokenizer
+
+class TinyMambaHFTokenizer(PreTrainedTokenizerFast):
+    """The tokenizer.json of data/prepare.py: padding on the left, eos in every special role.
+
+    It is saved as a PreTrainedTokenizerFast, so that it loads without this file.
+    """
+
+    def __init__(self, *args, **kwargs):
+        kwargs.setdefault("padding_side", "left")
+        super().__init__(*args, **kwargs)
+        vocabulary = self.get_vocab()
+        eos = self.eos_token or next((name for name in EOS_NAMES if name in vocabulary), None)
+        for role in ("eos_token", "bos_token", "pad_token"):
+            if eos is not None and getattr(self, role) is None:
+                setattr(self, role, eos)
+
+    @staticmethod
+    def of(tokenizer: SimpleTokenizer) -> TinyMambaHFTokenizer:
+        """The same for a testv2.SimpleTokenizer; a vocab.txt alone is a UserError."""
+        if tokenizer.path is None:
+            return TinyMambaHFTokenizer(tokenizer_object=byte_tokenizer())
+        require(tokenizer.library is not None, str(tokenizer.path), "matches the longest token, "
+                "which no fast tokenizer does", "pass a tokenizer.json as --tokenizer_file")
+        return TinyMambaHFTokenizer(tokenizer_file=str(tokenizer.path))
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        files = super().save_pretrained(save_directory, *args, **kwargs)
+        path = Path(save_directory) / "tokenizer_config.json"
+        about = json.loads(path.read_text(encoding="utf-8"))
+        write_json(path, {**about, "tokenizer_class": "PreTrainedTokenizerFast"})
+        return files
+
+def byte_tokenizer():
+    """What a SimpleTokenizer without a file does: an id for each byte, and one for the end."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    library = Tokenizer(models.BPE({c: i for i, c in enumerate(byte_alphabet())}, []))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.decoder = decoders.ByteLevel()
+    library.add_special_tokens([AddedToken(EOS_TOKEN, special=True, normalized=False)])
+    return library
+
+TinyMambaConfig.register_for_auto_class()
+TinyMambaHFModel.register_for_auto_class("AutoModelForCausalLM")
+AutoConfig.register(TinyMambaConfig.model_type, TinyMambaConfig, exist_ok=True)
+AutoModelForCausalLM.register(TinyMambaConfig, TinyMambaHFModel, exist_ok=True)
+
+# ------------------------------------------------------------------------------------ convert
+
+def write_code(folder: Path) -> None:
+    """Put the three files beside a model that make it; there they import each other."""
+    here = Path(__file__).parent
+    for name in ("hf_integration", "testv2", "ssm_kernels"):
+        text = (here / f"{name}.py").read_text(encoding="utf-8")
+        absolute = r"^from (?:tinymamba)?\.?(testv2|ssm_kernels) import"
+        text = re.sub(absolute, r"from .\1 import", text, flags=re.M)
+        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+
+def convert(checkpoint: str, output_dir: str, tokenizer_file: str | None = None,
+            force: bool = False) -> None:
+    """Write a checkpoint or a folder for `transformers`; if output_dir ends in .pt, a checkpoint.
+
+    The folder is one of testv2.py's as well: every script takes it as --checkpoint.
+    """
+    folder, model = Path(output_dir), load_model(checkpoint)
+    require(force or not folder.exists(), "--output_dir", f"{folder} is there already",
+            "name another, or pass --force")
+    if folder.suffix == ".pt":
+        require(model.quantization is None, "--checkpoint", "is quantised, and cannot go back",
+                "convert the model that it was made of")
+        save_checkpoint(folder, {"model": model.state_dict(), "config": model.config.to_dict()})
+        return
+    tokenizer = open_tokenizer(tokenizer_file, model, [checkpoint])
+    fast = None if tokenizer is None else TinyMambaHFTokenizer.of(tokenizer)
+    described = describe_model(model)
+    described.pop("model_type")
+    if fast is not None:
+        require(len(fast) <= model.config.vocab_size, "--tokenizer_file", f"has {len(fast)} ids, "
+                f"the model {model.config.vocab_size}", "pass the one that it was trained with")
+        described |= {role: getattr(fast, role) for role in ROLES}
+    config = TinyMambaConfig(**described, dtype="float32", architectures=["TinyMambaHFModel"])
+    config.auto_map = {"AutoConfig": "hf_integration.TinyMambaConfig",
+                       "AutoModelForCausalLM": "hf_integration.TinyMambaHFModel"}
+    with new_folder(folder) as new:
+        save_folder(new, model)
+        config.save_pretrained(new)
+        GenerationConfig(**{role: getattr(config, role) for role in ROLES}).save_pretrained(new)
+        if fast is not None:
+            fast.save_pretrained(new)
+        (new / "README.md").write_text(model_card(model, folder.name, fast), encoding="utf-8")
+        write_code(new)
+
+ROLES = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+def model_card(model: TinyMambaModel, name: str, tokenizer: TinyMambaHFTokenizer | None) -> str:
+    """README.md of a converted model: what it is, and how to use it."""
+    c, count = model.config, model.count_parameters()["total"]
+    scheme = f", quantised ({model.quantization['mode']})" if model.quantization else ""
+    shape = (f"{count:,} parameters{scheme}: {c.n_layer} blocks of width {c.d_model}, in each a "
+             f"selective state-space branch ({c.d_state} states a channel), attention to the last "
+             f"{c.window_size} tokens ({c.num_heads} heads) and a SwiGLU MLP, mixed for each token "
+             f"by a learned gate ({c.gate}). {c.vocab_size:,} ids; trained on pieces of "
+             f"{c.block_size} tokens, without a limit on length.")
+    prompt = '"Once"' if tokenizer is not None else "[[0]]"
+    encode = ('tokenizer = AutoTokenizer.from_pretrained(name)\n'
+              f'inputs = tokenizer({prompt}, return_tensors="pt")' if tokenizer is not None else
+              f"inputs = {{'input_ids': torch.tensor({prompt})}}")
+    decode = "tokenizer.decode(ids[0])" if tokenizer is not None else "ids[0].tolist()"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- tinymamba
+- state-space-model
+- custom_code
+---
+
+# {name}
+
+A TinyMamba language model. {shape}
+
+```python
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name = "{name}"  # the folder, or the repository
+model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
+{encode}
+ids = model.generate(**inputs, max_new_tokens=50)
+print({decode})
+```
+
+The code is in this folder: `hf_integration.py` over `testv2.py` and `ssm_kernels.py`. The cache has
+a constant size, however long the text.
+"""
+
+# ------------------------------------------------------------------------------------ push
+
+def push(model_dir: str, repo_id: str, commit_message: str, private: bool,
+         token: str | None) -> str:
+    """Upload a folder of `convert` to the hub, as one commit; its address. All else: a UserError.
+
+    Without a token the one of `hf auth login` or of HF_TOKEN is used. No token is ever printed.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+
+    folder = Path(model_dir)
+    for name in ("config.json", "hf_integration.py"):
+        require((folder / name).is_file(), "--model_dir", f"{folder} has no {name}",
+                "make it with hf_integration.py convert")
+    load_folder(folder)
+    api = HfApi(token=token)
+    try:
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return str(api.upload_folder(repo_id=repo, folder_path=folder,
+                                     commit_message=commit_message).commit_url)
+    except HFValidationError as e:
+        raise UserError("--repo_id", str(e).split("\n")[0], "write it as name/model") from None
+    except HfHubHTTPError as e:
+        status = e.response.status_code if e.response is not None else "no answer"
+        remedy = "log in, or pass a --token that may write there" if status in (401, 403) else (
+            "check --repo_id and try again")
+        raise UserError("--repo_id", f"the hub refused {repo_id} ({status})", remedy) from None
+    except (OSError, HTTPError) as e:
+        problem = f"the hub cannot be reached ({type(e).__name__})"
+        raise UserError("--repo_id", problem, "check the network, or HF_ENDPOINT") from None
+
+def parse(argv: list[str] | None):
+    parser = CliParser(description=__doc__.split("\n\n    from")[0])
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=CliParser)
+    make = commands.add_parser("convert", help="write a folder for transformers, or go back")
+    make.add_argument("--checkpoint", required=True, help="a .pt, or a folder with a model")
+    make.add_argument("--output_dir", required=True, help="folder to make; x.pt: a checkpoint")
+    make.add_argument("--tokenizer_file", help="tokenizer.json [beside the checkpoint or its data]")
+    make.add_argument("--force", action="store_true", help="replace what is at output_dir")
+    send = commands.add_parser("push", help="upload such a folder to the Hugging Face hub")
+    send.add_argument("--model_dir", required=True, help="folder made by convert")
+    send.add_argument("--repo_id", required=True, help="where to: name/model")
+    send.add_argument("--commit_message", default="Upload a TinyMamba model",
+                      help="of the commit [Upload a TinyMamba model]")
+    send.add_argument("--private", action="store_true", help="make a new repository a private one")
+    send.add_argument("--token", help="access token [HF_TOKEN, or that of hf auth login]")
+    return parser.parse_args(argv)
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if args.command == "convert":
+        convert(args.checkpoint, args.output_dir, args.tokenizer_file, args.force)
+        print(f"{args.output_dir}: made of {args.checkpoint}")
+    else:
+        print(push(args.model_dir, args.repo_id, args.commit_message, args.private, args.token))
+    return 0
+
+if __name__ == "__main__":  # as a module, for what __main__ defines cannot be saved
+    run_cli(importlib.import_module(__spec__.name if __spec__ else "hf_integration").main)

@@ -328,7 +328,8 @@ SHAPE_FIELDS = [
     "rope_theta", "gate", "gate_top_k", "document_mask",
 ]
 # What a model takes along when it is written without its training.
-FOLDER_FIELDS = [*SHAPE_FIELDS, "eos_id", "block_size", "deepnet", "scan", "chunk_size"]
+FOLDER_FIELDS = [
+    *SHAPE_FIELDS, "eos_id", "block_size", "deepnet", "scan", "chunk_size", "dropout"]
 RUN_FIELDS = [*SHAPE_FIELDS, "optimizer", "block_size", "seed", "train_data_weights"]
 
 def show(value) -> str:
@@ -1646,7 +1647,7 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
 # -------------------------------------------------------------------------------- checkpoints
 
 CHECKPOINT_FORMAT = 3
-FOLDER_FORMAT = 1
+FOLDER_FORMAT = 2
 
 def digest(value) -> str:
     """SHA-256 over nested dicts and lists of tensors and plain values."""
@@ -1788,7 +1789,12 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> TinyMamb
     return model.to(device).eval()
 
 def save_folder(folder: Path, model: TinyMambaModel) -> None:
-    """Write model.safetensors, with a checksum, and config.json: a model without pickle.
+    """Write model.safetensors, with a checksum, and config.json: a model without pickle."""
+    write_tensors(folder / "model.safetensors", stored_tensors(model), {"format": "pt"})
+    write_json(folder / "config.json", describe_model(model))
+
+def stored_tensors(model: TinyMambaModel) -> dict[str, Tensor]:
+    """What a file holds of a model.
 
     Numbers of 4 bits lie two in a byte. Of a tied embedding and a quantised head, the head is kept.
     """
@@ -1798,8 +1804,7 @@ def save_folder(folder: Path, model: TinyMambaModel) -> None:
         tensors[codes] = pack(tensors[codes], tensors[name])
     if model.config.tie_embeddings:
         tensors.pop("head.weight" if "head.weight" in tensors else "embedding.weight")
-    write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
-    write_json(folder / "config.json", describe_model(model))
+    return tensors
 
 def describe_model(model: TinyMambaModel) -> dict:
     """What config.json says of a model."""
@@ -1808,7 +1813,10 @@ def describe_model(model: TinyMambaModel) -> dict:
     return {"model_type": "tinymamba", "format_version": FOLDER_FORMAT, **config}
 
 def load_folder(folder: Path) -> TinyMambaModel:
-    """The model of such a folder; a missing, damaged or foreign file is a UserError."""
+    """The model of such a folder; a missing, damaged or foreign file is a UserError.
+
+    `transformers` writes the names with "model." before them, and no checksum.
+    """
     path, remedy = folder / "config.json", "export the model again"
     try:
         config = json.loads(path.read_bytes())
@@ -1820,7 +1828,8 @@ def load_folder(folder: Path) -> TinyMambaModel:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
         raise UserError(str(path), f"cannot be read ({e})", remedy) from None
     path = folder / "model.safetensors"
-    tensors, _ = read_all_tensors(path, remedy)
+    tensors, _ = read_all_tensors(path, remedy, unsigned=True)
+    tensors = {name.removeprefix("model."): t for name, t in tensors.items()}
     try:
         fill_model(model, tensors)
     except (RuntimeError, KeyError):
