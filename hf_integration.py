@@ -36,10 +36,11 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import cached_file, is_tracing
 from transformers.utils.generic import can_return_tuple
 
+from ssm_kernels import QuantizedLinear
 from testv2 import (
     EOS_NAMES,
     EOS_TOKEN,
@@ -248,10 +249,48 @@ class Recorder:
 class TinyMambaHFBlock(GradientCheckpointingLayer, TinyMambaBlock):
     """The native block, which the trainers of `transformers` can tell to keep no activations."""
 
-class CheckpointedModel(TinyMambaModel):
-    """The native model of such blocks."""
+class TinyMambaHFBackbone(TinyMambaModel):
+    """The native model, called as `transformers` calls what lies below a head."""
 
     BLOCK = TinyMambaHFBlock
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        **ignored,
+    ) -> BaseModelOutputWithPast:
+        """As TinyMambaHFModel.forward; gives last_hidden_state (B, L, D)."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids, inputs_embeds: pass exactly one of them")
+        if inputs_embeds is not None and self.config.document_mask:
+            raise ValueError("inputs_embeds: a model with document_mask must see the ids")
+        if input_ids is None:
+            shape, device = inputs_embeds.shape[:2], inputs_embeds.device
+            input_ids = torch.zeros(shape, dtype=torch.int64, device=device)
+        batch, length = input_ids.shape
+        padding = this_piece(attention_mask, length)
+        ends = document_ends(position_ids, padding)
+        read, state = 0, None
+        if past_key_values is not None:
+            state = read_cache(past_key_values, self, batch)
+            read = past_key_values.get_seq_length()
+        recorder = contextlib.nullcontext()
+        if output_attentions or output_hidden_states:
+            recorder = Recorder(self, output_attentions, padding, read)
+        with recorder:
+            hidden, state, _ = self.run(input_ids, state, padding, inputs_embeds, ends)
+        if state is not None:
+            write_cache(past_key_values, state, length, padding is not None)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden, past_key_values=past_key_values,
+            hidden_states=(*recorder.hidden, hidden) if output_hidden_states else None,
+            attentions=tuple(recorder.weights) if output_attentions else None)
 
 class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
     """TinyMambaModel as a causal language model of `transformers`.
@@ -273,26 +312,25 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: TinyMambaConfig):
         super().__init__(config)
-        self.model = CheckpointedModel(config.native())
-        if config.tie_embeddings:  # post_init does it, or from_pretrained when the file is read
-            self.model.head.weight = nn.Parameter(self.model.head.weight.detach().clone())
+        self.model = TinyMambaHFBackbone(config.native())
         if config.quantization is not None:
             quantize_like(self.model, config.quantization)
+        if isinstance(self.model.head, QuantizedLinear):
+            self._tied_weights_keys = {}
+        elif config.tie_embeddings:  # post_init does it, or from_pretrained when the file is read
+            self.model.head.weight = nn.Parameter(self.model.head.weight.detach().clone())
         for p in self.model.parameters():  # TinyMambaModel has given them their values
             p._is_hf_initialized = p.device.type != "meta"
         self.post_init()
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
+    def initialize_weights(self) -> None:
         """Values for what a file lacks: those that a new TinyMambaModel would have there."""
-        if module is self.model:
-            missing = {name: p for name, p in module.named_parameters()
-                       if not getattr(p, "_is_hf_initialized", False)}
-            fresh = TinyMambaModel(module.config).state_dict() if missing else {}
-            for name, p in missing.items():
-                p.copy_(fresh[name])
-        elif not any(module is own for own in self.modules()):
-            super()._init_weights(module)  # a larger embedding, on its way in
+        missing = {name: p for name, p in self.model.named_parameters()
+                   if not getattr(p, "_is_hf_initialized", False) and p.device.type != "meta"}
+        fresh = TinyMambaModel(self.model.config).state_dict() if missing else {}
+        for name, p in missing.items():
+            p.copy_(fresh[name])
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -375,43 +413,22 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
         there, which sees nothing of the one before. labels (B, L) are shifted here; kwargs go to
         the loss. logits_to_keep is how many of the last logits to make, or which.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("input_ids, inputs_embeds: pass exactly one of them")
-        if inputs_embeds is not None and self.config.document_mask:
-            raise ValueError("inputs_embeds: a model with document_mask must see the ids")
-        shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-        if input_ids is None:
-            input_ids = torch.zeros(shape, dtype=torch.int64, device=inputs_embeds.device)
-        padding = this_piece(attention_mask, shape[1])
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        read, state = 0, None
-        if past_key_values is not None:
-            read = past_key_values.get_seq_length()
-            state = read_cache(past_key_values, self.model, shape[0])
-        weights = self.asked(output_attentions, "output_attentions")
-        hiddens = self.asked(output_hidden_states, "output_hidden_states")
-        recorder = Recorder(self.model, weights, padding, read)
-        with recorder if weights or hiddens else contextlib.nullcontext():
-            hidden, state, _ = self.model.run(
-                input_ids, state, padding, inputs_embeds, document_ends(position_ids, padding))
-        if state is not None:
-            write_cache(past_key_values, state, shape[1], padding is not None)
-        kept = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else (
-            hidden[:, logits_to_keep])
-        logits = self.model.head(kept)
+        asked = (getattr(self.config, name) if given is None else given for name, given in (
+            ("output_attentions", output_attentions),
+            ("output_hidden_states", output_hidden_states)))
+        out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds,
+                         *map(bool, asked))
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.model.head(out.last_hidden_state[:, kept])
         loss = None if labels is None else self.loss_function(
             logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None,
-            hidden_states=(*recorder.hidden, hidden) if hiddens else None,
-            attentions=tuple(recorder.weights) if weights else None)
-
-    def asked(self, given: bool | None, name: str) -> bool:
-        """Is an output asked for, here or by the configuration?"""
-        return bool(getattr(self.config, name) if given is None else given)
+            hidden_states=out.hidden_states, attentions=out.attentions)
 
 def this_piece(attention_mask: Tensor | None, length: int) -> Tensor | None:
     """The part of attention_mask that is about the last `length` tokens; None if none is padding.

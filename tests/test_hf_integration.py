@@ -1,0 +1,793 @@
+"""hf_integration.py against the native model, at the level of logits, and through transformers."""
+
+import contextlib
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import (
+    DOCUMENTS,
+    EOS,
+    GATES,
+    assert_refused,
+    run_script,
+    some_ids,
+    tiny_config,
+    wide,
+)
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    QuantizedCache,
+    StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
+
+from hf_integration import (
+    TinyMambaConfig,
+    TinyMambaForCausalLM,
+    TinyMambaHFModel,
+    TinyMambaHFTokenizer,
+    convert,
+    read_cache,
+)
+from quantize import quantize_model
+from testv2 import (
+    ModelState,
+    SimpleTokenizer,
+    TinyMambaModel,
+    UserError,
+    describe_model,
+    generate,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+    save_folder,
+)
+
+SHAPES = {
+    "plain": {}, "documents": DOCUMENTS, "no_window": {"window_size": 1},
+    "no_conv": {"d_conv": 1}, "low_rank": {"low_rank": 5, "tie_embeddings": False},
+    **{gate: {"gate": gate} for gate in GATES[1:]},
+}  # fmt: skip
+SPLITS = [(40,), (1,) * 40, (3, 1, 17, 1, 1, 17), (30, 10)]
+
+
+def hf(native: TinyMambaModel, **changes) -> TinyMambaHFModel:
+    """The same weights under transformers."""
+    described = {k: v for k, v in describe_model(native).items() if k != "model_type"}
+    model = TinyMambaHFModel(TinyMambaConfig(**described, **changes))
+    model.model.load_state_dict(native.state_dict())
+    return model.eval()
+
+
+def close(got, want, tolerance=1e-5):
+    """Equal to a share of the largest number."""
+    torch.testing.assert_close(got, want, rtol=0, atol=tolerance * float(want.detach().abs().max()))
+
+
+def caches(model, length=64):
+    yield DynamicCache(config=model.config)
+    yield StaticCache(config=model.config, max_cache_len=length)
+
+
+def same_state(got: ModelState, want: ModelState):
+    """Equal in all that can still be read: keys from before the text are hidden."""
+    for (name, a), b in zip(got.tensors().items(), want.tensors().values(), strict=True):
+        if name.endswith(("keys", "values")) and a.shape[2]:
+            known = want.position.clamp(max=a.shape[2])
+            hidden = torch.arange(a.shape[2]) < (a.shape[2] - known)[:, None]
+            a, b = (t.masked_fill(hidden[:, None, :, None], 0.0) for t in (a, b))
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------- logits
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_and_states_equal_the_native_ones_for_every_split(shape):
+    native = wide(**SHAPES[shape])
+    model, ids = hf(native), some_ids(3, 40, seed=3)
+    ids[0, 20] = ids[1, 9] = EOS
+    want, state = native.advance(ids, native.init_state(3))
+    close(model(ids, use_cache=False).logits, want, 1e-6)
+    for split in SPLITS:
+        for cache in caches(model):
+            got = [model(piece, past_key_values=cache).logits for piece in ids.split(split, dim=1)]
+            close(torch.cat(got, dim=1), want)
+            assert cache.get_seq_length() == 40
+            same_state(read_cache(cache, native, 3), state)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_padding_on_any_side_and_in_any_piece_leaves_a_row_as_it_is_alone(shape):
+    native = wide(**SHAPES[shape])
+    model, texts = hf(native), some_ids(4, 40, seed=4)
+    generator = torch.Generator().manual_seed(5)
+    masks = (torch.rand(4, 40, generator=generator) < 0.6).long()
+    masks[0, :23] = masks[1, 31:] = 0  # left and right
+    masks[2] = 1
+    rows = [texts[r, : int(m.sum())] for r, m in enumerate(masks)]
+    ids = torch.full_like(texts, 7).masked_scatter(masks.bool(), torch.cat(rows))
+    want = [native(row[None])[0] for row in rows]
+    for split in SPLITS:
+        for cache in caches(model):
+            got, at = [], 0
+            for piece in ids.split(split, dim=1):
+                at += piece.shape[1]
+                out = model(piece, attention_mask=masks[:, :at], past_key_values=cache)
+                got.append(out.logits)
+            got = torch.cat(got, dim=1)
+            for r, logits in enumerate(want):
+                close(got[r, masks[r].bool()], logits)
+
+
+def test_positions_that_begin_anew_begin_a_document():
+    model, ids = hf(wide()), some_ids(2, 30)
+    cuts = [(0, 9), (9, 10), (10, 30)]
+    positions = torch.cat([torch.arange(e - b) for b, e in cuts])[None].expand(2, -1)
+    got = model(ids, position_ids=positions)
+    for begin, end in cuts:
+        close(got.logits[:, begin:end], model(ids[:, begin:end]).logits)
+    state = read_cache(got.past_key_values, model.model, 2)
+    assert state.document_start.tolist() == [10, 10]
+    follow = model(ids[:, :4], past_key_values=got.past_key_values).logits
+    close(follow, model(torch.cat((ids[:, 10:], ids[:, :4]), 1)).logits[:, -4:])
+
+    mask = torch.ones(2, 33, dtype=torch.int64)  # with padding between documents
+    mask[:, [9, 20, 21]] = 0
+    padded = torch.zeros_like(mask).masked_scatter(mask.bool(), ids)
+    places = torch.zeros_like(mask).masked_scatter(mask.bool(), positions.contiguous())
+    again = model(padded, attention_mask=mask, position_ids=places).logits
+    close(again[mask.bool()].view_as(got.logits), got.logits)
+
+
+def test_packed_rows_have_the_gradient_of_the_rows_alone():
+    packed, alone = hf(wide()).train(), hf(wide()).train()
+    ids, positions = some_ids(1, 25), torch.cat((torch.arange(11), torch.arange(14)))[None]
+    labels = ids.clone()
+    labels[0, 11] = -100  # no token of one document tells that of another
+    packed(ids, position_ids=positions, labels=labels).loss.backward()
+    losses = [alone(part, labels=part, num_items_in_batch=23).loss
+              for part in ids.split((11, 14), 1)]  # fmt: skip
+    sum(losses).backward()
+    for (name, p), q in zip(packed.named_parameters(), alone.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, atol=1e-5 * float(q.grad.abs().max()) + 1e-9), name
+
+
+def test_embeddings_take_the_place_of_ids_where_they_can():
+    model, ids = hf(wide()), some_ids(2, 12)
+    embedded = model.get_input_embeddings()(ids)
+    close(model(inputs_embeds=embedded).logits, model(ids).logits, 0)
+    with pytest.raises(ValueError, match="input_ids, inputs_embeds: pass exactly one"):
+        model(ids, inputs_embeds=embedded)
+    with pytest.raises(ValueError, match="inputs_embeds: a model with document_mask"):
+        hf(wide(**DOCUMENTS))(inputs_embeds=embedded)
+
+
+def test_logits_to_keep_are_the_last_or_the_ones_named():
+    model, ids = hf(wide()), some_ids(2, 12)
+    whole = model(ids).logits
+    close(model(ids, logits_to_keep=3).logits, whole[:, -3:], 0)
+    close(model(ids, logits_to_keep=torch.tensor([0, 7])).logits, whole[:, [0, 7]], 0)
+
+
+@pytest.mark.parametrize(("problem", "arguments"), [
+    ("attention_mask: of shape", {"attention_mask": torch.ones(2, 1, 9, 9)}),
+    ("attention_mask: of shape", {"attention_mask": torch.ones(2, 8)}),
+    ("has no place for recurrent states", {"past_key_values": DynamicCache()}),
+])  # fmt: skip
+def test_what_cannot_be_read_is_refused_by_name(problem, arguments):
+    with pytest.raises(ValueError, match=problem):
+        hf(wide())(some_ids(2, 9), **arguments)
+
+
+def test_a_cache_of_other_rows_or_too_small_is_refused():
+    model = hf(wide())
+    cache = model(some_ids(2, 9)).past_key_values
+    with pytest.raises(ValueError, match="is of 2 texts, the input of 3"):
+        model(some_ids(3, 1), past_key_values=cache)
+    with pytest.raises(ValueError, match="static cache of 4 tokens is full"):
+        model(some_ids(2, 9), past_key_values=StaticCache(config=model.config, max_cache_len=4))
+
+
+# ---------------------------------------------------------------------------------- generation
+
+
+def scores_of(model, prompt, mask=None, **arguments):
+    out = model.generate(prompt, attention_mask=mask, return_dict_in_generate=True,
+                         output_logits=True, **arguments)
+    return out, torch.stack(out.logits, dim=1)
+
+
+def test_greedy_generation_is_the_native_one_for_every_cache():
+    native = wide()
+    model, prompt = hf(native), some_ids(2, 11)
+    want = generate(native, prompt, 20, temperature=0)
+    for arguments in ({}, {"cache_implementation": "static"}, {"use_cache": False},
+                      {"prefill_chunk_size": 4}):  # fmt: skip
+        out, logits = scores_of(model, prompt, max_new_tokens=20, do_sample=False, **arguments)
+        assert torch.equal(out.sequences, want), arguments
+        close(logits, native(want)[:, 10:-1])
+
+
+def test_left_padded_rows_generate_what_they_do_alone():
+    native, lengths = wide(), (5, 17, 1)
+    model, texts = hf(native), some_ids(3, 17)
+    mask = torch.stack([torch.arange(17) >= 17 - n for n in lengths]).long()
+    prompt = torch.stack([F.pad(t[:n], (17 - n, 0)) for t, n in zip(texts, lengths, strict=True)])
+    out, logits = scores_of(model, prompt, mask, max_new_tokens=12, do_sample=False)
+    for r, n in enumerate(lengths):
+        alone, want = scores_of(model, texts[r : r + 1, :n], max_new_tokens=12, do_sample=False)
+        assert torch.equal(out.sequences[r, 17:], alone.sequences[0, n:])
+        close(logits[r], want[0])
+
+
+def test_a_returned_cache_goes_on_with_a_turn_of_several_tokens():
+    native = wide()
+    model, first, turn = hf(native), some_ids(2, 9), some_ids(2, 6, seed=9)
+    for kind in ("dynamic", "static"):
+        arguments = {} if kind == "dynamic" else {
+            "past_key_values": StaticCache(config=model.config, max_cache_len=64)}  # fmt: skip
+        out, _ = scores_of(model, first, max_new_tokens=5, do_sample=False, **arguments)
+        text = torch.cat((out.sequences, turn), dim=1)
+        again, logits = scores_of(model, text, max_new_tokens=5, do_sample=False,
+                                  past_key_values=out.past_key_values)
+        close(logits, native(again.sequences)[:, text.shape[1] - 1 : -1])
+
+
+def test_beam_search_scores_are_those_of_the_native_model():
+    native = wide()
+    model, prompt = hf(native), some_ids(2, 7)
+    out = model.generate(prompt, max_new_tokens=6, num_beams=4, num_return_sequences=3,
+                         return_dict_in_generate=True, output_scores=True, length_penalty=0.0,
+                         eos_token_id=None, do_sample=False)  # fmt: skip
+    logprobs = native(out.sequences)[:, 6:-1].log_softmax(-1)
+    want = logprobs.gather(-1, out.sequences[:, 7:, None])[..., 0].sum(1)
+    torch.testing.assert_close(out.sequences_scores, want, rtol=1e-4, atol=1e-4)
+    assert len({tuple(s.tolist()) for s in out.sequences}) == 6
+
+
+def test_sampling_draws_from_the_native_logits():
+    native = wide()
+    model, prompt = hf(native), some_ids(1, 7)
+    torch.manual_seed(3)
+    got = model.generate(prompt, max_new_tokens=8, do_sample=True, top_k=0, temperature=0.7)
+    torch.manual_seed(3)
+    ids = prompt
+    for _ in range(8):
+        p = (native(ids)[:, -1] / 0.7).softmax(-1)
+        ids = torch.cat((ids, torch.multinomial(p, 1)), dim=1)
+    assert torch.equal(got, ids)
+
+
+def test_streamers_criteria_and_pipelines_work(tmp_path):
+    model, tokenizer = hf(wide()), TinyMambaHFTokenizer.of(SimpleTokenizer())
+    inputs = tokenizer("two words", return_tensors="pt")
+    want = tokenizer.decode(model.generate(**inputs, max_new_tokens=9, do_sample=False)[0])
+    streamer = TextIteratorStreamer(tokenizer)
+    thread = threading.Thread(target=model.generate, kwargs={
+        **inputs, "streamer": streamer, "max_new_tokens": 9, "do_sample": False})  # fmt: skip
+    thread.start()
+    assert "".join(streamer) == want
+    thread.join()
+    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    texts = pipe(["two words", "a"], max_new_tokens=9, do_sample=False, batch_size=2)
+    assert texts[0][0]["generated_text"] == want
+
+    class AfterTwo(StoppingCriteria):
+        def __call__(self, ids, scores, **kwargs):
+            return torch.full((len(ids),), ids.shape[1] >= 11)
+
+    ids = model.generate(**inputs, max_new_tokens=9, do_sample=False,
+                         stopping_criteria=StoppingCriteriaList([AfterTwo()]))  # fmt: skip
+    assert ids.shape[1] == 11
+
+
+def test_what_a_state_cannot_do_is_refused():
+    model, prompt = hf(wide()), some_ids(1, 5)
+    with pytest.raises(ValueError, match="assisted generation is not supported"):
+        model.generate(prompt, assistant_model=model, max_new_tokens=3)
+    with pytest.raises(ValueError, match="prompt_lookup|assisted|stateful"):
+        model.generate(prompt, prompt_lookup_num_tokens=2, max_new_tokens=3)
+    with contextlib.suppress(ImportError), pytest.raises(ValueError, match="hybrid_sliding"):
+        model(prompt, past_key_values=QuantizedCache("quanto", model.config))
+    cache = model(prompt).past_key_values
+    assert not cache.is_croppable
+
+
+def test_a_static_cache_decodes_compiled_in_one_graph():
+    model, ids = hf(wide()), some_ids(1, 14)
+    want = model(ids).logits
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    model(ids[:, :9], past_key_values=cache)
+    step = torch.compile(model.forward, backend="eager", fullgraph=True)
+    got = [step(ids[:, t : t + 1], past_key_values=cache).logits for t in range(9, 14)]
+    close(torch.cat(got, dim=1), want[:, 9:])
+
+
+def test_the_cache_has_a_constant_size():
+    model = hf(wide())
+
+    def nbytes(length: int) -> int:
+        layers = model(some_ids(1, length)).past_key_values.layers
+        return sum(t.nbytes for layer in layers for t in (
+            layer.keys, layer.values, *layer.conv_states.values(),
+            layer.recurrent_states[0]))  # fmt: skip
+
+    assert nbytes(30) == nbytes(300)
+
+
+# ------------------------------------------------------------------------------------- outputs
+
+
+def test_attention_weights_and_hidden_states_are_those_that_were_used():
+    native = wide()
+    model, ids = hf(native), some_ids(2, 20)
+    mask = torch.ones_like(ids)
+    mask[1, :6] = 0
+    plain = model(ids, attention_mask=mask)
+    model.set_attn_implementation("eager")
+    out = model(ids, attention_mask=mask, output_attentions=True, output_hidden_states=True)
+    close(out.logits[mask.bool()], plain.logits[mask.bool()])
+    W = native.config.window_size
+    token, key = torch.arange(20)[:, None], torch.arange(20)
+    for weights in out.attentions:
+        assert weights.shape == (2, 2, 20, 20)
+        torch.testing.assert_close(weights[0].sum(-1), torch.ones(2, 20))
+        assert not weights[0, :, (key > token) | (key <= token - W)].any()
+        assert not weights[1, :, 6:, :6].any()
+    first = model.model.embedding(ids)
+    close(out.hidden_states[0], first, 0)
+    close(model.model.head(out.hidden_states[-1]), out.logits, 0)
+    x, piece = first[:1], native.describe(ids[:1], None, None, None)
+    for block, hidden in zip(native.blocks[:1], out.hidden_states[1:], strict=False):
+        close(block(x, piece, None)[0], hidden[:1])
+    step = model(ids[:, :1], past_key_values=plain.past_key_values, output_attentions=True)
+    assert step.attentions[0].shape == (2, 2, 1, W)
+
+
+def test_eager_attention_is_the_fused_one():
+    ids = some_ids(2, 30)
+    close(hf(wide(), attn_implementation="eager")(ids).logits, hf(wide())(ids).logits)
+
+
+# ------------------------------------------------------------------------------------- training
+
+
+def test_the_loss_is_shifted_and_divided_as_the_trainer_asks():
+    native = wide()
+    model, ids = hf(native), some_ids(2, 15)
+    labels = ids.clone()
+    labels[0, :5] = -100
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+    want = native.loss(ids, targets)
+    out = model(ids, labels=labels)
+    torch.testing.assert_close(out.loss, want, rtol=1e-5, atol=0)
+    count = (targets != -100).sum()
+    share = model(ids, labels=labels, num_items_in_batch=2 * count).loss
+    torch.testing.assert_close(share, want / 2, rtol=1e-5, atol=0)
+    by_position = model(ids, labels=labels, shift_labels=targets).loss
+    torch.testing.assert_close(by_position, want, rtol=1e-5, atol=0)
+
+
+def test_checkpointed_activations_give_the_same_gradients():
+    plain, frugal = hf(wide()).train(), hf(wide()).train()
+    frugal.activation_checkpointing_enable()
+    assert frugal.is_activation_checkpointing
+    ids = some_ids(2, 20)
+    for model in (plain, frugal):
+        model(ids, labels=ids).loss.backward()
+    for p, q in zip(plain.parameters(), frugal.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+def rows_of(count=32):
+    return [{"input_ids": row, "labels": [-100, *row[1:]]} for row in some_ids(count, 16).tolist()]
+
+
+def training(folder, **more) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder), max_steps=6, per_device_train_batch_size=4, learning_rate=1e-2,
+        gradient_accumulation_steps=2, logging_steps=1, report_to=[], save_strategy="no",
+        use_cpu=True, seed=1, lr_scheduler_type="constant", **more)  # fmt: skip
+
+
+def losses_of(trainer) -> list[float]:
+    trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def test_their_trainer_trains_it_and_saves_what_loads_again(tmp_path):
+    torch.manual_seed(0)
+    model = TinyMambaHFModel(TinyMambaConfig(**{
+        k: v for k, v in describe_model(wide()).items() if k != "model_type"}))  # fmt: skip
+    trainer = Trainer(model=model, args=training(tmp_path / "run"), train_dataset=rows_of())
+    losses = losses_of(trainer)
+    assert abs(losses[0] - math.log(257)) < 0.3  # a mean over the tokens of both micro-batches
+    assert losses[-1] < losses[0] - 0.1
+    trainer.save_model(tmp_path / "out")
+    again = TinyMambaHFModel.from_pretrained(tmp_path / "out")
+    native = load_model(tmp_path / "out")
+    ids = some_ids(1, 9)
+    model.eval()
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert torch.equal(native(ids), model(ids, use_cache=False).logits)
+
+
+def test_lora_of_hugging_faces_peft_learns_saves_and_merges(tmp_path):
+    import peft
+
+    ids = some_ids(1, 9)
+    model = hf(wide())
+    before = model(ids).logits
+    tuned = peft.get_peft_model(model, peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=["in_proj", "out_proj", "qkv"]))  # fmt: skip
+    trainable = {n for n, p in tuned.named_parameters() if p.requires_grad}
+    assert trainable
+    assert all("lora_" in n for n in trainable)
+    close(tuned.eval()(ids).logits, before, 0)
+    losses = losses_of(Trainer(model=tuned, args=training(tmp_path / "run"),
+                               train_dataset=rows_of()))  # fmt: skip
+    assert losses[-1] < losses[0]
+    tuned.eval().save_pretrained(tmp_path / "adapter")
+    want = tuned(ids).logits
+    assert not torch.equal(want, before)
+    again = peft.PeftModel.from_pretrained(hf(wide()), tmp_path / "adapter").eval()
+    assert torch.equal(again(ids).logits, want)
+    close(again.merge_and_unload()(ids).logits, want)
+
+
+def test_sft_of_trl_packs_texts_that_do_not_see_each_other(tmp_path):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    seen = []
+
+    class Watched(TinyMambaHFModel):
+        def forward(self, *args, **kwargs):
+            seen.append(kwargs)
+            return super().forward(*args, **kwargs)
+
+    config = TinyMambaConfig(**{
+        k: v for k, v in describe_model(wide()).items() if k != "model_type"})  # fmt: skip
+    tokenizer = TinyMambaHFTokenizer.of(SimpleTokenizer())
+    data = Dataset.from_dict({"text": [f"text number {i}" for i in range(24)]})
+    args = SFTConfig(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[],
+        use_cpu=True, packing=True, padding_free=True, max_length=64, save_strategy="no",
+        bf16=False, logging_steps=1, gradient_checkpointing=False)  # fmt: skip
+    trainer = SFTTrainer(model=Watched(config), args=args, train_dataset=data,
+                         processing_class=tokenizer)  # fmt: skip
+    trainer.train()
+    positions = seen[0]["position_ids"]
+    assert int((positions == 0).sum()) > 1  # more than one text in a row
+    assert all(math.isfinite(row["loss"]) for row in trainer.state.log_history if "loss" in row)
+
+
+# ------------------------------------------------------------------------- weights and settings
+
+
+def test_the_configuration_knows_both_sets_of_names():
+    config = TinyMambaConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
+                             sliding_window=16, vocab_size=99)  # fmt: skip
+    assert (config.d_model, config.n_layer, config.num_heads, config.window_size) == (64, 3, 4, 16)
+    again = TinyMambaConfig.from_dict(json.loads(config.to_json_string()))
+    assert again.to_dict() == config.to_dict()
+    assert again.layer_types == ["hybrid_sliding"] * 3
+    with pytest.raises(ValueError, match="num_heads: 5 heads do not cut d_model=64"):
+        TinyMambaConfig(d_model=64, num_heads=5)
+    assert TinyMambaForCausalLM is TinyMambaHFModel
+
+
+def test_what_a_file_lacks_has_the_values_of_a_new_model(tmp_path):
+    hf(wide()).save_pretrained(tmp_path)
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(tmp_path / "model.safetensors")
+    lost = [n for n in tensors if n.endswith(("dt_bias", "gate.controller.weight"))]
+    for name in lost:
+        del tensors[name]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    torch.manual_seed(7)
+    model, facts = TinyMambaHFModel.from_pretrained(tmp_path, output_loading_info=True)
+    torch.manual_seed(7)
+    fresh = TinyMambaModel(tiny_config())
+    assert set(facts["missing_keys"]) == set(lost)
+    for name, t in model.model.state_dict().items():
+        want = fresh.state_dict() if f"model.{name}" in lost else wide().state_dict()
+        assert torch.equal(t, want[name]), name
+
+
+def test_resized_and_tied_embeddings_stay_so_when_saved(tmp_path):
+    model, ids = hf(wide()), some_ids(1, 9)
+    before = model(ids).logits
+    model.resize_token_embeddings(300)
+    close(model(ids).logits[..., :257], before)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    model.save_pretrained(tmp_path)
+    again = TinyMambaHFModel.from_pretrained(tmp_path)
+    assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert load_model(tmp_path).config.vocab_size == 300
+
+
+def test_in_bfloat16_the_decays_stay_float32(tmp_path):
+    hf(wide()).save_pretrained(tmp_path)
+    model = TinyMambaHFModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for name, p in model.named_parameters():
+        exact = name.endswith(("A_log", "dt_bias", ".D")) or "angle_proj" in name
+        assert p.dtype == (torch.float32 if exact else torch.bfloat16), name
+    out = model(some_ids(1, 30))
+    assert out.past_key_values.layers[0].recurrent_states[0].dtype == torch.float32
+    close(out.logits.float(), wide()(some_ids(1, 30)), 0.05)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_folder_loads_and_is_saved_as_small(tmp_path, bits):
+    quantised = quantize_model(wide(d_model=64, ssm_head_dim=16), bits=bits, group_size=32)
+    (tmp_path / "one").mkdir()
+    save_folder(tmp_path / "one", quantised)
+    model, ids = TinyMambaHFModel.from_pretrained(tmp_path / "one"), some_ids(1, 9)
+    want = quantised(ids)
+    assert torch.equal(model(ids, use_cache=False).logits, want)
+    model.save_pretrained(tmp_path / "two")
+    again = TinyMambaHFModel.from_pretrained(tmp_path / "two")
+    assert torch.equal(again(ids, use_cache=False).logits, want)
+    sizes = [(tmp_path / n / "model.safetensors").stat().st_size for n in ("one", "two")]
+    assert abs(sizes[0] - sizes[1]) < 4096
+    with pytest.raises(ValueError, match="device_map: is not for a quantised model"):
+        TinyMambaHFModel.from_pretrained(tmp_path / "one", device_map="auto")
+    convert(str(tmp_path / "one"), str(tmp_path / "three"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "three")
+    assert torch.equal(loaded(ids, use_cache=False).logits, want)
+
+
+# ------------------------------------------------------------------------------ tokenizer, convert
+
+
+TEXTS = ["", " ", "def f(x):\n\treturn x", "ünïcödé 漢字 🙂", "a<|endoftext", "\r\n\x00"]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A checkpoint beside a trained tokenizer.json."""
+    folder = tmp_path_factory.mktemp("prepared")
+    (folder / "text.txt").write_text("the cat and the hat sat on the mat\n" * 200)
+    done = run_script("data/prepare.py", "--input", folder / "text.txt", "--output_dir", folder,
+                      "--vocab_size", 300, cwd=folder)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    model = wide(vocab_size=300, eos_id=EOS)
+    path = folder / "model.pt"
+    save_checkpoint(path, {"model": model.state_dict(), "config": model.config.to_dict()})
+    return path
+
+
+def test_the_fast_tokenizer_gives_the_ids_of_the_native_one(prepared):
+    for native in (SimpleTokenizer(), SimpleTokenizer(prepared.parent / "tokenizer.json")):
+        fast = TinyMambaHFTokenizer.of(native)
+        assert fast.eos_token_id == fast.pad_token_id == fast.bos_token_id == native.eos_token_id
+        for text in TEXTS:
+            assert fast(text)["input_ids"] == native.encode(text)
+            assert fast.decode(native.encode(text)) == native.decode(native.encode(text))
+        assert fast("<|endoftext|>")["input_ids"] == [native.eos_token_id]
+        batch = fast(["the", "the cat sat"], padding=True, return_tensors="pt")
+        assert batch["attention_mask"][0, 0] == 0
+        assert batch["attention_mask"][:, -1].all()
+        fast.chat_template = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+        chat = fast.apply_chat_template([{"role": "user", "content": "the"}], tokenize=False)
+        assert chat == "the<|endoftext|>"
+
+
+def test_a_list_of_words_is_no_fast_tokenizer(tmp_path):
+    (tmp_path / "vocab.txt").write_text("the\ncat\n<|endoftext|>\n")
+    with pytest.raises(UserError, match="vocab.txt: matches the longest token"):
+        TinyMambaHFTokenizer.of(SimpleTokenizer(tmp_path / "vocab.txt"))
+
+
+FRESH = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+folder, saved = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+assert not {"testv2", "hf_integration"} & set(sys.modules), "the repository was used"
+ids = tokenizer("the cat", return_tensors="pt")["input_ids"]
+cache = DynamicCache(config=model.config)
+torch.save({"weights": dict(model.model.state_dict()), "ids": ids,
+            "logits": model(ids, past_key_values=cache).logits.detach(),
+            "text": tokenizer.decode(model.generate(ids, max_new_tokens=9, do_sample=False)[0])},
+           saved + "/out.pt")
+model.save_pretrained(saved)
+tokenizer.save_pretrained(saved)
+"""
+
+
+def test_a_converted_folder_loads_in_a_fresh_process_and_comes_back(tmp_path, prepared):
+    folder, again = tmp_path / "hf", tmp_path / "again"
+    again.mkdir()
+    script = tmp_path / "fresh.py"
+    script.write_text(FRESH)
+    done = run_script("hf_integration.py", "convert", "--checkpoint", prepared, "--output_dir",
+                      folder, cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    names = {p.name for p in folder.iterdir()}
+    assert names >= {"model.safetensors", "config.json", "generation_config.json", "README.md",
+                     "tokenizer.json", "tokenizer_config.json", "hf_integration.py"}  # fmt: skip
+    native = load_model(prepared)
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"),
+           "PYTHONPATH": ""}  # fmt: skip
+    for source, target in ((folder, again), (again, tmp_path / "third")):
+        target.mkdir(exist_ok=True)
+        done = subprocess.run([sys.executable, script, source, target], cwd=tmp_path, env=env,
+                              capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        out = torch.load(target / "out.pt", weights_only=True)
+        for name, t in native.state_dict().items():
+            assert torch.equal(out["weights"][name], t)
+        assert torch.equal(out["logits"], native.advance(out["ids"], native.init_state(1))[0])
+        assert out["text"].startswith("the cat")
+    done = run_script("hf_integration.py", "convert", "--checkpoint", again, "--output_dir",
+                      tmp_path / "back.pt", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    back = load_checkpoint(tmp_path / "back.pt")
+    assert all(torch.equal(back["model"][n], t) for n, t in native.state_dict().items())
+    with torch.random.fork_rng():
+        assert torch.equal(load_model(folder)(out["ids"]), native(out["ids"]))
+
+
+def test_the_card_shows_a_snippet_that_runs(tmp_path, prepared):
+    convert(str(prepared), str(tmp_path / "card"))
+    card = (tmp_path / "card" / "README.md").read_text()
+    assert "library_name: transformers" in card
+    snippet = card.split("```python\n")[1].split("```")[0]
+    done = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Once" in done.stdout
+
+
+def test_nothing_is_overwritten_and_bad_input_is_one_line(tmp_path, prepared):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("mine")
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "vocab.txt").write_text("a\nb\n")
+    new = ["--output_dir", tmp_path / "x"]
+    for words, problem in (
+        (["--checkpoint", prepared, "--output_dir", tmp_path / "there"], "--output_dir: "),
+        (["--checkpoint", tmp_path / "no.pt", *new], "no such checkpoint"),
+        (["--checkpoint", prepared, *new, "--tokenizer_file", tmp_path / "words" / "vocab.txt"],
+         "matches the longest"),
+        (["--checkpoint", prepared], "--output_dir"),
+        (["--checkpoint", prepared, *new, "--tokeniser", "x"], "--tokeniser: unknown flag"),
+    ):  # fmt: skip
+        assert_refused(run_script("hf_integration.py", "convert", *words, cwd=tmp_path), problem)
+    assert (tmp_path / "there" / "file").read_text() == "mine"
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_flipped_bit_in_a_converted_folder_is_seen_by_the_native_reader(tmp_path, prepared):
+    convert(str(prepared), str(tmp_path / "hf"))
+    path = tmp_path / "hf" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="is damaged"):
+        load_model(tmp_path / "hf")
+
+
+# ------------------------------------------------------------------------------------- push
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's API as an upload needs."""
+
+    TOKEN = "hf_secretsecret"
+    log: list = []
+
+    @property
+    def here(self):
+        return f"http://127.0.0.1:{self.server.server_port}"
+
+    def answer(self, status, value):
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            body = b""
+            while size := int(self.rfile.readline(), 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+        self.log.append((self.path, body))
+        if self.headers.get("Authorization") != f"Bearer {self.TOKEN}":
+            self.answer(401, {"error": "Invalid credentials in Authorization header"})
+        elif self.path == "/api/repos/create":
+            self.answer(200, {"url": f"{self.here}/me/small", "name": "me/small"})
+        elif "/preupload/" in self.path:
+            files = json.loads(body)["files"]
+            self.answer(200, {"files": [{"path": f["path"], "uploadMode": "regular",
+                                         "shouldIgnore": False} for f in files]})  # fmt: skip
+        elif "/commit/" in self.path:
+            self.answer(200, {"commitUrl": f"{self.here}/me/small/commit/1", "success": True,
+                              "commitOid": "1" * 40})  # fmt: skip
+        else:
+            self.answer(200, {})
+
+    def do_GET(self):
+        self.log.append((self.path, b""))
+        self.answer(200, {"id": "me/small", "siblings": [], "sha": "1" * 40})
+
+    def log_message(self, *args):
+        return
+
+
+@pytest.fixture
+def hub():
+    Hub.log = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def push(folder, endpoint, *more, token=Hub.TOKEN):
+    return run_script(
+        "hf_integration.py", "push", "--model_dir", folder, "--repo_id", "me/small", *more,
+        cwd=folder.parent,
+        env={"HF_ENDPOINT": endpoint, "HF_TOKEN": token, "HF_HUB_OFFLINE": "0"})  # fmt: skip
+
+
+def test_push_makes_a_repository_and_one_commit_and_tells_no_token(tmp_path, prepared, hub):
+    convert(str(prepared), str(tmp_path / "hf"))
+    done = push(tmp_path / "hf", hub, "--private", "--commit_message", "First words")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{hub}/me/small/commit/1"
+    posted = dict(Hub.log)
+    assert json.loads(posted["/api/repos/create"])["private"] is True
+    [commit] = [body for path, body in Hub.log if "/commit/" in path]
+    header, *files = [json.loads(line)["value"] for line in commit.splitlines()]
+    assert header["summary"] == "First words"
+    assert {f["path"] for f in files} == {p.name for p in (tmp_path / "hf").iterdir()}
+
+    refused = push(tmp_path / "hf", hub, "--token", "hf_wrongwrong")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: --repo_id: the hub refused me/small (401)")
+    silent = push(tmp_path / "hf", "http://127.0.0.1:9")
+    assert silent.returncode == 2
+    assert "cannot be reached" in silent.stderr
+    for said in (done, refused, silent):
+        assert "secret" not in said.stdout + said.stderr
+        assert "wrongwrong" not in said.stdout + said.stderr
+
+
+def test_push_sends_no_folder_that_would_not_load(tmp_path, prepared, hub):
+    convert(str(prepared), str(tmp_path / "hf"))
+    (tmp_path / "hf" / "model.safetensors").write_bytes(b"broken")
+    done = push(tmp_path / "hf", hub)
+    assert done.returncode == 2
+    assert "model.safetensors: cannot be read" in done.stderr
+    (tmp_path / "hf" / "config.json").unlink()
+    assert "has no config.json" in push(tmp_path / "hf", hub).stderr
+    assert not Hub.log
