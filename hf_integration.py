@@ -391,6 +391,14 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
         """The padding among the tokens to be read, (B, L) or None: blocks need no other mask."""
         return this_piece(attention_mask, inputs_embeds.shape[1])
 
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args) -> None:
+        """As every model's, where a class with mamba in its name would get `cache_params`."""
+        if "past_key_values" in model_kwargs:
+            model_kwargs["cache_params"] = model_kwargs.pop("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        if "cache_params" in model_kwargs:
+            model_kwargs["past_key_values"] = model_kwargs.pop("cache_params")
+
     @can_return_tuple
     def forward(
         self,
@@ -616,7 +624,7 @@ def push(model_dir: str, repo_id: str, commit_message: str, private: bool,
     load_folder(folder)
     api = HfApi(token=token)
     try:
-        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        repo = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
         return str(api.upload_folder(repo_id=repo, folder_path=folder,
                                      commit_message=commit_message).commit_url)
     except HFValidationError as e:

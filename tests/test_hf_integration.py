@@ -1,6 +1,7 @@
 """hf_integration.py against the native model, at the level of logits, and through transformers."""
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -41,6 +42,7 @@ from hf_integration import (
     TinyMambaHFModel,
     TinyMambaHFTokenizer,
     convert,
+    main,
     read_cache,
 )
 from quantize import quantize_model
@@ -53,6 +55,7 @@ from testv2 import (
     generate,
     load_checkpoint,
     load_model,
+    run_cli,
     save_checkpoint,
     save_folder,
 )
@@ -216,10 +219,14 @@ def test_greedy_generation_is_the_native_one_for_every_cache():
     native = wide()
     model, prompt = hf(native), some_ids(2, 11)
     want = generate(native, prompt, 20, temperature=0)
-    for arguments in ({}, {"cache_implementation": "static"}, {"use_cache": False},
-                      {"prefill_chunk_size": 4}):  # fmt: skip
+    for kind, arguments in (
+        (DynamicCache, {}), (StaticCache, {"cache_implementation": "static"}),
+        (type(None), {"use_cache": False}), (DynamicCache, {"prefill_chunk_size": 4}),
+        (StaticCache, {"prefill_chunk_size": 4, "cache_implementation": "static"}),
+    ):  # fmt: skip
         out, logits = scores_of(model, prompt, max_new_tokens=20, do_sample=False, **arguments)
         assert torch.equal(out.sequences, want), arguments
+        assert type(out.past_key_values) is kind
         close(logits, native(want)[:, 10:-1])
 
 
@@ -455,12 +462,6 @@ def test_sft_of_trl_packs_texts_that_do_not_see_each_other(tmp_path):
     from trl import SFTConfig, SFTTrainer
 
     seen = []
-
-    class Watched(TinyMambaHFModel):
-        def forward(self, *args, **kwargs):
-            seen.append(kwargs)
-            return super().forward(*args, **kwargs)
-
     config = TinyMambaConfig(**{
         k: v for k, v in describe_model(wide()).items() if k != "model_type"})  # fmt: skip
     tokenizer = TinyMambaHFTokenizer.of(SimpleTokenizer())
@@ -469,8 +470,10 @@ def test_sft_of_trl_packs_texts_that_do_not_see_each_other(tmp_path):
         output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[],
         use_cpu=True, packing=True, padding_free=True, max_length=64, save_strategy="no",
         bf16=False, logging_steps=1, gradient_checkpointing=False)  # fmt: skip
-    trainer = SFTTrainer(model=Watched(config), args=args, train_dataset=data,
-                         processing_class=tokenizer)  # fmt: skip
+    model = TinyMambaHFModel(config)
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)  # fmt: skip
+    trainer = SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
     trainer.train()
     positions = seen[0]["position_ids"]
     assert int((positions == 0).sum()) > 1  # more than one text in a row
@@ -597,6 +600,15 @@ def test_a_list_of_words_is_no_fast_tokenizer(tmp_path):
         TinyMambaHFTokenizer.of(SimpleTokenizer(tmp_path / "vocab.txt"))
 
 
+def in_process(*words):
+    """hf_integration.py with these words on the command line, without starting Python anew."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(
+            SystemExit) as ended:  # fmt: skip
+        run_cli(lambda: main([str(word) for word in words]))
+    return subprocess.CompletedProcess(words, ended.value.code, out.getvalue(), err.getvalue())
+
+
 FRESH = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
@@ -674,7 +686,9 @@ def test_nothing_is_overwritten_and_bad_input_is_one_line(tmp_path, prepared):
         (["--checkpoint", prepared], "--output_dir"),
         (["--checkpoint", prepared, *new, "--tokeniser", "x"], "--tokeniser: unknown flag"),
     ):  # fmt: skip
-        assert_refused(run_script("hf_integration.py", "convert", *words, cwd=tmp_path), problem)
+        assert_refused(in_process("convert", *words), problem)
+    done = run_script("hf_integration.py", "convert", "--checkpoint", "no.pt", *new, cwd=tmp_path)
+    assert_refused(done, "no.pt: no such checkpoint")
     assert (tmp_path / "there" / "file").read_text() == "mine"
     assert not (tmp_path / "x").exists()
 
@@ -752,11 +766,11 @@ def hub():
     server.server_close()
 
 
-def push(folder, endpoint, *more, token=Hub.TOKEN):
+def push(folder, endpoint, *more):
     return run_script(
         "hf_integration.py", "push", "--model_dir", folder, "--repo_id", "me/small", *more,
         cwd=folder.parent,
-        env={"HF_ENDPOINT": endpoint, "HF_TOKEN": token, "HF_HUB_OFFLINE": "0"})  # fmt: skip
+        env={"HF_ENDPOINT": endpoint, "HF_TOKEN": Hub.TOKEN, "HF_HUB_OFFLINE": "0"})  # fmt: skip
 
 
 def test_push_makes_a_repository_and_one_commit_and_tells_no_token(tmp_path, prepared, hub):
@@ -765,7 +779,7 @@ def test_push_makes_a_repository_and_one_commit_and_tells_no_token(tmp_path, pre
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"{hub}/me/small/commit/1"
     posted = dict(Hub.log)
-    assert json.loads(posted["/api/repos/create"])["private"] is True
+    assert json.loads(posted["/api/repos/create"])["visibility"] == "private"
     [commit] = [body for path, body in Hub.log if "/commit/" in path]
     header, *files = [json.loads(line)["value"] for line in commit.splitlines()]
     assert header["summary"] == "First words"
@@ -785,9 +799,9 @@ def test_push_makes_a_repository_and_one_commit_and_tells_no_token(tmp_path, pre
 def test_push_sends_no_folder_that_would_not_load(tmp_path, prepared, hub):
     convert(str(prepared), str(tmp_path / "hf"))
     (tmp_path / "hf" / "model.safetensors").write_bytes(b"broken")
-    done = push(tmp_path / "hf", hub)
-    assert done.returncode == 2
-    assert "model.safetensors: cannot be read" in done.stderr
+    words = ["push", "--model_dir", tmp_path / "hf", "--repo_id", "me/small"]
+    assert_refused(in_process(*words), "model.safetensors: cannot be read")
+    assert_refused(in_process(*words, "--repo_id", "no name"), "model.safetensors")
     (tmp_path / "hf" / "config.json").unlink()
-    assert "has no config.json" in push(tmp_path / "hf", hub).stderr
+    assert_refused(in_process(*words), "has no config.json")
     assert not Hub.log
