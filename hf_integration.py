@@ -130,16 +130,15 @@ def read_cache(cache: Cache, model: TinyMambaModel, batch: int) -> ModelState:
     if not isinstance(kind, LinearAttentionCacheLayerMixin):
         raise ValueError("past_key_values: has no place for recurrent states; make it as "
                          "DynamicCache(config=model.config), or a StaticCache of it")
-    state = model.init_state(batch)
     if not cache.has_previous_state(0):
-        return state
+        return model.init_state(batch)
     where = cache.get_conv_state(0, WHERE).squeeze(-1)  # (B, 2)
     if where.shape[0] != batch:
         raise ValueError(f"past_key_values: is of {where.shape[0]} texts, the input of {batch}")
-    W = model.config.window_size
+    K, W = model.config.d_conv, model.config.window_size
     layers = []
     for i in range(len(model.blocks)):
-        tail = cache.get_conv_state(i, CONV)[:, :, 1:].mT  # (B, K-1, D)
+        tail = cache.get_conv_state(i, CONV)[:, :, : K - 1].mT  # (B, K-1, D)
         phase = cache.get_conv_state(i, PHASE).squeeze(-1)  # (B, N/2)
         ssm = cache.get_recurrent_state(i)  # (B, H, P, N)
         keys, values = (last_keys(t, cache.get_seq_length(i), W - 1)
@@ -162,8 +161,8 @@ def write_cache(cache: Cache, state: ModelState, length: int, padded: bool) -> N
     """Give `cache` the state after `length` more tokens."""
     where = torch.stack((state.position, state.document_start), dim=1)[..., None]  # (B, 2, 1)
     for i, layer in enumerate(state.layers):
-        tail = F.pad(layer.conv.mT, (1, 0))  # (B, D, K): a window of K holds K-1 that count
-        cache.update_conv_state(tail, i, CONV)
+        tail = layer.conv.mT  # (B, D, K-1)
+        cache.update_conv_state(tail if tail.shape[2] else F.pad(tail, (1, 0)), i, CONV)
         cache.update_conv_state(layer.phase[..., None], i, PHASE)
         cache.update_conv_state(where, i, WHERE)
         cache.update_recurrent_state(layer.ssm, i)
@@ -173,7 +172,9 @@ def write_keys(cache: Cache, layer: LayerState, i: int, length: int, padded: boo
     """Append the keys and values of `length` tokens, of which only the last W-1 are there."""
     tails = layer.keys, layer.values  # (B, A, W-1, F)
     count = tails[0].shape[2]
-    cache.update(*(F.pad(t, (0, 0, max(0, length - count), 0))[:, :, -length:] for t in tails), i)
+    if length > count:
+        tails = tuple(F.pad(t, (0, 0, length - count, 0)) for t in tails)
+    cache.update(*(t[:, :, -length:] for t in tails), i)
     slots = cache.layers[i]
     if slots.keys.shape[2] < min(cache.get_seq_length(i), count):
         raise ValueError(f"past_key_values: a static cache of {slots.keys.shape[2]} tokens is "
@@ -182,7 +183,7 @@ def write_keys(cache: Cache, layer: LayerState, i: int, length: int, padded: boo
         filled = min(cache.get_seq_length(i), slots.keys.shape[2])
         kept = min(filled, count)
         for cached, tail in zip((slots.keys, slots.values), tails, strict=True):
-            cached[:, :, filled - kept : filled] = tail[:, :, count - kept :]
+            cached[:, :, filled - kept : filled] = tail[:, :, tail.shape[2] - kept :]
 
 # ------------------------------------------------------------------------------------ model
 
@@ -331,6 +332,7 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
         fresh = TinyMambaModel(self.model.config).state_dict() if missing else {}
         for name, p in missing.items():
             p.copy_(fresh[name])
+            p._is_hf_initialized = True
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -378,6 +380,8 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
         embedding = super().resize_token_embeddings(*args, **kwargs)
         self.model.config.vocab_size = self.config.vocab_size
+        for table in (embedding, self.model.head):
+            table.weight._is_hf_initialized = True
         return embedding
 
     def set_attn_implementation(self, *args, **kwargs) -> None:
