@@ -1,10 +1,11 @@
-"""TinyMamba against standard models of the same size: speed, peak memory and perplexity.
+"""TinyMamba against standard models of the same size: speed, memory, perplexity and tasks.
 
     python benchmark.py --benchmark_type training --sequence_lengths 512 2048 8192
     python benchmark.py --benchmark_type inference memory --models_to_compare llama mamba2
     python benchmark.py --preset small --compile both --device cuda --generate_plots
     python benchmark.py --benchmark_type perplexity --tinymamba_checkpoint model.pt \\
         --eval_dataset ./data/text/val.bin
+    python benchmark.py --benchmark_type lm_eval --tinymamba_checkpoint model.pt --tasks piqa
     python benchmark.py --tinymamba_checkpoint model.pt --force    # everything
     python benchmark.py --help
 
@@ -19,6 +20,7 @@ same random ids; medians count.
     memory      by how much one training step raises the peak, in a process of its own; on Linux
                 and CUDA exact, on macOS too low by up to one set of gradients; never compiled
     perplexity  of the checkpoint alone: untrained peers have none
+    lm_eval     the checkpoint's marks in tasks of lm-evaluation-harness, if installed
 
 Results go to results.json and results.md in --output_dir, plots beside them.
 """
@@ -60,6 +62,7 @@ from testv2 import (
     load_checkpoint,
     load_model,
     need,
+    open_tokenizer,
     pick_amp_dtype,
     pick_device,
     read_sidecar,
@@ -80,7 +83,9 @@ MEASURES = {  # benchmark: the key in its rows that counts, what it is
     "decode": ("median", "Decoding, tokens per second"),
     "memory": ("bytes_per_token", "Peak memory of a training step, bytes per token"),
     "perplexity": ("nats_per_token", "Loss, nats per token"),
+    "lm_eval": ("value", "Tasks of lm-evaluation-harness"),
 }
+CHECKPOINTS_ALONE = {"perplexity", "lm_eval"}
 OUTPUTS = ("results.json", "results.md", *(f"{name}.png" for name in MEASURES))
 
 # -------------------------------------------------------------------------------- contestants
@@ -460,11 +465,42 @@ def perplexity(args: argparse.Namespace, contestants: dict):
             values["bits_per_byte"] = nats / math.log(2) * facts["tokens"] / facts["bytes"]
         yield make_row("perplexity", "tinymamba", case, False, reason, **values)
 
+def lm_eval(args: argparse.Namespace, contestants: dict):
+    """Rows of the checkpoint's marks: one for each metric of each task."""
+    manager = need("lm_eval.tasks").TaskManager(include_path=args.include_path)
+    unknown = [task for task in args.tasks if not manager.match_tasks([task])]
+    require(not unknown, "tasks", f"{', '.join(unknown)}: no such task of lm-evaluation-harness",
+            "lm-eval ls tasks lists them; --include_path adds your own")
+    lm = need("lm_eval.models.huggingface").HFLM(
+        **open_for_harness(args), batch_size=(args.batch_sizes or [8])[0], device=str(args.device),
+        max_length=max(args.sequence_lengths or [2048]))
+    found = need("lm_eval").simple_evaluate(
+        lm, tasks=args.tasks, task_manager=manager, limit=args.limit, bootstrap_iters=0)
+    for task, values in found["results"].items():
+        for name, value in values.items():
+            metric, _, kind = name.partition(",")
+            if type(value) in (int, float) and kind and not metric.endswith("_stderr"):
+                error = values.get(f"{metric}_stderr,{kind}")
+                yield make_row("lm_eval", "tinymamba", (lm.batch_size, lm.max_length), False, "",
+                               task=task, metric=metric, filter=kind, value=value,
+                               stderr=error if isinstance(error, float) else None)
+
+def open_for_harness(args: argparse.Namespace) -> dict:
+    """The checkpoint and its tokenizer as `transformers` has them."""
+    hf = importlib.import_module("hf_integration")
+    model = load_model(args.tinymamba_checkpoint, args.device)
+    tokenizer = open_tokenizer(None, model, [args.tinymamba_checkpoint])
+    require(tokenizer, "tinymamba_checkpoint", "has no tokenizer.json beside it or its data",
+            "copy it there")
+    return {"pretrained": hf.TinyMambaHFModel.of(model),
+            "tokenizer": hf.TinyMambaHFTokenizer.of(tokenizer)}
+
 BENCHMARKS = {  # memory comes first: this process holds no model yet, so a GPU is empty
     "memory": [memory],
     "training": [functools.partial(speed, "training")],
     "inference": [functools.partial(speed, "prefill"), functools.partial(speed, "decode")],
     "perplexity": [perplexity],
+    "lm_eval": [lm_eval],
 }
 
 # ------------------------------------------------------------------------------------ results
@@ -491,6 +527,9 @@ def cell(row: dict) -> str:
     if row["benchmark"] == "perplexity":
         bits = row["bits_per_byte"]
         return f"{row['nats_per_token']:.4f}" + (f", {bits:.4f} bits per byte" if bits else "")
+    if row["benchmark"] == "lm_eval":
+        error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
+        return f"{row['task']}, {row['metric']} ({row['filter']}): {row['value']:.4f}{error}"
     value = f"{row[MEASURES[row['benchmark']][0]]:,.0f}"
     if row["benchmark"] == "decode":
         value += f", {1000 * row['median_seconds']:.2f} ms"
@@ -518,6 +557,9 @@ def markdown(results: dict) -> str:
         text.append("In brackets: the number as a multiple of Llama's.\n")
     for benchmark, (_, title) in MEASURES.items():
         rows = [row for row in results["rows"] if row["benchmark"] == benchmark]
+        if benchmark == "lm_eval" and rows:
+            text.append(f"## {title}\n\n" + "".join(f"- {cell(row)}\n" for row in rows))
+            continue
         columns = sorted({(row["length"], row["batch"]) for row in rows})
         lines = [["length (batch)", *(f"{length} ({batch})" for length, batch in columns)]]
         for name in dict.fromkeys(map(label, rows)):
@@ -565,7 +607,7 @@ def write_results(results: dict, args: argparse.Namespace) -> None:
     for benchmark in MEASURES:
         path, rows = args.output_dir / f"{benchmark}.png", results["rows"]
         rows = [row for row in rows if row["benchmark"] == benchmark and row["status"] == "ok"]
-        if rows and args.generate_plots:
+        if rows and args.generate_plots and benchmark != "lm_eval":
             plot(rows, path)
         else:
             path.unlink(missing_ok=True)
@@ -615,6 +657,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps [auto]")
     add("--eval_dataset", default=Config.val_data_path, metavar="FILE",
         help=f".bin of tokens for perplexity [{Config.val_data_path}]")
+    add("--tasks", nargs="+", metavar="TASK", help="of lm-evaluation-harness, for lm_eval")
+    add("--include_path", metavar="DIR", help="folder of your own tasks' .yaml files")
+    add("--limit", **one, help="examples of each task [all]")
     add("--output_dir", type=Path, default=Path("./benchmark_results"), metavar="DIR",
         help="folder for the results [./benchmark_results]")
     add("--generate_plots", action="store_true", help="write PNGs too")
@@ -638,7 +683,10 @@ def choose_config(args: argparse.Namespace) -> Config:
 
 def choose_benchmarks(args: argparse.Namespace) -> list[str]:
     """What to measure, in order; `all` leaves out what cannot be."""
-    unable = {} if args.tinymamba_checkpoint else {"perplexity": "needs --tinymamba_checkpoint"}
+    of_checkpoint = () if args.tinymamba_checkpoint else ("perplexity", "lm_eval")
+    unable = dict.fromkeys(of_checkpoint, "needs --tinymamba_checkpoint")
+    if not args.tasks:
+        unable.setdefault("lm_eval", "needs --tasks")
     if args.device.type == "mps":
         unable["memory"] = "needs a device that tells its peak: cpu or cuda"
     everything, asked = "all" in args.benchmark_type, set(args.benchmark_type)
@@ -647,8 +695,8 @@ def choose_benchmarks(args: argparse.Namespace) -> list[str]:
         if everything:
             print(f"note: {kind} is left out: it {reason}")
     asked = set(BENCHMARKS) - set(unable) if everything else asked
-    if "perplexity" in asked and args.models_to_compare:
-        print("note: perplexity is TinyMamba's alone: untrained peers have none")
+    for kind in asked & CHECKPOINTS_ALONE if args.models_to_compare else ():
+        print(f"note: {kind} is TinyMamba's alone: untrained peers have none")
     return [kind for kind in BENCHMARKS if kind in asked]
 
 def settle(args: argparse.Namespace) -> None:
@@ -665,7 +713,7 @@ def settle(args: argparse.Namespace) -> None:
     if "perplexity" in args.benchmark_type:
         open_eval(args, max(args.sequence_lengths or [args.config.block_size]))
     names = args.models_to_compare or ["llama", "gpt2", "mamba2"]
-    alone = args.benchmark_type == ["perplexity"]
+    alone = set(args.benchmark_type) <= CHECKPOINTS_ALONE
     args.models = [name for name in PEERS if name in names and not alone]
     if args.generate_plots:
         need("matplotlib")

@@ -120,6 +120,11 @@ class TinyMambaConfig(PreTrainedConfig):
         config.use_flash_attn = self._attn_implementation != "eager"
         return config
 
+def config_of(native: TinyMambaModel, **changes) -> TinyMambaConfig:
+    """The configuration of a native model."""
+    described = {n: v for n, v in describe_model(native).items() if n != "model_type"}
+    return TinyMambaConfig(**{**described, **changes})
+
 # ------------------------------------------------------------------------------------ cache
 
 CONV, PHASE, WHERE = range(3)  # the states with a window
@@ -323,6 +328,13 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
         for p in self.model.parameters():  # TinyMambaModel has given them their values
             p._is_hf_initialized = p.device.type != "meta"
         self.post_init()
+
+    @staticmethod
+    def of(native: TinyMambaModel, **changes) -> TinyMambaHFModel:
+        """A copy of a native model in eval mode; `changes` go to its configuration."""
+        model = TinyMambaHFModel(config_of(native, **changes))
+        model.model.load_state_dict(native.state_dict())
+        return model.eval()
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -548,13 +560,12 @@ def convert(checkpoint: str, output_dir: str, tokenizer_file: str | None = None,
         return
     tokenizer = open_tokenizer(tokenizer_file, model, [checkpoint])
     fast = None if tokenizer is None else TinyMambaHFTokenizer.of(tokenizer)
-    described = describe_model(model)
-    described.pop("model_type")
+    roles = {}
     if fast is not None:
         require(len(fast) <= model.config.vocab_size, "--tokenizer_file", f"has {len(fast)} ids, "
                 f"the model {model.config.vocab_size}", "pass the one that it was trained with")
-        described |= {role: getattr(fast, role) for role in ROLES}
-    config = TinyMambaConfig(**described, dtype="float32", architectures=["TinyMambaHFModel"])
+        roles = {role: getattr(fast, role) for role in ROLES}
+    config = config_of(model, **roles, dtype="float32", architectures=["TinyMambaHFModel"])
     config.auto_map = {"AutoConfig": "hf_integration.TinyMambaConfig",
                        "AutoModelForCausalLM": "hf_integration.TinyMambaHFModel"}
     with new_folder(folder) as new:

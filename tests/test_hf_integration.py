@@ -41,6 +41,7 @@ from hf_integration import (
     TinyMambaForCausalLM,
     TinyMambaHFModel,
     TinyMambaHFTokenizer,
+    config_of,
     convert,
     main,
     read_cache,
@@ -51,7 +52,6 @@ from testv2 import (
     SimpleTokenizer,
     TinyMambaModel,
     UserError,
-    describe_model,
     generate,
     load_checkpoint,
     load_model,
@@ -68,12 +68,7 @@ SHAPES = {
 SPLITS = [(40,), (1,) * 40, (3, 1, 17, 1, 1, 17), (30, 10)]
 
 
-def hf(native: TinyMambaModel, **changes) -> TinyMambaHFModel:
-    """The same weights under transformers."""
-    described = {k: v for k, v in describe_model(native).items() if k != "model_type"}
-    model = TinyMambaHFModel(TinyMambaConfig(**described, **changes))
-    model.model.load_state_dict(native.state_dict())
-    return model.eval()
+hf = TinyMambaHFModel.of
 
 
 def close(got, want, tolerance=1e-5):
@@ -419,8 +414,7 @@ def losses_of(trainer) -> list[float]:
 
 def test_their_trainer_trains_it_and_saves_what_loads_again(tmp_path):
     torch.manual_seed(0)
-    model = TinyMambaHFModel(TinyMambaConfig(**{
-        k: v for k, v in describe_model(wide()).items() if k != "model_type"}))  # fmt: skip
+    model = TinyMambaHFModel(config_of(wide()))
     trainer = Trainer(model=model, args=training(tmp_path / "run"), train_dataset=rows_of())
     losses = losses_of(trainer)
     assert abs(losses[0] - math.log(257)) < 0.3  # a mean over the tokens of both micro-batches
@@ -462,15 +456,13 @@ def test_sft_of_trl_packs_texts_that_do_not_see_each_other(tmp_path):
     from trl import SFTConfig, SFTTrainer
 
     seen = []
-    config = TinyMambaConfig(**{
-        k: v for k, v in describe_model(wide()).items() if k != "model_type"})  # fmt: skip
     tokenizer = TinyMambaHFTokenizer.of(SimpleTokenizer())
     data = Dataset.from_dict({"text": [f"text number {i}" for i in range(24)]})
     args = SFTConfig(
         output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[],
         use_cpu=True, packing=True, padding_free=True, max_length=64, save_strategy="no",
         bf16=False, logging_steps=1, gradient_checkpointing=False)  # fmt: skip
-    model = TinyMambaHFModel(config)
+    model = TinyMambaHFModel(config_of(wide()))
     model.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)  # fmt: skip
     trainer = SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
@@ -805,3 +797,58 @@ def test_push_sends_no_folder_that_would_not_load(tmp_path, prepared, hub):
     (tmp_path / "hf" / "config.json").unlink()
     assert_refused(in_process(*words), "has no config.json")
     assert not Hub.log
+
+
+# ------------------------------------------------------------------------------------- lm-eval
+
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+doc_to_text: "{{{{question}}}}"
+{rest}
+"""
+
+
+def test_lm_eval_has_the_likelihoods_of_the_native_model(tmp_path, prepared):
+    from lm_eval import simple_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    native = load_model(prepared)
+    tokenizer = SimpleTokenizer(prepared.parent / "tokenizer.json")
+    pairs = [("the cat", " sat on the mat"), ("the", " hat"), ("", "the cat and the hat")]
+    want = []
+    for context, more in pairs:
+        first = tokenizer.encode(context) or [tokenizer.eos_token_id]
+        ids = torch.tensor([first + tokenizer.encode(more)])
+        logprobs = native(ids)[0, len(first) - 1 : -1].log_softmax(-1)
+        want.append(logprobs.gather(-1, ids[0, len(first) :, None]).sum().item())
+    convert(str(prepared), str(tmp_path / "hf"))
+    lm = HFLM(pretrained=str(tmp_path / "hf"), batch_size=2, device="cpu", dtype="float32")
+    asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    got = [value for value, _ in lm.loglikelihood(asked)]
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(want), rtol=1e-5, atol=1e-4)
+
+    rows = [{"question": q, "choices": [a, " dog", " tree"], "answer": 0} for q, a in pairs[:2]]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "mine.yaml").write_text(TASK.format(
+        name="mine", file=tmp_path / "rows.jsonl",
+        rest="output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: answer"))
+    env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    done = run_script(
+        "benchmark.py", "--benchmark_type", "lm_eval", "--tinymamba_checkpoint", prepared,
+        "--tasks", "mine", "--include_path", tmp_path, "--device", "cpu", cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "benchmark_results" / "results.json").read_text())["rows"]
+    manager = TaskManager(include_path=str(tmp_path))
+    again = simple_evaluate(lm, tasks=["mine"], task_manager=manager, bootstrap_iters=0)
+    for row in written:
+        assert row["value"] == again["results"]["mine"][f"{row['metric']},{row['filter']}"]
+    assert {row["metric"] for row in written} >= {"acc", "acc_norm"}
+    done = run_script("benchmark.py", "--benchmark_type", "lm_eval", "--tinymamba_checkpoint",
+                      prepared, "--tasks", "no_such", "--force", cwd=tmp_path, env=env)  # fmt: skip
+    assert_refused(done, "tasks: no_such: no such task")
