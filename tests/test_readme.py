@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, flags, free_port, run_script, write_tokens
 
+import benchmark
 import export_model
+import hf_integration
 from testv2 import parse_command_line
 
 README = (ROOT / "README.md").read_text()
@@ -28,7 +30,8 @@ SHORT = flags(
     device="cpu",
 )  # fmt: skip
 # By requirements-dev.txt.
-INSTALLED = {"wandb", "pyarrow", "tiktoken", "onnx", "onnxscript", "onnxruntime"}
+INSTALLED = {"wandb", "pyarrow", "tiktoken", "onnx", "onnxscript", "onnxruntime", "transformers",
+             "accelerate"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +39,8 @@ def workspace(tmp_path_factory) -> Path:
     """A copy of the project with the files that the README's commands name."""
     folder = tmp_path_factory.mktemp("readme")
     for name in ("testv2.py", "ssm_kernels.py", "streaming.py", "peft.py", "quantize.py",
-                 "export_model.py", "onnx_generate.py", "benchmark.py", "Makefile",
-                 "requirements.txt", "requirements-dev.txt"):  # fmt: skip
+                 "export_model.py", "onnx_generate.py", "benchmark.py", "hf_integration.py",
+                 "Makefile", "requirements.txt", "requirements-dev.txt"):  # fmt: skip
         shutil.copy(ROOT / name, folder)
     (folder / "data").mkdir()
     shutil.copy(ROOT / "data" / "prepare.py", folder / "data")
@@ -146,6 +149,16 @@ def test_command(command, workspace):
             small = flags(calibration_tokens=512, group_size=8) if "4" in rest else []
             done = run([workspace / "quantize.py", *rest, *small], workspace)
             assert "ssm state" in done if "--report" in rest else "of float32" in done
+        case ["python", "hf_integration.py", "convert", *rest]:
+            assert "made of" in run([workspace / "hf_integration.py", *words[2:]], workspace)
+        case ["python", "hf_integration.py", "push", *rest]:
+            # tests/test_hf_integration.py sends a folder to a hub of its own.
+            assert hf_integration.parse(words[2:])
+        case ["python", "benchmark.py", *rest] if "lm_eval" in rest:
+            assert benchmark.parse(rest).tasks  # its data would have to be fetched
+        case ["lm_eval", *rest]:
+            assert "--model_args" in rest
+            check([sys.executable, "-m", "lm_eval", "run", "--help"], workspace)
         case ["python", "benchmark.py", *rest]:
             small = flags(d_model=32, n_layer=1, vocab_size=64, sequence_lengths=16,
                           tokens_per_step=32, test_iterations=1, compile="off",
@@ -177,6 +190,7 @@ def test_command(command, workspace):
         case ["pip", "install", "-r", file]:
             assert (ROOT / file).read_text()
         case ["pip", "install", *packages]:
+            packages = [package.partition("==")[0] for package in packages]
             assert INSTALLED.issuperset(packages)
             check([sys.executable, "-c", f"import {', '.join(packages)}"], workspace)
         case ["ruff", *rest]:
