@@ -32,9 +32,9 @@ def names_in(text: str) -> set[str]:
             if s.is_assigned() or s.is_imported() or s.is_namespace()}
 
 def asked_of(node: ast.Import | ast.ImportFrom, tree: ast.Module) -> set[str]:
-    """The names that an import takes from its module, or what follows makes use of."""
+    """The names of its module that an import takes, or of which the script makes use; if known."""
     if isinstance(node, ast.ImportFrom):
-        return {alias.name for alias in node.names}
+        return {alias.name for alias in node.names} - {"*"}
     name = node.names[0].asname or node.names[0].name
     return {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)
             and isinstance(n.value, ast.Name) and n.value.id == name}

@@ -5,13 +5,16 @@ Training commands are read as they stand, and then run with a few flags more tha
 
 import json
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT, flags, free_port, run_script, write_tokens
 
 import export_model
@@ -27,8 +30,11 @@ SHORT = flags(
     validation_steps=1, generation_length=5, gradient_accumulation_steps=1, use_compile="false",
     device="cpu",
 )  # fmt: skip
-# By requirements-dev.txt.
-INSTALLED = {"wandb", "pyarrow", "tiktoken", "onnx", "onnxscript", "onnxruntime"}
+INSTALLED = {"pyarrow", "tiktoken"}  # by requirements-dev.txt
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+PACKAGE = runpy.run_path(str(ROOT / "src" / "tinymamba" / "__main__.py"))
+INSTALLED_COMMANDS, usage = PACKAGE["COMMANDS"], PACKAGE["usage"]
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +182,17 @@ def test_command(command, workspace):
             check(["make", "--dry-run", target], workspace)
         case ["pip", "install", "-r", file]:
             assert (ROOT / file).read_text()
+        case ["pip", "install", target] if target.startswith("."):  # done in tests/test_package.py
+            assert target == "." or target[2:-1] in EXTRAS
+        case ["tinymamba", "--help"]:
+            assert "tinymamba COMMAND" in usage()
+        case ["tinymamba", name, *_]:  # as a script it is run where that stands
+            script = INSTALLED_COMMANDS[name][0]
+            assert command.replace(f"tinymamba {name}", f"python {script}") in COMMANDS
+        case ["docker", "build", "--tag", _, *rest, "."]:  # see tests/test_container.py
+            assert rest in ([], ["--build-arg", "DEVICE=cuda"])
+        case ["docker", "compose", *_, service]:
+            assert service in yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
         case ["pip", "install", *packages]:
             assert INSTALLED.issuperset(packages)
             check([sys.executable, "-c", f"import {', '.join(packages)}"], workspace)
