@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, assert_refused, files_below, flags, free_port, write_tokens
 
 import setup
-from setup import installed_commands, package_files, relative
+from setup import installed_commands, names_in, package_files, relative
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -96,6 +96,15 @@ def test_every_file_beside_the_scripts_is_taken_by_being_there(tmp_path):
     assert package_files(tmp_path) == {
         "serve.py": b"from .testv2 import Config\n", "testv2.py": b"class Config: pass\n",
         "page.html": b"<p>from testv2 import Config"}
+
+
+def test_the_names_of_the_package_are_names_of_its_modules():
+    package = runpy.run_path(str(ROOT / "src" / "tinymamba" / "__init__.py"))
+    for module, names in (package["NAMES"] | package["OF_EXTRAS"]).items():
+        path = ROOT / f"{module}.py"
+        assert not path.is_file() or {*names.split()} <= names_in(path.read_text()), module
+    scripts = {path.removesuffix(".py").split("/")[0] for path in setup.find_scripts(ROOT)}
+    assert {name for name in scripts if "." not in name} <= package["MODULES"]
 
 
 def test_modules_ask_for_siblings_by_relative_imports_alone():

@@ -54,7 +54,7 @@ def main() -> typing.NoReturn:
         hint = f"did you mean {near[0]}?" if near else "tinymamba --help lists them"
         refuse(name or "COMMAND", "unknown command" if name else "is missing", hint)
     script, *first = COMMANDS[name][0].split()
-    sys.argv = [f"tinymamba {name}", *words]  # argparse's usage begins with it
+    sys.argv = ["tinymamba" if first else f"tinymamba {name}", *first, *words]  # shown by --help
     load("testv2.py").run_cli(lambda: load(script).main([*first, *words]))
 
 if __name__ == "__main__":
