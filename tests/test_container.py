@@ -47,6 +47,9 @@ def test_it_serves_unless_told_otherwise():
     command = json.loads(last("CMD"))
     assert json.loads(last("ENTRYPOINT")) == ["tinymamba"] and command[0] in COMMANDS
     assert command[:5] == ["serve", "--host", "0.0.0.0", "--port", last("EXPOSE")]
+    script = ROOT / COMMANDS["serve"][0]
+    known = script.read_text() if script.is_file() else " ".join(command)
+    assert all(word in known for word in command if word.startswith("--"))
 
 
 def test_files_that_are_copied_are_there_and_reach_the_build():
