@@ -316,10 +316,10 @@ for name in {sorted(THERE)}:
 
 
 def test_packages_that_are_missing_are_named(site, tmp_path):
-    code = "import sys; sys.modules['tokenizers'] = None; sys.argv = ['tinymamba', 'prepare']\n" \
+    code = "import sys; sys.modules['torch'] = None; sys.argv = ['tinymamba', 'prepare']\n" \
            "from tinymamba.__main__ import main; main()"
     assert_refused(run_python(["-c", code], site, tmp_path),
-                   "tokenizers: is not installed; pip install")
+                   "torch: is not installed; pip install torch")
 
 
 BOOK = "Once there was a book, and this was its text.\n" * 80
