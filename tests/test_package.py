@@ -346,14 +346,15 @@ def test_from_a_text_to_a_quantised_and_an_exported_model(tinymamba, site, tmp_p
     assert files_below(site) == before
 
 
-def test_the_built_in_corpus_is_made_where_the_run_is(tinymamba, tmp_path):
+def test_the_built_in_corpus_is_made_where_the_run_is(site, tmp_path):
     (tmp_path / "data" / "text").mkdir(parents=True)
     (tmp_path / "data" / "text" / "vocab.txt").write_text("mine")
-    done = tinymamba("train", *SMALL)
+    done = run_python(["-m", "tinymamba.testv2", *SMALL], site, tmp_path)
     assert "preparing the built-in corpus" in done.stdout
     assert_refused(done, "data/text/vocab.txt", "--force")  # by tinymamba.data.prepare
 
 
+@pytest.mark.slow
 def test_several_processes(site, tmp_path):
     (tmp_path / "data" / "text").mkdir(parents=True)
     for name in ("train.bin", "val.bin"):
