@@ -1244,7 +1244,7 @@ class SimpleTokenizer:
         try:
             self.library = Tokenizer.from_file(path)
         except Exception as e:  # the library raises nothing narrower
-            remedy = "make it with data/prepare.py"
+            remedy = "make it with python data/prepare.py"
             raise UserError(path, f"is not a tokenizer ({e})", remedy) from None
         ids = map(self.library.token_to_id, EOS_NAMES)
         self.eos_token_id = next((i for i in ids if i is not None), None)
@@ -1344,7 +1344,8 @@ class TokenFile:
 
     def __init__(self, path: str | Path, data_dtype: str = "auto"):
         self.path, self.tokens = str(path), None
-        require(Path(path).is_file(), self.path, "no such file", "make it with data/prepare.py")
+        require(Path(path).is_file(), self.path, "no such file",
+                "make it with python data/prepare.py")
         facts = read_sidecar(self.path)
         asked = facts.get("dtype", "int32") if data_dtype == "auto" else data_dtype
         require(facts.get("dtype", asked) == asked, "data_dtype",
@@ -2643,10 +2644,12 @@ def prepare_default_data(config: Config, named: dict) -> None:
     if chosen or path.exists():
         return
     require(from_launcher("WORLD_SIZE", 1) == 1, str(path), "no such file",
-            "run data/prepare.py once, then launch")
+            "run python data/prepare.py once, then launch")
     print(f"{path} is not there: preparing the built-in corpus", flush=True)
-    script = Path(__file__).parent / "data" / "prepare.py"
-    done = subprocess.run([sys.executable, script, "--output_dir", path.parent], check=False)
+    script = [Path(__file__).parent / "data" / "prepare.py"]
+    if __package__:
+        script = ["-m", f"{__package__}.data.prepare"]
+    done = subprocess.run([sys.executable, *script, "--output_dir", path.parent], check=False)
     if done.returncode:
         sys.exit(done.returncode)  # it has said why
 
@@ -2656,7 +2659,8 @@ def main(argv: list[str] | None = None) -> int:
     if config.resume:
         saved = load_newest(config.checkpoint_path)
         require("optimizer" in saved and "adapter" not in saved, config.checkpoint_path,
-                "holds no run that could go on", "start one from it: peft.py --method full")
+                "holds no run that could go on",
+                "start one from it: python peft.py --method full")
         config = resumed_config(saved, named)
     first = from_launcher("RANK", 0) == 0
     if first and config.d_model >= 768 and pick_device(config.device).type == "cpu":

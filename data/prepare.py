@@ -29,7 +29,8 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # a script, whose siblings are one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from testv2 import EOS_TOKEN, CliParser, SimpleTokenizer, UserError, byte_alphabet, need, run_cli
 
 OUTPUTS = ("train.bin", "val.bin", "train.json", "val.json", "vocab.txt", "tokenizer.json")
@@ -446,14 +447,15 @@ def prepare(options: Options) -> dict[str, dict]:
     return facts
 
 
-def main() -> None:
-    parser = CliParser(description=__doc__, epilog="Defaults stand in [brackets].")
+def main(argv: list[str] | None = None) -> None:
+    parser = CliParser(usage="python data/prepare.py [--FLAG VALUE ...]", description=__doc__,
+                       epilog="Defaults stand in [brackets].")
     for option in fields(Options):
         kind = dict(option.metadata)
         if option.default:
             kind["help"] += f" [{option.default}]"
         parser.add_argument(f"--{option.name}", default=option.default, **kind)
-    prepare(Options(**vars(parser.parse_args())))
+    prepare(Options(**vars(parser.parse_args(argv))))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, flags, free_port, run_script, write_tokens
+from test_container import SERVICES
+from test_package import COMMANDS as INSTALLED_COMMANDS
+from test_package import EXTRAS
 
 import benchmark
 import export_model
@@ -184,6 +187,17 @@ def test_command(command, workspace):
             launch(words, workspace)
         case ["python", "-m", "pytest"]:
             check([sys.executable, "-m", "pytest", "--collect-only", "-q"], ROOT)
+        case ["pip", "install", target] if target.startswith("."):  # tests/test_package.py does
+            assert target == "." or target[2:-1] in EXTRAS
+        case ["tinymamba", "--help"]:
+            assert {"prepare", "train", "generate"} <= INSTALLED_COMMANDS.keys()
+        case ["tinymamba", name, *_]:  # as a script it is run where that stands
+            script = INSTALLED_COMMANDS[name][0]
+            assert command.replace(f"tinymamba {name}", f"python {script}") in COMMANDS
+        case ["docker", "build", "--tag", _, *rest, "."]:  # see tests/test_container.py
+            assert rest in ([], ["--build-arg", "DEVICE=cuda"])
+        case ["docker", "compose", *_, service]:
+            assert service in SERVICES
         case ["make", target]:
             assert target in ("demo", "test")
             check(["make", "--dry-run", target], workspace)

@@ -1,0 +1,183 @@
+"""Dockerfile, compose.yaml and .dockerignore: what can be told of them without an engine."""
+
+import http.server
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, free_port
+from test_package import COMMANDS, build
+
+from setup import package_files
+from testv2 import parse_command_line
+
+TEXT = (ROOT / "Dockerfile").read_text()
+LINES = re.sub(r"\\\n", " ", re.sub(r"^ *#.*\n", "", TEXT, flags=re.M)).splitlines()
+STEPS = [tuple(line.split(maxsplit=1)) for line in LINES if line.strip()]
+FINAL = STEPS[max(i for i, (word, _) in enumerate(STEPS) if word == "FROM"):]
+COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
+SERVICES = COMPOSE["services"]
+
+
+def last(word: str) -> str:
+    return [rest for name, rest in FINAL if name == word][-1]
+
+
+def test_bases_are_the_same_in_both_stages_and_of_a_version():
+    bases = {rest.split()[0] for word, rest in STEPS if word == "FROM"}
+    assert len(bases) == 1
+    assert re.fullmatch(r"python:3\.\d+-slim-\w+", bases.pop())
+
+
+def test_the_image_runs_as_a_user_and_nothing_after_it_needs_more():
+    words = [word for word, _ in FINAL]
+    assert int(last("USER")) >= 1000
+    assert not {"RUN", "COPY"} & {*words[words.index("USER"):]}
+    assert last("WORKDIR") == last("VOLUME") == "/work"
+
+
+def test_it_serves_unless_told_otherwise():
+    command = json.loads(last("CMD"))
+    assert json.loads(last("ENTRYPOINT")) == ["tinymamba"] and command[0] in COMMANDS
+    assert command[:5] == ["serve", "--host", "0.0.0.0", "--port", last("EXPOSE")]
+    script = ROOT / COMMANDS["serve"][0]
+    known = script.read_text() if script.is_file() else " ".join(command)
+    assert all(word in known for word in command if word.startswith("--"))
+
+
+def test_files_that_are_copied_are_there_and_reach_the_build():
+    for word, rest in STEPS:
+        *sources, _ = [part for part in rest.split() if not part.startswith("--")]
+        if word == "COPY" and "--from" not in rest:
+            assert all((ROOT / source).exists() for source in sources), rest
+
+
+def test_no_secret_and_no_other_host_is_named():
+    for name in ("Dockerfile", "compose.yaml", ".dockerignore"):
+        text = (ROOT / name).read_text()
+        hosts = {*re.findall(r"https?://([^/:\s\"']+)", text)}
+        assert hosts <= {"download.pytorch.org", "127.0.0.1"}
+    assert not re.search(r"(?i)key|token|secret|password", TEXT)
+    assert SERVICES["serve"]["environment"] == {"TINYMAMBA_API_KEY": None}
+
+
+@pytest.mark.parametrize(("device", "said", "code"), [
+    ("cpu", ["pip install --index-url https://download.pytorch.org/whl/cpu torch==",
+             "pip install --requirement requirements.txt"], 0),
+    ("cuda", ["pip install --requirement requirements.txt"], 0),
+    ("gpu", ["error: DEVICE: 'gpu' is unknown; pass cpu or cuda"], 2),
+])
+def test_the_device_decides_which_pytorch_is_taken(device, said, code):
+    step = next(rest for word, rest in STEPS if word == "RUN" and "DEVICE" in rest)
+    done = subprocess.run(["sh", "-c", f'pip() {{ echo pip "$@"; }}\n{step}'], cwd=ROOT, text=True,
+                          env={"DEVICE": device, "PATH": "/usr/bin:/bin"}, capture_output=True)
+    lines = (done.stdout + done.stderr).splitlines()
+    assert done.returncode == code and len(lines) == len(said), lines
+    assert all(map(str.startswith, lines, said)), lines
+
+
+class Health(http.server.BaseHTTPRequestHandler):
+    code = 200
+
+    def do_GET(self):
+        self.send_response(self.code if self.path == "/health" else 404)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_the_health_check_tells_a_server_that_is_well_from_others():
+    check = json.loads(last("HEALTHCHECK").partition("CMD")[2])
+    assert SERVICES["serve"]["healthcheck"]["test"] == ["CMD", *check]
+    port = free_port()
+    words = [sys.executable, *(w.replace(f":{last('EXPOSE')}/", f":{port}/") for w in check[1:])]
+    assert str(port) in words[-1]
+
+    def run() -> int:
+        return subprocess.run(words, stderr=subprocess.DEVNULL).returncode
+
+    assert run() != 0
+    with http.server.HTTPServer(("127.0.0.1", port), Health) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert run() == 0
+        Health.code = 503
+        assert run() != 0
+        server.shutdown()
+
+
+def reaches_the_build(path: str, rules: list[str]) -> bool:
+    """The rules of .dockerignore for a file: the last that matches it or a folder above counts."""
+    above, kept = [str(p) for p in (Path(path), *Path(path).parents)][:-1], True
+    for rule in rules:
+        pattern = re.escape(rule.lstrip("!")).replace(r"\*\*/", "(.*/)?").replace(r"\*\*", ".*")
+        if any(re.fullmatch(pattern.replace(r"\*", "[^/]*"), p) for p in above):
+            kept = rule.startswith("!")
+    return kept
+
+
+def test_what_reaches_the_build_is_what_it_takes(tmp_path):
+    rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines()
+             if line and not line.startswith("#")]
+    for path in (".env", ".git/config", "data/text/train.bin", "a.pt", "tests/test_package.py",
+                 "logs/x", "src/tinymamba/__pycache__/x.pyc"):  # fmt: skip
+        assert not reaches_the_build(path, rules), path
+    for path in (*ROOT.glob("*"), *ROOT.glob("data/*"), *ROOT.glob("src/tinymamba/**/*")):
+        name = path.relative_to(ROOT).as_posix()
+        if path.is_file() and reaches_the_build(name, rules):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, tmp_path / name)
+    scripts = package_files(ROOT)
+    build(tmp_path, "--wheel")
+    assert package_files(tmp_path) == scripts
+    assert len([*(tmp_path / "dist").glob("tinymamba-*.whl")]) == 1
+
+
+def test_services_train_and_serve_in_one_volume_within_limits():
+    assert {*SERVICES} == {"train", "serve"} and "work" in COMPOSE["volumes"]
+    for service in SERVICES.values():
+        assert service["volumes"] == ["work:/work"]
+        assert {"cpus", "memory", "pids"} == {*service["deploy"]["resources"]["limits"]}
+        assert service["image"] == "tinymamba:${DEVICE:-cpu}"
+        assert service["build"] == {"context": ".", "args": {"DEVICE": "${DEVICE:-cpu}"}}
+        assert service["cap_drop"] == ["ALL"] and service["init"]
+    name, *words = SERVICES["train"]["command"]
+    assert name == "train" and parse_command_line(words)
+    assert SERVICES["train"]["healthcheck"] == {"disable": True}  # it has no port
+    assert SERVICES["serve"]["ports"] == [f"127.0.0.1:8000:{last('EXPOSE')}"]
+    assert "command" not in SERVICES["serve"]
+
+
+def test_commands_in_comments_are_those_of_the_files():
+    comments = re.findall(r"^# +(docker .*)$", TEXT + (ROOT / "compose.yaml").read_text(), re.M)
+    assert len(comments) == 7
+    for words in map(shlex.split, (c.partition("  #")[0] for c in comments)):
+        match words[1:]:
+            case ["build", "--tag", _, *rest, "."]:
+                assert rest in ([], ["--build-arg", "DEVICE=cuda"])
+            case ["run", *rest]:
+                at = rest.index("tinymamba:cpu")
+                assert rest[at - 1] == f"tinymamba:{last('VOLUME')}"
+                assert not rest[at + 1:] or parse_command_line(rest[at + 2:])
+            case ["compose", "up", service]:
+                assert service == "serve"
+            case ["compose", "run", "--rm", "train", *rest]:
+                assert not rest or (rest[0] in COMMANDS and parse_command_line(rest[1:]))
+            case _:
+                pytest.fail(f"no such command: {words}")
+
+
+def test_hadolint_finds_nothing():
+    hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent))
+    if not hadolint:
+        pytest.skip("requirements-dev.txt has hadolint for Linux on x86-64 only")
+    done = subprocess.run([hadolint, "--no-color", ROOT / "Dockerfile"], capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stdout
