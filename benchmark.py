@@ -487,13 +487,15 @@ def lm_eval(args: argparse.Namespace, contestants: dict):
 
 def open_for_harness(args: argparse.Namespace) -> dict:
     """The checkpoint and its tokenizer as `transformers` has them."""
-    hf = importlib.import_module("hf_integration")
+    need("transformers")
+    from hf_integration import TinyMambaHFModel, TinyMambaHFTokenizer
+
     model = load_model(args.tinymamba_checkpoint, args.device)
     tokenizer = open_tokenizer(None, model, [args.tinymamba_checkpoint])
     require(tokenizer, "tinymamba_checkpoint", "has no tokenizer.json beside it or its data",
             "copy it there")
-    return {"pretrained": hf.TinyMambaHFModel.of(model),
-            "tokenizer": hf.TinyMambaHFTokenizer.of(tokenizer)}
+    return {"pretrained": TinyMambaHFModel.of(model),
+            "tokenizer": TinyMambaHFTokenizer.of(tokenizer)}
 
 BENCHMARKS = {  # memory comes first: this process holds no model yet, so a GPU is empty
     "memory": [memory],

@@ -635,7 +635,7 @@ def push(model_dir: str, repo_id: str, commit_message: str, private: bool,
     folder = Path(model_dir)
     for name in ("config.json", "hf_integration.py"):
         require((folder / name).is_file(), "--model_dir", f"{folder} has no {name}",
-                "make it with hf_integration.py convert")
+                "make it with python hf_integration.py convert")
     load_folder(folder)
     api = HfApi(token=token)
     try:
