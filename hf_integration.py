@@ -565,7 +565,8 @@ def convert(checkpoint: str, output_dir: str, tokenizer_file: str | None = None,
         require(len(fast) <= model.config.vocab_size, "--tokenizer_file", f"has {len(fast)} ids, "
                 f"the model {model.config.vocab_size}", "pass the one that it was trained with")
         roles = {role: getattr(fast, role) for role in ROLES}
-    config = config_of(model, **roles, dtype="float32", architectures=["TinyMambaHFModel"])
+    config = config_of(model, **roles, dtype="float32")
+    config.architectures = ["AutoModelForCausalLM"]  # a name that `transformers serve` can look up
     config.auto_map = {"AutoConfig": "hf_integration.TinyMambaConfig",
                        "AutoModelForCausalLM": "hf_integration.TinyMambaHFModel"}
     with new_folder(folder) as new:
