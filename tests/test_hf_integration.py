@@ -9,7 +9,9 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
+import openai
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from conftest import (
     EOS,
     GATES,
     assert_refused,
+    free_port,
     run_script,
     some_ids,
     tiny_config,
@@ -603,7 +606,7 @@ def in_process(*words):
 
 
 FRESH = """
-import sys, torch
+import os, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 folder, saved = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
@@ -617,6 +620,8 @@ torch.save({"weights": dict(model.model.state_dict()), "ids": ids,
            saved + "/out.pt")
 model.save_pretrained(saved)
 tokenizer.save_pretrained(saved)
+if os.path.exists(folder + "/README.md"):
+    exec(open(folder + "/README.md").read().split("```python\\n")[1].split("```")[0])
 """
 
 
@@ -644,25 +649,12 @@ def test_a_converted_folder_loads_in_a_fresh_process_and_comes_back(tmp_path, pr
             assert torch.equal(out["weights"][name], t)
         assert torch.equal(out["logits"], native.advance(out["ids"], native.init_state(1))[0])
         assert out["text"].startswith("the cat")
-    done = run_script("hf_integration.py", "convert", "--checkpoint", again, "--output_dir",
-                      tmp_path / "back.pt", cwd=tmp_path)  # fmt: skip
-    assert done.returncode == 0, done.stderr
+        assert ("Once" in done.stdout) == (source == folder), "the snippet of the card"
+    assert in_process("convert", "--checkpoint", again, "--output_dir",
+                      tmp_path / "back.pt").returncode == 0  # fmt: skip
     back = load_checkpoint(tmp_path / "back.pt")
     assert all(torch.equal(back["model"][n], t) for n, t in native.state_dict().items())
-    with torch.random.fork_rng():
-        assert torch.equal(load_model(folder)(out["ids"]), native(out["ids"]))
-
-
-def test_the_card_shows_a_snippet_that_runs(tmp_path, prepared):
-    convert(str(prepared), str(tmp_path / "card"))
-    card = (tmp_path / "card" / "README.md").read_text()
-    assert "library_name: transformers" in card
-    snippet = card.split("```python\n")[1].split("```")[0]
-    done = subprocess.run(
-        [sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")})  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "Once" in done.stdout
+    assert torch.equal(load_model(folder)(out["ids"]), native(out["ids"]))
 
 
 def test_nothing_is_overwritten_and_bad_input_is_one_line(tmp_path, prepared):
@@ -766,7 +758,9 @@ def push(folder, endpoint, *more):
         env={"HF_ENDPOINT": endpoint, "HF_TOKEN": Hub.TOKEN, "HF_HUB_OFFLINE": "0"})  # fmt: skip
 
 
-def test_push_makes_a_repository_and_one_commit_and_tells_no_token(tmp_path, prepared, hub):
+def test_push_makes_a_repository_and_one_commit_and_tells_no_token(
+    tmp_path, prepared, hub, monkeypatch
+):
     convert(str(prepared), str(tmp_path / "hf"))
     done = push(tmp_path / "hf", hub, "--private", "--commit_message", "First words")
     assert done.returncode == 0, done.stderr
@@ -781,9 +775,10 @@ def test_push_makes_a_repository_and_one_commit_and_tells_no_token(tmp_path, pre
     refused = push(tmp_path / "hf", hub, "--token", "hf_wrongwrong")
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: --repo_id: the hub refused me/small (401)")
-    silent = push(tmp_path / "hf", "http://127.0.0.1:9")
-    assert silent.returncode == 2
-    assert "cannot be reached" in silent.stderr
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    silent = in_process("push", "--model_dir", tmp_path / "hf", "--repo_id", "me/small",
+                        "--token", Hub.TOKEN)  # fmt: skip
+    assert_refused(silent, "cannot be reached (ConnectError)")
     for said in (done, refused, silent):
         assert "secret" not in said.stdout + said.stderr
         assert "wrongwrong" not in said.stdout + said.stderr
@@ -800,7 +795,29 @@ def test_push_sends_no_folder_that_would_not_load(tmp_path, prepared, hub):
     assert not Hub.log
 
 
-# ------------------------------------------------------------------------------------- lm-eval
+# ------------------------------------------------------------------------------ other programs
+
+
+@pytest.mark.slow
+def test_transformers_serve_answers_from_a_converted_folder(tmp_path, prepared):
+    convert(str(prepared), str(tmp_path / "hf"))
+    port = free_port()
+    command = [Path(sys.executable).with_name("transformers"), "serve", tmp_path / "hf",
+               "--trust-remote-code", "--device", "cpu", "--port", str(port)]  # fmt: skip
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    server = subprocess.Popen(command, env=env, cwd=tmp_path)
+    try:
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none",
+                           max_retries=90) as client:  # fmt: skip
+            got = client.completions.create(
+                model=str(tmp_path / "hf"), prompt="the cat", max_tokens=8, temperature=0)
+    finally:
+        server.terminate()
+        server.wait()
+    tokenizer = SimpleTokenizer(prepared.parent / "tokenizer.json")
+    ids = torch.tensor([tokenizer.encode("the cat")])
+    want = generate(load_model(prepared), ids, 8, temperature=0)[0, ids.shape[1] :]
+    assert got.choices[0].text == tokenizer.decode(want)
 
 
 TASK = """
