@@ -26,9 +26,11 @@ by blank lines, then "assistant:", and it stops where it would speak for the use
 from __future__ import annotations
 
 import asyncio
+import base64
 import codecs
 import collections
 import contextlib
+import hashlib
 import hmac
 import importlib.util
 import json
@@ -67,7 +69,7 @@ import prometheus_client as prometheus  # noqa: E402
 import uvicorn  # noqa: E402
 from fastapi import APIRouter, FastAPI, HTTPException, Path, Request  # noqa: E402
 from fastapi.exceptions import RequestValidationError  # noqa: E402
-from fastapi.responses import FileResponse, Response  # noqa: E402
+from fastapi.responses import Response  # noqa: E402
 from pydantic import BaseModel, ConfigDict, Field  # noqa: E402
 from starlette.exceptions import HTTPException as AnyHTTPException  # noqa: E402
 
@@ -848,10 +850,16 @@ def sse(value) -> bytes:
     return f"data: {json.dumps(value, separators=(',', ':'))}\n\n".encode()
 
 OPEN = ("/", "/health")  # the page itself holds nothing; what it calls needs the key
-CSP = ("default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'unsafe-inline'; "
-       "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-       "frame-ancestors 'none'")
 PAGE = File(__file__).resolve().parent / "page.html"
+
+def page_policy(page: str) -> str:
+    """A Content-Security-Policy that lets a page's own script and style run, and nothing else."""
+    script, style = ("'sha256-" + base64.b64encode(hashlib.sha256(re.search(
+        f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1].encode()).digest()).decode() + "'"
+        for tag in ("script", "style"))
+    return (f"default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; "
+            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+
 SessionId = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 class Api:
@@ -1030,8 +1038,9 @@ class Api:
                         media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def page(self) -> Response:
-        return FileResponse(PAGE, media_type="text/html", headers={
-            "Content-Security-Policy": CSP, "X-Content-Type-Options": "nosniff",
+        text = PAGE.read_text(encoding="utf-8")
+        return Response(text, media_type="text/html", headers={
+            "Content-Security-Policy": page_policy(text), "X-Content-Type-Options": "nosniff",
             "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"})
 
     # Sessions --------------------------------------------------------------------------------

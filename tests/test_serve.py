@@ -1,0 +1,539 @@
+"""serve.py over HTTP, with OpenAI's own client, next to the same server in this process."""
+
+import concurrent.futures
+import contextlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+from conftest import ROOT, assert_refused, close, free_copy, free_port, run_script, wide
+
+import serve
+from serve import Api, HttpServer, Options
+from streaming import StreamingConfig, StreamingServer
+from testv2 import EOS_TOKEN, SimpleTokenizer, save_folder
+
+BYTES = SimpleTokenizer()
+PLAIN = {"temperature": 1.0, "top_k": 0}  # OpenAI's own defaults
+NAME = "tiny"
+
+
+class Running:
+    """A server on a port of its own, in a thread of this process."""
+
+    def __init__(self, model=None, **options):
+        model = StreamingServer(free_copy(model or wide()), tokenizer=BYTES, config=StreamingConfig(
+            batch_size=options.get("batch_size", 64)))
+        self.api = Api(model, Options(**{"model_name": NAME, "grace": 0, **options}))
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        self.server = HttpServer(self.api)
+        self.thread = threading.Thread(target=self.server.run, args=([self.socket],))
+        self.thread.start()
+        self.http = httpx.Client(base_url=self.url, timeout=30)
+        until(lambda: self.server.started)
+        self.ai = openai.OpenAI(base_url=self.url + "/v1", api_key=options.get("api_key") or "none",
+                                max_retries=0, timeout=30)
+
+    def end(self) -> None:
+        self.http.close()
+        self.ai.close()
+        self.server.should_exit = True
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+
+    def post(self, path: str, **body) -> dict:
+        answer = self.http.post(path, json=body)
+        assert answer.status_code in (200, 201), answer.text
+        return answer.json()
+
+    def busy(self) -> int:
+        """Answers in the decoder."""
+        return len(self.api.server.decoder.answers)
+
+
+def until(holds, seconds: float = 20) -> None:
+    """Wait for another thread to get so far."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it did not come to that"
+        threading.Event().wait(0.002)
+
+
+@contextlib.contextmanager
+def running(**options):
+    server = Running(**options)
+    try:
+        yield server
+    finally:
+        server.end()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("sessions")
+
+
+@pytest.fixture(scope="module")
+def shared(files):
+    with running(session_dir=str(files)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def alone() -> StreamingServer:
+    """The same model, without HTTP."""
+    return StreamingServer(free_copy(wide()), tokenizer=BYTES)
+
+
+def refused(answer: httpx.Response, status: int, param: str | None = None) -> dict:
+    """An error in OpenAI's form that names the field."""
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    assert error["param"] == param, error
+    return error
+
+
+# --------------------------------------------------------------------------------- completions
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"temperature": 0.0}, {"top_p": 0.7}, {"stop": "e"}, {"stop": ["zz", "t", "a"]},
+    {"logit_bias": {"101": -100, "97": 2.5}}, {"temperature": 0.5, "top_p": 0.9},
+])
+def test_text_is_what_the_model_says_in_this_process(shared, alone, settings):
+    want = alone.generate_text("Once upon", seed=3, max_new_tokens=40, **{
+        **PLAIN, **settings, "stop": [*settings.get("stop", [])] or None,
+        "logit_bias": {int(i): b for i, b in settings.get("logit_bias", {}).items()} or None})
+    asked = {"model": NAME, "prompt": "Once upon", "max_tokens": 40, "seed": 3, **settings}
+    whole = shared.ai.completions.create(**asked)
+    parts = list(shared.ai.completions.create(stream=True, **asked))
+    assert whole.choices[0].text == want
+    assert "".join(part.choices[0].text for part in parts) == want
+    assert whole.choices[0].finish_reason == parts[-1].choices[0].finish_reason
+    assert whole.model == NAME and whole.object == "text_completion"
+
+
+def test_extensions_reach_the_sampler(shared, alone):
+    settings = {"top_k": 5, "min_p": 0.02, "repetition_penalty": 1.3}
+    want = alone.generate_text("One", seed=1, max_new_tokens=30, temperature=1.0, **settings)
+    got = shared.ai.completions.create(model=NAME, prompt="One", seed=1, max_tokens=30,
+                                       extra_body=settings)
+    assert got.choices[0].text == want
+
+
+def test_usage_counts_and_choices(shared, alone):
+    asked = {"model": NAME, "prompt": ["ab", "cde"], "n": 3, "max_tokens": 7, "seed": 5}
+    whole = shared.ai.completions.create(**asked)
+    assert [c.index for c in whole.choices] == list(range(6))
+    want = [alone.generate_text(p, seed=5 + i, max_new_tokens=7, **PLAIN)
+            for p in ("ab", "cde") for i in range(3)]
+    assert [c.text for c in whole.choices] == want
+    drawn = sum(len(list(t for c in alone.answer(p, seed=5 + i, max_new_tokens=7, as_ids=True,
+                                                 **PLAIN) for t in c.tokens))
+                for p in ("ab", "cde") for i in range(3))
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (5, drawn)
+    assert whole.usage.total_tokens == 5 + drawn
+    texts, usage = [""] * 6, None
+    for part in shared.ai.completions.create(
+            stream=True, stream_options={"include_usage": True}, **asked):
+        for c in part.choices:
+            texts[c.index] += c.text
+        usage = part.usage or usage
+    assert texts == want and usage == whole.usage
+
+
+def test_ids_and_text_are_the_same_prompt(shared):
+    asked = {"model": NAME, "max_tokens": 9, "seed": 2}
+    ids = BYTES.encode("hello")
+    texts = {shared.ai.completions.create(prompt=p, **asked).choices[0].text
+             for p in ("hello", ["hello"], ids, [ids])}
+    assert len(texts) == 1
+
+
+def log_softmax(ids: list[int]) -> torch.Tensor:
+    """(L, V) of the model itself."""
+    return wide()(torch.tensor([ids]))[0].double().log_softmax(-1)
+
+
+def test_logprobs_are_the_models_own(shared):
+    got = shared.ai.completions.create(model=NAME, prompt="abc", max_tokens=12, logprobs=4, seed=1,
+                                       temperature=0.5, logit_bias={"101": 3})
+    said = got.choices[0].logprobs
+    prompt = BYTES.encode("abc")
+    drawn = [next(i for i in range(257) if name(i) == t) for t in said.tokens]
+    true = log_softmax([*prompt, *drawn])[len(prompt) - 1 : -1]
+    assert said.token_logprobs == pytest.approx(
+        [float(row[i]) for row, i in zip(true, drawn, strict=True)], abs=1e-4)
+    for row, top in zip(true, said.top_logprobs, strict=True):
+        best = row.topk(4)
+        assert top == pytest.approx({name(i): p for p, i in zip(
+            best.values.tolist(), best.indices.tolist(), strict=True)}, abs=1e-4)
+
+
+def name(token: int) -> str:
+    return serve.Vocabulary(BYTES).text_of(token)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_gives_the_likelihood_of_the_prompt(shared, stream):
+    ids = BYTES.encode("the quick brown fox " * 40)  # more than a piece
+    got = shared.ai.completions.create(model=NAME, prompt=[ids], max_tokens=0, logprobs=1,
+                                       echo=True, stream=stream)
+    choice = next(iter(got)).choices[0] if stream else got.choices[0]
+    true = log_softmax(ids)
+    assert choice.text == "the quick brown fox " * 40
+    said = choice.logprobs
+    assert said.token_logprobs[0] is None and said.top_logprobs[0] is None
+    assert said.tokens == [name(i) for i in ids] and said.text_offset == list(range(len(ids)))
+    want = [float(true[t, i]) for t, i in enumerate(ids[1:])]
+    assert said.token_logprobs[1:] == pytest.approx(want, abs=1e-4)
+    best = [name(int(i)) for i in true[:-1].argmax(-1)]
+    assert [next(iter(top)) for top in said.top_logprobs[1:]] == best
+    if not stream:
+        assert got.usage.completion_tokens == 0 and choice.finish_reason == "length"
+
+
+def test_echo_and_a_token_more_as_lm_eval_asks(shared):
+    ids = BYTES.encode("some words")
+    got = shared.ai.completions.create(model=NAME, prompt=[ids, ids[:4]], max_tokens=1, logprobs=1,
+                                       echo=True, temperature=0, seed=1234)
+    assert [len(c.logprobs.tokens) for c in got.choices] == [11, 5]
+    assert got.choices[1].text.startswith("some")
+
+
+def test_characters_of_several_tokens_are_whole(shared):
+    """Bytes that are no character are named by their value, and never parted in a stream."""
+    bias = {str(b): 100 for b in "é".encode()}
+    asked = {"model": NAME, "prompt": "x", "max_tokens": 20, "logit_bias": bias, "seed": 0}
+    texts = [c.choices[0].text for c in shared.ai.completions.create(stream=True, **asked)]
+    whole = shared.ai.completions.create(logprobs=1, **asked).choices[0]
+    assert "".join(texts) == whole.text and "é" in whole.text
+    assert {"bytes:\\xc3", "bytes:\\xa9"} >= set(whole.logprobs.tokens)
+
+
+def test_special_tokens_in_text_are_text(shared):
+    for text in (EOS_TOKEN, f"a{EOS_TOKEN}b"):
+        got = shared.ai.completions.create(model=NAME, prompt=text, max_tokens=0, echo=True,
+                                           logprobs=0)
+        assert got.usage.prompt_tokens == len(text) and got.choices[0].text == text
+        chat = shared.ai.chat.completions.create(model=NAME, max_tokens=0, messages=[
+            {"role": "user", "content": text}])
+        assert chat.usage.prompt_tokens == len(f"user: {text}\n\nassistant:")
+
+
+# ---------------------------------------------------------------------------------------- chat
+
+
+def test_chat(shared, alone):
+    messages = [{"role": "system", "content": "Be kind."},
+                {"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+    prompt = "system: Be kind.\n\nuser: Hello\n\nassistant:"
+    want = alone.generate_text(prompt, seed=4, max_new_tokens=20, stop=["\n\nuser:"], **PLAIN)
+    asked = {"model": NAME, "messages": messages, "seed": 4, "max_completion_tokens": 20,
+             "logprobs": True, "top_logprobs": 2, "n": 2}
+    whole = shared.ai.chat.completions.create(**asked)
+    assert whole.choices[0].message.content == want
+    assert whole.choices[0].message.role == "assistant"
+    assert whole.usage.prompt_tokens == len(prompt)
+    said = whole.choices[0].logprobs.content
+    assert b"".join(bytes(t.bytes) for t in said).decode(errors="ignore") == want
+    assert all(len(t.top_logprobs) == 2 for t in said)
+    texts, roles = ["", ""], set()
+    for part in shared.ai.chat.completions.create(stream=True, **asked):
+        for c in part.choices:
+            texts[c.index] += c.delta.content or ""
+            roles.add(c.delta.role)
+    assert texts == [c.message.content for c in whole.choices] and roles == {"assistant", None}
+
+
+def test_a_template_beside_the_tokenizer_is_used(tmp_path):
+    """Its own special tokens are tokens, and what is said has none."""
+    text = "{% for m in messages %}<|endoftext|>{{ m.role }}|{{ m.content }}\n{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(text + "{{ raise() if messages[3] }}")
+    (tmp_path / "vocab.txt").write_text("\n".join([*serve.byte_alphabet(), EOS_TOKEN]) + "\n")
+    template = serve.Template(SimpleTokenizer(tmp_path / "vocab.txt"))
+    said = [serve.Message(role="user", content=EOS_TOKEN), serve.Message(role="user", content="b")]
+    assert template.encode(said) == [256, *BYTES.encode(f"user|{EOS_TOKEN}\n"),
+                                     256, *BYTES.encode("user|b\n")]
+    assert template.stops == []
+    with pytest.raises(serve.Refusal, match="template"):
+        template.encode([*said, *said])
+
+
+# -------------------------------------------------------------------------------------- errors
+
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+HELLO = {"messages": [{"role": "user", "content": "hi"}]}
+
+
+@pytest.mark.parametrize(("path", "body", "param"), [
+    (COMPLETIONS, {}, "prompt"), (COMPLETIONS, {"prompt": 3}, "prompt"),
+    (COMPLETIONS, {"prompt": []}, "prompt"), (COMPLETIONS, {"prompt": [-1]}, "prompt"),
+    (COMPLETIONS, {"prompt": [257]}, "prompt"), (COMPLETIONS, {"prompt": "a" * 5000}, "prompt"),
+    (COMPLETIONS, {"prompt": "a", "max_tokens": -1}, "max_tokens"),
+    (COMPLETIONS, {"prompt": "a", "max_tokens": "9"}, "max_tokens"),
+    (COMPLETIONS, {"prompt": "a", "max_tokens": 10**6}, "max_tokens"),
+    (COMPLETIONS, {"prompt": "a", "temperature": 3}, "temperature"),
+    (COMPLETIONS, {"prompt": "a", "top_p": 1.5}, "top_p"),
+    (COMPLETIONS, {"prompt": "a", "seed": -1}, "seed"),
+    (COMPLETIONS, {"prompt": "a", "n": 0}, "n"), (COMPLETIONS, {"prompt": "a", "n": 17}, "n"),
+    (COMPLETIONS, {"prompt": "a", "stop": list("abcde")}, "stop"),
+    (COMPLETIONS, {"prompt": "a", "stop": [""]}, "stop"),
+    (COMPLETIONS, {"prompt": "a", "logprobs": 21}, "logprobs"),
+    (COMPLETIONS, {"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias"),
+    (COMPLETIONS, {"prompt": "a", "logit_bias": {"257": 1}}, "logit_bias"),
+    (COMPLETIONS, {"prompt": "a", "logit_bias": {"1": 101}}, "logit_bias"),
+    (COMPLETIONS, {"prompt": "a", "best_of": 2}, "best_of"),
+    (COMPLETIONS, {"prompt": "a", "suffix": "b"}, "suffix"),
+    (COMPLETIONS, {"prompt": "a", "presence_penalty": 0.5}, "presence_penalty"),
+    (COMPLETIONS, {"prompt": "a", "frequency_penalty": 0.5}, "frequency_penalty"),
+    (COMPLETIONS, {"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),
+    (COMPLETIONS, {"prompt": "a", "guided_json": "{}"}, "guided_json"),
+    (CHAT, {}, "messages"), (CHAT, {"messages": []}, "messages"),
+    (CHAT, {"messages": [{"role": "boss", "content": ""}]}, "messages.0.role"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+     "messages.0.content.0.type"),
+    (CHAT, {**HELLO, "top_logprobs": 2}, "top_logprobs"),
+    (CHAT, {**HELLO, "tools": [{"type": "function"}]}, "tools"),
+    (CHAT, {**HELLO, "response_format": {"type": "json_object"}}, "response_format.type"),
+    ("/v1/sessions", {"id": "../x"}, "id"), ("/v1/sessions/load", {"name": "a/b"}, "name"),
+])
+def test_what_is_wrong_is_named(path, body, param):
+    with_limits = strict_server()
+    error = refused(with_limits.http.post(path, json=body), 400, param)
+    assert error["type"] == "invalid_request_error" and param.split(".")[0] in error["message"]
+    assert with_limits.api.pending == 0
+
+
+STRICT = []
+
+
+def strict_server() -> Running:
+    if not STRICT:
+        STRICT.append(Running(max_prompt=4999, max_choices=16, max_body=20_000))
+    return STRICT[0]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def end_strict_server():
+    yield
+    while STRICT:
+        STRICT.pop().end()
+
+
+@pytest.mark.parametrize("body", [b"{", b"", b"[]", b'"a"', b"\xff", b"[" * 9000, b'{"prompt": NaN}',
+                                  b'{"prompt": "a", "temperature": Infinity}'])
+def test_what_is_no_body_is_refused(body):
+    answer = strict_server().http.post(COMPLETIONS, content=body,
+                                       headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400 and answer.json()["error"]["message"]
+
+
+def test_half_of_a_character_is_refused_or_read():
+    for body in (rb'{"prompt": "\ud800", "max_tokens": 1}', rb'{"prompt": "a", "\ud800": 1}'):
+        answer = strict_server().http.post(COMPLETIONS, content=body,
+                                           headers={"Content-Type": "application/json"})
+        assert answer.status_code in (200, 400) and answer.json()
+
+
+def test_the_openai_client_raises_its_own_errors(shared):
+    with pytest.raises(openai.BadRequestError) as caught:
+        shared.ai.completions.create(model=NAME, prompt="a", presence_penalty=1.0)
+    assert caught.value.param == "presence_penalty"
+    with pytest.raises(openai.NotFoundError) as caught:
+        shared.ai.completions.create(model="gpt-4", prompt="a")
+    assert caught.value.code == "model_not_found" and caught.value.param == "model"
+
+
+def test_harmless_fields_change_nothing(shared):
+    asked = {"prompt": "a", "max_tokens": 5, "seed": 1}
+    more = {"user": "u", "metadata": {"a": "b"}, "store": False, "presence_penalty": 0,
+            "frequency_penalty": 0.0, "suffix": None, "best_of": 1, "stop": None}
+    plain, other = (shared.post(COMPLETIONS, **b)["choices"] for b in (asked, {**asked, **more}))
+    assert plain == other
+
+
+def test_routes_that_are_not_there(shared):
+    refused(shared.http.get("/v1/nothing"), 404)
+    assert refused(shared.http.get(COMPLETIONS), 405)["code"] == "method_not_allowed"
+    refused(shared.http.get("/v1/models/gpt-4"), 404, "model")
+    assert shared.ai.models.list().data[0].id == NAME
+    assert shared.ai.models.retrieve(NAME).owned_by == "tinymamba"
+
+
+def test_a_body_that_is_too_large(shared):
+    server, large = strict_server(), json.dumps({"prompt": "a" * 30_000}).encode()
+    refused(server.http.post(COMPLETIONS, content=large), 413)
+    pieces = (large[i : i + 1000] for i in range(0, len(large), 1000))  # of no announced length
+    refused(server.http.post(COMPLETIONS, content=pieces,
+                             headers={"Content-Type": "application/json"}), 413)
+    assert server.post(COMPLETIONS, prompt="a", max_tokens=1)
+
+
+def test_a_body_that_does_not_come():
+    with running(body_timeout=1) as server, socket.create_connection(
+            ("127.0.0.1", int(server.url.rsplit(":", 1)[1])), timeout=20) as lazy:
+        lazy.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n"
+                     b"Content-Type: application/json\r\n\r\n{")
+        assert b" 408 " in lazy.recv(4096).split(b"\r\n")[0]
+
+
+def test_an_error_of_one_disturbs_no_other(shared, alone):
+    """Every token banned is found out only when the first is drawn."""
+    want = alone.generate_text("Once", seed=1, max_new_tokens=60, **PLAIN)
+    bad = dict.fromkeys(map(str, range(257)), -100)
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        good = [pool.submit(shared.post, COMPLETIONS, prompt="Once", seed=1, max_tokens=60)
+                for _ in range(6)]
+        broken = [pool.submit(shared.http.post, COMPLETIONS, json={
+            "prompt": [9999], "logit_bias": bad}) for _ in range(6)]
+        assert {g.result()["choices"][0]["text"] for g in good} == {want}
+        for b in broken:
+            refused(b.result(), 400, "prompt")
+
+
+def test_a_failing_step_fails_its_answers_and_no_later_one(shared, monkeypatch):
+    decoder = shared.api.server.decoder
+    shared.post("/v1/sessions", id="steady", seed=0)
+    shared.post("/v1/sessions/steady/completions", prompt="abc", max_tokens=3)
+    before = shared.http.get("/v1/sessions/steady").json()["tokens"]
+    real, count = decoder.read, iter(range(100))
+
+    def breaks(*words):
+        if next(count) == 3:
+            raise RuntimeError("out of memory at 0x7f")
+        return real(*words)
+
+    monkeypatch.setattr(decoder, "read", breaks)
+    answer = shared.http.post("/v1/sessions/steady/completions",
+                              json={"prompt": "x", "max_tokens": 50})
+    error = refused(answer, 500)
+    assert error["type"] == "server_error" and "0x7f" not in error["message"]
+    monkeypatch.setattr(decoder, "read", real)
+    after = shared.http.get("/v1/sessions/steady").json()
+    assert after["tokens"] == before and after["turns"] == 1 and not after["answering"]
+    assert shared.post("/v1/sessions/steady/completions", prompt="x", max_tokens=3)
+
+
+# ------------------------------------------------------------------------- keys, room, clients
+
+
+def test_keys():
+    with running(api_key="säcret") as server:
+        good = {"Authorization": "Bearer säcret".encode()}
+        assert server.http.get("/health").status_code == 200
+        assert server.http.get("/").status_code == 200
+        paths = ["/metrics", "/openapi.json", "/v1/models", "/v1/sessions", "/nowhere",
+                 "/v1/sessions/x"]
+        for path in paths:
+            assert refused(server.http.get(path), 401)["code"] == "invalid_api_key"
+            assert server.http.get(path, headers=good).status_code in (200, 404)
+        for bad in ("", "Bearer", "Bearer ", "Bearer secre", "bearer säcret", "Basic säcret"):
+            answer = server.http.post(COMPLETIONS, json={}, headers={
+                "Authorization": bad.encode()})
+            refused(answer, 401)
+            assert answer.headers["www-authenticate"] == "Bearer"
+        schemes = server.http.get("/openapi.json", headers=good).json()
+        assert schemes["paths"]["/v1/models"]["get"]["security"] == [{"key": []}]
+
+
+def test_a_full_queue_is_told_before_anything_is_read(monkeypatch):
+    with running(batch_size=2, max_queue=1) as server:
+        asked = {"model": NAME, "prompt": "a", "max_tokens": 4096, "logit_bias": {"256": -100}}
+        streams = [server.ai.completions.create(stream=True, **asked) for _ in range(2)]
+        with pytest.raises(openai.RateLimitError):
+            server.ai.completions.create(n=2, **asked)
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            third = pool.submit(server.ai.completions.create, **{**asked, "max_tokens": 2})
+            until(lambda: server.api.pending == 3)
+            monkeypatch.setattr(server.api.tokenizer, "encode", None)
+            for body in (b"{", json.dumps({"prompt": "a"}).encode()):
+                answer = server.http.post(COMPLETIONS, content=body)
+                assert refused(answer, 429)["code"] == "queue_full"
+                assert int(answer.headers["retry-after"]) > 0
+            assert server.http.get("/health").status_code == 200
+            monkeypatch.undo()
+            for stream in streams:
+                stream.close()
+            assert third.result().usage.completion_tokens == 2
+        until(lambda: server.api.pending == 0)
+        assert server.busy() == 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_slot_in_a_step(shared, stream, monkeypatch):
+    decoder, steps, gone = shared.api.server.decoder, [], threading.Event()
+    real, engine = decoder.step, shared.api.engine
+    drop = engine.drop
+
+    def counted():
+        real()
+        if gone.is_set() and decoder.answers:
+            steps.append(1)
+
+    def dropping(jobs):
+        gone.set()
+        drop(jobs)
+
+    monkeypatch.setattr(decoder, "step", counted)
+    monkeypatch.setattr(engine, "drop", dropping)
+    client = httpx.Client(base_url=shared.url)
+    body = {"prompt": "a", "max_tokens": 4096, "stream": stream, "logit_bias": {"256": -100}}
+    if stream:
+        with client.stream("POST", COMPLETIONS, json=body) as answer:
+            next(answer.iter_lines())
+            assert shared.busy() == 1
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(COMPLETIONS, json=body, timeout=0.2)
+    client.close()
+    until(gone.is_set)
+    until(lambda: shared.busy() == 0 and shared.api.pending == 0)
+    assert steps == []
+
+
+def test_many_at_once_say_what_they_say_alone(alone):
+    chance = random.Random(0)
+    bodies = [{"prompt": "word " * chance.randrange(1, 60), "max_tokens": chance.randrange(1, 50),
+               "seed": i, "temperature": chance.choice([0, 0.7, 1]),
+               "stream": bool(i % 2)} for i in range(60)]
+    want = [alone.generate_text(b["prompt"], max_new_tokens=b["max_tokens"], seed=b["seed"],
+                                temperature=b["temperature"], top_k=0) for b in bodies]
+    with running(batch_size=16) as server:
+        def ask(body: dict) -> str:
+            if not body["stream"]:
+                return server.post(COMPLETIONS, **body)["choices"][0]["text"]
+            parts = server.ai.completions.create(model=NAME, **body)
+            return "".join(c.text for part in parts for c in part.choices)
+
+        with concurrent.futures.ThreadPoolExecutor(30) as pool:
+            assert list(pool.map(ask, bodies)) == want
+        assert server.api.pending == 0 and server.busy() == 0
+        metrics = server.http.get("/metrics").text
+        route = 'tinymamba_requests_total{route="/v1/completions",status="200"} 60.0'
+        assert route in metrics and "process_resident_memory_bytes" in metrics
+
+
+def test_a_client_that_reads_slowly_holds_up_no_other(shared):
+    slow = shared.ai.completions.create(model=NAME, prompt="a", max_tokens=2000, stream=True,
+                                        logprobs=20, logit_bias={"256": -100})
+    quick = shared.ai.completions.create(model=NAME, prompt="b", max_tokens=5)
+    assert quick.usage.completion_tokens <= 5
+    assert sum(bool(part.choices[0].text) for part in slow) > 1000
