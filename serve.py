@@ -251,8 +251,11 @@ def json_response(value, status: int = 200, headers: dict | None = None) -> Resp
 
 def invalid(request: Request, error: RequestValidationError) -> Response:
     """The first mistake of a body or path, with the field's name."""
-    first = error.errors()[0]
+    errors = error.errors()  # of a union, every branch has its own: those of type say the least
+    first = next((e for e in errors if not e["type"].endswith("_type")), errors[0])
     place = [part for part in first["loc"][1:] if isinstance(part, int) or part in KNOWN_FIELDS]
+    while place and isinstance(place[-1], int):
+        place.pop()
     unknown = first["type"] == "extra_forbidden"
     if unknown and first["loc"][-1] not in place[-1:]:
         place.append(str(first["loc"][-1]))
