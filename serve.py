@@ -76,7 +76,7 @@ from starlette.exceptions import HTTPException as AnyHTTPException  # noqa: E402
 # ---------------------------------------------------------------------------------- requests
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1024)]  # the last that the document's floats can say
 Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 BiasKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
@@ -269,8 +269,12 @@ def invalid(request: Request, error: RequestValidationError) -> Response:
 def http_error(request: Request, error: AnyHTTPException) -> Response:
     if isinstance(error, Refusal):
         return error.response()
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-    return Refusal(error.status_code, str(error.detail), None, code, error.headers).response()
+    code, headers = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code), {}
+    if error.status_code == 405:  # Starlette names the methods of the first route only
+        headers["Allow"] = ", ".join(sorted(
+            method for route in request.app.state.routes
+            if route.path_regex.match(request.url.path) for method in route.methods))
+    return Refusal(error.status_code, str(error.detail), None, code, headers).response()
 
 # ------------------------------------------------------------------------------------- engine
 
@@ -909,7 +913,8 @@ class Api:
     def settings(self, body: Generation, default_tokens: int, stops: list[str] = []) -> dict:  # noqa: B006
         """The body's fields as those of StreamingConfig, checked."""
         given = getattr(body, "max_completion_tokens", None)
-        most = next((n for n in (given, body.max_tokens) if n is not None), default_tokens)
+        most = next((n for n in (given, body.max_tokens) if n is not None),
+                    min(default_tokens, self.options.max_tokens))
         if most > self.options.max_tokens:
             raise Refusal(400, f"max_tokens: {most} is more than this server makes; ask for up to "
                           f"{self.options.max_tokens}", "max_tokens")
@@ -1104,8 +1109,14 @@ class Api:
 
     async def rollback(self, session_id: SessionId) -> Response:
         """Undo the last turn."""
-        return await self.do(lambda: self.engine.idle(session_id) and
-                             self.server.rollback(session_id) or session_id)
+        def work() -> str:
+            if not self.engine.idle(session_id).before:
+                raise Refusal(409, f"{session_id} has no turn to undo; one can be undone, once",
+                              "session_id", "nothing_to_undo")
+            self.server.rollback(session_id)
+            return session_id
+
+        return await self.do(work)
 
     async def reset(self, session_id: SessionId) -> Response:
         """Forget all text, and keep the name and the seed."""
@@ -1188,7 +1199,9 @@ class Api:
     def app(self) -> FastAPI:
         app = FastAPI(title="TinyMamba", version="1", docs_url=None, redoc_url=None,
                       lifespan=self.lifespan)
-        app.include_router(self.router())
+        router = self.router()
+        app.include_router(router)
+        app.state.routes = router.routes
         app.add_exception_handler(RequestValidationError, invalid)
         app.add_exception_handler(AnyHTTPException, http_error)
         app.add_exception_handler(UserError, lambda _, e: Refusal.of(e).response())

@@ -20,8 +20,10 @@ import openai
 import pytest
 import torch
 from conftest import ROOT, assert_refused, close, free_copy, run_script, wide
+from test_peft import adapted
 
 import serve
+from peft import AdapterConfig, save_adapter
 from serve import Api, HttpServer, Options
 from streaming import StreamingConfig, StreamingServer
 from testv2 import EOS_TOKEN, SimpleTokenizer, save_folder
@@ -34,10 +36,10 @@ NAME = "tiny"
 class Running:
     """A server on a port of its own, in a thread of this process."""
 
-    def __init__(self, model=None, **options):
-        model = StreamingServer(free_copy(model or wide()), tokenizer=BYTES, config=StreamingConfig(
-            batch_size=options.get("batch_size", 64)))
-        self.api = Api(model, Options(**{"model_name": NAME, "grace": 0, **options}))
+    def __init__(self, adapters=None, **options):
+        library = StreamingServer(free_copy(wide()), tokenizer=BYTES, adapters=adapters,
+                                  config=StreamingConfig(batch_size=options.get("batch_size", 64)))
+        self.api = Api(library, Options(**{"model_name": NAME, "grace": 0, **options}))
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         self.server = HttpServer(self.api)
@@ -570,7 +572,7 @@ def test_fork_rollback_reset_delete(shared):
     texts = [session(shared, name, "x", max_tokens=20) for name in ("two", "three", other["id"])]
     assert texts[0] == texts[1] != texts[2]
     assert shared.post(path + "/rollback")["tokens"] == fork["tokens"]
-    refused(shared.http.post(path + "/rollback"), 400, "session_id")
+    refused(shared.http.post(path + "/rollback"), 409, "session_id")
     assert session(shared, "two", "x", max_tokens=20) == texts[0]
     assert shared.post(path + "/reset")["tokens"] == 0
     refused(shared.http.post("/v1/sessions", json={"id": "two"}), 409, "id")
@@ -782,23 +784,20 @@ def test_a_missing_package_is_named(folder, tmp_path):
 
 
 def test_an_adapter_is_a_model_of_its_own(tmp_path):
-    from peft import apply_lora_to_model, save_adapter
-
-    model = free_copy(wide())
-    apply_lora_to_model(model, rank=2)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora" in name:
-                p.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
-    save_adapter(model, tmp_path / "lora")
-    library = StreamingServer(free_copy(wide()), tokenizer=BYTES,
-                              adapters={"adapter": tmp_path / "lora"})
-    want = {name: library.generate_text("ab", seed=1, max_new_tokens=20, adapter=a, **PLAIN)
-            for name, a in ((NAME, None), (f"{NAME}:adapter", "adapter"))}
-    api = Api(library, Options(model_name=NAME))
-    assert len(set(want.values())) == 2
-    assert api.model_of(None) == (f"{NAME}:adapter", "adapter")
-    assert api.model_of(NAME) == (NAME, None)
+    save_adapter(adapted(AdapterConfig()), tmp_path / "lora")
+    with running(adapters={"adapter": tmp_path / "lora"}) as server:
+        names = [card.id for card in server.ai.models.list()]
+        assert names == [NAME, f"{NAME}:adapter"]
+        got = {name: server.ai.completions.create(model=name, prompt="ab", seed=1, max_tokens=20)
+               for name in names}
+        assert got[names[0]].choices[0].text != got[names[1]].choices[0].text
+        usual = server.post(COMPLETIONS, prompt="ab", seed=1, max_tokens=20)
+        assert usual["model"] == names[1]
+        assert usual["choices"][0]["text"] == got[names[1]].choices[0].text
+        library = server.api.server
+        for name, adapter in zip(names, (None, "adapter"), strict=True):
+            assert got[name].choices[0].text == library.generate_text(
+                "ab", seed=1, max_new_tokens=20, adapter=adapter, **PLAIN)
 
 
 PAGE = (ROOT / "page.html").read_text(encoding="utf-8")
@@ -829,3 +828,115 @@ def test_the_document_describes_the_routes(shared):
     assert "422" not in json.dumps(document["paths"])
     body = document["components"]["schemas"]["CompletionBody"]
     assert body["required"] == ["prompt"] and body["additionalProperties"] is False
+
+
+
+# ------------------------------------------------------------------------------- other clients
+
+
+@pytest.mark.parametrize("phase", [
+    "fuzzing", pytest.param("coverage", marks=pytest.mark.slow)])
+def test_schemathesis_finds_nothing(phase, tmp_path):
+    """Random requests, good and bad, to every route; the document says what may come back.
+
+    Left out is that all that fits the document is taken: ids beyond the vocabulary are not, nor
+    best_of without n.
+    """
+    with running(max_tokens=4, api_key="key", session_dir=str(tmp_path)) as server:
+        done = subprocess.run(
+            [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()",
+             "run", server.url + "/openapi.json", "--header", "Authorization: Bearer key",
+             "--max-examples", "6", "--phases", phase, "--generation-deterministic",
+             "--exclude-checks", "positive_data_acceptance", "--no-color"],
+            cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        until(lambda: server.api.pending == 0 and server.busy() == 0)
+
+
+class Browser:
+    """Headless Chromium, by WebDriver's own protocol."""
+
+    FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync")
+
+    def __init__(self, profile: Path):
+        self.driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE,
+                                       text=True)
+        line = next(x for x in self.driver.stdout if "started successfully on port" in x)
+        port = re.search(r"on port (\d+)", line)[1]
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+        options = {"args": [*self.FLAGS, f"--user-data-dir={profile}"]}
+        made = self.http.post("/session", json={"capabilities": {"alwaysMatch": {
+            "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}}})
+        self.base = "/session/" + made.json()["value"]["sessionId"]
+
+    def post(self, path: str, **body):
+        answer = self.http.post(self.base + path, json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["value"]
+
+    def run(self, script: str):
+        return self.post("/execute/sync", script=script, args=[])
+
+    def keys(self, *names: str) -> None:
+        """Press all, then let go."""
+        self.post("/actions", actions=[{"type": "key", "id": "k", "actions": [
+            *({"type": "keyDown", "value": n} for n in names),
+            *({"type": "keyUp", "value": n} for n in reversed(names))]}])
+
+    def end(self) -> None:
+        self.http.delete(self.base)
+        self.http.close()
+        self.driver.terminate()
+        self.driver.communicate()
+
+
+CONTROL, ENTER, ESCAPE, RIGHT = "\ue009", "\ue007", "\ue00c", "\ue014"
+WAITS = "return document.getElementById('stop').disabled"
+COUNT = "return document.querySelectorAll('.card:first-child .token').length"
+
+
+@pytest.mark.skipif(not (shutil.which("chromedriver") and shutil.which("chromium")),
+                    reason="chromium and chromedriver, which show the page, are not here")
+def test_the_page_in_a_browser(tmp_path):
+    with running(api_key="key", max_tokens=4000) as server, contextlib.ExitStack() as stack:
+        browser = Browser(tmp_path)
+        stack.callback(browser.end)
+        browser.post("/url", url=server.url + "/")
+        problem = "return document.getElementById('problem').textContent"
+        until(lambda: "API key" in browser.run(problem))
+        browser.run("const k = document.getElementById('key'); k.value = 'key';"
+                    "k.dispatchEvent(new Event('change'))")
+        until(lambda: browser.run("return document.getElementById('model').textContent") == NAME)
+        browser.run("document.getElementById('max').value = 30;"
+                    "document.getElementById('prompt').focus()")
+        browser.keys(CONTROL, ENTER)
+        until(lambda: browser.run(COUNT) > 3 and browser.run(WAITS))
+        said = next(iter(server.api.server.sessions.values()))
+        assert f"{said.now.position} tokens in a state of" in browser.run(
+            "return document.querySelector('.facts').textContent")
+        shades = browser.run("return [...document.querySelectorAll('.token')].map("
+                             "t => getComputedStyle(t).backgroundColor)")
+        assert len(set(shades)) > 2
+        browser.run("document.querySelector('.text').focus()")
+        browser.keys(RIGHT)
+        heat = browser.run("return document.getElementById('heat').innerText")
+        assert "layer 2" in heat and "attention" in heat
+        browser.run("[...document.querySelectorAll('button')].find("
+                    "b => b.textContent == 'Fork').click()")
+        until(lambda: browser.run("return document.querySelectorAll('.card').length") == 2)
+        assert len(server.api.server.sessions) == 2
+        browser.run("document.getElementById('max').value = 4000;"
+                    "document.getElementById('both').click()")
+        until(lambda: server.busy() == 2)
+        browser.keys(ESCAPE)
+        until(lambda: server.busy() == 0 and browser.run(WAITS))
+        assert browser.run(problem) == ""
+        texts = browser.run("return [...document.querySelectorAll('.text')].map("
+                            "t => t.textContent)")
+        assert len(texts) == 2 and all(len(t) > 5 for t in texts)
+        browser.post("/window/rect", width=500, height=800)
+        assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
+        entries = browser.post("/se/log", type="browser")
+        bad = [e["message"] for e in entries if e["level"] == "SEVERE"]
+        assert all(" 401 " in message for message in bad), bad  # before the key was typed
