@@ -168,9 +168,8 @@ class SaveBody(Body):
     name: Name
     overwrite: bool | None = Field(None, description="take the place of a session of that name")
 
-class LoadBody(Body):
-    name: Name
-    id: Name | None = None
+class NewSessionBody(SessionBody):
+    load: Name | None = Field(None, description="begin with what was saved by this name")
 
 class ErrorInfo(BaseModel):
     message: str
@@ -221,7 +220,7 @@ TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_erro
          503: "server_error"}
 FIELDS = {"max_new_tokens": "max_tokens", "stop_ids, logit_bias": "logit_bias"}
 KNOWN_FIELDS = {name for model in (CompletionBody, ChatBody, SessionCompletionBody, Message, Part,
-                                   SessionBody, SaveBody, LoadBody, StreamOptions, TextFormat)
+                                   NewSessionBody, SaveBody, StreamOptions, TextFormat)
                 for name in model.model_fields} | {"session_id"}
 
 class Refusal(HTTPException):
@@ -419,7 +418,8 @@ class Engine(threading.Thread):
             reason = answer.finish_reason or ("stop" if job.stopped else None)
             if reason:
                 self.meters.tokens.labels("prompt").inc(answer.prompt_tokens)
-                self.tell(job, "done", reason)
+                closing = [answer.closing] if answer.ended_by is not None else []
+                self.tell(job, "done", (reason, closing))
             else:
                 self.fail(job, Refusal(409, "the session was deleted", "session_id"))
 
@@ -440,7 +440,10 @@ class Engine(threading.Thread):
         self.post()
 
     def tell(self, job: Job, kind: str, value) -> None:
-        """begun: tokens of the prompt; read: its scores; chunk: a Chunk; done: the reason."""
+        """begun: tokens of the prompt; read: its scores; chunk: a Chunk; done: the reason, and eos.
+
+        Who asks for logprobs gets that of eos, too; lm-eval counts on a token after the prompt.
+        """
         self.letters.append((job.mailbox.put, ((job.index, kind, value),)))
 
     def fail(self, job: Job, error: Exception) -> None:
@@ -806,7 +809,8 @@ class Call:
                 elif kind == "read":
                     tokens[index] += value
                 elif kind == "done":
-                    reasons[index] = value
+                    reasons[index], closing = value
+                    tokens[index] += closing if self.body.alternatives() is not None else []
         choices = [w.choice(texts[i], tokens[i], reasons[i], False) for i, w in enumerate(writers)]
         name = {"text": "text_completion", "chat": "chat.completion",
                 "session": "session.completion"}[self.kind]
@@ -841,7 +845,9 @@ class Call:
                     elif kind == "read" and (value or echoes[index]):
                         parts.append(event([write(echoes[index], value, None, True)]))
                     elif kind == "done":
-                        parts.append(event([write("", [], value, True)]))
+                        reason, closing = value
+                        logprobs = self.body.alternatives() is not None
+                        parts.append(event([write("", closing if logprobs else [], reason, True)]))
                 yield b"".join(parts)
             if usage or self.kind == "session":
                 yield event([], usage=self.usage(), **await self.session_info())
@@ -1062,9 +1068,11 @@ class Api:
         """Run in the engine's thread what gives a session's id; the session."""
         return json_response(await self.engine.call(lambda: self.info(work())), status)
 
-    async def create(self, body: SessionBody | None = None) -> Response:
-        """A new session, which has read nothing."""
-        body = body or SessionBody()
+    async def create(self, body: NewSessionBody | None = None) -> Response:
+        """A new session, which has read nothing, or what a saved one had read."""
+        body = body or NewSessionBody()
+        if body.load is not None:
+            return await self.load(body)
 
         def work() -> str:
             self.engine.make_room(body.id)
@@ -1072,6 +1080,16 @@ class Api:
             return self.server.create_session(body.id, body.seed, config)
 
         return await self.do(work, 201)
+
+    async def load(self, body: NewSessionBody) -> Response:
+        file = self.file(body.load, "load")
+        if body.seed is not None:
+            raise Refusal(400, "seed: a saved session has its own; leave it out", "seed")
+        if not file.is_file():
+            raise Refusal(404, f"load: no session {body.load} was saved", "load", "not_found")
+        await self.engine.call(self.engine.make_room, body.id)
+        made = await self.files(lambda: self.server.load_session(file, body.id), "load", body.load)
+        return await self.do(lambda: made, 201)
 
     async def session(self, session_id: SessionId) -> Response:
         """One session."""
@@ -1129,24 +1147,26 @@ class Api:
                                self.server.delete_session(session_id))
         return json_response({"id": session_id, "object": "session", "deleted": True})
 
-    def file(self, name: str) -> File:
+    def file(self, name: str, param: str) -> File:
         if not self.folder:
-            raise Refusal(400, "name: this server has no --session_dir", "name", "no_session_dir")
-        require_plain_name(name, "name")
+            raise Refusal(400, f"{param}: this server has no --session_dir", param,
+                          "no_session_dir")
+        require_plain_name(name, param)
         return self.folder / f"{name}.safetensors"
 
-    async def files(self, work, name: str):
+    async def files(self, work, param: str, name: str):
         """Work on a file in a thread of its own; what is wrong is told without its place."""
         try:
             return await asyncio.to_thread(work)
         except UserError as e:
             what, problem, remedy = e.args
-            what = "name" if str(self.folder) in what else what
-            raise Refusal(400, f"{what}: {name} {problem}; {remedy}", what) from None
+            if str(self.folder) not in what:
+                raise
+            raise Refusal(400, f"{param}: {name} {problem}; {remedy}", param) from None
 
     async def save(self, session_id: SessionId, body: SaveBody) -> Response:
         """Write the session to a file in --session_dir."""
-        file = self.file(body.name)
+        file = self.file(body.name, "name")
         await self.engine.call(self.engine.idle, session_id)
         if os.path.lexists(file):
             if not body.overwrite:
@@ -1155,17 +1175,8 @@ class Api:
         elif sum(1 for _ in self.folder.glob("*.safetensors")) >= self.options.max_sessions:
             raise Refusal(429, "there are too many saved sessions", None, "too_many_sessions",
                           {"Retry-After": "60"})
-        await self.files(lambda: self.server.save_session(session_id, file), body.name)
+        await self.files(lambda: self.server.save_session(session_id, file), "name", body.name)
         return await self.do(lambda: session_id)
-
-    async def load(self, body: LoadBody) -> Response:
-        """A new session from a file in --session_dir."""
-        file = self.file(body.name)
-        if not file.is_file():
-            raise Refusal(404, f"name: no session {body.name} was saved", "name", "not_found")
-        await self.engine.call(self.engine.make_room, body.id)
-        made = await self.files(lambda: self.server.load_session(file, body.id), body.name)
-        return await self.do(lambda: made, 201)
 
     # Beginning and end -----------------------------------------------------------------------
 
@@ -1241,7 +1252,6 @@ class Api:
         add("POST", "/v1/chat/completions", self.chat, ok=streamed)
         add("GET", "/v1/sessions", self.sessions, SessionsOut)
         add("POST", "/v1/sessions", self.create, SessionOut, 201)
-        add("POST", "/v1/sessions/load", self.load, SessionOut, 201)
         one = "/v1/sessions/{session_id}"
         add("GET", one, self.session, SessionOut)
         add("DELETE", one, self.delete)

@@ -455,6 +455,7 @@ class Answer:
         self.since, self.milestone = "", None  # text given out after the clean ones; see `rebase`
         self.drawn, self.over, self.open = 0, False, True
         self.waits, self.undone = True, False  # see `ready_chunks` and `abandon`
+        self.closing: Token | None = None  # the one of `ends` that ended it; it is not given out
         self.scored: list[Token] = []
         if self.to_read and config.prompt_logprobs is not None:
             first, logits = self.to_read[0], moment.logits
@@ -521,6 +522,7 @@ class Answer:
             return
         if token in self.ends:
             self.ended_by = token
+            self.closing = Token(token, *likelihoods(logits, token, c.logprobs), None)
             self.end("stop")
             return
         self.last, self.position, self.drawn = token, self.position + 1, self.drawn + 1

@@ -209,6 +209,19 @@ def test_echo_gives_the_likelihood_of_the_prompt(shared, stream):
         assert got.usage.completion_tokens == 0 and choice.finish_reason == "length"
 
 
+def test_logprobs_include_the_end_of_text(shared):
+    """eos is no part of the text; but whoever cuts off the last token, as lm-eval, finds one."""
+    asked = {"model": NAME, "prompt": "abc", "max_tokens": 1, "logprobs": 1, "echo": True,
+             "logit_bias": {"256": 100}}
+    choice = shared.ai.completions.create(**asked).choices[0]
+    assert choice.text == "abc" and choice.finish_reason == "stop"
+    assert choice.logprobs.tokens == [*"abc", EOS_TOKEN]
+    want = float(log_softmax(BYTES.encode("abc"))[-1, 256])
+    assert choice.logprobs.token_logprobs[-1] == pytest.approx(want, abs=1e-4)
+    parts = [c for part in shared.ai.completions.create(stream=True, **asked) for c in part.choices]
+    assert parts[-1].logprobs.tokens == [EOS_TOKEN] and parts[-1].text == ""
+
+
 def test_echo_and_a_token_more_as_lm_eval_asks(shared):
     ids = BYTES.encode("some words")
     got = shared.ai.completions.create(model=NAME, prompt=[ids, ids[:4]], max_tokens=1, logprobs=1,
@@ -313,7 +326,7 @@ HELLO = {"messages": [{"role": "user", "content": "hi"}]}
     (CHAT, {**HELLO, "top_logprobs": 2}, "top_logprobs"),
     (CHAT, {**HELLO, "tools": [{"type": "function"}]}, "tools"),
     (CHAT, {**HELLO, "response_format": {"type": "json_object"}}, "response_format.type"),
-    ("/v1/sessions", {"id": "../x"}, "id"), ("/v1/sessions/load", {"name": "a/b"}, "name"),
+    ("/v1/sessions", {"id": "../x"}, "id"), ("/v1/sessions", {"load": "a/b"}, "load"),
 ])
 def test_what_is_wrong_is_named(path, body, param):
     with_limits = strict_server()
@@ -592,24 +605,25 @@ def test_save_and_load(shared, files):
     assert (files / "talk.safetensors").is_file()
     refused(shared.http.post("/v1/sessions/four/save", json={"name": "talk"}), 409, "name")
     want = session(shared, "four", "x", max_tokens=20)
-    shared.post("/v1/sessions/load", name="talk", id="five")
+    shared.post("/v1/sessions", load="talk", id="five")
     assert session(shared, "five", "x", max_tokens=20) == want
     assert shared.post("/v1/sessions/four/save", name="talk", overwrite=True)["turns"] == 2
-    refused(shared.http.post("/v1/sessions/load", json={"name": "talk", "id": "five"}), 409, "id")
-    refused(shared.http.post("/v1/sessions/load", json={"name": "nothing"}), 404, "name")
+    refused(shared.http.post("/v1/sessions", json={"load": "talk", "id": "five"}), 409, "id")
+    refused(shared.http.post("/v1/sessions", json={"load": "talk", "seed": 1}), 400, "seed")
+    refused(shared.http.post("/v1/sessions", json={"load": "nothing"}), 404, "load")
     for bad in ("../talk", "/etc/passwd", "", "a.b", "x" * 65, "a\n"):
-        refused(shared.http.post("/v1/sessions/load", json={"name": bad}), 400, "name")
+        refused(shared.http.post("/v1/sessions", json={"load": bad}), 400, "load")
         refused(shared.http.post("/v1/sessions/four/save", json={"name": bad}), 400, "name")
     (files / "broken.safetensors").write_bytes(b"no session")
-    for method, body in (("load", {"name": "broken"}),
-                         ("four/save", {"name": "broken", "overwrite": True})):
-        error = refused(shared.http.post(f"/v1/sessions/{method}", json=body), 400, "name")
+    for path, body, param in (("", {"load": "broken"}, "load"), (
+            "/four/save", {"name": "broken", "overwrite": True}, "name")):
+        error = refused(shared.http.post(f"/v1/sessions{path}", json=body), 400, param)
         assert str(files) not in error["message"]
     assert (files / "broken.safetensors").read_bytes() == b"no session"
     with running() as bare:
         bare.post("/v1/sessions", id="a")
         refused(bare.http.post("/v1/sessions/a/save", json={"name": "x"}), 400, "name")
-        refused(bare.http.post("/v1/sessions/load", json={"name": "x"}), 400, "name")
+        refused(bare.http.post("/v1/sessions", json={"load": "x"}), 400, "load")
 
 
 ENDLESS = {"max_tokens": 4096, "logit_bias": {"256": -100}}
@@ -851,6 +865,45 @@ def test_schemathesis_finds_nothing(phase, tmp_path):
             cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
         until(lambda: server.api.pending == 0 and server.busy() == 0)
+
+
+def byte_folder(folder: Path) -> Path:
+    """A tokenizer of transformers with the ids of BYTES."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = {c: i for i, c in enumerate([*serve.byte_alphabet(), EOS_TOKEN])}
+    tokenizer = Tokenizer(models.BPE(tokens, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS_TOKEN).save_pretrained(folder)
+    return folder
+
+
+def test_lm_eval_finds_the_likelihoods_of_this_process(shared, tmp_path):
+    pytest.importorskip("lm_eval.models.openai_completions", reason="pip install lm-eval[api]")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    chance, pairs = random.Random(0), []
+    for _ in range(24):
+        text = "".join(chance.choices("etaoin shrdlu\n", k=chance.randrange(2, 80)))
+        cut = chance.randrange(1, len(text))
+        context = text[:cut].rstrip() or "x"  # lm-eval itself moves spaces to the continuation
+        pairs.append((context, text[cut:]))
+    ids = BYTES.encode("abc")  # the likeliest end of a text, so that a right guess is among them
+    pairs.append(("abc", BYTES.decode([int(wide()(torch.tensor([ids]))[0, -1].argmax())])))
+    model = LocalCompletionsAPI(base_url=shared.url + COMPLETIONS, model=NAME, batch_size=4,
+                                tokenizer=str(byte_folder(tmp_path)), max_retries=1,
+                                tokenizer_backend="huggingface")
+    got = model.loglikelihood([Instance("loglikelihood", {}, pair, i)
+                               for i, pair in enumerate(pairs)], disable_tqdm=True)
+    for (context, rest), (logprob, greedy) in zip(pairs, got, strict=True):
+        before, after = BYTES.encode(context), BYTES.encode(rest)
+        true = log_softmax([*before, *after])[len(before) - 1 : -1]
+        assert logprob == pytest.approx(
+            float(true.gather(1, torch.tensor(after)[:, None]).sum()), abs=1e-3)
+        assert greedy == (true.argmax(-1).tolist() == after)
 
 
 class Browser:
