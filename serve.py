@@ -30,6 +30,7 @@ import base64
 import codecs
 import collections
 import contextlib
+import ctypes
 import hashlib
 import hmac
 import importlib.util
@@ -112,8 +113,10 @@ class Generation(Body):
     service_tier: Any = Field(None, description="taken, and without effect")
     safety_identifier: Any = Field(None, description="taken, and without effect")
     prompt_cache_key: Any = Field(None, description="taken, and without effect")
-    presence_penalty: Annotated[float, Field(ge=0, le=0, description=UNSUPPORTED)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=0, le=0, description=UNSUPPORTED)] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(
+        None, description=UNSUPPORTED)
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(
+        None, description=UNSUPPORTED)
 
     def alternatives(self) -> int | None:
         """How many likeliest tokens to name with each; None leaves out logprobs."""
@@ -126,7 +129,7 @@ class CompletionBody(Generation):
     best_of: Annotated[int, Field(ge=1, le=128)] | None = Field(None, description="n, or nothing")
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    suffix: Annotated[str, Field(max_length=0, description=UNSUPPORTED)] | None = None
+    suffix: Annotated[str, Field(max_length=0)] | None = Field(None, description=UNSUPPORTED)
 
 class Part(Body):
     type: Literal["text"]
@@ -135,7 +138,6 @@ class Part(Body):
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
-    name: Annotated[str, Field(max_length=64)] | None = None
 
 class TextFormat(Body):
     type: Literal["text"]
@@ -146,7 +148,7 @@ class ChatBody(Generation):
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: Annotated[list[Any], Field(max_length=0, description=UNSUPPORTED)] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description=UNSUPPORTED)
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     response_format: TextFormat | None = None
@@ -223,6 +225,9 @@ KNOWN_FIELDS = {name for model in (CompletionBody, ChatBody, SessionCompletionBo
                                    NewSessionBody, SaveBody, StreamOptions, TextFormat)
                 for name in model.model_fields} | {"session_id"}
 
+REFUSED_FIELDS = {name for model in (CompletionBody, ChatBody)
+                  for name, f in model.model_fields.items() if f.description == UNSUPPORTED}
+
 class Refusal(HTTPException):
     """An error in OpenAI's form: its status, and the field that is at fault."""
 
@@ -255,7 +260,7 @@ def invalid(request: Request, error: RequestValidationError) -> Response:
     place = [part for part in first["loc"][1:] if isinstance(part, int) or part in KNOWN_FIELDS]
     while place and isinstance(place[-1], int):
         place.pop()
-    unknown = first["type"] == "extra_forbidden"
+    unknown = first["type"] == "extra_forbidden" or place[:1] and place[0] in REFUSED_FIELDS
     if unknown and first["loc"][-1] not in place[-1:]:
         place.append(str(first["loc"][-1]))
     name = ".".join(map(str, place)) or None
@@ -308,6 +313,14 @@ class Job:
     stopped: bool = False  # by /stop
     asked: float = field(default_factory=time.perf_counter)
     first: float | None = None
+
+TIDY = 10  # seconds between two times that the engine tidies up
+
+def give_memory_back() -> None:
+    """Let glibc return what it keeps of freed blocks: batches of ever new sizes leave many."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim:
+        trim(0)
 
 class Engine(threading.Thread):
     """The one thread that steps the decoder. Between two steps it does what handlers ask for."""
@@ -365,12 +378,13 @@ class Engine(threading.Thread):
         idle = not self.running and not self.waiting
         with contextlib.suppress(queue.Empty):
             if idle:
-                self.commands.get(timeout=60)()
+                self.commands.get(timeout=TIDY)()
             while True:
                 self.commands.get_nowait()()
-        if time.monotonic() - self.cleaned > 60:
+        if time.monotonic() - self.cleaned > TIDY:
             self.cleaned = time.monotonic()
             self.server.cleanup_old_sessions(self.options.session_timeout)
+            give_memory_back()
 
     def begin(self) -> None:
         """Start what waits, as far as there are slots."""
@@ -390,13 +404,16 @@ class Engine(threading.Thread):
         try:
             self.server.decoder.step()
         except Exception as e:  # nobody knows whose it is; every handler is to hear of it
-            for job in self.running:
-                job.answer.abandon()
+            failed = self.running
+            self.drop(failed)
+            for job in failed:
                 self.fail(job, e)
-            self.running = []
         for job in self.running:
             self.collect(job)
-        self.running = [job for job in self.running if job.answer.open]
+        for job in self.running:
+            if not job.answer.open:
+                job.answer = None  # nobody needs its states any more
+        self.running = [job for job in self.running if job.answer]
 
     def collect(self, job: Job) -> None:
         """Tell of what is new."""
@@ -428,6 +445,7 @@ class Engine(threading.Thread):
         for job in jobs:
             if job.answer:
                 job.answer.abandon()
+                job.answer = None
         gone = set(map(id, jobs))
         self.running = [job for job in self.running if id(job) not in gone]
         self.waiting = collections.deque(job for job in self.waiting if id(job) not in gone)
@@ -574,17 +592,30 @@ class Template:
 
     def __init__(self, tokenizer):
         """It keeps the tokenizer to itself: one that reads special tokens is no other's."""
-        self.tokenizer, self.template, folder = tokenizer, None, None
+        self.tokenizer, self.template, self.names = tokenizer, None, {}
         if getattr(tokenizer, "path", None):
-            folder = File(tokenizer.path).parent
-            file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-            text = file.read_text(encoding="utf-8") if file.is_file() else None
-            if text is None and config.is_file():
-                text = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
-            if isinstance(text, str):
-                sandbox = need("jinja2.sandbox").ImmutableSandboxedEnvironment(
-                    trim_blocks=True, lstrip_blocks=True)
-                self.template = sandbox.from_string(text)
+            self.look_into(File(tokenizer.path).parent)
+
+    def look_into(self, folder: File) -> None:
+        file, config, about = folder / "chat_template.jinja", folder / "tokenizer_config.json", {}
+        try:
+            if config.is_file():
+                about = json.loads(config.read_text(encoding="utf-8"))
+            text = file.read_text(encoding="utf-8") if file.is_file() else about.get(
+                "chat_template")
+            if isinstance(text, list):  # several, by name
+                text = {each["name"]: each["template"] for each in text}["default"]
+            if text is None:
+                return
+            sandbox = need("jinja2.sandbox").ImmutableSandboxedEnvironment(
+                trim_blocks=True, lstrip_blocks=True)
+            self.template = sandbox.from_string(text)
+        except (ValueError, KeyError, TypeError, AttributeError, need("jinja2").TemplateError) as e:
+            raise UserError(str(folder), f"its chat template cannot be read ({e})",
+                            "mend it, or take it away") from None
+        for name in ("bos_token", "eos_token"):
+            token = about.get(name) or ""
+            self.names[name] = token.get("content", "") if isinstance(token, dict) else token
 
     @property
     def stops(self) -> list[str]:
@@ -598,8 +629,7 @@ class Template:
             return self.tokenizer.encode("\n\n".join([*turns, "assistant:"]))
         marks = [{"role": m.role, "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
         try:
-            text = self.template.render(messages=marks, add_generation_prompt=True,
-                                        bos_token="", eos_token="")
+            text = self.template.render(messages=marks, add_generation_prompt=True, **self.names)
         except Exception as e:  # a template may raise anything, and does so for roles it forbids
             raise Refusal(400, f"messages: the chat template refuses them ({e})",
                           "messages") from None
@@ -711,16 +741,16 @@ class Guard:
         return next_message
 
 class EventStream(Response):
-    """Server-sent events, from a generator that is closed whatever happens."""
+    """Server-sent events of a call, which is closed whatever happens."""
 
-    def __init__(self, parts):
+    def __init__(self, call: Call, parts):
         super().__init__(media_type="text/event-stream", headers={
             "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self.parts = parts
+        self.call, self.parts = call, parts
 
     async def __call__(self, scope, receive, send) -> None:
-        async with contextlib.aclosing(self.parts):
+        with contextlib.closing(self.call):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for part in self.parts:
                 await send({"type": "http.response.body", "body": part, "more_body": True})
@@ -749,6 +779,7 @@ class Call:
         self.left = self.count = 0
         if self.watch:
             self.watch.cancel()
+            self.watch = None  # it holds this call, which would wait for the garbage collector
 
     async def watch_client(self) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":
@@ -856,8 +887,6 @@ class Call:
             return
         except Refusal as refusal:
             yield sse(refusal.body)
-        finally:
-            self.close()
 
 def sse(value) -> bytes:
     return f"data: {json.dumps(value, separators=(',', ':'))}\n\n".encode()
@@ -890,6 +919,9 @@ class Api:
         self.fingerprint = "fp_" + server.fingerprint[:16]
         self.started = int(time.time())
         self.folder = File(options.session_dir) if options.session_dir else None
+        if options.keep_sessions:
+            for file in sorted(self.kept.glob("*.safetensors")):
+                server.load_session(file, file.stem)
         self.meters.gauge("running_answers", "Answers in the batch.",
                           lambda: len(self.engine.running))
         self.meters.gauge("pending_answers", "Answers admitted and not done.",
@@ -963,7 +995,7 @@ class Api:
             await call.start(jobs)
             if body.stream:
                 handed_over = True
-                return EventStream(call.events(writers, echoes))
+                return EventStream(call, call.events(writers, echoes))
             return await call.whole(writers, echoes)
         except Gone:
             return Response(status_code=499)  # nobody reads it
@@ -1186,9 +1218,6 @@ class Api:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: FastAPI):
-        if self.options.keep_sessions and self.kept.is_dir():
-            for file in sorted(self.kept.glob("*.safetensors")):
-                self.server.load_session(file, file.stem)
         self.engine = Engine(self.server, self.options, self.meters, asyncio.get_running_loop())
         self.engine.start()
         yield
