@@ -30,7 +30,6 @@ import base64
 import codecs
 import collections
 import contextlib
-import ctypes
 import hashlib
 import hmac
 import importlib.util
@@ -314,13 +313,7 @@ class Job:
     asked: float = field(default_factory=time.perf_counter)
     first: float | None = None
 
-TIDY = 10  # seconds between two times that the engine tidies up
-
-def give_memory_back() -> None:
-    """Let glibc return what it keeps of freed blocks: batches of ever new sizes leave many."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim:
-        trim(0)
+ENDING = "the server is shutting down"
 
 class Engine(threading.Thread):
     """The one thread that steps the decoder. Between two steps it does what handlers ask for."""
@@ -330,23 +323,34 @@ class Engine(threading.Thread):
         super().__init__(name="engine", daemon=True)
         self.server, self.options, self.meters, self.loop = server, options, meters, loop
         self.commands, self.waiting, self.running = queue.SimpleQueue(), collections.deque(), []
-        self.letters, self.open, self.cleaned = [], True, time.monotonic()
+        self.letters, self.cleaned = [], time.monotonic()
+        self.open, self.door = True, threading.Lock()  # nothing is ordered once it is shut
 
     def run(self) -> None:
-        while self.open:
-            self.obey()
-            self.begin()
-            if self.running:
-                self.step()
-            self.post()
+        try:
+            while self.open:
+                self.obey()
+                self.begin()
+                if self.running:
+                    self.step()
+                self.post()
+        finally:
+            self.finish()
 
     # Called by handlers ----------------------------------------------------------------------
 
+    def order(self, command) -> None:
+        with self.door:
+            if not self.open:
+                raise Refusal(503, ENDING, None, "shutting_down")
+            self.commands.put(command)
+
     def submit(self, jobs: list[Job]) -> None:
-        self.commands.put(lambda: self.waiting.extend(jobs))
+        self.order(lambda: self.waiting.extend(jobs))
 
     def abandon(self, jobs: list[Job]) -> None:
-        self.commands.put(lambda: self.drop(jobs))
+        with contextlib.suppress(Refusal):  # at its end it abandons all
+            self.order(lambda: self.drop(jobs))
 
     async def call(self, function, *arguments):
         """The result of a function that the engine's thread runs between two steps."""
@@ -359,7 +363,7 @@ class Engine(threading.Thread):
                 result, error = None, e
             self.letters.append((self.resolve, (future, result, error)))
 
-        self.commands.put(run)
+        self.order(run)
         return await future
 
     @staticmethod
@@ -369,7 +373,8 @@ class Engine(threading.Thread):
 
     def end(self) -> None:
         """Roll back what is left, tell its clients, and end the thread."""
-        self.commands.put(self.finish)
+        with contextlib.suppress(Refusal):
+            self.order(self.finish)
 
     # In the thread ---------------------------------------------------------------------------
 
@@ -378,13 +383,12 @@ class Engine(threading.Thread):
         idle = not self.running and not self.waiting
         with contextlib.suppress(queue.Empty):
             if idle:
-                self.commands.get(timeout=TIDY)()
+                self.commands.get(timeout=60)()
             while True:
                 self.commands.get_nowait()()
-        if time.monotonic() - self.cleaned > TIDY:
+        if time.monotonic() - self.cleaned > 60:
             self.cleaned = time.monotonic()
             self.server.cleanup_old_sessions(self.options.session_timeout)
-            give_memory_back()
 
     def begin(self) -> None:
         """Start what waits, as far as there are slots."""
@@ -432,13 +436,17 @@ class Engine(threading.Thread):
             self.fail(job, e)
             return
         if not answer.open:
-            reason = answer.finish_reason or ("stop" if job.stopped else None)
-            if reason:
-                self.meters.tokens.labels("prompt").inc(answer.prompt_tokens)
-                closing = [answer.closing] if answer.ended_by is not None else []
-                self.tell(job, "done", (reason, closing))
-            else:
-                self.fail(job, Refusal(409, "the session was deleted", "session_id"))
+            self.conclude(job)
+
+    def conclude(self, job: Job) -> None:
+        reason = job.answer.finish_reason or ("stop" if job.stopped else None)
+        if not reason or (job.session and job.session not in self.server.sessions):
+            self.fail(job, Refusal(409, "the session was deleted", "session_id"))
+            return
+        self.meters.tokens.labels("prompt").inc(job.answer.prompt_tokens)
+        closing = [job.answer.closing] if job.answer.ended_by is not None else []
+        about = {"session": self.info(job.session)} if job.session else {}
+        self.tell(job, "done", (reason, closing, about))
 
     def drop(self, jobs: list[Job]) -> None:
         """Forget jobs, as if they had never been asked for."""
@@ -451,14 +459,19 @@ class Engine(threading.Thread):
         self.waiting = collections.deque(job for job in self.waiting if id(job) not in gone)
 
     def finish(self) -> None:
-        left, self.open = [*self.running, *self.waiting], False
+        with self.door:
+            self.open = False
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self.commands.get_nowait()()
+        left = [*self.running, *self.waiting]
         self.drop(left)
         for job in left:
-            self.fail(job, Refusal(503, "the server is shutting down", None, "shutting_down"))
+            self.fail(job, Refusal(503, ENDING, None, "shutting_down"))
         self.post()
 
     def tell(self, job: Job, kind: str, value) -> None:
-        """begun: tokens of the prompt; read: its scores; chunk: a Chunk; done: the reason, and eos.
+        """begun: tokens of the prompt; read: its scores; chunk: a Chunk; done: why, eos, session.
 
         Who asks for logprobs gets that of eos, too; lm-eval counts on a token after the prompt.
         """
@@ -496,6 +509,13 @@ class Engine(threading.Thread):
         if len(self.server.sessions) >= self.options.max_sessions:
             raise Refusal(429, f"there are {self.options.max_sessions} sessions already; delete "
                           "some", None, "too_many_sessions", {"Retry-After": "60"})
+
+    def info(self, session_id: str) -> dict:
+        self.known(session_id)
+        s = self.server.get_session_info(session_id)
+        return {"id": s["session_id"], "object": "session", "created": int(s["created"]),
+                "last_used": int(s["last_used"]), "tokens": s["position"], "turns": s["turns"],
+                "seed": s["seed"], "state_bytes": s["state_bytes"], "answering": s["answering"]}
 
     def stop(self, session_id: str) -> None:
         """End the session's answer, if there is one, where it is."""
@@ -770,6 +790,7 @@ class Call:
         self.id = {"text": "cmpl-", "chat": "chatcmpl-", "session": "scmpl-"}[kind]
         self.id, self.created = self.id + uuid.uuid4().hex, int(time.time())
         self.left, self.prompt_tokens, self.drawn, self.first = count, {}, 0, []
+        self.about = {}  # of the session
 
     def close(self) -> None:
         """Give the room back; what has not come to its end is undone."""
@@ -840,18 +861,12 @@ class Call:
                 elif kind == "read":
                     tokens[index] += value
                 elif kind == "done":
-                    reasons[index], closing = value
+                    reasons[index], closing, self.about = value
                     tokens[index] += closing if self.body.alternatives() is not None else []
         choices = [w.choice(texts[i], tokens[i], reasons[i], False) for i, w in enumerate(writers)]
         name = {"text": "text_completion", "chat": "chat.completion",
                 "session": "session.completion"}[self.kind]
-        return json_response(self.envelope(name, choices, usage=self.usage(),
-                                           **await self.session_info()))
-
-    async def session_info(self) -> dict:
-        session = self.jobs[0].session
-        return {} if session is None else {"session": await self.api.engine.call(
-            self.api.info, session)}
+        return json_response(self.envelope(name, choices, usage=self.usage(), **self.about))
 
     async def events(self, writers: list[Writer], echoes: list[str]):
         """The answer as server-sent events; an error among them is the last."""
@@ -876,12 +891,12 @@ class Call:
                     elif kind == "read" and (value or echoes[index]):
                         parts.append(event([write(echoes[index], value, None, True)]))
                     elif kind == "done":
-                        reason, closing = value
+                        reason, closing, self.about = value
                         logprobs = self.body.alternatives() is not None
                         parts.append(event([write("", closing if logprobs else [], reason, True)]))
                 yield b"".join(parts)
             if usage or self.kind == "session":
-                yield event([], usage=self.usage(), **await self.session_info())
+                yield event([], usage=self.usage(), **self.about)
             yield b"data: [DONE]\n\n"
         except Gone:
             return
@@ -932,7 +947,7 @@ class Api:
 
     def require_room(self, count: int) -> None:
         if self.draining:
-            raise Refusal(503, "the server is shutting down", None, "shutting_down",
+            raise Refusal(503, ENDING, None, "shutting_down",
                           {"Retry-After": "5"})
         if self.pending + count > self.options.batch_size + self.options.max_queue:
             raise Refusal(429, "the server is full; try again", None, "queue_full",
@@ -1003,13 +1018,6 @@ class Api:
             if not handed_over:
                 call.close()
 
-    def info(self, session_id: str) -> dict:
-        self.engine.known(session_id)
-        s = self.server.get_session_info(session_id)
-        return {"id": s["session_id"], "object": "session", "created": int(s["created"]),
-                "last_used": int(s["last_used"]), "tokens": s["position"], "turns": s["turns"],
-                "seed": s["seed"], "state_bytes": s["state_bytes"], "answering": s["answering"]}
-
     # OpenAI's routes -------------------------------------------------------------------------
 
     async def completions(self, request: Request, body: CompletionBody) -> Response:
@@ -1075,7 +1083,7 @@ class Api:
 
     async def health(self) -> Response:
         """Whether the server takes requests."""
-        well = self.engine.is_alive() and not self.draining
+        well = self.engine.open and not self.draining
         return json_response({"status": "ok" if well else "ending"}, 200 if well else 503)
 
     async def metrics(self) -> Response:
@@ -1093,12 +1101,12 @@ class Api:
 
     async def sessions(self) -> Response:
         """All open sessions."""
-        ids = await self.engine.call(lambda: [self.info(i) for i in list(self.server.sessions)])
-        return json_response({"object": "list", "data": ids})
+        told = await self.engine.call(lambda: [*map(self.engine.info, self.server.sessions)])
+        return json_response({"object": "list", "data": told})
 
     async def do(self, work, status: int = 200) -> Response:
         """Run in the engine's thread what gives a session's id; the session."""
-        return json_response(await self.engine.call(lambda: self.info(work())), status)
+        return json_response(await self.engine.call(lambda: self.engine.info(work())), status)
 
     async def create(self, body: NewSessionBody | None = None) -> Response:
         """A new session, which has read nothing, or what a saved one had read."""

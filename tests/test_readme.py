@@ -41,8 +41,7 @@ def workspace(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     for name in ("testv2.py", "ssm_kernels.py", "streaming.py", "peft.py", "quantize.py",
                  "export_model.py", "onnx_generate.py", "benchmark.py", "serve.py", "page.html",
-                 "Makefile",
-                 "requirements.txt", "requirements-dev.txt"):  # fmt: skip
+                 "Makefile", "requirements.txt", "requirements-dev.txt"):  # fmt: skip
         shutil.copy(ROOT / name, folder)
     (folder / "data").mkdir()
     shutil.copy(ROOT / "data" / "prepare.py", folder / "data")
