@@ -33,6 +33,7 @@ import contextlib
 import hashlib
 import hmac
 import importlib.util
+import inspect
 import json
 import logging
 import os
@@ -1327,9 +1328,9 @@ def parse(argv: list[str] | None):
         ("--host", str, "127.0.0.1", "address to listen at; 0.0.0.0 is all of this machine's"),
         ("--port", int, 8000, "port to listen at; 0 takes a free one, and says which"),
     ]
-    lines = File(__file__).read_text(encoding="utf-8").splitlines()
+    source = inspect.getsource(Options)
     for name, f in Options.__dataclass_fields__.items():
-        text = next(x for x in lines if x.startswith(f"    {name}: ")).partition("  # ")[2]
+        text = re.search(f"^    {name}: .*  # (.*)$", source, re.MULTILINE)[1]
         if f.default is False:
             parser.add_argument(f"--{name}", action="store_true", help=text)
         else:

@@ -837,6 +837,14 @@ def test_a_wrong_command_is_refused(folder, words, fragment):
     assert_refused(run_script("serve.py", *words, cwd=folder), fragment)
 
 
+def test_every_flag_is_explained(folder):
+    done = run_script("serve.py", "--help", cwd=folder)
+    assert done.returncode == 0 and done.stderr == ""
+    said = done.stdout.partition("options:")[2]
+    for option in Options.__dataclass_fields__:
+        assert re.search(rf"--{option}( [A-Z]+)? +[a-z]", said), option
+
+
 def test_a_port_that_is_taken(folder):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
