@@ -89,6 +89,7 @@ class StreamingConfig:
     stop_ids: list[int] | None = None  # ids that do, besides eos_token_id
     seed: int | None = None  # of the draws; None takes the session's own
     logprobs: int | None = None  # name so many likeliest alternatives with every token
+    prompt_logprobs: int | None = None  # the same for the tokens of the prompt: Answer.scores
     adapter: str | None = None  # which of the server's adapters answers; None is the model itself
     reset_on_eos: bool = False  # an answer that ends with eos ends its session's memory as well
     eos_token_id: int | None = None  # None takes the model's or tokenizer's, -1 none
@@ -105,6 +106,7 @@ class StreamingConfig:
             "top_k": (int, 0, math.inf), "top_p": (float, 0, 1), "min_p": (float, 0, 1),
             "repetition_penalty": (float, 1e-3, 1e3), "repetition_window": (int, 0, REMEMBERED),
             "logprobs": (int | None, 0, vocab_size), "batch_size": (int, 1, math.inf),
+            "prompt_logprobs": (int | None, 0, vocab_size),
             "state_buffer_size": (int, 1, math.inf), "reset_on_eos": (bool, False, True),
             "optimize_memory": (bool, False, True), "seed": (int | None, 0, 2**63 - 1),
             "eos_token_id": (int | None, -1, vocab_size - 1),
@@ -257,7 +259,7 @@ class Moment(NamedTuple):
         return self._replace(logits=None, recent=recent, unread=(*self.unread, *ids))
 
 class Token(NamedTuple):
-    """A token that was drawn."""
+    """A token that was drawn, or one of a prompt."""
 
     id: int
     logprob: float | None  # in nats, by the model alone; None unless `logprobs` asks for it
@@ -269,6 +271,8 @@ class Chunk(NamedTuple):
 
     text: str
     tokens: list[Token]
+
+NOTHING = Chunk("", [])  # there is no more without another step
 
 class Decoder:
     """Reads prompts and draws tokens for all open answers, as one batch.
@@ -288,10 +292,12 @@ class Decoder:
         self.state: ModelState | None = None
 
     @torch.inference_mode()
-    def read(self, ids: list[list[int]], state: ModelState, adapters: list[str | None]):
+    def read(self, ids: list[list[int]], state: ModelState, adapters: list[str | None],
+             asked: tuple[list[int], int] | None = None):
         """ids (B, L) -> logits (B, V) of the last column, its gates (n_layer, B, 3), new state.
 
-        `adapters`: the one of each row.
+        `adapters`: the one of each row. `asked`: ids (at most L) that follow the first, second, ...
+        of a single row, and how many alternatives to name with each; they come last, as tokens.
         """
         run = self.one_token if len(ids[0]) == 1 else self.model.run
         with self.reading:
@@ -300,7 +306,18 @@ class Decoder:
         logits = self.model.head(hidden[:, -1]).float()  # (B, V)
         if len(ids[0]) > 1:
             state = state.clone()  # of a long piece, it is a small view
-        return logits.cpu().numpy(), gates[:, :, -1].float().cpu().numpy(), state
+        scores = self.score(hidden[0], *asked) if asked else []
+        return logits.cpu().numpy(), gates[:, :, -1].float().cpu().numpy(), state, scores
+
+    def score(self, hidden: Tensor, ids: list[int], count: int) -> list[Token]:
+        """What the model makes of ids after each of hidden (L, D), in parts: V may be large."""
+        scores = []
+        for at in range(0, len(ids), 64):
+            part = ids[at : at + 64]
+            logits = self.model.head(hidden[at : at + len(part)]).float().cpu().numpy()  # (64, V)
+            scores += [Token(i, *likelihoods(row, i, count), None)
+                       for row, i in zip(logits, part, strict=True)]
+        return scores
 
     def let_serve(self, adapters: list[str | None]) -> None:
         if hasattr(self.model, "adapter_switch"):
@@ -314,7 +331,7 @@ class Decoder:
         state, logits, unread = moment.state, moment.logits, list(moment.unread)
         for at in range(0, len(unread), SMALL_PIECE):
             piece = unread[at : at + SMALL_PIECE]
-            (logits,), _, state = self.read([piece], state, [adapter])
+            (logits,), _, state, _ = self.read([piece], state, [adapter])
         return moment._replace(state=state, logits=logits, unread=())
 
     def wait(self, answer: Answer) -> None:
@@ -341,21 +358,27 @@ class Decoder:
             prompts, ready = self.pieces(), self.gather(self.ready())
             tokens, state = [[a.last] for a in ready], self.state
         for answer, piece in prompts:
-            read = self.read([piece], answer.state, [answer.config.adapter])
+            read = self.read([piece], answer.state, [answer.config.adapter],
+                             answer.asked(len(piece)))
             with self.turn:
                 answer.has_read(len(piece), *read)
         if ready:
-            logits, gates, state = self.read(tokens, state, [a.config.adapter for a in ready])
+            logits, gates, state, _ = self.read(tokens, state, [a.config.adapter for a in ready])
             with self.turn:
                 self.hand_out(ready, logits, gates, state)
 
     def pieces(self) -> list[tuple[Answer, list[int]]]:
-        """What of which prompts to read next: little, where others wait for it, to equal shares."""
+        """What of which prompts to read next: little, where others wait for it.
+
+        To equal shares, but to none of less than 128 tokens, as a pass over a few costs as much:
+        the one that has waited longest comes first, then the shortest.
+        """
         left, pieces = SMALL_PIECE if len(self.answers) > 1 else PIECE, []
-        waiting = sorted((a for a in self.answers if a.to_read and not a.over),
-                         key=lambda a: len(a.to_read))
-        for number, answer in enumerate(waiting):
-            share = left // (len(waiting) - number)
+        waiting = [a for a in self.answers if a.to_read and not a.over]
+        waiting = waiting[:1] + sorted(waiting[1:], key=lambda a: len(a.to_read))
+        chosen = sorted(waiting[: left // 128], key=lambda a: len(a.to_read))
+        for number, answer in enumerate(chosen):
+            share = left // (len(chosen) - number)
             piece = answer.to_read[: min(share, SMALL_PIECE) if answer.config.optimize_memory
                                    else share]
             pieces += [(answer, piece)] if piece else []
@@ -373,9 +396,17 @@ class Decoder:
     def gather(self, ready: list[Answer]) -> list[Answer]:
         """Make `state` the rows of these answers."""
         if ready and ready != self.members:
-            for answer in self.members:
-                answer.state = self.state_of(answer)
-            self.state, self.members = ModelState.join([a.state for a in ready]), ready
+            chosen, row_of = set(map(id, ready)), {}
+            for row, answer in enumerate(self.members):
+                if answer.state is None and id(answer) in chosen:
+                    row_of[id(answer)] = row
+                elif answer.state is None:
+                    answer.state = self.state_of(answer)
+            stay = [a for a in ready if id(a) in row_of]  # their rows are copied at once
+            join = [a for a in ready if id(a) not in row_of]
+            parts = [self.state.select([row_of[id(a)] for a in stay])] if stay else []
+            self.state = ModelState.join([*parts, *(a.state for a in join)])
+            self.members = ready = [*stay, *join]
             for answer in ready:
                 answer.state = None
         return ready
@@ -423,6 +454,14 @@ class Answer:
         self.given = self.clean = 0  # of the ids: given out; given out with all of their text
         self.since, self.milestone = "", None  # text given out after the clean ones; see `rebase`
         self.drawn, self.over, self.open = 0, False, True
+        self.waits, self.undone = True, False  # see `ready_chunks` and `abandon`
+        self.closing: Token | None = None  # the one of `ends` that ended it; it is not given out
+        self.scored: list[Token] = []
+        if self.to_read and config.prompt_logprobs is not None:
+            first, logits = self.to_read[0], moment.logits
+            known = (None, []) if logits is None else likelihoods(
+                logits, first, config.prompt_logprobs)
+            self.scored.append(Token(first, *known, None))
         self.error = self.finish_reason = self.ended_by = None
         self.tokenizer, self.chunks = tokenizer, self.make_chunks()
         self.stream = TextStream(tokenizer, list(self.recent[-8:]), config.stop or [])
@@ -436,11 +475,25 @@ class Answer:
     def __next__(self) -> Chunk:
         return next(self.chunks)
 
+    @property
+    def scores(self) -> list[Token]:
+        """The prompt's tokens, once it is read, each with what the model made of it.
+
+        The first of a text has no logprob. There are none unless `prompt_logprobs` asks for them.
+        """
+        return self.scored[len(self.scored) - self.prompt_tokens :]
+
+    def asked(self, count: int) -> tuple[list[int], int] | None:
+        """Of the tokens that follow the next `count`, see Decoder.read."""
+        alternatives = self.config.prompt_logprobs
+        return None if alternatives is None else (self.to_read[1 : count + 1], alternatives)
+
     def has_read(self, count: int, logits: np.ndarray, gates: np.ndarray,
-                 state: ModelState) -> None:
+                 state: ModelState, scores: list[Token]) -> None:
         """So many more tokens of the prompt."""
         if not self.open:
             return
+        self.scored += scores
         self.state, self.to_read = state, self.to_read[count:]
         if not self.to_read:
             self.begin(logits[0], gates[:, 0])
@@ -469,6 +522,7 @@ class Answer:
             return
         if token in self.ends:
             self.ended_by = token
+            self.closing = Token(token, *likelihoods(logits, token, c.logprobs), None)
             self.end("stop")
             return
         self.last, self.position, self.drawn = token, self.position + 1, self.drawn + 1
@@ -508,10 +562,23 @@ class Answer:
             raise self.error
         return None
 
+    def ready_chunks(self) -> Iterator[Chunk]:
+        """The chunks that need no further step: for who takes the steps, and reads this answer."""
+        self.waits = False
+        for chunk in self.chunks:
+            if chunk is NOTHING:
+                return
+            yield chunk
+
     def make_chunks(self) -> Iterator[Chunk]:
         tokens, text = [], ""
         try:
-            for token in iter(self.next_token, None):
+            while True:
+                while not self.waits and self.hungry():
+                    yield NOTHING
+                token = self.next_token()
+                if token is None:
+                    break
                 tokens.append(token)
                 text = self.text_after(token.id)
                 if self.stream.stopped:
@@ -521,7 +588,7 @@ class Answer:
                     yield Chunk(text, tokens)
                     tokens, text = [], ""
                     self.rebase()
-            else:
+            if not self.stream.stopped:
                 text, self.since = self.stream.finish(), self.stream.shown.replace(MARK, "")
                 self.clean = self.given - len(self.stream.held)
             if text or tokens:
@@ -561,6 +628,12 @@ class Answer:
         else:
             self.settle()
 
+    def abandon(self) -> None:
+        """End it as if it had never been asked for: the session stands where it stood before."""
+        with self.decoder.turn:
+            self.undone = True
+        self.close()
+
     def settle(self) -> None:
         with self.decoder.turn:
             if not self.open:
@@ -571,7 +644,7 @@ class Answer:
                 if self.given < len(self.ids):  # made ahead, and never given out
                     self.ended_by = None
                     self.finish_reason = "stop" if self.stream.stopped else None
-                if self.error:
+                if self.error or self.undone:
                     self.moment = self.origin
                 elif not self.to_read and self.clean == len(self.ids) and not self.since:
                     self.moment = self.live(state)
@@ -589,7 +662,9 @@ def likelihoods(logits: np.ndarray, token: int, count: int | None):
     x = logits.astype(np.float64)
     x -= x.max()
     x -= math.log(np.exp(x).sum())
-    top = np.argsort(-x, kind="stable")[:count]
+    least = np.partition(x, -count)[-count] if count else np.inf
+    best = np.flatnonzero(x >= least)
+    top = best[np.argsort(-x[best], kind="stable")][:count]
     return float(x[token]), [(int(i), float(x[i])) for i in top]
 
 # ------------------------------------------------------------------------------------ sessions
@@ -776,7 +851,7 @@ class StreamingServer:
     def settle(self, session: Session, answer: Answer) -> None:
         """An answer of the session is over."""
         session.now, session.answer, session.used = answer.moment, None, time.time()
-        if answer.error:
+        if answer.error or answer.undone:
             return
         session.before, session.turns = answer.origin, session.turns + 1
         if answer.config.reset_on_eos and answer.ended_by == self.eos_of(answer.config):

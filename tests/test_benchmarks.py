@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, assert_refused, run_script, tiny_config
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))  # behind the root: some names are in both
 import finetune  # noqa: E402
 import quality  # noqa: E402
 import scan  # noqa: E402

@@ -3,12 +3,15 @@
 Training commands are read as they stand, and then run with a few flags more that make them short.
 """
 
+import contextlib
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -34,7 +37,7 @@ SHORT = flags(
 )  # fmt: skip
 # By requirements-dev.txt.
 INSTALLED = {"wandb", "pyarrow", "tiktoken", "onnx", "onnxscript", "onnxruntime", "transformers",
-             "accelerate"}  # fmt: skip
+             "accelerate", "fastapi", "uvicorn", "prometheus-client"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,7 @@ def workspace(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     for name in ("testv2.py", "ssm_kernels.py", "streaming.py", "peft.py", "quantize.py",
                  "export_model.py", "onnx_generate.py", "benchmark.py", "hf_integration.py",
+                 "serve.py", "page.html",
                  "Makefile", "requirements.txt", "requirements-dev.txt"):  # fmt: skip
         shutil.copy(ROOT / name, folder)
     (folder / "data").mkdir()
@@ -121,6 +125,20 @@ def launch(words: list[str], cwd: Path) -> None:
         assert agent.returncode == 0, err
 
 
+@contextlib.contextmanager
+def serving(words: list[str], cwd: Path):
+    """serve.py with these words, on a free port; its address."""
+    command = [sys.executable, cwd / "serve.py", *words, "--port", "0"]
+    with subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}) as server:
+        try:
+            said = server.stdout.readline()
+            assert said.startswith("serving tinymamba_model_latest at http://")
+            yield said.split()[-1]
+        finally:
+            server.terminate()
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(command, workspace):
     words = shlex.split(command)
@@ -136,6 +154,9 @@ def test_command(command, workspace):
         case ["python", "streaming.py", *rest]:
             talk = "Hello\n/reset\n" if "--interactive" in rest else None
             assert run([workspace / "streaming.py", *rest], workspace, input=talk)
+        case ["python", "serve.py", *rest]:
+            with serving(rest, workspace) as url, urllib.request.urlopen(url + "/health") as told:
+                assert told.status == 200
         case ["python", "peft.py", *rest]:
             done = run_finetuning(rest, workspace)
             assert "merged.pt" in done if "--merge" in rest else "validation at step 2" in done
@@ -180,6 +201,9 @@ def test_command(command, workspace):
                           n_layer=1, tokens=2, rounds=2)
             assert "random weights" in run(
                 [ROOT / "benchmarks/quantize.py", *rest, *small], workspace)
+        case ["python", "benchmarks/serve.py", *rest]:
+            small = flags(streams=2, seconds=1, tokens=4, disconnects=3)
+            assert "errors 0" in run([ROOT / "benchmarks/serve.py", *rest, *small], workspace)
         case ["python", "benchmarks/finetune.py", *rest]:
             assert "style" in run([ROOT / "benchmarks/finetune.py", *rest, "--steps", "2",
                                    "--methods", "lora", "--tasks", "style"], workspace)
@@ -206,7 +230,8 @@ def test_command(command, workspace):
         case ["pip", "install", *packages]:
             packages = [package.partition("==")[0] for package in packages]
             assert INSTALLED.issuperset(packages)
-            check([sys.executable, "-c", f"import {', '.join(packages)}"], workspace)
+            modules = ", ".join(packages).replace("-", "_")
+            check([sys.executable, "-c", f"import {modules}"], workspace)
         case ["ruff", *rest]:
             check([sys.executable, "-m", "ruff", *rest], ROOT)
         case ["tensorboard", *rest]:
@@ -239,7 +264,11 @@ def test_snippet(number, workspace, tmp_path):
                 run_finetuning([*words, "--force"], workspace)
     for i in (1, 2, 3):
         write_tokens(workspace / "data" / "text" / f"dataset{i}.bin", "words " * 2000)
-    (folder / "snippet.py").write_text(snippet)
-    run([folder / "snippet.py"], folder)
+    with contextlib.ExitStack() as stack:
+        if "http://127.0.0.1:8000" in snippet:
+            url = stack.enter_context(serving([], workspace))
+            snippet = snippet.replace("http://127.0.0.1:8000", url)
+        (folder / "snippet.py").write_text(snippet)
+        run([folder / "snippet.py"], folder)
     if "tofile" in snippet:
         assert (folder / "data/text/train.bin").stat().st_size % 4 == 0

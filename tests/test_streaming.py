@@ -1108,3 +1108,113 @@ def test_a_compiled_step_gives_the_same_text():
         server = StreamingServer(free_copy(wide(n_layer=1)), tokenizer=BYTES, compiled=compiled)
         texts.append(server.generate_text("Hello", **GREEDY))
     assert texts[0] == texts[1]
+
+
+# ------------------------------------------------------------- for who takes the steps by itself
+
+
+@pytest.mark.parametrize("optimize", [False, True])
+def test_scores_of_a_prompt_are_those_of_a_full_pass(optimize):
+    """Also over the seams of its pieces, and where it goes on in a session."""
+    server = serve(optimize_memory=optimize)
+    session, ids = server.create_session(), some_ids(1, 1300)[0].tolist()
+    true = server.model(torch.tensor([ids]))[0].double().log_softmax(-1)
+    at = 0
+    for count in (1, 700, 599):
+        part = ids[at : at + count]
+        answer = server.answer(part, session, prompt_logprobs=2, max_new_tokens=0)
+        assert list(answer) == []
+        assert [t.id for t in answer.scores] == part
+        for place, token in enumerate(answer.scores, at):
+            if place == 0:
+                assert token.logprob is None and token.top == []
+                continue
+            assert token.logprob == pytest.approx(float(true[place - 1, token.id]), abs=1e-4)
+            best = true[place - 1].topk(2)
+            assert [i for i, _ in token.top] == best.indices.tolist()
+        at += count
+    answer = server.answer([], session, prompt_logprobs=2, max_new_tokens=1)
+    list(answer)
+    assert answer.scores == [] == server.answer(ids[:3], max_new_tokens=0).scores
+
+
+def test_answers_stepped_from_outside_are_what_they_are_alone():
+    server, prompts = serve(), [some_ids(1, n, seed=n)[0].tolist() for n in (3, 40, 200, 9)]
+    want = [server.generate_text(p, seed=n, temperature=1.0) for n, p in enumerate(prompts)]
+    answers = [server.answer(p, seed=n, temperature=1.0) for n, p in enumerate(prompts)]
+    texts = [""] * len(answers)
+    for _ in range(100):
+        for number, answer in enumerate(answers):
+            texts[number] += "".join(chunk.text for chunk in answer.ready_chunks())
+        if not any(answer.open for answer in answers):
+            break
+        server.decoder.step()
+    assert texts == want
+
+
+def test_no_step_is_taken_for_chunks_that_are_ready(monkeypatch):
+    server = serve()
+    answer = server.answer([1, 2, 3], logit_bias={0xC3: 100.0, 0: -100.0}, max_new_tokens=5)
+    monkeypatch.setattr(server.decoder, "wait", lambda answer: pytest.fail("waits")
+                        if answer.hungry() else None)
+    assert list(answer.ready_chunks()) == []
+    for _ in range(4):  # half of a character each time
+        server.decoder.step()
+        list(answer.ready_chunks())
+        assert answer.open
+    server.decoder.step()
+    list(answer.ready_chunks())
+    assert not answer.open and answer.finish_reason == "length"
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_an_abandoned_answer_leaves_no_trace(steps):
+    server = serve()
+    session = server.create_session(seed=1)
+    server.generate_text("abc", session)
+    twin = server.fork_session(session)
+    before = server.get_session_info(session)
+    answer = server.answer("more", session, max_new_tokens=50)
+    for _ in range(steps):
+        server.decoder.step()
+        list(answer.ready_chunks())
+    answer.abandon()
+    answer.abandon()
+    assert server.decoder.answers == []
+    after = server.get_session_info(session)
+    assert {**after, "last_used": 0} == {**before, "last_used": 0}
+    assert server.generate_text("x", session) == server.generate_text("x", twin)
+    server.rollback(session)
+    assert server.get_session_info(session)["position"] == before["position"]
+
+
+def test_the_token_that_ends_an_answer_is_known():
+    server = serve()
+    answer = server.answer("abc", logit_bias={256: 100.0}, logprobs=1)
+    assert list(answer) == [] and answer.finish_reason == "stop"
+    true = server.model(torch.tensor([BYTES.encode("abc")]))[0, -1].double().log_softmax(-1)
+    assert answer.closing.id == 256
+    assert answer.closing.logprob == pytest.approx(float(true[256]), abs=1e-4)
+
+
+def test_alternatives_of_one_likelihood_come_by_id():
+    logits = np.array([1.0, 3.0, 3.0, 0.0, 3.0, 2.0], np.float32)
+    for count in range(7):
+        _, top = streaming.likelihoods(logits, 0, count)
+        assert [i for i, _ in top] == [1, 2, 4, 5, 0, 3][:count]
+
+
+def test_many_short_prompts_are_read_a_few_at_a_time_and_none_waits_for_ever(monkeypatch):
+    """A pass over eight tokens costs as much as one over a hundred."""
+    server = serve()
+    answers = [server.answer(some_ids(1, 2000)[0].tolist(), max_new_tokens=1)]
+    answers += [server.answer(some_ids(1, 100, seed=n)[0].tolist(), max_new_tokens=1)
+                for n in range(30)]
+    pieces, steps = server.decoder.pieces, 0
+    while any(a.to_read for a in answers):
+        now = pieces()
+        assert len(now) <= 4 and sum(len(piece) for _, piece in now) <= 512
+        assert answers[0] in [a for a, _ in now] or not answers[0].to_read
+        server.decoder.step()
+        steps += 1
+    assert steps <= 30
