@@ -946,7 +946,6 @@ def byte_folder(folder: Path) -> Path:
 
 
 def test_lm_eval_finds_the_likelihoods_of_this_process(shared, tmp_path):
-    pytest.importorskip("lm_eval.models.openai_completions", reason="pip install lm-eval[api]")
     from lm_eval.api.instance import Instance
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
