@@ -467,10 +467,11 @@ def perplexity(args: argparse.Namespace, contestants: dict):
 
 def lm_eval(args: argparse.Namespace, contestants: dict):
     """Rows of the checkpoint's marks: one for each metric of each task."""
-    manager = need("lm_eval.tasks").TaskManager(include_path=args.include_path)
+    manager = need("lm_eval.tasks").TaskManager(
+        include_path=args.include_path, include_defaults=not args.include_path)
     unknown = [task for task in args.tasks if not manager.match_tasks([task])]
     require(not unknown, "tasks", f"{', '.join(unknown)}: no such task of lm-evaluation-harness",
-            "lm-eval ls tasks lists them; --include_path adds your own")
+            "lm-eval ls tasks lists them; --include_path names a folder of your own")
     lm = need("lm_eval.models.huggingface").HFLM(
         **open_for_harness(args), batch_size=(args.batch_sizes or [8])[0], device=str(args.device),
         max_length=max(args.sequence_lengths or [2048]))
@@ -660,7 +661,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--eval_dataset", default=Config.val_data_path, metavar="FILE",
         help=f".bin of tokens for perplexity [{Config.val_data_path}]")
     add("--tasks", nargs="+", metavar="TASK", help="of lm-evaluation-harness, for lm_eval")
-    add("--include_path", metavar="DIR", help="folder of your own tasks' .yaml files")
+    add("--include_path", metavar="DIR",
+        help="folder of tasks' .yaml files, in place of the harness's")
     add("--limit", **one, help="examples of each task [all]")
     add("--output_dir", type=Path, default=Path("./benchmark_results"), metavar="DIR",
         help="folder for the results [./benchmark_results]")

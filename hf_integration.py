@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin, StaticLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import cached_file, is_tracing
@@ -50,6 +51,7 @@ from testv2 import (
     Config,
     LayerState,
     ModelState,
+    Piece,
     SimpleTokenizer,
     TinyMambaBlock,
     TinyMambaModel,
@@ -62,6 +64,7 @@ from testv2 import (
     open_tokenizer,
     padding_last,
     quantize_like,
+    replace_files,
     require,
     run_cli,
     save_checkpoint,
@@ -129,18 +132,23 @@ def config_of(native: TinyMambaModel, **changes) -> TinyMambaConfig:
 
 CONV, PHASE, WHERE = range(3)  # the states with a window
 
-def read_cache(cache: Cache, model: TinyMambaModel, batch: int) -> ModelState:
-    """What `cache` remembers of B texts, as the blocks want it."""
-    kind = cache.layers[0] if len(cache.layers) == len(model.blocks) else None
-    if not isinstance(kind, LinearAttentionCacheLayerMixin):
+def read_cache(cache: Cache, model: TinyMambaModel, batch: int, more: int = 0) -> ModelState:
+    """What `cache` remembers of B texts, as the blocks want it; it must have room for `more`."""
+    layers = cache.layers if isinstance(cache, Cache) else []
+    slots = layers[0] if len(layers) == len(model.blocks) else None
+    if not isinstance(slots, LinearAttentionCacheLayerMixin):
         raise ValueError("past_key_values: has no place for recurrent states; make it as "
                          "DynamicCache(config=model.config), or a StaticCache of it")
+    K, W = model.config.d_conv, model.config.window_size
+    if isinstance(slots, StaticLayer) and slots.max_cache_len < min(
+            slots.get_seq_length() + more, W - 1):
+        raise ValueError(f"past_key_values: a static cache of {slots.max_cache_len} tokens is "
+                         "full; make it with a larger max_cache_len")
     if not cache.has_previous_state(0):
         return model.init_state(batch)
     where = cache.get_conv_state(0, WHERE).squeeze(-1)  # (B, 2)
     if where.shape[0] != batch:
         raise ValueError(f"past_key_values: is of {where.shape[0]} texts, the input of {batch}")
-    K, W = model.config.d_conv, model.config.window_size
     layers = []
     for i in range(len(model.blocks)):
         tail = cache.get_conv_state(i, CONV)[:, :, : K - 1].mT  # (B, K-1, D)
@@ -180,11 +188,8 @@ def write_keys(cache: Cache, layer: LayerState, i: int, length: int, padded: boo
     if length > count:
         tails = tuple(F.pad(t, (0, 0, length - count, 0)) for t in tails)
     cache.update(*(t[:, :, -length:] for t in tails), i)
-    slots = cache.layers[i]
-    if slots.keys.shape[2] < min(cache.get_seq_length(i), count):
-        raise ValueError(f"past_key_values: a static cache of {slots.keys.shape[2]} tokens is "
-                         "full; make it with a larger max_cache_len")
     if padded:  # what is padding in a row was not to move its older keys
+        slots = cache.layers[i]
         filled = min(cache.get_seq_length(i), slots.keys.shape[2])
         kept = min(filled, count)
         for cached, tail in zip((slots.keys, slots.values), tails, strict=True):
@@ -203,45 +208,40 @@ class Recorder:
     """
 
     def __init__(self, model: TinyMambaModel, attentions: bool, padding: Tensor | None, read: int):
-        self.model, self.hidden, self.weights, self.handles = model, [], [], []
-        self.attentions = attentions
-        self.past = min(read, model.config.window_size - 1)
+        self.attentions, self.window = attentions, model.config.window_size
+        self.blocks, self.past = len(model.blocks), min(read, self.window - 1)
+        self.hidden, self.weights = [], []
         self.order, self.back = (None, None) if padding is None else padding_last(padding)[:2]
 
-    def __enter__(self) -> Recorder:
-        for block in self.model.blocks:
-            self.handles.append(block.register_forward_pre_hook(self.take))
-            if self.attentions:
-                block.attention.attend = block.attention.attend_written_out = self.attend
-        return self
+    def note(self, notes: list[Tensor], new: Tensor) -> Tensor:
+        """Take it down, unless a block is made again for its gradients."""
+        if len(notes) < self.blocks:
+            notes.append(new)
+        return new
 
-    def __exit__(self, *error) -> None:
-        for handle in self.handles:
-            handle.remove()
-        for block in self.model.blocks if self.attentions else ():
-            del block.attention.attend, block.attention.attend_written_out
-
-    def take(self, block: nn.Module, args: tuple) -> tuple:
+    def take(self, x: Tensor) -> Tensor:
         """What a block is given goes through what is taken down, so that gradients reach it."""
-        x, self.piece, past = args
         if self.back is None:
-            self.hidden.append(x)
-            return args
-        self.hidden.append(take_tokens(x, self.back))
-        return take_tokens(self.hidden[-1], self.order), self.piece, past
+            return self.note(self.hidden, x)
+        return take_tokens(self.note(self.hidden, take_tokens(x, self.back)), self.order)
 
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """What LocalAttention.attend gives, by way of all weights."""
-        L, W = q.shape[2], self.model.config.window_size
+    def attend(self, usual, q: Tensor, keys: Tensor, values: Tensor, piece: Piece) -> Tensor:
+        """What `usual`, LocalAttention's way to attend, gives; if asked to, by way of all weights.
+
+        q (B, A, L, F), keys and values (B, A, W+L, F) -> (B, A, L, F).
+        """
+        if not self.attentions:
+            return usual(q, keys, values, piece.mask)
+        L, W = q.shape[2], self.window
         keys, values = keys[:, :, 1:], values[:, :, 1:]  # (B, A, W-1+L, F)
         token = torch.arange(L, device=q.device)[:, None]
         key = torch.arange(1 - W, L, device=q.device)
-        begin = 0 if self.piece.starts is None else self.piece.starts[:, None, :, None]
+        begin = 0 if piece.starts is None else piece.starts[:, None, :, None]
         visible = (key <= token) & (key > token - W) & (key >= begin)  # (B, 1, L, W-1+L)
         scores = (q @ keys.mT * q.shape[-1] ** -0.5).masked_fill(~visible, -torch.inf)
         weights = scores.softmax(-1).to(values.dtype)[..., W - 1 - self.past :]
-        self.weights.append(self.reorder(weights, self.back))
-        return self.reorder(self.weights[-1], self.order) @ values[:, :, W - 1 - self.past :]
+        given = self.note(self.weights, self.reorder(weights, self.back))
+        return self.reorder(given, self.order) @ values[:, :, W - 1 - self.past :]
 
     def reorder(self, weights: Tensor, order: Tensor | None) -> Tensor:
         """Rows, and columns but for those of the past, of (B, A, L, past+L) in another order."""
@@ -254,6 +254,11 @@ class Recorder:
 
 class TinyMambaHFBlock(GradientCheckpointingLayer, TinyMambaBlock):
     """The native block, which the trainers of `transformers` can tell to keep no activations."""
+
+    def forward(self, x: Tensor, piece: Piece, past: LayerState | None):
+        if piece.recorder is not None:
+            x = piece.recorder.take(x)
+        return TinyMambaBlock.forward(self, x, piece, past)
 
 class TinyMambaHFBackbone(TinyMambaModel):
     """The native model, called as `transformers` calls what lies below a head."""
@@ -280,17 +285,18 @@ class TinyMambaHFBackbone(TinyMambaModel):
             shape, device = inputs_embeds.shape[:2], inputs_embeds.device
             input_ids = torch.zeros(shape, dtype=torch.int64, device=device)
         batch, length = input_ids.shape
-        padding = this_piece(attention_mask, length)
-        ends = document_ends(position_ids, padding)
-        read, state = 0, None
+        if length == 0:
+            raise ValueError("input_ids: hold no new token; after a cache, pass the whole text, or "
+                             "what is new of it and the attention_mask of the whole")
+        padding, read, state = this_piece(attention_mask, batch, length), 0, None
         if past_key_values is not None:
-            state = read_cache(past_key_values, self, batch)
+            state = read_cache(past_key_values, self, batch, length)
             read = past_key_values.get_seq_length()
-        recorder = contextlib.nullcontext()
+        ends, state = part_documents(position_ids, padding, state)
+        recorder = None
         if output_attentions or output_hidden_states:
             recorder = Recorder(self, output_attentions, padding, read)
-        with recorder:
-            hidden, state, _ = self.run(input_ids, state, padding, inputs_embeds, ends)
+        hidden, state, _ = self.run(input_ids, state, padding, inputs_embeds, ends, recorder)
         if state is not None:
             write_cache(past_key_values, state, length, padding is not None)
         return BaseModelOutputWithPast(
@@ -318,6 +324,7 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: TinyMambaConfig):
         super().__init__(config)
+        self.loss_type = "ForCausalLM"
         self.model = TinyMambaHFBackbone(config.native())
         if config.quantization is not None:
             quantize_like(self.model, config.quantization)
@@ -348,21 +355,28 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As every model's. A quantised folder is read whole, on the CPU: no device_map for it."""
-        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        config = kwargs.get("config")
+        """As every model's. A quantised folder is read whole, on the CPU, as it is."""
+        name, config = pretrained_model_name_or_path, kwargs.get("config")
+        hub, rest = {n: kwargs[n] for n in HUB_ARGUMENTS if n in kwargs}, dict(kwargs)
         if not isinstance(config, TinyMambaConfig):
-            config = TinyMambaConfig.from_pretrained(config or pretrained_model_name_or_path, **hub)
+            config, rest = TinyMambaConfig.from_pretrained(
+                config or name, return_unused_kwargs=True, **kwargs)
         if config.quantization is None:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        if kwargs.get("device_map") is not None:
-            raise ValueError("device_map: is not for a quantised model; leave it out")
-        weights = cached_file(pretrained_model_name_or_path, "model.safetensors", **hub)
+            return super().from_pretrained(name, *args, **kwargs)
+        for refused in ("device_map", "output_loading_info", "quantization_config"):
+            if rest.get(refused):
+                raise ValueError(f"{refused}: is not for a quantised model; leave it out")
+        if kwargs.get("dtype") not in (None, "auto", "float32", torch.float32):
+            raise ValueError("dtype: a quantised model has float32 beside its codes; leave it out")
+        weights = cached_file(name, "model.safetensors", **hub)
         model = cls(config)
         try:
             model.model.load_state_dict(load_folder(Path(weights).parent).state_dict())
         except UserError as e:
             raise ValueError(str(e)) from None
+        model.name_or_path = model.config.name_or_path = str(name)
+        with contextlib.suppress(OSError):  # a folder of quantize.py has none
+            model.generation_config = GenerationConfig.from_pretrained(name, **hub)
         return model.eval()
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
@@ -374,7 +388,7 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
             stored = stored_tensors(self.model)
             kwargs.setdefault("state_dict", {f"model.{name}": t for name, t in stored.items()})
         super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
+        if (Path(save_directory) / "config.json").is_file():  # not an adapter's folder
             write_code(Path(save_directory))
 
     def get_input_embeddings(self) -> nn.Module:
@@ -405,7 +419,7 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values=None,
                                   **kwargs):
         """The padding among the tokens to be read, (B, L) or None: blocks need no other mask."""
-        return this_piece(attention_mask, inputs_embeds.shape[1])
+        return this_piece(attention_mask, *inputs_embeds.shape[:2])
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args) -> None:
         """As every model's, where a class with mamba in its name would get `cache_params`."""
@@ -434,7 +448,8 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
 
         attention_mask (B, L), or with the tokens in past_key_values before them, is 0 at padding.
         position_ids (B, L) that do not go up by one from a token to the next begin a new document
-        there, which sees nothing of the one before. labels (B, L) are shifted here; kwargs go to
+        there, which sees nothing of the one before. In a compiled step of one token, neither is
+        looked at: the token is of the text. labels (B, L) are shifted here; kwargs go to
         the loss. logits_to_keep is how many of the last logits to make, or which.
         """
         if use_cache is None:
@@ -454,34 +469,46 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
             loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None,
             hidden_states=out.hidden_states, attentions=out.attentions)
 
-def this_piece(attention_mask: Tensor | None, length: int) -> Tensor | None:
+def this_piece(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
     """The part of attention_mask that is about the last `length` tokens; None if none is padding.
 
     While a graph is made, a single token counts as one of the text, as in `transformers`.
     """
     if attention_mask is None:
         return None
-    if attention_mask.dim() != 2 or attention_mask.shape[1] < length:
-        raise ValueError(f"attention_mask: of shape {tuple(attention_mask.shape)}; make it (batch, "
-                         f"{length}), with 0 at padding")
+    shape = tuple(attention_mask.shape)
+    if len(shape) != 2 or shape[0] != batch or shape[1] < length:
+        raise ValueError(f"attention_mask: of shape {shape}; make it ({batch}, {length}), with 0 "
+                         "at padding, or longer by the tokens that were read before")
     mask = attention_mask[:, -length:]
     if is_tracing(mask):
         return None if length == 1 else mask
     return None if bool((mask != 0).all()) else mask
 
-def document_ends(position_ids: Tensor | None, padding: Tensor | None) -> Tensor | None:
-    """Tokens (B, L) after which positions start anew; None if there are none."""
-    if position_ids is None or position_ids.shape[-1] == 1:
-        return None
-    if padding is None:
-        ends = F.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (0, 1))
-    else:
+def part_documents(position_ids: Tensor | None, padding: Tensor | None, state: ModelState | None):
+    """Where positions start anew: tokens (B, L) after which they do, or None; the state, parted.
+
+    A piece that begins with position 0 begins a document, whatever was read before.
+    """
+    if position_ids is None or (position_ids.shape[-1] == 1 and is_tracing(position_ids)):
+        return None, state
+    places, lengths = position_ids, None
+    if padding is not None:
         order, back, lengths = padding_last(padding)
-        sorted_ids = position_ids.expand_as(order).gather(1, order)
+        places = position_ids.expand_as(order).gather(1, order)
+    jumps = places[:, 1:] != places[:, :-1] + 1  # (B, L-1)
+    if padding is not None:
         index = torch.arange(1, order.shape[1], device=order.device)
-        jumps = (sorted_ids[:, 1:] != sorted_ids[:, :-1] + 1) & (index < lengths[:, None])
-        ends = F.pad(jumps, (0, 1)).gather(1, back)
-    return ends if is_tracing(position_ids) or bool(ends.any()) else None
+        jumps = jumps & (index < lengths[:, None])
+    ends, tracing = F.pad(jumps, (0, 1)), is_tracing(position_ids)
+    if state is not None:
+        anew = (places[:, 0] == 0) & (state.position > state.document_start)
+        anew = anew if lengths is None else anew & (lengths > 0)
+        if tracing or bool(anew.any()):
+            state = state.begin_document(anew)
+    if not tracing and not bool(ends.any()):
+        return None, state
+    return ends if padding is None else ends.gather(1, back), state
 
 TinyMambaForCausalLM = TinyMambaHFModel
 
@@ -538,11 +565,11 @@ AutoModelForCausalLM.register(TinyMambaConfig, TinyMambaHFModel, exist_ok=True)
 def write_code(folder: Path) -> None:
     """Put the three files beside a model that make it; there they import each other."""
     here = Path(__file__).parent
-    for name in ("hf_integration", "testv2", "ssm_kernels"):
-        text = (here / f"{name}.py").read_text(encoding="utf-8")
+    for name in CODE:
+        text = (here / name).read_text(encoding="utf-8")
         absolute = r"^from (?:tinymamba)?\.?(testv2|ssm_kernels) import"
         text = re.sub(absolute, r"from .\1 import", text, flags=re.M)
-        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+        (folder / name).write_text(text, encoding="utf-8")
 
 def convert(checkpoint: str, output_dir: str, tokenizer_file: str | None = None,
             force: bool = False) -> None:
@@ -550,33 +577,59 @@ def convert(checkpoint: str, output_dir: str, tokenizer_file: str | None = None,
 
     The folder is one of testv2.py's as well: every script takes it as --checkpoint.
     """
-    folder, model = Path(output_dir), load_model(checkpoint)
-    require(force or not folder.exists(), "--output_dir", f"{folder} is there already",
-            "name another, or pass --force")
+    folder, model = Path(output_dir).resolve(), load_model(checkpoint)
+    there = [name for name in OUTPUTS if (folder / name).exists()]
     if folder.suffix == ".pt":
+        require(force or not folder.exists(), "--output_dir", f"{folder} is there already",
+                "name another, or pass --force")
         require(model.quantization is None, "--checkpoint", "is quantised, and cannot go back",
                 "convert the model that it was made of")
         save_checkpoint(folder, {"model": model.state_dict(), "config": model.config.to_dict()})
         return
+    require(not folder.is_file(), "--output_dir", f"{folder} is a file", "name a folder")
+    require(folder != Path(__file__).resolve().parent, "--output_dir", "holds the code itself",
+            "name another folder")
+    require(force or not there, "--output_dir", f"{folder} holds {', '.join(there)}",
+            "name another, or pass --force")
     tokenizer = open_tokenizer(tokenizer_file, model, [checkpoint])
-    fast = None if tokenizer is None else TinyMambaHFTokenizer.of(tokenizer)
-    roles = {}
-    if fast is not None:
-        require(len(fast) <= model.config.vocab_size, "--tokenizer_file", f"has {len(fast)} ids, "
-                f"the model {model.config.vocab_size}", "pass the one that it was trained with")
+    fast, config, generation = prepare_folder(model, tokenizer, Path(checkpoint))
+    with new_folder(folder / "made") as made:  # all is on disk before anything is replaced
+        save_folder(made, model)
+        config.save_pretrained(made)
+        generation.save_pretrained(made)
+        if fast is not None:
+            fast.save_pretrained(made)
+        card = model_card(model, folder.name, fast)
+        (made / "README.md").write_text(card, encoding="utf-8")
+        write_code(made)
+    replace_files(folder / "made", folder, OUTPUTS)
+
+CODE = ("hf_integration.py", "testv2.py", "ssm_kernels.py")
+OUTPUTS = ("model.safetensors", "config.json", "generation_config.json", "README.md", "vocab.txt",
+           "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", *CODE)
+
+def prepare_folder(model: TinyMambaModel, tokenizer: SimpleTokenizer | None, source: Path):
+    """The fast tokenizer, the configuration and that of `generate`; of a folder, they go on."""
+    generation, fast, roles = GenerationConfig(), None, {}
+    if (source / "generation_config.json").is_file():
+        generation = GenerationConfig.from_pretrained(source)
+    if tokenizer is not None:
+        fast = TinyMambaHFTokenizer.of(tokenizer)
+        if (source / "chat_template.jinja").is_file():
+            fast.chat_template = (source / "chat_template.jinja").read_text(encoding="utf-8")
+        size, eos = model.config.vocab_size, model.config.eos_id
+        require(len(fast) <= size, "--tokenizer_file", f"has {len(fast)} ids, the model {size}",
+                "pass the one that it was trained with")
+        require(eos in (-1, fast.eos_token_id), "--tokenizer_file", f"ends a text by id "
+                f"{fast.eos_token_id}, the model by {eos}", "pass the one that it was trained with")
         roles = {role: getattr(fast, role) for role in ROLES}
     config = config_of(model, **roles, dtype="float32")
     config.architectures = ["AutoModelForCausalLM"]  # a name that `transformers serve` can look up
     config.auto_map = {"AutoConfig": "hf_integration.TinyMambaConfig",
                        "AutoModelForCausalLM": "hf_integration.TinyMambaHFModel"}
-    with new_folder(folder) as new:
-        save_folder(new, model)
-        config.save_pretrained(new)
-        GenerationConfig(**{role: getattr(config, role) for role in ROLES}).save_pretrained(new)
-        if fast is not None:
-            fast.save_pretrained(new)
-        (new / "README.md").write_text(model_card(model, folder.name, fast), encoding="utf-8")
-        write_code(new)
+    for role in ROLES:
+        setattr(generation, role, getattr(config, role))
+    return fast, config, generation
 
 ROLES = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -633,7 +686,9 @@ def push(model_dir: str, repo_id: str, commit_message: str, private: bool,
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
-    folder = Path(model_dir)
+    folder, given = Path(model_dir), token or os.environ.get("HF_TOKEN", "")
+    require(given.isascii() and given.isprintable(), "--token", "has a character that no token has",
+            "copy it again")
     for name in ("config.json", "hf_integration.py"):
         require((folder / name).is_file(), "--model_dir", f"{folder} has no {name}",
                 "make it with python hf_integration.py convert")

@@ -51,6 +51,7 @@ from testv2 import (
     new_folder,
     open_tokenizer,
     quantize_like,
+    replace_files,
     require,
     require_writable,
     run_cli,
@@ -352,12 +353,7 @@ def write(args, model: TinyMambaModel, calibration: Tensor | None) -> int:
     with new_folder(folder / "made") as made:  # all is on disk before anything is replaced
         save_folder(made, new)
         copy_tokenizer(tokenizer, made)
-    for name in OUTPUTS:
-        if (folder / "made" / name).exists():
-            (folder / "made" / name).replace(folder / name)
-        else:  # no tokenizer of another model may stay
-            (folder / name).unlink(missing_ok=True)
-    (folder / "made").rmdir()
+    replace_files(folder / "made", folder, OUTPUTS)
     size = (folder / OUTPUTS[0]).stat().st_size
     whole = 4 * sum(p.numel() for p in model.parameters())
     print(f"{folder / OUTPUTS[0]}: {size:,} bytes, {size / whole:.3f} of float32")

@@ -455,6 +455,14 @@ def apply_rotary_pos_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
+class WideLinear(nn.Linear):
+    """A linear map in float32, also under autocast and with weights of another type."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            bias = None if self.bias is None else widen(self.bias)
+            return F.linear(widen(x), widen(self.weight), bias)
+
 class LowRankProjection(nn.Module):
     """A linear map through `rank` channels: rank * (d_in + d_out) weights for d_in * d_out."""
 
@@ -558,6 +566,7 @@ class Piece(NamedTuple):
     starts: Tensor | None = None  # (B, L) where the document of each token begins
     lengths: Tensor | None = None  # (B,) tokens of each row; what follows them is padding
     packed: bool = False  # documents may begin inside the piece: at `starts`, forget the past
+    recorder: typing.Any = None  # from hf_integration.py: attends in place of LocalAttention
 
 def keep_last(history: Tensor, count: int, lengths: Tensor | None) -> Tensor:
     """The `count` entries of history (B, count + L, ...) up to the end of each row's tokens."""
@@ -612,7 +621,7 @@ class MambaSSM(nn.Module):
         E, N = self.d_inner, config.d_state
         self.sizes = [E, E, N, N, self.n_heads]
         self.in_proj = projection(config.d_model, self.sizes, config)  # z, x, B, C, dt
-        self.angle_proj = nn.Linear(config.d_model, N // 2, config.bias)
+        self.angle_proj = WideLinear(config.d_model, N // 2, config.bias)
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
         self.D = nn.Parameter(torch.ones(self.n_heads))
@@ -625,7 +634,8 @@ class MambaSSM(nn.Module):
         z, x, B, C, dt = self.in_proj(u).split(self.sizes, dim=-1)
         x = x.unflatten(-1, (self.n_heads, c.ssm_head_dim))  # (B, L, H, P)
         dt = F.threshold(F.softplus(widen(dt) + widen(self.dt_bias)), MIN_DT, 0.0)  # (B, L, H)
-        half_turns = self.half_turns(u)  # (B, L, N/2)
+        # By how much each token turns the state, in [-1, 1]; float32, as rounding would add up.
+        half_turns = F.hardtanh(F.softshrink(self.angle_proj(u), 0.5))  # (B, L, N/2)
         index, resets = torch.arange(u.shape[1], device=u.device), None
         if piece.lengths is not None:
             real = (index < piece.lengths[:, None])[..., None]
@@ -641,13 +651,6 @@ class MambaSSM(nn.Module):
         y, state = selective_scan(x, dt, A, B, C, self.D, state, resets, c.scan, c.chunk_size)
         y = y if self.offset is None else y + self.offset(plain_C)
         return self.out_proj(y.flatten(2) * F.silu(z)), state, phase[:, -1]
-
-    def half_turns(self, u: Tensor) -> Tensor:
-        """By how much each token turns the state, (B, L, N/2) in [-1, 1]; rounding would add up."""
-        with torch.autocast(u.device.type, enabled=False):
-            weight, bias = self.angle_proj.weight, self.angle_proj.bias
-            raw = F.linear(widen(u), widen(weight), None if bias is None else widen(bias))
-        return F.hardtanh(F.softshrink(raw, 0.5))
 
 def running_phase(half_turns: Tensor, phase: Tensor | None) -> Tensor:
     """Sum of half_turns (B, L, N/2) up to each token and of the phase before, modulo 2.
@@ -685,7 +688,10 @@ class LocalAttention(nn.Module):
         keys = self.after(None if past is None else past.keys, k)  # (B, A, W+L, F)
         values = self.after(None if past is None else past.values, v)
         attend = self.attend_written_out if self.written_out(q.shape[2], q.device) else self.attend
-        y = attend(q, keys, values, piece.mask)
+        if piece.recorder is None:
+            y = attend(q, keys, values, piece.mask)
+        else:
+            y = piece.recorder.attend(attend, q, keys, values, piece)
         y = y if self.prefix is None else y + self.prefix(plain_q)
         tails = (keep_last(t[:, :, 1:].transpose(1, 2), self.window - 1, piece.lengths)
                  for t in (keys, values))
@@ -892,7 +898,7 @@ class TinyMambaModel(nn.Module):
 
     def run(self, ids: Tensor, state: ModelState | None = None,
             attention_mask: Tensor | None = None, embedded: Tensor | None = None,
-            ends: Tensor | None = None):
+            ends: Tensor | None = None, recorder=None):
         """Embedding to last norm: hidden (B, L, D), new state (None if none came), gates.
 
         embedded (B, L, D) takes the place of the embeddings of ids (B, L). ends (B, L) of bool are
@@ -913,6 +919,7 @@ class TinyMambaModel(nn.Module):
             state = self.init_state(ids.shape[0])
         starts, document = find_documents(ids, ends, state, lengths)
         piece = self.describe(ids, state, starts, lengths, ends is not None)
+        piece = piece._replace(recorder=recorder)
         x, layers, gates = self.dropout(x), [], []
         for i, block in enumerate(self.blocks):
             if self.config.checkpoint_activations and self.training:
@@ -925,6 +932,7 @@ class TinyMambaModel(nn.Module):
             x, *gates = (take_tokens(t, back) for t in (x, *gates))
         if asked:
             state = state.after(layers, document, ids.shape[1] if lengths is None else lengths)
+            state = state if ends is None else state.forget_inputs()
         return x, state if asked else None, torch.stack(gates)
 
     def find_ends(self, ids: Tensor) -> Tensor | None:
@@ -1110,6 +1118,21 @@ class ModelState:
         layers = [LayerState(*(n.to(o.dtype) for n, o in zip(new, old, strict=True)))
                   for new, old in zip(layers, self.layers, strict=True)]
         return ModelState(layers, position, start)
+
+    def begin_document(self, rows: Tensor) -> ModelState:
+        """The state with nothing before it, in the rows (B,) of bool."""
+        layers = [layer._replace(ssm=layer.ssm.masked_fill(rows[:, None, None, None], 0.0))
+                  for layer in self.layers]
+        start = torch.where(rows, self.position, self.document_start)
+        return ModelState(layers, self.position, start).forget_inputs()
+
+    def forget_inputs(self) -> ModelState:
+        """Without the convolution's inputs from before each row's document."""
+        age = torch.arange(self.layers[0].conv.shape[1], 0, -1, device=self.position.device)
+        foreign = age > (self.position - self.document_start)[:, None]  # (B, K-1)
+        layers = [layer._replace(conv=layer.conv.masked_fill(foreign[..., None], 0.0))
+                  for layer in self.layers]
+        return ModelState(layers, self.position, self.document_start)
 
     @staticmethod
     def join(states: list[ModelState]) -> ModelState:
@@ -1828,14 +1851,26 @@ def load_folder(folder: Path) -> TinyMambaModel:
             quantize_like(model, config["quantization"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
         raise UserError(str(path), f"cannot be read ({e})", remedy) from None
-    path = folder / "model.safetensors"
-    tensors, _ = read_all_tensors(path, remedy, unsigned=True)
+    path, tensors = folder / "model.safetensors", {}
+    for file in weight_files(path):
+        tensors |= read_all_tensors(file, remedy, unsigned=True)[0]
     tensors = {name.removeprefix("model."): t for name, t in tensors.items()}
     try:
         fill_model(model, tensors)
     except (RuntimeError, KeyError):
         raise UserError(str(path), "does not fit its config.json", remedy) from None
     return model
+
+def weight_files(path: Path) -> list[Path]:
+    """The file, or those that `transformers` has cut it into."""
+    index = path.with_name(f"{path.name}.index.json")
+    if not index.is_file():
+        return [path]
+    try:
+        names = {Path(name).name for name in json.loads(index.read_bytes())["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(str(index), f"cannot be read ({e})", "export the model again") from None
+    return [path.with_name(name) for name in sorted(names)]
 
 def fill_model(model: TinyMambaModel, tensors: dict[str, Tensor]) -> None:
     """Give the model what `save_folder` has written."""
@@ -1886,6 +1921,15 @@ def require_writable(folder: Path, field: str) -> None:
     except OSError as e:
         raise UserError(field, f"{folder} cannot be made ({e.strerror})", "name another") from e
     require(os.access(folder, os.W_OK), field, f"{folder} cannot be written to", "name another")
+
+def replace_files(made: Path, folder: Path, names: tuple[str, ...]) -> None:
+    """Move files to a folder, out of one below it that goes; those that are missing go as well."""
+    for name in names:
+        if (made / name).exists():
+            (made / name).replace(folder / name)
+        else:  # no tokenizer of another model may stay
+            (folder / name).unlink(missing_ok=True)
+    made.rmdir()
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:

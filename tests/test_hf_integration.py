@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from conftest import (
     DOCUMENTS,
     EOS,
     GATES,
+    ROOT,
     assert_refused,
     free_port,
     run_script,
@@ -29,6 +31,7 @@ from conftest import (
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
+    GenerationConfig,
     QuantizedCache,
     StaticCache,
     StoppingCriteria,
@@ -156,6 +159,17 @@ def test_positions_that_begin_anew_begin_a_document():
     close(again[mask.bool()].view_as(got.logits), got.logits)
 
 
+@pytest.mark.parametrize("cut", range(1, 20))
+def test_documents_stay_apart_wherever_a_packed_row_is_cut(cut):
+    native, ids = wide(), some_ids(1, 20)
+    model, positions = hf(native), torch.cat((torch.arange(8), torch.arange(12)))[None]
+    want = torch.cat([native(part) for part in ids.split((8, 12), dim=1)], dim=1)
+    for cache in caches(model):
+        got = [model(ids[:, piece], position_ids=positions[:, piece], past_key_values=cache).logits
+               for piece in (slice(cut), slice(cut, None))]  # fmt: skip
+        close(torch.cat(got, dim=1), want)
+
+
 def test_packed_rows_have_the_gradient_of_the_rows_alone():
     packed, alone = hf(wide()).train(), hf(wide()).train()
     ids, positions = some_ids(1, 25), torch.cat((torch.arange(11), torch.arange(14)))[None]
@@ -201,8 +215,25 @@ def test_a_cache_of_other_rows_or_too_small_is_refused():
     cache = model(some_ids(2, 9)).past_key_values
     with pytest.raises(ValueError, match="is of 2 texts, the input of 3"):
         model(some_ids(3, 1), past_key_values=cache)
+    full = StaticCache(config=model.config, max_cache_len=4)
+    model(some_ids(2, 4), past_key_values=full)
     with pytest.raises(ValueError, match="static cache of 4 tokens is full"):
-        model(some_ids(2, 9), past_key_values=StaticCache(config=model.config, max_cache_len=4))
+        model(some_ids(2, 1), past_key_values=full)
+    assert full.get_seq_length() == 4
+    with pytest.raises(ValueError, match="input_ids: hold no new token"):
+        model(some_ids(2, 4)[:, :0], past_key_values=full)
+    with pytest.raises(ValueError, match="has no place for recurrent states"):
+        model(some_ids(2, 4), past_key_values=((1, 2),))
+
+
+def test_a_cache_that_is_reset_has_read_nothing():
+    model, ids = hf(wide()), some_ids(2, 12)
+    want = model(ids).logits
+    for cache in caches(model):
+        model(some_ids(2, 20, seed=5), past_key_values=cache)
+        cache.reset()
+        got = [model(piece, past_key_values=cache).logits for piece in ids.split((5, 7), dim=1)]
+        close(torch.cat(got, dim=1), want)
 
 
 # ---------------------------------------------------------------------------------- generation
@@ -244,14 +275,48 @@ def test_left_padded_rows_generate_what_they_do_alone():
 def test_a_returned_cache_goes_on_with_a_turn_of_several_tokens():
     native = wide()
     model, first, turn = hf(native), some_ids(2, 9), some_ids(2, 6, seed=9)
-    for kind in ("dynamic", "static"):
-        arguments = {} if kind == "dynamic" else {
-            "past_key_values": StaticCache(config=model.config, max_cache_len=64)}  # fmt: skip
-        out, _ = scores_of(model, first, max_new_tokens=5, do_sample=False, **arguments)
+    for cache in caches(model):
+        out, _ = scores_of(model, first, max_new_tokens=5, do_sample=False, past_key_values=cache)
         text = torch.cat((out.sequences, turn), dim=1)
         again, logits = scores_of(model, text, max_new_tokens=5, do_sample=False,
                                   past_key_values=out.past_key_values)
         close(logits, native(again.sequences)[:, text.shape[1] - 1 : -1])
+
+
+def test_a_turn_of_rows_of_other_lengths_goes_on_from_padded_ones():
+    native = wide()
+    model, texts, turns = hf(native), some_ids(2, 9), some_ids(2, 6, seed=9)
+    ids, mask = texts.clone(), torch.ones(2, 15, dtype=torch.int64)
+    mask[1, :4] = mask[0, 9:11] = 0
+    ids = torch.cat((ids, turns), dim=1)
+    cache = model(ids[:, :9], attention_mask=mask[:, :9]).past_key_values
+    _, logits = scores_of(model, ids, mask, max_new_tokens=4, do_sample=False,
+                          past_key_values=cache)  # fmt: skip
+    for r in range(2):
+        row = ids[r : r + 1, mask[r].bool()]
+        _, want = scores_of(model, row, max_new_tokens=4, do_sample=False)
+        close(logits[r], want[0])
+
+
+def test_embeddings_can_begin_a_generation():
+    model, ids = hf(wide()), some_ids(2, 9)
+    want = model.generate(ids, max_new_tokens=6, do_sample=False)[:, 9:]
+    embedded = model.get_input_embeddings()(ids)
+    for kind in (None, "static"):
+        got = model.generate(inputs_embeds=embedded, max_new_tokens=6, do_sample=False,
+                             cache_implementation=kind)  # fmt: skip
+        assert torch.equal(got, want)
+
+
+def test_beams_of_padded_rows_are_those_of_the_rows_alone():
+    model, ids = hf(wide()), some_ids(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    how = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "eos_token_id": None}
+    want = [model.generate(ids[:1], **how)[0, 9:], model.generate(ids[1:, 5:], **how)[0, 4:]]
+    for kind in (None, "static"):
+        got = model.generate(ids, attention_mask=mask, cache_implementation=kind, **how)
+        assert torch.equal(got[:, 9:], torch.stack(want))
 
 
 def test_beam_search_scores_are_those_of_the_native_model():
@@ -308,17 +373,19 @@ def test_what_a_state_cannot_do_is_refused():
         model.generate(prompt, assistant_model=model, max_new_tokens=3)
     with pytest.raises(ValueError, match="prompt_lookup|assisted|stateful"):
         model.generate(prompt, prompt_lookup_num_tokens=2, max_new_tokens=3)
-    with contextlib.suppress(ImportError), pytest.raises(ValueError, match="hybrid_sliding"):
+    with pytest.raises(ValueError, match="hybrid_sliding"):
         model(prompt, past_key_values=QuantizedCache("quanto", model.config))
     cache = model(prompt).past_key_values
     assert not cache.is_croppable
 
 
 def test_a_static_cache_decodes_compiled_in_one_graph():
-    model, ids = hf(wide()), some_ids(1, 14)
-    want = model(ids).logits
+    model, ids = hf(wide()), some_ids(2, 14)
+    mask = torch.ones(2, 9, dtype=torch.int64)
+    mask[1, :3] = 0
+    want = model(ids, attention_mask=F.pad(mask, (0, 5), value=1)).logits
     cache = StaticCache(config=model.config, max_cache_len=64)
-    model(ids[:, :9], past_key_values=cache)
+    model(ids[:, :9], attention_mask=mask, past_key_values=cache)
     step = torch.compile(model.forward, backend="eager", fullgraph=True)
     got = [step(ids[:, t : t + 1], past_key_values=cache).logits for t in range(9, 14)]
     close(torch.cat(got, dim=1), want[:, 9:])
@@ -400,6 +467,20 @@ def test_checkpointed_activations_give_the_same_gradients():
         assert torch.equal(p.grad, q.grad)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_outputs_can_be_taken_down_while_activations_are_not_kept(reentrant):
+    plain, frugal = (hf(wide(), attn_implementation="eager").train() for _ in range(2))
+    frugal.activation_checkpointing_enable({"use_reentrant": reentrant})
+    frugal.enable_input_require_grads()
+    ids = some_ids(2, 20)
+    for model in (plain, frugal):
+        out = model(ids, labels=ids, output_attentions=True, output_hidden_states=True)
+        assert (len(out.attentions), len(out.hidden_states)) == (2, 3)
+        out.loss.backward()
+    for (name, p), q in zip(plain.named_parameters(), frugal.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, msg=name)
+
+
 def rows_of(count=32):
     return [{"input_ids": row, "labels": [-100, *row[1:]]} for row in some_ids(count, 16).tolist()]
 
@@ -439,7 +520,7 @@ def test_lora_of_hugging_faces_peft_learns_saves_and_merges(tmp_path):
     model = hf(wide())
     before = model(ids).logits
     tuned = peft.get_peft_model(model, peft.LoraConfig(
-        task_type="CAUSAL_LM", r=4, target_modules=["in_proj", "out_proj", "qkv"]))  # fmt: skip
+        task_type="CAUSAL_LM", r=4, target_modules="all-linear"))  # fmt: skip
     trainable = {n for n, p in tuned.named_parameters() if p.requires_grad}
     assert trainable
     assert all("lora_" in n for n in trainable)
@@ -447,6 +528,8 @@ def test_lora_of_hugging_faces_peft_learns_saves_and_merges(tmp_path):
     losses = losses_of(Trainer(model=tuned, args=training(tmp_path / "run"),
                                train_dataset=rows_of()))  # fmt: skip
     assert losses[-1] < losses[0]
+    changed = [p.any() for n, p in tuned.named_parameters() if "lora_B" in n]
+    assert len(changed) == 2 * 8 and all(changed)  # the angles' too
     tuned.eval().save_pretrained(tmp_path / "adapter")
     want = tuned(ids).logits
     assert not torch.equal(want, before)
@@ -547,8 +630,18 @@ def test_a_quantised_folder_loads_and_is_saved_as_small(tmp_path, bits):
     assert torch.equal(again(ids, use_cache=False).logits, want)
     sizes = [(tmp_path / n / "model.safetensors").stat().st_size for n in ("one", "two")]
     assert abs(sizes[0] - sizes[1]) < 4096
-    with pytest.raises(ValueError, match="device_map: is not for a quantised model"):
-        TinyMambaHFModel.from_pretrained(tmp_path / "one", device_map="auto")
+    for name, value in (("device_map", "auto"), ("output_loading_info", True),
+                        ("dtype", torch.bfloat16)):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name}: "):
+            TinyMambaHFModel.from_pretrained(tmp_path / "one", **{name: value})
+    GenerationConfig(eos_token_id=7).save_pretrained(tmp_path / "one")
+    told = TinyMambaHFModel.from_pretrained(
+        tmp_path / "one", attn_implementation="eager", dropout=0.3)  # fmt: skip
+    assert told.generation_config.eos_token_id == 7
+    assert told.name_or_path == str(tmp_path / "one")
+    assert (told.config._attn_implementation, told.model.config.dropout) == ("eager", 0.3)
+    with pytest.raises(UserError, match="is quantised, and cannot go back"):
+        convert(str(tmp_path / "one"), str(tmp_path / "back.pt"))
     convert(str(tmp_path / "one"), str(tmp_path / "three"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "three")
     assert torch.equal(loaded(ids, use_cache=False).logits, want)
@@ -609,6 +702,11 @@ FRESH = """
 import os, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 folder, saved = sys.argv[1:]
+try:
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    sys.exit("code was run that nobody trusts")
+except ValueError as e:
+    assert "trust_remote_code=True" in str(e), e
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 assert not {"testv2", "hf_integration"} & set(sys.modules), "the repository was used"
@@ -659,12 +757,15 @@ def test_a_converted_folder_loads_in_a_fresh_process_and_comes_back(tmp_path, pr
 
 def test_nothing_is_overwritten_and_bad_input_is_one_line(tmp_path, prepared):
     (tmp_path / "there").mkdir()
-    (tmp_path / "there" / "file").write_text("mine")
+    (tmp_path / "there" / "config.json").write_text("mine")
+    (tmp_path / "file").write_text("mine")
     (tmp_path / "words").mkdir()
     (tmp_path / "words" / "vocab.txt").write_text("a\nb\n")
     new = ["--output_dir", tmp_path / "x"]
     for words, problem in (
-        (["--checkpoint", prepared, "--output_dir", tmp_path / "there"], "--output_dir: "),
+        (["--checkpoint", prepared, "--output_dir", tmp_path / "there"], "there holds config.json"),
+        (["--checkpoint", prepared, "--output_dir", tmp_path / "file", "--force"], "is a file"),
+        (["--checkpoint", prepared, "--output_dir", ROOT, "--force"], "holds the code itself"),
         (["--checkpoint", tmp_path / "no.pt", *new], "no such checkpoint"),
         (["--checkpoint", prepared, *new, "--tokenizer_file", tmp_path / "words" / "vocab.txt"],
          "matches the longest"),
@@ -674,8 +775,50 @@ def test_nothing_is_overwritten_and_bad_input_is_one_line(tmp_path, prepared):
         assert_refused(in_process("convert", *words), problem)
     done = run_script("hf_integration.py", "convert", "--checkpoint", "no.pt", *new, cwd=tmp_path)
     assert_refused(done, "no.pt: no such checkpoint")
-    assert (tmp_path / "there" / "file").read_text() == "mine"
+    assert (tmp_path / "there" / "config.json").read_text() == "mine"
+    assert (tmp_path / "file").read_text() == "mine"
     assert not (tmp_path / "x").exists()
+
+
+def test_force_replaces_a_models_files_and_no_other(tmp_path, prepared, monkeypatch):
+    for path in (prepared, prepared.with_name("tokenizer.json")):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "thesis.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    for checkpoint in ("model.pt", "."):
+        assert in_process("convert", "--checkpoint", checkpoint, "--output_dir", ".",
+                          "--force").returncode == 0  # fmt: skip
+        assert (tmp_path / "thesis.txt").read_text() == "mine"
+        load_model("model.pt")
+        model = TinyMambaHFModel.from_pretrained(tmp_path)
+        GenerationConfig(temperature=0.3, do_sample=True).save_pretrained(tmp_path)
+        (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    convert(".", "tuned")
+    assert torch.equal(model.model.embedding.weight, load_model("tuned").embedding.weight)
+    again = GenerationConfig.from_pretrained("tuned")
+    assert (again.temperature, again.eos_token_id) == (0.3, EOS)
+    assert TinyMambaHFTokenizer.from_pretrained("tuned").chat_template == "{{ messages }}"
+
+
+def test_a_tokenizer_that_ends_texts_elsewhere_is_refused(tmp_path, prepared):
+    native = wide(vocab_size=300, eos_id=5)
+    state = {"model": native.state_dict(), "config": native.config.to_dict()}
+    save_checkpoint(tmp_path / "other.pt", state)
+    with pytest.raises(UserError, match="ends a text by id 0, the model by 5"):
+        convert(str(tmp_path / "other.pt"), str(tmp_path / "x"),
+                str(prepared.parent / "tokenizer.json"))  # fmt: skip
+
+
+def test_a_model_in_several_files_is_a_native_one_too(tmp_path):
+    model, ids = hf(wide()), some_ids(1, 9)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len([*tmp_path.glob("model-*.safetensors")]) > 1
+    assert torch.equal(load_model(tmp_path)(ids), wide()(ids))
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match=r"index.json: cannot be read"):
+        load_model(tmp_path)
+    with pytest.raises(ValueError, match="push_to_hub: would send a folder without its code"):
+        model.save_pretrained(tmp_path, push_to_hub=True)
 
 
 def test_a_flipped_bit_in_a_converted_folder_is_seen_by_the_native_reader(tmp_path, prepared):
@@ -790,6 +933,7 @@ def test_push_sends_no_folder_that_would_not_load(tmp_path, prepared, hub):
     words = ["push", "--model_dir", tmp_path / "hf", "--repo_id", "me/small"]
     assert_refused(in_process(*words), "model.safetensors: cannot be read")
     assert_refused(in_process(*words, "--repo_id", "no name"), "model.safetensors")
+    assert_refused(in_process(*words, "--token", "hf_secr\u00e9t"), "--token: has a character")
     (tmp_path / "hf" / "config.json").unlink()
     assert_refused(in_process(*words), "has no config.json")
     assert not Hub.log
@@ -862,11 +1006,12 @@ def test_lm_eval_has_the_likelihoods_of_the_native_model(tmp_path, prepared):
         "--tasks", "mine", "--include_path", tmp_path, "--device", "cpu", cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "benchmark_results" / "results.json").read_text())["rows"]
-    manager = TaskManager(include_path=str(tmp_path))
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     again = simple_evaluate(lm, tasks=["mine"], task_manager=manager, bootstrap_iters=0)
     for row in written:
         assert row["value"] == again["results"]["mine"][f"{row['metric']},{row['filter']}"]
     assert {row["metric"] for row in written} >= {"acc", "acc_norm"}
     with pytest.raises(UserError, match="tasks: no_such: no such task"):
         benchmark.main(["--benchmark_type", "lm_eval", "--tinymamba_checkpoint", str(prepared),
-                        "--tasks", "no_such", "--output_dir", str(tmp_path / "none")])  # fmt: skip
+                        "--tasks", "no_such", "--include_path", str(tmp_path),
+                        "--output_dir", str(tmp_path / "none")])  # fmt: skip
