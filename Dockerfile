@@ -3,7 +3,7 @@
 #     docker build --tag tinymamba:cpu .
 #     docker build --tag tinymamba:cuda --build-arg DEVICE=cuda .
 #     docker run --publish 127.0.0.1:8000:8000 --volume tinymamba:/work tinymamba:cpu
-#     docker run --volume tinymamba:/work tinymamba:cpu train --preset demo
+#     docker run --no-healthcheck --volume tinymamba:/work tinymamba:cpu train --preset demo
 
 FROM python:3.11-slim-bookworm AS build
 ARG DEVICE=cpu
@@ -36,4 +36,5 @@ EXPOSE 8000
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s \
     CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8000/health', timeout=4)"]
 ENTRYPOINT ["tinymamba"]
-CMD ["serve", "--host", "0.0.0.0", "--port", "8000", "--checkpoint", "tinymamba_model_latest.pt"]
+CMD ["serve", "--host", "0.0.0.0", "--port", "8000", "--checkpoint", "tinymamba_model_latest.pt", \
+     "--session_dir", "sessions", "--keep_sessions"]

@@ -484,7 +484,7 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor], dict[s
     """The config, the tensors by name, and the notes of an adapter's folder."""
     config = read_config(folder)
     # Hugging Face's files have no checksum.
-    return config, *read_all_tensors(folder / WEIGHTS, "save it anew", unsigned=True)
+    return config, *read_all_tensors(folder / WEIGHTS, "save it anew", unsigned="")
 
 def load_adapter(model: TinyMambaModel, folder: str | Path, name: str = "default") -> None:
     """Attach an adapter from its folder and let it serve, as save_adapter or Hugging Face wrote it.

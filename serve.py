@@ -59,6 +59,7 @@ from testv2 import (
     need,
     require,
     require_plain_name,
+    require_writable,
     run_cli,
 )
 
@@ -68,9 +69,10 @@ if __name__ == "__main__" and not all(map(importlib.util.find_spec, PACKAGES)):
 
 import prometheus_client as prometheus  # noqa: E402
 import uvicorn  # noqa: E402
-from fastapi import APIRouter, FastAPI, HTTPException, Path, Request  # noqa: E402
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Path, Request  # noqa: E402
 from fastapi.exceptions import RequestValidationError  # noqa: E402
 from fastapi.responses import Response  # noqa: E402
+from fastapi.security import HTTPBearer  # noqa: E402
 from pydantic import BaseModel, ConfigDict, Field  # noqa: E402
 from starlette.exceptions import HTTPException as AnyHTTPException  # noqa: E402
 
@@ -104,7 +106,8 @@ class Generation(Body):
     repetition_penalty: Annotated[float, Field(ge=1e-3, le=1e3)] | None = None
     seed: Seed | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
-    logit_bias: dict[BiasKey, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[BiasKey, Annotated[float, Field(ge=-100, le=100)]],
+                          Field(max_length=300)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Any = Field(None, description="taken, and without effect")
@@ -138,6 +141,11 @@ class Part(Body):
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
+    refusal: None = None  # these as an answer has them, which is sent back in the next turn
+    annotations: list[Any] | None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
 
 class TextFormat(Body):
     type: Literal["text"]
@@ -221,10 +229,6 @@ class AnswerOut(BaseModel):
 TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error",
          503: "server_error"}
 FIELDS = {"max_new_tokens": "max_tokens", "stop_ids, logit_bias": "logit_bias"}
-KNOWN_FIELDS = {name for model in (CompletionBody, ChatBody, SessionCompletionBody, Message, Part,
-                                   NewSessionBody, SaveBody, StreamOptions, TextFormat)
-                for name in model.model_fields} | {"session_id"}
-
 REFUSED_FIELDS = {name for model in (CompletionBody, ChatBody)
                   for name, f in model.model_fields.items() if f.description == UNSUPPORTED}
 
@@ -257,12 +261,17 @@ def invalid(request: Request, error: RequestValidationError) -> Response:
     """The first mistake of a body or path, with the field's name."""
     errors = error.errors()  # of a union, every branch has its own: those of type say the least
     first = next((e for e in errors if not e["type"].endswith("_type")), errors[0])
-    place = [part for part in first["loc"][1:] if isinstance(part, int) or part in KNOWN_FIELDS]
+    place, here = [], error.body if first["loc"][0] == "body" else {first["loc"][-1]: None}
+    for part in first["loc"][1:]:  # a union's branches have names in it, too
+        if isinstance(here, dict) and part in here or isinstance(here, list) and part in range(
+                len(here)):
+            place, here = [*place, part], here[part]
+    if first["type"] == "missing":
+        place.append(first["loc"][-1])
     while place and isinstance(place[-1], int):
         place.pop()
+    place = place[:1] if place[:1] == ["logit_bias"] else place
     unknown = first["type"] == "extra_forbidden" or place[:1] and place[0] in REFUSED_FIELDS
-    if unknown and first["loc"][-1] not in place[-1:]:
-        place.append(str(first["loc"][-1]))
     name = ".".join(map(str, place)) or None
     message = "is not supported by this server; leave it out" if unknown else first["msg"]
     if first["type"] == "json_invalid":
@@ -282,22 +291,18 @@ def http_error(request: Request, error: AnyHTTPException) -> Response:
 
 # ------------------------------------------------------------------------------------- engine
 
-class Mailbox:
+class Mailbox(asyncio.Queue):
     """What the engine tells a handler, on the handler's event loop."""
 
-    def __init__(self):
-        self.items, self.there = [], asyncio.Event()
+    LAG = 256  # letters for each answer that may lie here before its reader counts as gone
 
-    def put(self, item) -> None:
-        self.items.append(item)
-        self.there.set()
+    def __init__(self, answers: int):
+        super().__init__()
+        self.most = self.LAG * answers
 
     async def take(self) -> list:
         """All that has come, once something has."""
-        await self.there.wait()
-        self.there.clear()
-        items, self.items = self.items, []
-        return items
+        return [await self.get(), *(self.get_nowait() for _ in range(self.qsize()))]
 
 @dataclass(eq=False)
 class Job:
@@ -314,7 +319,8 @@ class Job:
     asked: float = field(default_factory=time.perf_counter)
     first: float | None = None
 
-ENDING = "the server is shutting down"
+def ending() -> Refusal:
+    return Refusal(503, "the server is shutting down", None, "shutting_down", {"Retry-After": "5"})
 
 class Engine(threading.Thread):
     """The one thread that steps the decoder. Between two steps it does what handlers ask for."""
@@ -343,11 +349,11 @@ class Engine(threading.Thread):
     def order(self, command) -> None:
         with self.door:
             if not self.open:
-                raise Refusal(503, ENDING, None, "shutting_down")
+                raise ending()
             self.commands.put(command)
 
     def submit(self, jobs: list[Job]) -> None:
-        self.order(lambda: self.waiting.extend(jobs))
+        self.order(lambda: self.admit(jobs))
 
     def abandon(self, jobs: list[Job]) -> None:
         with contextlib.suppress(Refusal):  # at its end it abandons all
@@ -391,13 +397,22 @@ class Engine(threading.Thread):
             self.cleaned = time.monotonic()
             self.server.cleanup_old_sessions(self.options.session_timeout)
 
+    def admit(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            try:
+                if job.session is not None:
+                    self.idle(job.session)
+                self.waiting.append(job)
+            except Refusal as e:
+                self.fail(job, e)
+
     def begin(self) -> None:
         """Start what waits, as far as there are slots."""
         while self.waiting and len(self.running) < self.options.batch_size:
             job = self.waiting.popleft()
             try:
                 if job.session is not None:
-                    self.idle(job.session)
+                    self.known(job.session)
                 job.answer = self.server.answer(job.prompt, job.session, **job.settings)
             except Exception as e:
                 self.fail(job, e)
@@ -413,10 +428,10 @@ class Engine(threading.Thread):
             self.drop(failed)
             for job in failed:
                 self.fail(job, e)
-        for job in self.running:
+        for job in [*self.running]:
             self.collect(job)
         for job in self.running:
-            if not job.answer.open:
+            if job.answer and not job.answer.open:
                 job.answer = None  # nobody needs its states any more
         self.running = [job for job in self.running if job.answer]
 
@@ -438,6 +453,9 @@ class Engine(threading.Thread):
             return
         if not answer.open:
             self.conclude(job)
+        elif job.mailbox.qsize() > job.mailbox.most:
+            self.drop([job])
+            self.tell(job, "gone", None)
 
     def conclude(self, job: Job) -> None:
         reason = job.answer.finish_reason or ("stop" if job.stopped else None)
@@ -468,7 +486,7 @@ class Engine(threading.Thread):
         left = [*self.running, *self.waiting]
         self.drop(left)
         for job in left:
-            self.fail(job, Refusal(503, ENDING, None, "shutting_down"))
+            self.fail(job, ending())
         self.post()
 
     def tell(self, job: Job, kind: str, value) -> None:
@@ -476,7 +494,7 @@ class Engine(threading.Thread):
 
         Who asks for logprobs gets that of eos, too; lm-eval counts on a token after the prompt.
         """
-        self.letters.append((job.mailbox.put, ((job.index, kind, value),)))
+        self.letters.append((job.mailbox.put_nowait, ((job.index, kind, value),)))
 
     def fail(self, job: Job, error: Exception) -> None:
         if not isinstance(error, Refusal | UserError):
@@ -499,7 +517,7 @@ class Engine(threading.Thread):
 
     def idle(self, session_id: str):
         session = self.known(session_id)
-        if session.answer:
+        if session.answer or any(job.session == session_id for job in self.waiting):
             raise Refusal(409, f"session {session_id} is answering; wait, or stop it",
                           "session_id", "session_busy")
         return session
@@ -525,6 +543,9 @@ class Engine(threading.Thread):
             if job.session == session_id:
                 job.stopped = True
                 job.answer.stop()
+        for job in [job for job in self.waiting if job.session == session_id]:
+            self.drop([job])
+            self.fail(job, Refusal(409, "the answer was stopped before it began", "session_id"))
 
 def deliver(letters: list) -> None:
     for function, arguments in letters:
@@ -668,7 +689,7 @@ class Template:
 class Options:
     """Limits and places of a server; each is a flag."""
 
-    api_key: str = ""  # that every call but /health must bear; also TINYMAMBA_API_KEY
+    api_key: str = ""  # that all but / and /health must bear; also TINYMAMBA_API_KEY
     model_name: str = ""  # as clients call the model; else the checkpoint's name
     batch_size: int = 64  # answers that are decoded together
     max_queue: int = 256  # answers that may wait for a slot; more are told to try again (429)
@@ -677,7 +698,7 @@ class Options:
     max_tokens: int = 4096  # tokens of an answer
     max_choices: int = 128  # answers of one request: prompts times n
     session_dir: str = ""  # folder of saved sessions; without, none can be saved or loaded
-    keep_sessions: bool = False  # save all sessions at the end, and load them at the start
+    keep_sessions: bool = False  # save all sessions when told to end, load them at the start
     max_sessions: int = 1024  # that are open at one time, and that are saved
     session_timeout: int = 86400  # seconds after which an unused session is deleted
     body_timeout: int = 30  # seconds in which a request has to arrive
@@ -722,7 +743,12 @@ class Guard:
         except Refusal as refusal:
             await refusal.response()(scope, receive, sent)
         else:
-            await self.app(scope, self.limited(receive), sent)
+            try:
+                await self.app(scope, self.limited(receive), sent)
+            except Exception:  # it is answered, and logged, outside of this
+                route = getattr(scope.get("route"), "path", "none")
+                self.api.meters.requests.labels(route, 500).inc()
+                raise
 
     def check(self, path: str, method: str, headers: dict[bytes, bytes]) -> None:
         options, key = self.api.options, headers.get(b"authorization", b"")
@@ -730,6 +756,9 @@ class Guard:
         if options.api_key and path not in OPEN and not hmac.compare_digest(key, wanted):
             raise Refusal(401, "the API key is missing or wrong; send Authorization: Bearer KEY",
                           None, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
+        origin = headers.get(b"origin")
+        if origin and origin.partition(b"//")[2] != headers.get(b"host"):
+            raise Refusal(403, "another site's page may not call this server", None, "origin")
         size = headers.get(b"content-length", b"0")
         if size.isdigit() and int(size) > options.max_body:
             raise self.too_large()
@@ -738,21 +767,23 @@ class Guard:
 
     def too_large(self) -> Refusal:
         return Refusal(413, f"the body is larger than {self.api.options.max_body} bytes", None,
-                       "body_too_large")
+                       "body_too_large", {"Connection": "close"})
 
     def limited(self, receive):
         """The same, as long as the body is neither too large nor too slow."""
         count, complete = 0, False
+        end = asyncio.get_running_loop().time() + self.api.options.body_timeout
 
         async def next_message():
             nonlocal count, complete
             if complete:  # what still comes is that the client goes away
                 return await receive()
             try:
-                async with asyncio.timeout(self.api.options.body_timeout):
+                async with asyncio.timeout_at(end):
                     message = await receive()
             except TimeoutError:
-                raise Refusal(408, "the body did not arrive in time", None, "timeout") from None
+                raise Refusal(408, "the body did not arrive in time", None, "timeout",
+                              {"Connection": "close"}) from None
             count += len(message.get("body", b""))
             complete = not message.get("more_body", False)
             if count > self.api.options.max_body:
@@ -771,10 +802,11 @@ class EventStream(Response):
         self.call, self.parts = call, parts
 
     async def __call__(self, scope, receive, send) -> None:
-        with contextlib.closing(self.call):
+        with contextlib.closing(self.call), contextlib.suppress(TimeoutError):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for part in self.parts:
-                await send({"type": "http.response.body", "body": part, "more_body": True})
+                async with asyncio.timeout(self.call.api.options.body_timeout):
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 class Gone(Exception):
@@ -786,7 +818,7 @@ class Call:
     def __init__(self, api: Api, request: Request, kind: str, body: Generation, count: int):
         self.api, self.request, self.kind, self.body = api, request, kind, body
         api.require_room(count)
-        self.count, self.jobs, self.mailbox, self.watch = count, [], Mailbox(), None
+        self.count, self.jobs, self.mailbox, self.watch = count, [], Mailbox(count), None
         api.pending += count
         self.id = {"text": "cmpl-", "chat": "chatcmpl-", "session": "scmpl-"}[kind]
         self.id, self.created = self.id + uuid.uuid4().hex, int(time.time())
@@ -808,7 +840,7 @@ class Call:
             pass
         if self.left:
             self.api.engine.abandon(self.jobs)
-        self.mailbox.put((0, "gone", None))
+        self.mailbox.put_nowait((0, "gone", None))
 
     async def start(self, jobs: list[Job]) -> None:
         """Hand jobs over, and wait for the first news that could still be an error."""
@@ -841,7 +873,7 @@ class Call:
             yield [item async for item in self.news()]
 
     def usage(self) -> dict:
-        each = len(self.jobs) // len({id(job.prompt) for job in self.jobs})  # n of a prompt
+        each = getattr(self.body, "n", None) or 1
         read = sum(count for index, count in self.prompt_tokens.items() if index % each == 0)
         return {"prompt_tokens": read, "completion_tokens": self.drawn,
                 "total_tokens": read + self.drawn}
@@ -931,13 +963,19 @@ class Api:
         path = getattr(server.tokenizer, "path", None)
         self.tokenizer = SimpleTokenizer(path) if path else server.tokenizer
         self.template = Template(SimpleTokenizer(path) if path else server.tokenizer)
-        self.encoding = asyncio.Lock()
+        self.encoding, self.filing = asyncio.Lock(), asyncio.Lock()
         self.fingerprint = "fp_" + server.fingerprint[:16]
         self.started = int(time.time())
         self.folder = File(options.session_dir) if options.session_dir else None
+        for place in (self.folder, self.kept if options.keep_sessions else None):
+            if place:
+                require_writable(place, "--session_dir")
         if options.keep_sessions:
             for file in sorted(self.kept.glob("*.safetensors")):
-                server.load_session(file, file.stem)
+                try:
+                    server.load_session(file, file.stem)
+                except UserError as e:
+                    raise UserError(str(file), e.args[1], "move it away") from None
         self.meters.gauge("running_answers", "Answers in the batch.",
                           lambda: len(self.engine.running))
         self.meters.gauge("pending_answers", "Answers admitted and not done.",
@@ -948,8 +986,7 @@ class Api:
 
     def require_room(self, count: int) -> None:
         if self.draining:
-            raise Refusal(503, ENDING, None, "shutting_down",
-                          {"Retry-After": "5"})
+            raise ending()
         if self.pending + count > self.options.batch_size + self.options.max_queue:
             raise Refusal(429, "the server is full; try again", None, "queue_full",
                           {"Retry-After": "1"})
@@ -1037,8 +1074,10 @@ class Api:
             jobs, echoes = [], []
             for prompt in prompts:
                 ids = await self.encode(prompt)
-                text = prompt if isinstance(prompt, str) else self.server.tokenizer.decode(ids)
-                echoes += [text if body.echo else ""] * n
+                text = prompt if body.echo else ""
+                if not isinstance(text, str):
+                    text = self.server.tokenizer.decode(ids)
+                echoes += [text] * n
                 jobs += self.jobs(call, ids, settings, n, len(jobs))
         except BaseException:
             call.close()
@@ -1046,8 +1085,9 @@ class Api:
         return await self.respond(call, jobs, echoes=echoes)
 
     def require_few(self, count: int) -> None:
-        if count > self.options.max_choices:
-            raise Refusal(400, f"n: {count} answers are more than {self.options.max_choices}", "n")
+        o = self.options
+        if count > (most := min(o.max_choices, o.batch_size + o.max_queue)):
+            raise Refusal(400, f"n: {count} answers are more than {most}", "n")
 
     def jobs(self, call: Call, ids: list[int], settings: dict, n: int, at: int) -> list[Job]:
         """Choice i of a prompt draws by the seed plus i."""
@@ -1126,11 +1166,12 @@ class Api:
         file = self.file(body.load, "load")
         if body.seed is not None:
             raise Refusal(400, "seed: a saved session has its own; leave it out", "seed")
-        if not file.is_file():
-            raise Refusal(404, f"load: no session {body.load} was saved", "load", "not_found")
-        await self.engine.call(self.engine.make_room, body.id)
-        made = await self.files(lambda: self.server.load_session(file, body.id), "load", body.load)
-        return await self.do(lambda: made, 201)
+        async with self.filing:
+            if not file.is_file():
+                raise Refusal(404, f"load: no session {body.load} was saved", "load", "not_found")
+            await self.engine.call(self.engine.make_room, body.id)
+            made = await self.files(lambda: self.server.load_session(file, body.id), "load", file)
+            return await self.do(lambda: made, 201)
 
     async def session(self, session_id: SessionId) -> Response:
         """One session."""
@@ -1195,29 +1236,30 @@ class Api:
         require_plain_name(name, param)
         return self.folder / f"{name}.safetensors"
 
-    async def files(self, work, param: str, name: str):
+    async def files(self, work, param: str, file: File):
         """Work on a file in a thread of its own; what is wrong is told without its place."""
         try:
             return await asyncio.to_thread(work)
         except UserError as e:
             what, problem, remedy = e.args
-            if str(self.folder) not in what:
+            if what != str(file):
                 raise
-            raise Refusal(400, f"{param}: {name} {problem}; {remedy}", param) from None
+            raise Refusal(400, f"{param}: {file.stem} {problem}; {remedy}", param) from None
 
     async def save(self, session_id: SessionId, body: SaveBody) -> Response:
         """Write the session to a file in --session_dir."""
         file = self.file(body.name, "name")
-        await self.engine.call(self.engine.idle, session_id)
-        if os.path.lexists(file):
-            if not body.overwrite:
-                raise Refusal(409, f"name: {body.name} is there; set overwrite, or use another",
-                              "name", "name_taken")
-        elif sum(1 for _ in self.folder.glob("*.safetensors")) >= self.options.max_sessions:
-            raise Refusal(429, "there are too many saved sessions", None, "too_many_sessions",
-                          {"Retry-After": "60"})
-        await self.files(lambda: self.server.save_session(session_id, file), "name", body.name)
-        return await self.do(lambda: session_id)
+        async with self.filing:
+            await self.engine.call(self.engine.idle, session_id)
+            if os.path.lexists(file):
+                if not body.overwrite:
+                    raise Refusal(409, f"name: {body.name} is there; set overwrite, or use "
+                                  "another", "name", "name_taken")
+            elif sum(1 for _ in self.folder.glob("*.safetensors")) >= self.options.max_sessions:
+                raise Refusal(429, "there are too many saved sessions", None,
+                              "too_many_sessions", {"Retry-After": "60"})
+            await self.files(lambda: self.server.save_session(session_id, file), "name", file)
+            return await self.do(lambda: session_id)
 
     # Beginning and end -----------------------------------------------------------------------
 
@@ -1230,10 +1272,16 @@ class Api:
         self.engine = Engine(self.server, self.options, self.meters, asyncio.get_running_loop())
         self.engine.start()
         yield
-        self.engine.end()
-        await asyncio.to_thread(self.engine.join)
+        await asyncio.to_thread(self.close)
+
+    def close(self) -> None:
+        """End the engine and keep the sessions, once; also where uvicorn was forced to end."""
+        engine, self.engine = self.engine, None
+        if engine is None:
+            return
+        engine.end()
+        engine.join()
         if self.options.keep_sessions:
-            self.kept.mkdir(exist_ok=True)
             for file in self.kept.glob("*.safetensors"):
                 if file.stem not in self.server.sessions:
                     file.unlink()
@@ -1256,36 +1304,27 @@ class Api:
         app.add_exception_handler(UserError, lambda _, e: Refusal.of(e).response())
         app.add_exception_handler(Exception, lambda _, e: Refusal.of(e).response())
         app.add_middleware(Guard, api=self)
-        if self.options.api_key:
-            openapi = app.openapi
-
-            def with_key() -> dict:
-                document = openapi()
-                document["components"]["securitySchemes"] = {
-                    "key": {"type": "http", "scheme": "bearer"}}
-                for path, item in document["paths"].items():
-                    for operation in item.values():
-                        operation["security"] = [] if path in OPEN else [{"key": []}]
-                return document
-
-            app.openapi = with_key
         return app
 
     def router(self) -> APIRouter:
         router = APIRouter(responses={"4XX": {"model": ErrorOut}, "5XX": {"model": ErrorOut}})
         streamed = {"model": AnswerOut, "content": {"text/event-stream": {}}}
 
+        key = [Depends(HTTPBearer(scheme_name="key", auto_error=False))]
+        key = key if self.options.api_key else []
+
         def add(method: str, path: str, handler, model=None, status: int = 200, **more) -> None:
             ok = more.pop("ok", {"model": model} if model else {})
             router.add_api_route(path, handler, methods=[method], status_code=status,
-                                 responses={status: ok}, response_model=None, **more)
+                                 responses={status: ok}, response_model=None,
+                                 dependencies=[] if path in OPEN else key, **more)
 
         add("GET", "/", self.page, include_in_schema=False)
         add("GET", "/health", self.health)
         add("GET", "/metrics", self.metrics, ok={"content": {"text/plain": {}}},
             response_class=Response)
         add("GET", "/v1/models", self.models)
-        add("GET", "/v1/models/{model}", self.model)
+        add("GET", "/v1/models/{model:path}", self.model)
         add("POST", "/v1/completions", self.completions, ok=streamed)
         add("POST", "/v1/chat/completions", self.chat, ok=streamed)
         add("GET", "/v1/sessions", self.sessions, SessionsOut)
@@ -1356,8 +1395,6 @@ def parse(argv: list[str] | None):
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     options = Options(**{name: getattr(args, name) for name in Options.__dataclass_fields__})
-    if options.session_dir:
-        File(options.session_dir).mkdir(parents=True, exist_ok=True)
     try:
         listener = socket.create_server((args.host, args.port))
     except OSError as e:
@@ -1372,7 +1409,10 @@ def main(argv: list[str] | None = None) -> int:
             print("there is no --api_key: whoever reaches this machine may use it", file=sys.stderr)
         port = listener.getsockname()[1]
         print(f"serving {options.model_name} at http://{args.host}:{port}", flush=True)
-        HttpServer(api).run(sockets=[listener])
+        try:
+            HttpServer(api).run(sockets=[listener])
+        finally:
+            api.close()
     return 0
 
 if __name__ == "__main__":

@@ -1202,10 +1202,10 @@ def read_tensors(path: str | Path, like: dict[str, Tensor], notes: dict[str, str
     return tensors, said
 
 def read_all_tensors(path: str | Path, remedy: str,
-                     unsigned: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+                     unsigned: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and notes of a safetensors file of any content; a damaged one is a UserError.
 
-    `unsigned` takes a file without a checksum, too, as others write it.
+    A file without a checksum is one of others' only if all its names begin with `unsigned`.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -1216,7 +1216,9 @@ def read_all_tensors(path: str | Path, remedy: str,
     except (SafetensorError, OSError) as e:
         raise UserError(str(path), f"cannot be read ({e})", remedy) from None
     checksum = notes.pop("checksum", None)
-    sound = checksum == digest([tensors, notes]) or (unsigned and checksum is None)
+    others = unsigned is not None and checksum is None
+    sound = all(name.startswith(unsigned) for name in tensors) if others else (
+        checksum == digest([tensors, notes]))
     require(sound, str(path), "is damaged", remedy)
     return tensors, notes
 
@@ -1853,7 +1855,7 @@ def load_folder(folder: Path) -> TinyMambaModel:
         raise UserError(str(path), f"cannot be read ({e})", remedy) from None
     path, tensors = folder / "model.safetensors", {}
     for file in weight_files(path):
-        tensors |= read_all_tensors(file, remedy, unsigned=True)[0]
+        tensors |= read_all_tensors(file, remedy, unsigned="model.")[0]
     tensors = {name.removeprefix("model."): t for name, t in tensors.items()}
     try:
         fill_model(model, tensors)

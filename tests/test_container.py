@@ -65,7 +65,8 @@ def test_no_secret_and_no_other_host_is_named():
         hosts = {*re.findall(r"https?://([^/:\s\"']+)", text)}
         assert hosts <= {"download.pytorch.org", "127.0.0.1"}
     assert not re.search(r"(?i)key|token|secret|password", TEXT)
-    assert SERVICES["serve"]["environment"] == {"TINYMAMBA_API_KEY": None}
+    assert SERVICES["serve"]["environment"] == {
+        "OMP_NUM_THREADS": "${THREADS:-2}", "TINYMAMBA_API_KEY": None}
 
 
 @pytest.mark.parametrize(("device", "said", "code"), [

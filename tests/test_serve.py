@@ -1,5 +1,6 @@
 """serve.py over HTTP, with OpenAI's own client, next to the same server in this process."""
 
+import asyncio
 import concurrent.futures
 import contextlib
 import gc
@@ -24,6 +25,7 @@ from conftest import ROOT, assert_refused, close, free_copy, run_script, wide
 from test_peft import adapted
 
 import serve
+import streaming
 from peft import AdapterConfig, save_adapter
 from serve import Api, HttpServer, Options
 from streaming import Answer, StreamingConfig, StreamingServer
@@ -68,7 +70,7 @@ class Running:
         return len(self.api.server.decoder.answers)
 
 
-def until(holds, seconds: float = 20) -> None:
+def until(holds, seconds: float = 60) -> None:
     """Wait for another thread to get so far."""
     end = time.monotonic() + seconds
     while not holds():
@@ -265,6 +267,10 @@ def test_chat(shared, alone):
     assert whole.choices[0].message.content == want
     assert whole.choices[0].message.role == "assistant"
     assert whole.usage.prompt_tokens == len(prompt)
+    again = [*messages, whole.choices[0].message, {"role": "user", "content": "And now?"}]
+    for turns in (again, [m.model_dump() if hasattr(m, "model_dump") else m for m in again]):
+        second = shared.ai.chat.completions.create(model=NAME, messages=turns, max_tokens=2)
+        assert second.usage.prompt_tokens > whole.usage.prompt_tokens
     said = whole.choices[0].logprobs.content
     assert b"".join(bytes(t.bytes) for t in said).decode(errors="ignore") == want
     assert all(len(t.top_logprobs) == 2 for t in said)
@@ -334,6 +340,12 @@ HELLO = {"messages": [{"role": "user", "content": "hi"}]}
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
      "messages.0.content.0.type"),
     (CHAT, {"messages": [{"role": "user", "content": "", "name": "x"}]}, "messages.0.name"),
+    (CHAT, {"messages": [*HELLO["messages"],
+                         {"role": "assistant", "content": "", "refusal": "no"}]},
+     "messages.1.refusal"),
+    (COMPLETIONS, {"prompt": "a", "logit_bias": {"seed": 1}}, "logit_bias"),
+    (COMPLETIONS, {"prompt": "a", "logit_bias": dict.fromkeys(map(str, range(301)), 1)},
+     "logit_bias"),
     (CHAT, {**HELLO, "top_logprobs": 2}, "top_logprobs"),
     (CHAT, {**HELLO, "tools": [{"type": "function"}]}, "tools"),
     (CHAT, {**HELLO, "response_format": {"type": "json_object"}}, "response_format.type"),
@@ -411,26 +423,45 @@ def test_a_body_that_is_too_large(shared):
     assert server.post(COMPLETIONS, prompt="a", max_tokens=1)
 
 
-def test_a_body_that_does_not_come():
+def test_a_body_that_does_not_come_or_drips():
     with running(body_timeout=1) as server, socket.create_connection(
-            ("127.0.0.1", int(server.url.rsplit(":", 1)[1])), timeout=20) as lazy:
-        lazy.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n"
+            ("127.0.0.1", int(server.url.rsplit(":", 1)[1])), timeout=0.25) as lazy:
+        lazy.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n"
                      b"Content-Type: application/json\r\n\r\n{")
-        assert b" 408 " in lazy.recv(4096).split(b"\r\n")[0]
+        answer, end = b"", time.monotonic() + 20
+        while not answer and time.monotonic() < end:
+            with contextlib.suppress(TimeoutError):
+                lazy.sendall(b" ")
+                answer = lazy.recv(4096)
+        assert b" 408 " in answer.split(b"\r\n")[0] and b"connection: close" in answer.lower()
 
 
-def test_an_error_of_one_disturbs_no_other(shared, alone):
-    """Every token banned is found out only when the first is drawn."""
+def test_a_page_of_another_site_is_refused(shared):
+    for origin, status in ((None, 200), (shared.url, 200), ("http://evil.example", 403)):
+        headers = {"Origin": origin} if origin else {}
+        assert shared.http.get("/v1/sessions", headers=headers).status_code == status
+
+
+def test_an_error_of_the_server_is_counted(shared, monkeypatch):
+    monkeypatch.setattr(shared.api, "card", lambda name: 1 / 0)
+    assert shared.http.get("/v1/models").status_code == 500
+    counted = 'tinymamba_requests_total{route="/v1/models",status="500"} 1.0'
+    assert counted in shared.http.get("/metrics").text
+
+
+def test_an_error_of_one_disturbs_no_other(shared, alone, monkeypatch):
     want = alone.generate_text("Once", seed=1, max_new_tokens=60, **PLAIN)
-    bad = dict.fromkeys(map(str, range(257)), -100)
+    usual = streaming.probabilities
+    monkeypatch.setattr(streaming, "probabilities", lambda logits, recent, config: (
+        1 / 0 if config.top_p == 0.666 else usual(logits, recent, config)))
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
         good = [pool.submit(shared.post, COMPLETIONS, prompt="Once", seed=1, max_tokens=60)
                 for _ in range(6)]
         broken = [pool.submit(shared.http.post, COMPLETIONS, json={
-            "prompt": [9999], "logit_bias": bad}) for _ in range(6)]
+            "prompt": "a", "top_p": 0.666}) for _ in range(6)]
         assert {g.result()["choices"][0]["text"] for g in good} == {want}
         for b in broken:
-            refused(b.result(), 400, "prompt")
+            refused(b.result(), 500)
 
 
 def test_a_failing_step_fails_its_answers_and_no_later_one(shared, monkeypatch):
@@ -687,6 +718,63 @@ def test_a_session_answers_one_at_a_time_and_can_be_stopped(shared, alone):
         "x", twin, max_new_tokens=9, **PLAIN)
 
 
+def test_a_session_that_waits_for_a_slot_is_busy_and_can_be_stopped():
+    with running(batch_size=1) as server, server.http.stream("POST", COMPLETIONS, json={
+            "prompt": "a", "stream": True, **ENDLESS}) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        server.post("/v1/sessions", id="late")
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            path = "/v1/sessions/late"
+            queued = pool.submit(server.http.post, f"{path}/completions", json={"prompt": "b"})
+            until(lambda: server.api.engine.waiting)
+            refused(server.http.post(f"{path}/completions", json={"prompt": "c"}), 409,
+                    "session_id")
+            refused(server.http.post(f"{path}/reset"), 409, "session_id")
+            server.post(f"{path}/stop")
+            refused(queued.result(), 409, "session_id")
+        assert server.http.get(path).json()["tokens"] == 0
+
+
+def test_of_saves_at_one_time_under_one_name_one_is_kept(tmp_path):
+    with running(session_dir=str(tmp_path), max_sessions=2) as server:
+        for name in ("one", "two"):
+            server.post("/v1/sessions", id=name)
+            session(server, name, "a", max_tokens=1)
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            answers = [*pool.map(lambda i: server.http.post(
+                f"/v1/sessions/{('one', 'two')[i % 2]}/save", json={"name": "x"}), range(8))]
+        assert sorted(a.status_code for a in answers) == [200, *[409] * 7]
+
+
+def test_a_client_that_does_not_read_loses_its_place(shared, monkeypatch):
+    monkeypatch.setattr(serve.Mailbox, "LAG", 2)
+    monkeypatch.setattr(serve.EventStream, "__call__", hold := HeldBack())
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(shared.http.post, COMPLETIONS, json={
+            "prompt": "a", "stream": True, **ENDLESS})
+        until(lambda: hold.reached and not shared.busy())
+        hold.released.set()
+        asked.exception()
+    until(lambda: shared.api.pending == 0)
+
+
+class HeldBack:
+    """An event stream that is not sent until it may be."""
+
+    def __init__(self):
+        self.usual, self.reached = serve.EventStream.__call__, False
+        self.released = threading.Event()
+
+    def __get__(self, stream, kind):
+        async def send_late(scope, receive, send):
+            self.reached = True
+            await asyncio.to_thread(self.released.wait)
+            await self.usual(stream, scope, receive, send)
+
+        return send_late
+
+
 def test_a_session_whose_client_goes_away_stands_where_it_stood(shared):
     shared.post("/v1/sessions", id="seven", seed=3)
     session(shared, "seven", "abc", max_tokens=9)
@@ -832,6 +920,7 @@ def test_the_grace_is_for_who_runs_and_for_nobody_new():
     (["--port", "70000"], "--port"), (["--max_queue", "-1"], "--max_queue"),
     (["--keep_sessions"], "--session_dir"), (["--checkpoint", "nothing.pt"], "nothing.pt"),
     (["--dtype", "int3"], "--dtype"), (["--prot", "1"], "--port"),
+    (["--checkpoint", "tiny", "--session_dir", "tiny/vocab.txt"], "--session_dir"),
 ])
 def test_a_wrong_command_is_refused(folder, words, fragment):
     assert_refused(run_script("serve.py", *words, cwd=folder), fragment)
