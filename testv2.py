@@ -1866,7 +1866,7 @@ def load_folder(folder: Path) -> TinyMambaModel:
 def weight_files(path: Path) -> list[Path]:
     """The file, or those that `transformers` has cut it into."""
     index = path.with_name(f"{path.name}.index.json")
-    if not index.is_file():
+    if path.is_file() or not index.is_file():
         return [path]
     try:
         names = {Path(name).name for name in json.loads(index.read_bytes())["weight_map"].values()}
