@@ -465,18 +465,24 @@ def perplexity(args: argparse.Namespace, contestants: dict):
             values["bits_per_byte"] = nats / math.log(2) * facts["tokens"] / facts["bytes"]
         yield make_row("perplexity", "tinymamba", case, False, reason, **values)
 
-def lm_eval(args: argparse.Namespace, contestants: dict):
-    """Rows of the checkpoint's marks: one for each metric of each task."""
+@functools.cache
+def open_tasks(tasks: tuple[str, ...], include_path: str | None):
+    """lm-evaluation-harness's manager of tasks, if it knows all of these."""
     manager = need("lm_eval.tasks").TaskManager(
-        include_path=args.include_path, include_defaults=not args.include_path)
-    unknown = [task for task in args.tasks if not manager.match_tasks([task])]
+        include_path=include_path, include_defaults=not include_path)
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
     require(not unknown, "tasks", f"{', '.join(unknown)}: no such task of lm-evaluation-harness",
             "lm-eval ls tasks lists them; --include_path names a folder of your own")
+    return manager
+
+def lm_eval(args: argparse.Namespace, contestants: dict):
+    """Rows of the checkpoint's marks: one for each metric of each task."""
     lm = need("lm_eval.models.huggingface").HFLM(
         **open_for_harness(args), batch_size=(args.batch_sizes or [8])[0], device=str(args.device),
         max_length=max(args.sequence_lengths or [2048]))
     found = need("lm_eval").simple_evaluate(
-        lm, tasks=args.tasks, task_manager=manager, limit=args.limit, bootstrap_iters=0)
+        lm, tasks=args.tasks, task_manager=open_tasks(tuple(args.tasks), args.include_path),
+        limit=args.limit, bootstrap_iters=0)
     for task, values in found["results"].items():
         for name, value in values.items():
             metric, _, kind = name.partition(",")
@@ -716,6 +722,8 @@ def settle(args: argparse.Namespace) -> None:
     args.lengths = args.sequence_lengths or [256, 512, 1024, 2048]
     if "perplexity" in args.benchmark_type:
         open_eval(args, max(args.sequence_lengths or [args.config.block_size]))
+    if "lm_eval" in args.benchmark_type:
+        open_tasks(tuple(args.tasks), args.include_path)
     names = args.models_to_compare or ["llama", "gpt2", "mamba2"]
     alone = set(args.benchmark_type) <= CHECKPOINTS_ALONE
     args.models = [name for name in PEERS if name in names and not alone]

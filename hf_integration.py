@@ -44,7 +44,6 @@ from transformers.utils.generic import can_return_tuple
 from ssm_kernels import QuantizedLinear
 from testv2 import (
     EOS_NAMES,
-    EOS_TOKEN,
     FOLDER_FIELDS,
     FOLDER_FORMAT,
     CliParser,
@@ -56,7 +55,7 @@ from testv2 import (
     TinyMambaBlock,
     TinyMambaModel,
     UserError,
-    byte_alphabet,
+    byte_tokenizer,
     describe_model,
     load_folder,
     load_model,
@@ -75,6 +74,8 @@ from testv2 import (
 )
 
 # ------------------------------------------------------------------------------ configuration
+
+ROLES = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 class TinyMambaConfig(PreTrainedConfig):
     """The architecture: the fields of testv2.Config that a model keeps, under the same names.
@@ -104,8 +105,8 @@ class TinyMambaConfig(PreTrainedConfig):
         self.format_version = given.pop("format_version", FOLDER_FORMAT)
         self.use_cache = given.pop("use_cache", True)
         eos = self.eos_id if self.eos_id >= 0 else None
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(self, name, given.pop(name, eos))
+        for role in ROLES:
+            setattr(self, role, given.pop(role, eos))
         super().__post_init__(**given)
         self.native()
 
@@ -545,16 +546,6 @@ class TinyMambaHFTokenizer(PreTrainedTokenizerFast):
         write_json(path, {**about, "tokenizer_class": "PreTrainedTokenizerFast"})
         return files
 
-def byte_tokenizer():
-    """What a SimpleTokenizer without a file does: an id for each byte, and one for the end."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    library = Tokenizer(models.BPE({c: i for i, c in enumerate(byte_alphabet())}, []))
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    library.decoder = decoders.ByteLevel()
-    library.add_special_tokens([AddedToken(EOS_TOKEN, special=True, normalized=False)])
-    return library
-
 TinyMambaConfig.register_for_auto_class()
 TinyMambaHFModel.register_for_auto_class("AutoModelForCausalLM")
 AutoConfig.register(TinyMambaConfig.model_type, TinyMambaConfig, exist_ok=True)
@@ -630,8 +621,6 @@ def prepare_folder(model: TinyMambaModel, tokenizer: SimpleTokenizer | None, sou
     for role in ROLES:
         setattr(generation, role, getattr(config, role))
     return fast, config, generation
-
-ROLES = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 def model_card(model: TinyMambaModel, name: str, tokenizer: TinyMambaHFTokenizer | None) -> str:
     """README.md of a converted model: what it is, and how to use it."""

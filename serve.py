@@ -732,10 +732,13 @@ class Guard:
             await self.app(scope, receive, send)
             return
 
+        def count(status: int) -> None:
+            route = getattr(scope.get("route"), "path", "none")
+            self.api.meters.requests.labels(route, status).inc()
+
         async def sent(message) -> None:
             if message["type"] == "http.response.start":
-                route = getattr(scope.get("route"), "path", "none")
-                self.api.meters.requests.labels(route, message["status"]).inc()
+                count(message["status"])
             await send(message)
 
         try:
@@ -746,8 +749,7 @@ class Guard:
             try:
                 await self.app(scope, self.limited(receive), sent)
             except Exception:  # it is answered, and logged, outside of this
-                route = getattr(scope.get("route"), "path", "none")
-                self.api.meters.requests.labels(route, 500).inc()
+                count(500)
                 raise
 
     def check(self, path: str, method: str, headers: dict[bytes, bytes]) -> None:
@@ -824,6 +826,7 @@ class Call:
         self.id, self.created = self.id + uuid.uuid4().hex, int(time.time())
         self.left, self.prompt_tokens, self.drawn, self.first = count, {}, 0, []
         self.about = {}  # of the session
+        self.model, _ = api.model_of(body.model)
 
     def close(self) -> None:
         """Give the room back; what has not come to its end is undone."""
@@ -880,7 +883,7 @@ class Call:
 
     def envelope(self, object_name: str, choices: list, **more) -> dict:
         return {"id": self.id, "object": object_name, "created": self.created,
-                "model": self.api.model_of(self.body.model)[0], "choices": choices,
+                "model": self.model, "choices": choices,
                 "system_fingerprint": self.api.fingerprint, **more}
 
     async def whole(self, writers: list[Writer], echoes: list[str]) -> Response:
@@ -958,14 +961,15 @@ class Api:
     def __init__(self, server: StreamingServer, options: Options):
         require(server.tokenizer, "tokenizer", "none was found", "pass --tokenizer")
         self.server, self.options, self.meters = server, options, Meters()
-        self.pending, self.draining, self.engine = 0, False, None
+        self.pending, self.draining, self.closed, self.engine = 0, False, False, None
         self.vocabulary = Vocabulary(server.tokenizer)
         path = getattr(server.tokenizer, "path", None)
         self.tokenizer = SimpleTokenizer(path) if path else server.tokenizer
         self.template = Template(SimpleTokenizer(path) if path else server.tokenizer)
         self.encoding, self.filing = asyncio.Lock(), asyncio.Lock()
         self.fingerprint = "fp_" + server.fingerprint[:16]
-        self.started = int(time.time())
+        self.started, base = int(time.time()), options.model_name
+        self.names = {base: None, **{f"{base}:{adapter}": adapter for adapter in server.adapters}}
         self.folder = File(options.session_dir) if options.session_dir else None
         for place in (self.folder, self.kept if options.keep_sessions else None):
             if place:
@@ -993,13 +997,11 @@ class Api:
 
     def model_of(self, name: str | None) -> tuple[str, str | None]:
         """The name of the model that answers, and its adapter."""
-        base, adapters = self.options.model_name, self.server.adapters
-        names = {base: None, **{f"{base}:{adapter}": adapter for adapter in adapters}}
-        name = name or list(names)[-1]
-        if name not in names:
-            raise Refusal(404, f"model: there is no {name}; there are {', '.join(names)}",
+        name = name or list(self.names)[-1]
+        if name not in self.names:
+            raise Refusal(404, f"model: there is no {name}; there are {', '.join(self.names)}",
                           "model", "model_not_found")
-        return name, names[name]
+        return name, self.names[name]
 
     def settings(self, body: Generation, default_tokens: int, stops: list[str] = []) -> dict:  # noqa: B006
         """The body's fields as those of StreamingConfig, checked."""
@@ -1112,9 +1114,7 @@ class Api:
 
     async def models(self) -> Response:
         """The model, and the adapters that it may wear."""
-        names = [self.options.model_name] + [f"{self.options.model_name}:{a}"
-                                             for a in self.server.adapters]
-        return json_response({"object": "list", "data": [self.card(name) for name in names]})
+        return json_response({"object": "list", "data": [*map(self.card, self.names)]})
 
     async def model(self, model: str) -> Response:
         return json_response(self.card(self.model_of(model)[0]))
@@ -1276,11 +1276,11 @@ class Api:
 
     def close(self) -> None:
         """End the engine and keep the sessions, once; also where uvicorn was forced to end."""
-        engine, self.engine = self.engine, None
-        if engine is None:
+        if self.engine is None or self.closed:
             return
-        engine.end()
-        engine.join()
+        self.closed = True
+        self.engine.end()
+        self.engine.join()
         if self.options.keep_sessions:
             for file in self.kept.glob("*.safetensors"):
                 if file.stem not in self.server.sessions:

@@ -908,8 +908,8 @@ class TinyMambaModel(nn.Module):
         if ids.shape[1] == 0 or (attention_mask is not None and attention_mask.shape != ids.shape):
             raise ValueError(f"ids {tuple(ids.shape)} must hold a token, and attention_mask fit")
         x = self.embedding(ids) if embedded is None else embedded
-        found = self.find_ends(ids)
-        ends = found if ends is None else ends if found is None else ends | found
+        found, given = self.find_ends(ids), ends is not None
+        ends = ends if found is None else found | ends if given else found
         if attention_mask is not None:  # padding is moved to the end, where causality hides it
             order, back, lengths = padding_last(attention_mask)
             x = take_tokens(x, order)
@@ -932,7 +932,7 @@ class TinyMambaModel(nn.Module):
             x, *gates = (take_tokens(t, back) for t in (x, *gates))
         if asked:
             state = state.after(layers, document, ids.shape[1] if lengths is None else lengths)
-            state = state if ends is None else state.forget_inputs()
+            state = state.forget_inputs() if given else state  # document_mask looks at ages itself
         return x, state if asked else None, torch.stack(gates)
 
     def find_ends(self, ids: Tensor) -> Tensor | None:
@@ -1327,6 +1327,23 @@ class SimpleTokenizer:
     def __len__(self) -> int:
         """Number of ids, special ones included."""
         return len(self.pieces) if self.library is None else self.library.get_vocab_size()
+
+def byte_level(model, use_regex: bool = True):
+    """A Tokenizer of the library `tokenizers` over a model whose tokens are written as bytes."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+def byte_tokenizer():
+    """What SimpleTokenizer() does, as one of that library: an id for each byte, and eos."""
+    from tokenizers.models import BPE
+
+    tokenizer = byte_level(BPE({c: i for i, c in enumerate(byte_alphabet())}, []), use_regex=False)
+    tokenizer.add_special_tokens([EOS_TOKEN])
+    return tokenizer
 
 def find_tokenizer(data_path: str) -> SimpleTokenizer | None:
     """The tokenizer that lies beside a file, or in a folder, or None."""

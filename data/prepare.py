@@ -26,12 +26,22 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, trainers
 from tqdm import tqdm
 
 if not __package__:  # a script, whose siblings are one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from testv2 import EOS_TOKEN, CliParser, SimpleTokenizer, UserError, byte_alphabet, need, run_cli
+from testv2 import (
+    EOS_TOKEN,
+    CliParser,
+    SimpleTokenizer,
+    UserError,
+    byte_alphabet,
+    byte_level,
+    byte_tokenizer,
+    need,
+    run_cli,
+)
 
 OUTPUTS = ("train.bin", "val.bin", "train.json", "val.json", "vocab.txt", "tokenizer.json")
 READ_BYTES = 1 << 20  # read from disk at a time
@@ -277,13 +287,6 @@ def parquet_rows(path: Path, options: Options, bar: tqdm) -> Iterator[tuple[str,
 # -------------------------------------------------------------------------------- tokenizers
 
 
-def byte_level(model: models.BPE, use_regex: bool = True) -> Tokenizer:
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
 def train_bpe(files: Files, options: Options) -> Tokenizer:
     def sample() -> Iterator[str]:
         left = options.bpe_sample_bytes
@@ -361,8 +364,7 @@ def get_tokenizer(files: Files, options: Options) -> tuple[Tokenizer, int]:
     if options.tokenizer not in ("byte", "bpe", "gpt2"):
         return local_tokenizer(options.tokenizer, options.eos_token)
     if options.tokenizer == "byte":
-        vocab = {character: byte for byte, character in enumerate(byte_alphabet())}
-        tokenizer = byte_level(models.BPE(vocab, []), use_regex=False)
+        tokenizer = byte_tokenizer()
     else:
         tokenizer = train_bpe(files, options) if options.tokenizer == "bpe" else gpt2_tokenizer()
     tokenizer.add_special_tokens([EOS_TOKEN])

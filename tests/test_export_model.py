@@ -27,7 +27,6 @@ from conftest import (
     write_tokens,
 )
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import export_model
 from export_model import (
@@ -46,10 +45,9 @@ from onnx_generate import OnnxModel
 from quantize import quantize_model
 from ssm_kernels import QuantizedLinear
 from testv2 import (
-    EOS_TOKEN,
     SimpleTokenizer,
     UserError,
-    byte_alphabet,
+    byte_tokenizer,
     find_tokenizer,
     generate,
     load_model,
@@ -107,15 +105,6 @@ def settings(**changes) -> argparse.Namespace:
 
 def graph_of(**changes) -> Graph:
     return Graph(copy.deepcopy(wide(**changes)).requires_grad_(False))
-
-
-def byte_tokenizer() -> Tokenizer:
-    """What SimpleTokenizer() does, as a tokenizer.json."""
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(byte_alphabet())}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([EOS_TOKEN])
-    return tokenizer
 
 
 @torch.no_grad()

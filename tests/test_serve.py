@@ -1021,22 +1021,11 @@ def test_schemathesis_finds_nothing(phase, tmp_path):
         until(lambda: server.api.pending == 0 and server.busy() == 0)
 
 
-def byte_folder(folder: Path) -> Path:
-    """A tokenizer of transformers with the ids of BYTES."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    tokens = {c: i for i, c in enumerate([*serve.byte_alphabet(), EOS_TOKEN])}
-    tokenizer = Tokenizer(models.BPE(tokens, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS_TOKEN).save_pretrained(folder)
-    return folder
-
-
 def test_lm_eval_finds_the_likelihoods_of_this_process(shared, tmp_path):
     from lm_eval.api.instance import Instance
     from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    from hf_integration import TinyMambaHFTokenizer
 
     chance, pairs = random.Random(0), []
     for _ in range(24):
@@ -1046,8 +1035,9 @@ def test_lm_eval_finds_the_likelihoods_of_this_process(shared, tmp_path):
         pairs.append((context, text[cut:]))
     ids = BYTES.encode("abc")  # the likeliest end of a text, so that a right guess is among them
     pairs.append(("abc", BYTES.decode([int(wide()(torch.tensor([ids]))[0, -1].argmax())])))
+    TinyMambaHFTokenizer.of(BYTES).save_pretrained(tmp_path)
     model = LocalCompletionsAPI(base_url=shared.url + COMPLETIONS, model=NAME, batch_size=4,
-                                tokenizer=str(byte_folder(tmp_path)), max_retries=1,
+                                tokenizer=str(tmp_path), max_retries=1,
                                 tokenizer_backend="huggingface")
     got = model.loglikelihood([Instance("loglikelihood", {}, pair, i)
                                for i, pair in enumerate(pairs)], disable_tqdm=True)
