@@ -8,6 +8,7 @@ demo: .venv/core data/text/train.bin  ## train a small model on the built-in cor
 
 test: .venv/dev  ## style and tests
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: .venv/dev  ## the checks that take minutes

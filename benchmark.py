@@ -90,6 +90,7 @@ OUTPUTS = ("results.json", "results.md", *(f"{name}.png" for name in MEASURES))
 
 # -------------------------------------------------------------------------------- contestants
 
+
 class Contestant:
     """A model behind the calls that are timed. It is built when first used.
 
@@ -109,13 +110,15 @@ class Contestant:
     def optimizer(self) -> torch.optim.Optimizer:
         betas, decay = (Config.beta1, Config.beta2), Config.weight_decay
         return torch.optim.AdamW(
-            self.model.parameters(), Config.lr, betas, weight_decay=decay, fused=True)
+            self.model.parameters(), Config.lr, betas, weight_decay=decay, fused=True
+        )
 
     def loss(self, call, ids: Tensor) -> Tensor:
         return call(ids, ids.roll(-1, 1))
 
     def logits(self, call, ids: Tensor) -> Tensor:
         return call(ids)
+
 
 class TinyMamba(Contestant):
     def read(self, ids: Tensor):
@@ -125,6 +128,7 @@ class TinyMamba(Contestant):
     def step(self, token: Tensor, state):
         """The state after one token (B, 1) more, whose logits are made too."""
         return self.model.advance(token, state)[1]
+
 
 class HuggingFace(Contestant):
     """A causal model of transformers. It shifts labels itself, and changes its cache in place."""
@@ -142,6 +146,7 @@ class HuggingFace(Contestant):
         name = "cache_params" if self.model.config.model_type == "mamba2" else "past_key_values"
         return self.model(input_ids=token, use_cache=True, **{name: cache})[name]
 
+
 class MambaPy(Contestant):
     def read(self, ids: Tensor):
         """Token by token: mambapy has no other way from a prompt to a state."""
@@ -155,7 +160,9 @@ class MambaPy(Contestant):
     def step(self, token: Tensor, caches):
         return self.model.step(token, caches)
 
+
 # -------------------------------------------------------------------------- peers of equal size
+
 
 class MambaPyLM(nn.Module):
     """A language model around mambapy's core: its own `lm` does not import without CUDA."""
@@ -184,35 +191,68 @@ class MambaPyLM(nn.Module):
         self.head(self.norm(x))
         return caches
 
+
 def make_llama(config: Config, positions: int, layers: int, width: int) -> nn.Module:
     hf = need("transformers")
-    return hf.LlamaForCausalLM(hf.LlamaConfig(
-        vocab_size=config.vocab_size, hidden_size=config.d_model, intermediate_size=width,
-        num_hidden_layers=layers, num_attention_heads=config.num_heads,
-        max_position_embeddings=positions, tie_word_embeddings=config.tie_embeddings,
-        attn_implementation="sdpa"))
+    return hf.LlamaForCausalLM(
+        hf.LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.d_model,
+            intermediate_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=config.num_heads,
+            max_position_embeddings=positions,
+            tie_word_embeddings=config.tie_embeddings,
+            attn_implementation="sdpa",
+        )
+    )
+
 
 def make_gpt2(config: Config, positions: int, layers: int, width: int) -> nn.Module:
     hf = need("transformers")
-    return hf.GPT2LMHeadModel(hf.GPT2Config(
-        vocab_size=config.vocab_size, n_embd=config.d_model, n_inner=width, n_layer=layers,
-        n_head=config.num_heads, n_positions=positions, resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, attn_implementation="sdpa",
-        tie_word_embeddings=config.tie_embeddings))
+    return hf.GPT2LMHeadModel(
+        hf.GPT2Config(
+            vocab_size=config.vocab_size,
+            n_embd=config.d_model,
+            n_inner=width,
+            n_layer=layers,
+            n_head=config.num_heads,
+            n_positions=positions,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=0,
+            eos_token_id=0,
+            attn_implementation="sdpa",
+            tie_word_embeddings=config.tie_embeddings,
+        )
+    )
+
 
 def make_mamba2(config: Config, positions: int, layers: int, width: int) -> nn.Module:
     hf = need("transformers")
     importlib.import_module("transformers.utils.logging").set_verbosity_error()  # "no kernels"
     head = math.gcd(64, 2 * config.d_model)
-    return hf.Mamba2ForCausalLM(hf.Mamba2Config(
-        vocab_size=config.vocab_size, hidden_size=config.d_model, state_size=width, expand=2,
-        num_hidden_layers=layers, num_heads=2 * config.d_model // head, head_dim=head, n_groups=1,
-        tie_word_embeddings=config.tie_embeddings))
+    return hf.Mamba2ForCausalLM(
+        hf.Mamba2Config(
+            vocab_size=config.vocab_size,
+            hidden_size=config.d_model,
+            state_size=width,
+            expand=2,
+            num_hidden_layers=layers,
+            num_heads=2 * config.d_model // head,
+            head_dim=head,
+            n_groups=1,
+            tie_word_embeddings=config.tie_embeddings,
+        )
+    )
+
 
 class Peer(NamedTuple):
     kind: type[Contestant]
     make: typing.Callable  # (config, positions, layers, width) -> model
     width: typing.Callable  # d_model -> usual width: of the MLP, Mamba-2's state, Mamba's channels
+
 
 PEERS = {
     "llama": Peer(HuggingFace, make_llama, lambda d: 8 * d // 3),
@@ -221,10 +261,12 @@ PEERS = {
     "mambapy": Peer(MambaPy, MambaPyLM, lambda d: 2 * d),
 }
 
+
 def count(make, *args) -> int:
     """Parameters of the model that `make(*args)` gives, shared ones once; none are allocated."""
     with torch.device("meta"):
         return sum(p.numel() for p in make(*args).parameters())
+
 
 def fit(name: str, config: Config, positions: int, target: int) -> dict:
     """The layers nearest to `target` parameters, then the width that comes within TOLERANCE."""
@@ -245,6 +287,7 @@ def fit(name: str, config: Config, positions: int, target: int) -> dict:
     problem = f"{name} cannot have {target:,} parameters within {TOLERANCE:.0%} (best: {best:,})"
     raise UserError("models_to_compare", problem, "leave it out, or change the size or the lengths")
 
+
 def make_tinymamba(args: argparse.Namespace) -> TinyMambaModel:
     if not args.tinymamba_checkpoint:
         return TinyMambaModel(args.config)
@@ -254,6 +297,7 @@ def make_tinymamba(args: argparse.Namespace) -> TinyMambaModel:
             module.p = 0.0  # as in the peers
     return model
 
+
 def make_contestants(args: argparse.Namespace) -> dict[str, Contestant]:
     """TinyMamba and the peers, by name."""
     positions = max(args.lengths) + DECODE_TOKENS
@@ -262,18 +306,20 @@ def make_contestants(args: argparse.Namespace) -> dict[str, Contestant]:
     found = {"tinymamba": TinyMamba(functools.partial(make_tinymamba, args), args.device, facts)}
     for name in args.models:
         facts, peer = fit(name, args.config, positions, target), PEERS[name]
-        make = functools.partial(
-            peer.make, args.config, positions, facts["layers"], facts["width"])
+        make = functools.partial(peer.make, args.config, positions, facts["layers"], facts["width"])
         found[name] = peer.kind(make, args.device, facts)
     return found
 
+
 # ------------------------------------------------------------------------------------ timing
+
 
 @dataclass
 class Timing:
     first: float | None = None  # seconds of the first call, compilation included
     seconds: list[float] = field(default_factory=list)  # of every round that counts
     reason: str | None = None  # why it failed
+
 
 def attempt(work, *args):
     """(what `work` gives, None), or (None, why it failed in one line)."""
@@ -283,6 +329,7 @@ def attempt(work, *args):
         raise
     except Exception as e:  # whatever one model dies of, the numbers of the others stand
         return None, f"{type(e).__name__}: {' '.join(str(e).split())}"[:200]
+
 
 def interleave(makers: dict, warmup: int, rounds: int) -> dict:
     """A Timing for each key. A maker gives a function that runs once and returns seconds.
@@ -304,6 +351,7 @@ def interleave(makers: dict, warmup: int, rounds: int) -> dict:
             timing.seconds += [seconds] if number >= warmup else []
     return timings
 
+
 def timed(work, device: torch.device) -> float:
     """Seconds that `work()` takes, until the device is done."""
     start = time.perf_counter()
@@ -312,14 +360,17 @@ def timed(work, device: torch.device) -> float:
         torch.accelerator.synchronize(device)
     return time.perf_counter() - start
 
+
 def autocast(args: argparse.Namespace):
     return torch.autocast(args.device.type, args.amp, enabled=args.amp != torch.float32)
+
 
 def make_run(benchmark: str, contestant: Contestant, compiled: bool, ids: Tensor, args):
     """A function that runs the benchmark once and returns its seconds."""
     model = contestant.model.train(benchmark == "training")
     call = torch.compile(model) if compiled else model
     return RUNS[benchmark](contestant, call, ids, args)
+
 
 def training_run(contestant: Contestant, call, ids: Tensor, args):
     optimizer = contestant.optimizer
@@ -334,6 +385,7 @@ def training_run(contestant: Contestant, call, ids: Tensor, args):
 
     return lambda: timed(step, args.device)
 
+
 def prefill_run(contestant: Contestant, call, ids: Tensor, args):
     @torch.no_grad()
     def run() -> float:
@@ -341,6 +393,7 @@ def prefill_run(contestant: Contestant, call, ids: Tensor, args):
             return timed(lambda: contestant.logits(call, ids), args.device)
 
     return run
+
 
 @torch.no_grad()
 def decode_run(contestant: Contestant, call, ids: Tensor, args):
@@ -360,14 +413,20 @@ def decode_run(contestant: Contestant, call, ids: Tensor, args):
 
     return run
 
+
 RUNS = {"training": training_run, "prefill": prefill_run, "decode": decode_run}
 
 # ------------------------------------------------------------------------------------ benchmarks
 
+
 def cases(args: argparse.Namespace, lengths: list[int]) -> list[tuple[int, int]]:
     """(batch, length) of every measurement."""
-    return [(batch, length) for length in lengths
-            for batch in args.batch_sizes or [max(1, args.tokens_per_step // length)]]
+    return [
+        (batch, length)
+        for length in lengths
+        for batch in args.batch_sizes or [max(1, args.tokens_per_step // length)]
+    ]
+
 
 def random_ids(args: argparse.Namespace, batch: int, length: int) -> Tensor:
     """The same ids (batch, length) for every model."""
@@ -375,10 +434,20 @@ def random_ids(args: argparse.Namespace, batch: int, length: int) -> Tensor:
     ids = torch.randint(args.config.vocab_size, (batch, length), generator=generator)
     return ids.to(args.device)
 
+
 def make_row(benchmark: str, model: str, case: tuple, compiled=False, reason=None, **values):
     """What is known of one measurement, as it stands in results.json."""
-    return {"benchmark": benchmark, "model": model, "compiled": compiled, "batch": case[0],
-            "length": case[1], "status": "failed" if reason else "ok", "reason": reason, **values}
+    return {
+        "benchmark": benchmark,
+        "model": model,
+        "compiled": compiled,
+        "batch": case[0],
+        "length": case[1],
+        "status": "failed" if reason else "ok",
+        "reason": reason,
+        **values,
+    }
+
 
 def speed(benchmark: str, args: argparse.Namespace, contestants: dict):
     """Rows of tokens per second."""
@@ -387,21 +456,31 @@ def speed(benchmark: str, args: argparse.Namespace, contestants: dict):
     for case in cases(args, args.lengths):
         torch.compiler.reset()  # a shape is not to be made dynamic because another came before
         ids = random_ids(args, *case)
-        makers = {(name, form): functools.partial(make_run, benchmark, contestant, form, ids, args)
-                  for name, contestant in contestants.items() for form in forms}
+        makers = {
+            (name, form): functools.partial(make_run, benchmark, contestant, form, ids, args)
+            for name, contestant in contestants.items()
+            for form in forms
+        }
         timings = interleave(makers, args.warmup_iterations, args.test_iterations)
         tokens = case[0] if benchmark == "decode" else ids.numel()
         for (name, form), timing in timings.items():
             yield make_row(benchmark, name, case, form, timing.reason, **rates(timing, tokens))
+
 
 def rates(timing: Timing, tokens: int) -> dict:
     """Tokens per second, if each run (in decoding, each step) is of so many tokens."""
     if timing.reason:
         return {}
     found = [tokens / s for s in timing.seconds]
-    return {"median": statistics.median(found), "min": min(found), "max": max(found),
-            "median_seconds": statistics.median(timing.seconds), "seconds": timing.seconds,
-            "first_call_seconds": timing.first}
+    return {
+        "median": statistics.median(found),
+        "min": min(found),
+        "max": max(found),
+        "median_seconds": statistics.median(timing.seconds),
+        "seconds": timing.seconds,
+        "first_call_seconds": timing.first,
+    }
+
 
 def peak_bytes(device: torch.device, reset: bool = False) -> int:
     """Most memory held so far, or since the last reset; a reset gives what is held now."""
@@ -418,6 +497,7 @@ def peak_bytes(device: torch.device, reset: bool = False) -> int:
     peak = usage.getrusage(usage.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
+
 def step_memory(name: str, args: argparse.Namespace, case: tuple[int, int]) -> int:
     """Bytes that one training step needs beyond the weights and AdamW's state, at its peak."""
     contestant = make_contestants(args)[name]
@@ -426,6 +506,7 @@ def step_memory(name: str, args: argparse.Namespace, case: tuple[int, int]) -> i
     before = peak_bytes(args.device, reset=True)
     run()
     return peak_bytes(args.device) - before
+
 
 def memory(args: argparse.Namespace, contestants: dict):
     """Rows of peak memory, each measured in a new process."""
@@ -438,10 +519,13 @@ def memory(args: argparse.Namespace, contestants: dict):
             sizes = {} if reason else {"bytes": got, "bytes_per_token": got / math.prod(case)}
             yield make_row("memory", name, case, False, reason, **sizes)
 
+
 def open_eval(args: argparse.Namespace, length: int) -> StreamingTokenDataset:
     dtype = "auto" if read_sidecar(args.eval_dataset) else args.config.data_dtype
     return StreamingTokenDataset(
-        args.eval_dataset, length, data_dtype=dtype, vocab_size=args.config.vocab_size)
+        args.eval_dataset, length, data_dtype=dtype, vocab_size=args.config.vocab_size
+    )
+
 
 @torch.no_grad()
 def mean_nats(model: TinyMambaModel, data: StreamingTokenDataset, batch: int, args) -> float:
@@ -452,6 +536,7 @@ def mean_nats(model: TinyMambaModel, data: StreamingTokenDataset, batch: int, ar
             total += model(x.to(args.device), y.to(args.device)).item() * y.numel()
     return total / (len(data) * data.block_size)
 
+
 def perplexity(args: argparse.Namespace, contestants: dict):
     """Rows of the checkpoint's loss on --eval_dataset."""
     model = load_model(args.tinymamba_checkpoint, args.device)
@@ -459,38 +544,70 @@ def perplexity(args: argparse.Namespace, contestants: dict):
     for case in cases(args, args.sequence_lengths or [args.config.block_size]):
         data = open_eval(args, case[1])
         nats, reason = attempt(mean_nats, model, data, case[0], args)
-        values = {} if reason else {"nats_per_token": nats, "perplexity": math.exp(nats),
-                                    "bits_per_byte": None, "tokens": len(data) * case[1]}
+        values = (
+            {}
+            if reason
+            else {
+                "nats_per_token": nats,
+                "perplexity": math.exp(nats),
+                "bits_per_byte": None,
+                "tokens": len(data) * case[1],
+            }
+        )
         if values and facts.get("tokens") and facts.get("bytes"):
             values["bits_per_byte"] = nats / math.log(2) * facts["tokens"] / facts["bytes"]
         yield make_row("perplexity", "tinymamba", case, False, reason, **values)
+
 
 @functools.cache
 def open_tasks(tasks: tuple[str, ...], include_path: str | None):
     """lm-evaluation-harness's manager of tasks, if it knows all of these."""
     manager = need("lm_eval.tasks").TaskManager(
-        include_path=include_path, include_defaults=not include_path)
+        include_path=include_path, include_defaults=not include_path
+    )
     unknown = [task for task in tasks if not manager.match_tasks([task])]
-    require(not unknown, "tasks", f"{', '.join(unknown)}: no such task of lm-evaluation-harness",
-            "lm-eval ls tasks lists them; --include_path names a folder of your own")
+    require(
+        not unknown,
+        "tasks",
+        f"{', '.join(unknown)}: no such task of lm-evaluation-harness",
+        "lm-eval ls tasks lists them; --include_path names a folder of your own",
+    )
     return manager
+
 
 def lm_eval(args: argparse.Namespace, contestants: dict):
     """Rows of the checkpoint's marks: one for each metric of each task."""
     lm = need("lm_eval.models.huggingface").HFLM(
-        **open_for_harness(args), batch_size=(args.batch_sizes or [8])[0], device=str(args.device),
-        max_length=max(args.sequence_lengths or [2048]))
+        **open_for_harness(args),
+        batch_size=(args.batch_sizes or [8])[0],
+        device=str(args.device),
+        max_length=max(args.sequence_lengths or [2048]),
+    )
     found = need("lm_eval").simple_evaluate(
-        lm, tasks=args.tasks, task_manager=open_tasks(tuple(args.tasks), args.include_path),
-        limit=args.limit, bootstrap_iters=0)
+        lm,
+        tasks=args.tasks,
+        task_manager=open_tasks(tuple(args.tasks), args.include_path),
+        limit=args.limit,
+        bootstrap_iters=0,
+    )
     for task, values in found["results"].items():
         for name, value in values.items():
             metric, _, kind = name.partition(",")
             if type(value) in (int, float) and kind and not metric.endswith("_stderr"):
                 error = values.get(f"{metric}_stderr,{kind}")
-                yield make_row("lm_eval", "tinymamba", (lm.batch_size, lm.max_length), False, "",
-                               task=task, metric=metric, filter=kind, value=value,
-                               stderr=error if isinstance(error, float) else None)
+                yield make_row(
+                    "lm_eval",
+                    "tinymamba",
+                    (lm.batch_size, lm.max_length),
+                    False,
+                    "",
+                    task=task,
+                    metric=metric,
+                    filter=kind,
+                    value=value,
+                    stderr=error if isinstance(error, float) else None,
+                )
+
 
 def open_for_harness(args: argparse.Namespace) -> dict:
     """The checkpoint and its tokenizer as `transformers` has them."""
@@ -499,10 +616,17 @@ def open_for_harness(args: argparse.Namespace) -> dict:
 
     model = load_model(args.tinymamba_checkpoint, args.device)
     tokenizer = open_tokenizer(None, model, [args.tinymamba_checkpoint])
-    require(tokenizer, "tinymamba_checkpoint", "has no tokenizer.json beside it or its data",
-            "copy it there")
-    return {"pretrained": TinyMambaHFModel.of(model),
-            "tokenizer": TinyMambaHFTokenizer.of(tokenizer)}
+    require(
+        tokenizer,
+        "tinymamba_checkpoint",
+        "has no tokenizer.json beside it or its data",
+        "copy it there",
+    )
+    return {
+        "pretrained": TinyMambaHFModel.of(model),
+        "tokenizer": TinyMambaHFTokenizer.of(tokenizer),
+    }
+
 
 BENCHMARKS = {  # memory comes first: this process holds no model yet, so a GPU is empty
     "memory": [memory],
@@ -514,11 +638,14 @@ BENCHMARKS = {  # memory comes first: this process holds no model yet, so a GPU 
 
 # ------------------------------------------------------------------------------------ results
 
+
 def label(row: dict) -> str:
     return row["model"] + (" compiled" if row["compiled"] else "")
 
+
 def add_ratios(rows: list[dict]) -> None:
     """Add ratio_to_llama: tokens/s over Llama's (more is faster), or bytes over Llama's."""
+
     def case(row: dict) -> tuple:
         return row["benchmark"], row["compiled"], row["batch"], row["length"]
 
@@ -528,6 +655,7 @@ def add_ratios(rows: list[dict]) -> None:
         key = MEASURES[row["benchmark"]][0]
         base = llama.get(case(row), {}).get(key)
         row["ratio_to_llama"] = row[key] / base if base else None
+
 
 def cell(row: dict) -> str:
     """What a table shows of a row."""
@@ -545,23 +673,34 @@ def cell(row: dict) -> str:
     ratio = row.get("ratio_to_llama")
     return value if ratio is None else f"{value} ({ratio:.2f})"
 
+
 def table(lines: list[list[str]]) -> str:
     """Markdown of a header and rows, in columns of even width."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    padded = [[text.rjust(width) for text, width in zip(line, widths, strict=True)]
-              for line in (lines[0], rule, *lines[1:])]
-    return "".join("| " + " | ".join([line[0].lstrip().ljust(widths[0]), *line[1:]]) + " |\n"
-                   for line in padded)
+    padded = [
+        [text.rjust(width) for text, width in zip(line, widths, strict=True)]
+        for line in (lines[0], rule, *lines[1:])
+    ]
+    return "".join(
+        "| " + " | ".join([line[0].lstrip().ljust(widths[0]), *line[1:]]) + " |\n"
+        for line in padded
+    )
+
 
 def markdown(results: dict) -> str:
     """All tables: rows are models, columns lengths."""
     m, sizes = results["machine"], [["model", "parameters", "layers", "width"]]
-    sizes += [[name, f"{facts['parameters']:,}", str(facts["layers"]), str(facts["width"] or "")]
-              for name, facts in results["models"].items()]
-    text = [f"# Benchmark\n\n{m['name']}, {m['threads']} threads, torch {m['torch']}, "
-            f"transformers {m['transformers']}, {m['dtype']}\n",
-            f"    python benchmark.py {m['command']}\n", table(sizes)]
+    sizes += [
+        [name, f"{facts['parameters']:,}", str(facts["layers"]), str(facts["width"] or "")]
+        for name, facts in results["models"].items()
+    ]
+    text = [
+        f"# Benchmark\n\n{m['name']}, {m['threads']} threads, torch {m['torch']}, "
+        f"transformers {m['transformers']}, {m['dtype']}\n",
+        f"    python benchmark.py {m['command']}\n",
+        table(sizes),
+    ]
     if "llama" in results["models"]:
         text.append("In brackets: the number as a multiple of Llama's.\n")
     for benchmark, (_, title) in MEASURES.items():
@@ -577,6 +716,7 @@ def markdown(results: dict) -> str:
         if rows:
             text.append(f"## {title}\n\n{table(lines)}")
     return "\n".join(text)
+
 
 def plot(rows: list[dict], path: Path) -> None:
     """One benchmark over length, a line for each model (and batch), into a PNG."""
@@ -601,11 +741,13 @@ def plot(rows: list[dict], path: Path) -> None:
     figure.legend(loc="outside right upper")
     replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
 
+
 def append_row(path: str, row: dict) -> None:
     """Print a row as JSON, and add it to the file of rows."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps(row), flush=True)
+
 
 def write_results(results: dict, args: argparse.Namespace) -> None:
     """results.json, results.md and plots; the plots of an earlier run go."""
@@ -621,6 +763,7 @@ def write_results(results: dict, args: argparse.Namespace) -> None:
         else:
             path.unlink(missing_ok=True)
 
+
 def describe_machine(args: argparse.Namespace, argv: list[str]) -> dict:
     """Where and with what the numbers were taken."""
     info, cpu = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
@@ -628,18 +771,29 @@ def describe_machine(args: argparse.Namespace, argv: list[str]) -> dict:
         cpu = found[1]
     gpu = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else None
     transformers = getattr(sys.modules.get("transformers"), "__version__", None)
-    return {"name": gpu or cpu, "cpu": cpu, "cores": os.cpu_count(), "device": str(args.device),
-            "threads": torch.get_num_threads(), "dtype": show(args.amp),
-            "python": platform.python_version(), "torch": torch.__version__,
-            "transformers": transformers, "command": shlex.join(argv)}
+    return {
+        "name": gpu or cpu,
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "device": str(args.device),
+        "threads": torch.get_num_threads(),
+        "dtype": show(args.amp),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers,
+        "command": shlex.join(argv),
+    }
+
 
 # ------------------------------------------------------------------------------------ command line
+
 
 def whole(low: int, text: str) -> int:
     """A whole number from `low`."""
     if not text.isdecimal() or int(text) < low:
         raise argparse.ArgumentTypeError(f"{text!r} is not legal; pass a whole number from {low}")
     return int(text)
+
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = CliParser(usage="python benchmark.py [--FLAG VALUE ...]", description=__doc__)
@@ -649,40 +803,81 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--d_model", **one, help=f"width of a fresh model, a multiple of 32 [{DEFAULT['d_model']}]")
     add("--n_layer", **one, help=f"layers of a fresh model [{DEFAULT['n_layer']}]")
     add("--vocab_size", **one, help=f"vocabulary of a fresh model [{DEFAULT['vocab_size']}]")
-    add("--models_to_compare", nargs="+", choices=["tinymamba", *PEERS], metavar="MODEL",
-        help=f"any of {', '.join(PEERS)}; tinymamba is always there [llama gpt2 mamba2]")
-    add("--benchmark_type", nargs="+", choices=[*BENCHMARKS, "all"], default=["all"],
-        metavar="TYPE", help=f"any of {', '.join(BENCHMARKS)}, all [all]")
-    add("--sequence_lengths", nargs="+", **one,
-        help="in tokens [256 512 1024 2048; for perplexity the checkpoint's block_size]")
+    add(
+        "--models_to_compare",
+        nargs="+",
+        choices=["tinymamba", *PEERS],
+        metavar="MODEL",
+        help=f"any of {', '.join(PEERS)}; tinymamba is always there [llama gpt2 mamba2]",
+    )
+    add(
+        "--benchmark_type",
+        nargs="+",
+        choices=[*BENCHMARKS, "all"],
+        default=["all"],
+        metavar="TYPE",
+        help=f"any of {', '.join(BENCHMARKS)}, all [all]",
+    )
+    add(
+        "--sequence_lengths",
+        nargs="+",
+        **one,
+        help="in tokens [256 512 1024 2048; for perplexity the checkpoint's block_size]",
+    )
     add("--batch_sizes", nargs="+", **one, help="sequences [tokens_per_step // length]")
     add("--tokens_per_step", **one, default=4096, help="without --batch_sizes [4096]")
-    add("--warmup_iterations", type=functools.partial(whole, 0), default=2, metavar="N",
-        help="rounds before those that count [2]")
+    add(
+        "--warmup_iterations",
+        type=functools.partial(whole, 0),
+        default=2,
+        metavar="N",
+        help="rounds before those that count [2]",
+    )
     add("--test_iterations", **one, default=5, help="rounds that count [5]")
     add("--compile", choices=["off", "on", "both"], default="off", help="torch.compile [off]")
-    add("--dtype", choices=["bfloat16", "float32"], default="bfloat16",
-        help="autocast, where the hardware is fast in it [bfloat16]")
+    add(
+        "--dtype",
+        choices=["bfloat16", "float32"],
+        default="bfloat16",
+        help="autocast, where the hardware is fast in it [bfloat16]",
+    )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps [auto]")
-    add("--eval_dataset", default=Config.val_data_path, metavar="FILE",
-        help=f".bin of tokens for perplexity [{Config.val_data_path}]")
+    add(
+        "--eval_dataset",
+        default=Config.val_data_path,
+        metavar="FILE",
+        help=f".bin of tokens for perplexity [{Config.val_data_path}]",
+    )
     add("--tasks", nargs="+", metavar="TASK", help="of lm-evaluation-harness, for lm_eval")
-    add("--include_path", metavar="DIR",
-        help="folder of tasks' .yaml files, in place of the harness's")
+    add(
+        "--include_path",
+        metavar="DIR",
+        help="folder of tasks' .yaml files, in place of the harness's",
+    )
     add("--limit", **one, help="examples of each task [all]")
-    add("--output_dir", type=Path, default=Path("./benchmark_results"), metavar="DIR",
-        help="folder for the results [./benchmark_results]")
+    add(
+        "--output_dir",
+        type=Path,
+        default=Path("./benchmark_results"),
+        metavar="DIR",
+        help="folder for the results [./benchmark_results]",
+    )
     add("--generate_plots", action="store_true", help="write PNGs too")
     add("--force", action="store_true", help="replace the results of an earlier run")
     return parser.parse_args(argv)
+
 
 def choose_config(args: argparse.Namespace) -> Config:
     """The checkpoint's config, or that of a fresh model."""
     named = ("preset", "d_model", "n_layer", "vocab_size")
     given = {name: getattr(args, name) for name in named if getattr(args, name)}
     if args.tinymamba_checkpoint:
-        require(not given, next(iter(given), ""), "is already said by the checkpoint",
-                "leave it or --tinymamba_checkpoint out")
+        require(
+            not given,
+            next(iter(given), ""),
+            "is already said by the checkpoint",
+            "leave it or --tinymamba_checkpoint out",
+        )
         return Config.from_dict(load_checkpoint(args.tinymamba_checkpoint)["config"])
     values = PRESETS[given.pop("preset")] if args.preset else DEFAULT
     if width := args.d_model:
@@ -690,6 +885,7 @@ def choose_config(args: argparse.Namespace) -> Config:
         heads = range(max(1, width // 64), 0, -1)
         given["num_heads"] = next(n for n in heads if width % (2 * n) == 0)
     return Config(**{**values, **given, "dropout": 0.0}).validate()
+
 
 def choose_benchmarks(args: argparse.Namespace) -> list[str]:
     """What to measure, in order; `all` leaves out what cannot be."""
@@ -708,6 +904,7 @@ def choose_benchmarks(args: argparse.Namespace) -> list[str]:
     for kind in asked & CHECKPOINTS_ALONE if args.models_to_compare else ():
         print(f"note: {kind} is TinyMamba's alone: untrained peers have none")
     return [kind for kind in BENCHMARKS if kind in asked]
+
 
 def settle(args: argparse.Namespace) -> None:
     """Refuse whatever is wrong before the first measurement, and fill in the rest."""
@@ -730,8 +927,13 @@ def settle(args: argparse.Namespace) -> None:
     if args.generate_plots:
         need("matplotlib")
     old = [name for name in OUTPUTS if (args.output_dir / name).exists()]
-    require(args.force or not old, "output_dir", f"{args.output_dir} holds {', '.join(old)}",
-            "pass --force or name another")
+    require(
+        args.force or not old,
+        "output_dir",
+        f"{args.output_dir} holds {', '.join(old)}",
+        "pass --force or name another",
+    )
+
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
@@ -751,6 +953,7 @@ def main(argv: list[str] | None = None) -> int:
         write_results(results, args)
     print(f"\n{markdown(results)}\nwritten to {args.output_dir}")
     return int(any(row["status"] == "failed" for row in results["rows"]))
+
 
 if __name__ == "__main__":
     run_cli(main)

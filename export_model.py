@@ -73,7 +73,7 @@ from testv2 import (
 
 # By how much values up to 1 may differ, and by what share larger ones; what share of the likeliest
 # tokens must be the same. A state holds sums over the whole text, in which what rounds differently
-# adds up: of quantised models, only logits can be compared.
+# adds up: of quantized models, only logits can be compared.
 EXACT = {"logits": 1e-4, "state": 1e-3, "same": 1.0}
 ROUNDED = {"logits": 0.1, "state": math.inf, "same": 0.95}
 LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 513, 4096)  # that --verify tries
@@ -82,6 +82,7 @@ ROUNDS, STEPS = 7, 32  # of --benchmark, and of a round
 MODEL = "the model"  # itself, as a row of --benchmark
 
 # ------------------------------------------------------------------------------------ graphs
+
 
 class Graph(nn.Module):
     """The model as functions of tensors alone: ids and a state to last logits and a state."""
@@ -94,8 +95,9 @@ class Graph(nn.Module):
     def prefill(self, ids: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         """ids (B, L) and those of ModelState.tensors() -> logits (B, V) and the same after it."""
         per_layer = len(LayerState._fields)
-        layers = [LayerState(*tensors[i : i + per_layer])
-                  for i in range(0, len(tensors) - 2, per_layer)]
+        layers = [
+            LayerState(*tensors[i : i + per_layer]) for i in range(0, len(tensors) - 2, per_layer)
+        ]
         state = ModelState(layers, *tensors[-2:])
         logits, state = self.model.advance(ids, state, last_only=True)
         return logits[:, -1], *(t.contiguous() for t in state.tensors().values())
@@ -105,9 +107,11 @@ class Graph(nn.Module):
     def start(self, batch: int) -> list[Tensor]:
         return list(self.model.init_state(batch).tensors().values())
 
+
 def load_graph(path: str | Path, device: torch.device) -> Graph:
     """Of a checkpoint or folder, as it is to be written down."""
     return Graph(load_model(path, device).requires_grad_(False))
+
 
 @contextlib.contextmanager
 def chunked(graph: Graph) -> Iterator[None]:
@@ -119,18 +123,24 @@ def chunked(graph: Graph) -> Iterator[None]:
     finally:
         config.scan = scan
 
+
 def examples(graph: Graph, args) -> dict[str, tuple[Tensor, ...]]:
     """Inputs to trace the graphs with; any sizes do, but a 1 would be taken for a constant."""
     batch, length = max(2, args.batch_size), max(2, args.seq_length)
     state = graph.start(batch)
-    return {"prefill": (random_ids(graph, batch, length), *state),
-            "step": (random_ids(graph, batch, 1), *state)}
+    return {
+        "prefill": (random_ids(graph, batch, length), *state),
+        "step": (random_ids(graph, batch, 1), *state),
+    }
+
 
 def random_ids(graph: Graph, batch: int, length: int, seed: int = 0) -> Tensor:
     """(B, L), the same ones for the same arguments."""
-    ids = torch.randint(0, graph.model.config.vocab_size, (batch, length),
-                        generator=torch.manual_seed(seed))
+    ids = torch.randint(
+        0, graph.model.config.vocab_size, (batch, length), generator=torch.manual_seed(seed)
+    )
     return ids.to(next(graph.model.parameters()).device)
+
 
 def programs(graph: Graph, args) -> dict[str, torch.export.ExportedProgram]:
     """What torch.export makes of prefill and of step, once for all formats."""
@@ -140,18 +150,27 @@ def programs(graph: Graph, args) -> dict[str, torch.export.ExportedProgram]:
         shapes = (dims, tuple({0: batch} for _ in example[1:]))
         with chunked(graph):
             graph.programs[name] = torch.export.export(
-                graph, example, dynamic_shapes=shapes, strict=False,
-                prefer_deferred_runtime_asserts_over_guards=True)
+                graph,
+                example,
+                dynamic_shapes=shapes,
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
     return graph.programs
 
+
 # ------------------------------------------------------------------------------------ writing
+
 
 def write_pytorch(folder: Path, graph: Graph, args) -> None:
     save_folder(folder, graph.model)
     if graph.model.quantization:  # which only such a folder holds
         return
-    save_checkpoint(folder / "inference.pt", {"config": graph.model.config.to_dict(),
-                                              "model": graph.model.state_dict()})
+    save_checkpoint(
+        folder / "inference.pt",
+        {"config": graph.model.config.to_dict(), "model": graph.model.state_dict()},
+    )
+
 
 def write_torchscript(folder: Path, graph: Graph, args) -> None:
     print("torchscript: PyTorch has deprecated TorchScript; torch_export takes its place")
@@ -161,6 +180,7 @@ def write_torchscript(folder: Path, graph: Graph, args) -> None:
     buffer = io.BytesIO()
     torch.jit.save(module, buffer)
     (folder / "model.pt").write_bytes(buffer.getbuffer())
+
 
 def write_torch_export(folder: Path, graph: Graph, args) -> None:
     for name, program in programs(graph, args).items():
@@ -172,6 +192,7 @@ def write_torch_export(folder: Path, graph: Graph, args) -> None:
             torch.export.save(program, buffer)
             path.write_bytes(buffer.getbuffer())
 
+
 def write_onnx(folder: Path, graph: Graph, args) -> None:
     names, protos = list(graph.model.init_state(1).tensors()), {}
     graph = with_onnx_layers(graph)
@@ -179,8 +200,12 @@ def write_onnx(folder: Path, graph: Graph, args) -> None:
     for name, program in programs(graph, args).items():
         with warnings.catch_warnings(action="ignore"):
             made = torch.onnx.export(
-                program, dynamo=True, verbose=False, input_names=["ids", *names],
-                output_names=["logits", *(f"new.{n}" for n in names)])
+                program,
+                dynamo=True,
+                verbose=False,
+                input_names=["ids", *names],
+                output_names=["logits", *(f"new.{n}" for n in names)],
+            )
         protos[name] = made.model_proto
         for node in protos[name].graph.node:
             del node.metadata_props[:]  # which line of which file it comes from
@@ -189,8 +214,9 @@ def write_onnx(folder: Path, graph: Graph, args) -> None:
     share_weights(protos, folder)
     shutil.copy(Path(__file__).with_name("onnx_generate.py"), folder)
 
+
 class OnnxLinear(nn.Module):
-    """A quantised layer as ONNX Runtime's own operator: groups of whole numbers from 0, and scales.
+    """A quantized layer as ONNX Runtime's own operator: groups of whole numbers from 0, and scales.
 
     Of 8 bits, it is fast with activations of bytes only, which it rounds group by group; of 4 bits,
     also with whole ones.
@@ -209,18 +235,29 @@ class OnnxLinear(nn.Module):
         self.register_buffer("scales", scales)
         self.bias = layer.bias
         bytewise = layer.dynamic or self.bits == 8
-        self.about = {"K": layer.in_features, "N": out, "bits": self.bits, "block_size": size,
-                      "accuracy_level": 4 if bytewise else 0}
+        self.about = {
+            "K": layer.in_features,
+            "N": out,
+            "bits": self.bits,
+            "block_size": size,
+            "accuracy_level": 4 if bytewise else 0,
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         """A place in the graph: only ONNX Runtime computes it."""
         y = torch.onnx.ops.symbolic(
-            "com.microsoft::MatMulNBits", (x, self.packed, self.scales), attrs=self.about,
-            dtype=x.dtype, shape=(*x.shape[:-1], self.about["N"]), version=1)
+            "com.microsoft::MatMulNBits",
+            (x, self.packed, self.scales),
+            attrs=self.about,
+            dtype=x.dtype,
+            shape=(*x.shape[:-1], self.about["N"]),
+            version=1,
+        )
         return y if self.bias is None else y + self.bias
 
+
 class OnnxEmbedding(nn.Module):
-    """The rows of a quantised head."""
+    """The rows of a quantized head."""
 
     def __init__(self, head: OnnxLinear):
         super().__init__()
@@ -232,18 +269,28 @@ class OnnxEmbedding(nn.Module):
         """ids (B, L) -> (B, L, D)."""
         return ((self.rows[ids].float() - 128) * self.scale[ids])[..., : self.width]
 
+
 def require_onnx_layers(model: TinyMambaModel) -> None:
-    """Refuse a quantised model that ONNX Runtime has no operators for."""
+    """Refuse a quantized model that ONNX Runtime has no operators for."""
     scheme = model.quantization or {"layers": {}}
     if 4 in scheme["layers"].values():
         size = scheme["group_size"]
-        require(size >= 16 and size & (size - 1) == 0, "group_size",
-                f"{size} is nothing that ONNX Runtime knows", "use a power of 2 from 16 on")
-    require(not model.config.tie_embeddings or scheme["layers"].get("head", 8) == 8, "checkpoint",
-            "has a tied head of 4 bits", "quantise the head to 8")
+        require(
+            size >= 16 and size & (size - 1) == 0,
+            "group_size",
+            f"{size} is nothing that ONNX Runtime knows",
+            "use a power of 2 from 16 on",
+        )
+    require(
+        not model.config.tie_embeddings or scheme["layers"].get("head", 8) == 8,
+        "checkpoint",
+        "has a tied head of 4 bits",
+        "quantize the head to 8",
+    )
+
 
 def with_onnx_layers(graph: Graph) -> Graph:
-    """The graph, if quantised with layers that ONNX Runtime knows."""
+    """The graph, if quantized with layers that ONNX Runtime knows."""
     if not graph.model.quantization:
         return graph
     require_onnx_layers(graph.model)
@@ -256,6 +303,7 @@ def with_onnx_layers(graph: Graph) -> Graph:
     made = Graph(model)
     made.start = graph.start
     return made
+
 
 def share_weights(protos: dict, folder: Path) -> None:
     """Write the graphs, and beside them, once each, all tensors that take room."""
@@ -273,10 +321,12 @@ def share_weights(protos: dict, folder: Path) -> None:
                     file.write(data)
                 tensor.raw_data = data  # so that the library finds it where it puts the note
                 onnx.external_data_helper.set_external_data(
-                    tensor, "weights.data", places[key], len(data))
+                    tensor, "weights.data", places[key], len(data)
+                )
                 tensor.ClearField("raw_data")
             (folder / f"{name}.onnx").write_bytes(proto.SerializeToString())
             onnx.checker.check_model(str(folder / f"{name}.onnx"))
+
 
 def optimize_onnx(name: str, proto, folder: Path):
     """The graph as ONNX Runtime rewrites it, once and for all instead of at every start."""
@@ -294,27 +344,34 @@ def optimize_onnx(name: str, proto, folder: Path):
         runtime.InferenceSession(path, None, ["CPUExecutionProvider"])
         seconds[kind] = time.perf_counter() - began
         Path(path).unlink()
-    print(f"onnx: {name}: {len(proto.graph.node)} nodes became {len(better.graph.node)}, "
-          f"{seconds['plain']:.2f} s to start became {seconds['better']:.2f}")
+    print(
+        f"onnx: {name}: {len(proto.graph.node)} nodes became {len(better.graph.node)}, "
+        f"{seconds['plain']:.2f} s to start became {seconds['better']:.2f}"
+    )
     return better
+
 
 # ------------------------------------------------------------------------------------ running
 
 Step = Callable[..., tuple[Tensor, ...]]  # ids, state's tensors -> logits, state's tensors
 
+
 def open_pytorch(folder: Path, args) -> tuple[Step, Step]:
     graph = load_graph(folder, args.device)
     return graph.prefill, graph.step
 
+
 def open_torchscript(folder: Path, args) -> tuple[Step, Step]:
     module = torch.jit.load(folder / "model.pt", map_location=args.device)
     return module.prefill, module.step
+
 
 def open_torch_export(folder: Path, args) -> tuple[Step, Step]:
     paths = (str(folder / f"{name}.pt2") for name in ("prefill", "step"))
     if args.aoti:
         return tuple(map(torch._inductor.aoti_load_package, paths))
     return tuple(torch.export.load(path).module() for path in paths)
+
 
 def open_onnx(folder: Path, args) -> tuple[Step, Step]:
     from onnx_generate import OnnxModel
@@ -328,6 +385,7 @@ def open_onnx(folder: Path, args) -> tuple[Step, Step]:
         return [torch.from_numpy(array) for array in (logits, *after.values())]
 
     return run, run
+
 
 class Runner:
     """A model at work, as two graphs and the shapes of its state."""
@@ -344,8 +402,10 @@ class Runner:
 
     def start(self, batch: int) -> list[Tensor]:
         """The state before any token."""
-        return [torch.zeros(batch, *shape, dtype=getattr(torch, dtype), device=self.device)
-                for shape, dtype in self.state.values()]
+        return [
+            torch.zeros(batch, *shape, dtype=getattr(torch, dtype), device=self.device)
+            for shape, dtype in self.state.values()
+        ]
 
     @torch.no_grad()
     def advance(self, ids: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -365,9 +425,11 @@ class Runner:
             made.append(piece.item())
         return made
 
+
 class Format(NamedTuple):
     write: Callable[[Path, Graph, argparse.Namespace], None]
     open: Callable[[Path, argparse.Namespace], tuple[Step, Step]]
+
 
 FORMATS = {
     "pytorch": Format(write_pytorch, open_pytorch),
@@ -378,8 +440,10 @@ FORMATS = {
 
 # ------------------------------------------------------------------------------------ verifying
 
+
 class Mismatch(Exception):
     """Where an exported model gives something else than the model."""
+
 
 class Gap:
     """How far what a model gives is from what it should give, at most."""
@@ -403,6 +467,7 @@ class Gap:
                 raise Mismatch(f"{name} differs by {gap.max():.1e} {where}")
             self.worst[kind] = max(self.worst[kind], share)
 
+
 def verify(runner: Runner, graph: Graph, text: list[int]) -> str:
     """Compare an exported model with the model it was made from; what was found.
 
@@ -415,8 +480,9 @@ def verify(runner: Runner, graph: Graph, text: list[int]) -> str:
         state = graph.prefill(random_ids(graph, batch, 70), *graph.start(batch))[1:]
         for length in LENGTHS:
             where = f"at length {length}, batch {batch}"
-            real = [[text[(row * 97 + i) % len(text)] for i in range(length)]
-                    for row in range(batch)]
+            real = [
+                [text[(row * 97 + i) % len(text)] for i in range(length)] for row in range(batch)
+            ]
             for ids in (random_ids(graph, batch, length, seed=length), torch.tensor(real)):
                 logits, after = runner.advance(ids, state)
                 want = graph.prefill(ids.to(state[0].device), *state)
@@ -424,10 +490,16 @@ def verify(runner: Runner, graph: Graph, text: list[int]) -> str:
     same = count_same(runner, graph, text, gap)
     if same < STREAMED * tolerance["same"]:
         raise Mismatch(f"only {same:,} of {STREAMED:,} streamed tokens are the same")
-    shown = [f"{kind} within {gap.worst[kind]:.1e}" for kind in ("logits", "state")
-             if tolerance[kind] < math.inf]
-    return (f"{', '.join(shown)} of the model's; the likeliest token is the same for {same:,} of "
-            f"{STREAMED:,} in a row")
+    shown = [
+        f"{kind} within {gap.worst[kind]:.1e}"
+        for kind in ("logits", "state")
+        if tolerance[kind] < math.inf
+    ]
+    return (
+        f"{', '.join(shown)} of the model's; the likeliest token is the same for {same:,} of "
+        f"{STREAMED:,} in a row"
+    )
+
 
 def count_same(runner: Runner, graph: Graph, text: list[int], gap: Gap) -> int:
     """Of STREAMED tokens, one at a time, for how many both find the same one likeliest.
@@ -443,7 +515,9 @@ def count_same(runner: Runner, graph: Graph, text: list[int], gap: Gap) -> int:
         same += torch.equal(logits.argmax(-1, keepdim=True).cpu(), piece)
     return same
 
+
 # ------------------------------------------------------------------------------------ timing
+
 
 def measure(runners: dict[str, Runner], graph: Graph, args) -> list[dict]:
     """A row for each exported model and for the model itself; medians of turns."""
@@ -461,57 +535,114 @@ def measure(runners: dict[str, Runner], graph: Graph, args) -> list[dict]:
         return lambda: timed(run, args.device)
 
     pieces = {"prefill": [ids], "step": [ids[:, :1]] * STEPS}
-    timings = interleave({(name, kind): functools.partial(make, runner, pieces[kind])
-                          for name, runner in runners.items() for kind in pieces}, 1, ROUNDS)
+    timings = interleave(
+        {
+            (name, kind): functools.partial(make, runner, pieces[kind])
+            for name, runner in runners.items()
+            for kind in pieces
+        },
+        1,
+        ROUNDS,
+    )
     rows = []
     for name in runners:
         prefill, step = (timings[name, kind] for kind in pieces)
         reason = prefill.reason or step.reason
         require(not reason, f"--benchmark: {name}", f"failed ({reason})", "see --verify")
-        rows.append({
-            "format": name, "step_ms": round(1e3 * statistics.median(step.seconds) / STEPS, 3),
-            "prefill_tokens_per_second": round(ids.numel() / statistics.median(prefill.seconds)),
-            "mb": None if name == MODEL else round(megabytes(args.output_dir / name), 1)})
+        rows.append(
+            {
+                "format": name,
+                "step_ms": round(1e3 * statistics.median(step.seconds) / STEPS, 3),
+                "prefill_tokens_per_second": round(
+                    ids.numel() / statistics.median(prefill.seconds)
+                ),
+                "mb": None if name == MODEL else round(megabytes(args.output_dir / name), 1),
+            }
+        )
     return rows
+
 
 def report(rows: list[dict], args) -> None:
     """Print the table, and write it as benchmark.json."""
     from benchmark import table
 
     about = {name: getattr(args, name) for name in ("batch_size", "seq_length")}
-    write_json(args.output_dir / "benchmark.json", {
-        **about, "threads": torch.get_num_threads(), "device": str(args.device), "rows": rows})
+    write_json(
+        args.output_dir / "benchmark.json",
+        {**about, "threads": torch.get_num_threads(), "device": str(args.device), "rows": rows},
+    )
     lines = [["", "prefill, tokens a second", "a step, ms", "times as fast", "MB on disk"]]
-    lines += [[row["format"], f"{row['prefill_tokens_per_second']:,}", f"{row['step_ms']:.2f}",
-               f"{rows[0]['step_ms'] / row['step_ms']:.2f}", str(row["mb"] or "")] for row in rows]
+    lines += [
+        [
+            row["format"],
+            f"{row['prefill_tokens_per_second']:,}",
+            f"{row['step_ms']:.2f}",
+            f"{rows[0]['step_ms'] / row['step_ms']:.2f}",
+            str(row["mb"] or ""),
+        ]
+        for row in rows
+    ]
     print(table(lines), end="")
+
 
 # ------------------------------------------------------------------------------------ main
 
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = CliParser(usage="python export_model.py --checkpoint FILE [--FLAG VALUE ...]",
-                       description=__doc__)
+    parser = CliParser(
+        usage="python export_model.py --checkpoint FILE [--FLAG VALUE ...]", description=__doc__
+    )
     add = parser.add_argument
-    add("--checkpoint", default="tinymamba_model_latest.pt", metavar="FILE",
-        help="a checkpoint, or a folder of weights [tinymamba_model_latest.pt]")
-    add("--output_dir", type=Path, default=Path("exported_models"), metavar="DIR",
-        help="of a folder for each format [exported_models]")
+    add(
+        "--checkpoint",
+        default="tinymamba_model_latest.pt",
+        metavar="FILE",
+        help="a checkpoint, or a folder of weights [tinymamba_model_latest.pt]",
+    )
+    add(
+        "--output_dir",
+        type=Path,
+        default=Path("exported_models"),
+        metavar="DIR",
+        help="of a folder for each format [exported_models]",
+    )
     add("--format", choices=[*FORMATS, "all"], default="all", help="[all]")
     add("--optimize", action="store_true", help="onnx: rewrite the graphs for a faster start")
     add("--aoti", action="store_true", help="torch_export: compile ahead of time")
-    add("--quantize", choices=("int8", "int4", "both"),
-        help="pytorch and onnx: linear layers of so many bits instead of float32")
+    add(
+        "--quantize",
+        choices=("int8", "int4", "both"),
+        help="pytorch and onnx: linear layers of so many bits instead of float32",
+    )
     add("--calibration_data", metavar="FILE", help="a .bin of tokens, which int4 needs")
-    add("--group_size", type=int, default=64, metavar="INT",
-        help="of int4: inputs that share a factor [64]")
+    add(
+        "--group_size",
+        type=int,
+        default=64,
+        metavar="INT",
+        help="of int4: inputs that share a factor [64]",
+    )
     add("--calibration_tokens", type=int, default=65_536, metavar="INT", help="of it [65536]")
-    add("--batch_size", type=int, default=1, metavar="INT",
-        help="texts that --benchmark runs side by side; exported models take any number [1]")
-    add("--seq_length", type=int, default=128, metavar="INT",
-        help="tokens of its prompt; exported models take any number [128]")
+    add(
+        "--batch_size",
+        type=int,
+        default=1,
+        metavar="INT",
+        help="texts that --benchmark runs side by side; exported models take any number [1]",
+    )
+    add(
+        "--seq_length",
+        type=int,
+        default=128,
+        metavar="INT",
+        help="tokens of its prompt; exported models take any number [128]",
+    )
     add("--device", default="cpu", help="auto, cpu, cuda or mps: where the graphs are to run [cpu]")
-    add("--vocab_file", metavar="FILE",
-        help="tokenizer.json or vocab.txt to take along; else beside checkpoint or training data")
+    add(
+        "--vocab_file",
+        metavar="FILE",
+        help="tokenizer.json or vocab.txt to take along; else beside checkpoint or training data",
+    )
     add("--verify", action="store_true", help="compare with the model; exit 1 where they differ")
     add("--benchmark", action="store_true", help="time the exported models, and the model itself")
     add("--generate", action="store_true", help="continue --prompt with the exported models")
@@ -530,17 +661,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     check(args)
     return args
 
+
 def check(args: argparse.Namespace) -> None:
     """Refuse what cannot work before anything is made."""
     for flag, name in (("optimize", "onnx"), ("aoti", "torch_export")):
-        require(not getattr(args, flag) or name in args.formats, f"--{flag}",
-                f"does nothing for {args.format}", f"leave it out, or pass --format {name}")
-    require(not args.quantize or {*args.formats} <= {"pytorch", "onnx"}, "--quantize",
-            f"makes {args.format} smaller, but not faster", "pass --format pytorch or onnx")
+        require(
+            not getattr(args, flag) or name in args.formats,
+            f"--{flag}",
+            f"does nothing for {args.format}",
+            f"leave it out, or pass --format {name}",
+        )
+    require(
+        not args.quantize or {*args.formats} <= {"pytorch", "onnx"},
+        "--quantize",
+        f"makes {args.format} smaller, but not faster",
+        "pass --format pytorch or onnx",
+    )
     needed = "_int4" in args.schemes
-    require(bool(args.calibration_data) == needed, "--calibration_data",
-            "int4 needs it" if needed else "only int4 needs it",
-            "pass a .bin of tokens, such as data/text/train.bin" if needed else "leave it out")
+    require(
+        bool(args.calibration_data) == needed,
+        "--calibration_data",
+        "int4 needs it" if needed else "only int4 needs it",
+        "pass a .bin of tokens, such as data/text/train.bin" if needed else "leave it out",
+    )
     args.device = pick_device(args.device)
     problem = why_no_compile(args.device) if args.aoti else None
     require(not problem, "--aoti", f"{problem}", "leave it out")
@@ -549,10 +692,15 @@ def check(args: argparse.Namespace) -> None:
             need(package)
     names = ["".join(pair) for pair in itertools.product(args.formats, args.schemes)]
     for path in (args.output_dir / name for name in names + ["benchmark.json"] * args.benchmark):
-        require(args.force or not path.exists(), str(path), "is there already",
-                "pass --force or another --output_dir")
+        require(
+            args.force or not path.exists(),
+            str(path),
+            "is there already",
+            "pass --force or another --output_dir",
+        )
         ours = not path.is_dir() or (path / "config.json").exists()
         require(ours, str(path), "is no exported model", "pass another --output_dir")
+
 
 def export(name: str, scheme: str, graph: Graph, tokenizer, args) -> str:
     """Write one format, verified if asked for; what is to be said of it."""
@@ -570,8 +718,9 @@ def export(name: str, scheme: str, graph: Graph, tokenizer, args) -> str:
             said += "; " + verify(Runner.open(name, folder, args), graph, text)
         return said
 
+
 def make_graphs(graph: Graph, args) -> dict[str, Graph]:
-    """By the ending of their folders: the graph itself, or those of quantised models."""
+    """By the ending of their folders: the graph itself, or those of quantized models."""
     if not args.quantize:
         return {"": graph}
     from quantize import quantize_model, read_blocks
@@ -586,22 +735,30 @@ def make_graphs(graph: Graph, args) -> dict[str, Graph]:
         graphs[scheme] = Graph(model)
     return graphs
 
+
 def read_prompt(tokenizer, graph: Graph, args) -> list[int]:
     """The ids of --prompt."""
     require(tokenizer, "--vocab_file", "no tokenizer was found", "name one")
     ids, size = tokenizer.encode(args.prompt), graph.model.config.vocab_size
     require(ids, "--prompt", "holds no token", "pass some text")
-    require(max(ids) < size, "--vocab_file", f"gives ids beyond the model's {size}",
-            "pass the one it was trained with")
+    require(
+        max(ids) < size,
+        "--vocab_file",
+        f"gives ids beyond the model's {size}",
+        "pass the one it was trained with",
+    )
     return ids
+
 
 def megabytes(folder: Path) -> float:
     return sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+
 
 def real_text(graph: Graph, tokenizer, prompt: str) -> list[int]:
     """Ids of the prompt and of this file, or of its bytes, where there is no tokenizer."""
     text, size = prompt + Path(__file__).read_text(encoding="utf-8"), graph.model.config.vocab_size
     return [i % size for i in (tokenizer.encode(text) if tokenizer else text.encode())]
+
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
@@ -628,6 +785,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.benchmark:
         report(measure(runners, graph, args), args)
     return 1 if failed else 0
+
 
 if __name__ == "__main__":
     run_cli(main)

@@ -77,6 +77,7 @@ from testv2 import (
 
 ROLES = ("bos_token_id", "eos_token_id", "pad_token_id")
 
+
 class TinyMambaConfig(PreTrainedConfig):
     """The architecture: the fields of testv2.Config that a model keeps, under the same names.
 
@@ -87,10 +88,16 @@ class TinyMambaConfig(PreTrainedConfig):
     model_type = "tinymamba"
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {
-        "hidden_size": "d_model", "num_hidden_layers": "n_layer", "hidden_act": "activation",
-        "num_attention_heads": "num_heads", "num_key_value_heads": "num_heads",
-        "sliding_window": "window_size", "tie_word_embeddings": "tie_embeddings",
-        "state_size": "d_state", "conv_kernel": "d_conv", "hidden_dropout": "dropout",
+        "hidden_size": "d_model",
+        "num_hidden_layers": "n_layer",
+        "hidden_act": "activation",
+        "num_attention_heads": "num_heads",
+        "num_key_value_heads": "num_heads",
+        "sliding_window": "window_size",
+        "tie_word_embeddings": "tie_embeddings",
+        "state_size": "d_state",
+        "conv_kernel": "d_conv",
+        "hidden_dropout": "dropout",
     }
     # Of each block the cache holds three states with a window: the convolution's inputs, and two
     # of which only the newest counts, the phase and (position, start of the document).
@@ -124,27 +131,35 @@ class TinyMambaConfig(PreTrainedConfig):
         config.use_flash_attn = self._attn_implementation != "eager"
         return config
 
+
 def config_of(native: TinyMambaModel, **changes) -> TinyMambaConfig:
     """The configuration of a native model."""
     described = {n: v for n, v in describe_model(native).items() if n != "model_type"}
     return TinyMambaConfig(**{**described, **changes})
 
+
 # ------------------------------------------------------------------------------------ cache
 
 CONV, PHASE, WHERE = range(3)  # the states with a window
+
 
 def read_cache(cache: Cache, model: TinyMambaModel, batch: int, more: int = 0) -> ModelState:
     """What `cache` remembers of B texts, as the blocks want it; it must have room for `more`."""
     layers = cache.layers if isinstance(cache, Cache) else []
     slots = layers[0] if len(layers) == len(model.blocks) else None
     if not isinstance(slots, LinearAttentionCacheLayerMixin):
-        raise ValueError("past_key_values: has no place for recurrent states; make it as "
-                         "DynamicCache(config=model.config), or a StaticCache of it")
+        raise ValueError(
+            "past_key_values: has no place for recurrent states; make it as "
+            "DynamicCache(config=model.config), or a StaticCache of it"
+        )
     K, W = model.config.d_conv, model.config.window_size
     if isinstance(slots, StaticLayer) and slots.max_cache_len < min(
-            slots.get_seq_length() + more, W - 1):
-        raise ValueError(f"past_key_values: a static cache of {slots.max_cache_len} tokens is "
-                         "full; make it with a larger max_cache_len")
+        slots.get_seq_length() + more, W - 1
+    ):
+        raise ValueError(
+            f"past_key_values: a static cache of {slots.max_cache_len} tokens is "
+            "full; make it with a larger max_cache_len"
+        )
     if not cache.has_previous_state(0):
         return model.init_state(batch)
     where = cache.get_conv_state(0, WHERE).squeeze(-1)  # (B, 2)
@@ -155,10 +170,13 @@ def read_cache(cache: Cache, model: TinyMambaModel, batch: int, more: int = 0) -
         tail = cache.get_conv_state(i, CONV)[:, :, : K - 1].mT  # (B, K-1, D)
         phase = cache.get_conv_state(i, PHASE).squeeze(-1)  # (B, N/2)
         ssm = cache.get_recurrent_state(i)  # (B, H, P, N)
-        keys, values = (last_keys(t, cache.get_seq_length(i), W - 1)
-                        for t in (cache.layers[i].keys, cache.layers[i].values))
+        keys, values = (
+            last_keys(t, cache.get_seq_length(i), W - 1)
+            for t in (cache.layers[i].keys, cache.layers[i].values)
+        )
         layers.append(LayerState(tail, ssm, phase, keys, values))
     return ModelState(layers, *where.unbind(1))
+
 
 def last_keys(cached: Tensor, read: int, count: int) -> Tensor:
     """The last `count` of cached (B, A, M, F) after `read` tokens; what is before them is hidden.
@@ -171,6 +189,7 @@ def last_keys(cached: Tensor, read: int, count: int) -> Tensor:
     index = torch.arange(count, device=cached.device) + (filled - count)
     return cached.index_select(2, index.clamp(min=0))
 
+
 def write_cache(cache: Cache, state: ModelState, length: int, padded: bool) -> None:
     """Give `cache` the state after `length` more tokens."""
     where = torch.stack((state.position, state.document_start), dim=1)[..., None]  # (B, 2, 1)
@@ -181,6 +200,7 @@ def write_cache(cache: Cache, state: ModelState, length: int, padded: bool) -> N
         cache.update_conv_state(where, i, WHERE)
         cache.update_recurrent_state(layer.ssm, i)
         write_keys(cache, layer, i, length, padded)
+
 
 def write_keys(cache: Cache, layer: LayerState, i: int, length: int, padded: bool) -> None:
     """Append the keys and values of `length` tokens, of which only the last W-1 are there."""
@@ -196,10 +216,18 @@ def write_keys(cache: Cache, layer: LayerState, i: int, length: int, padded: boo
         for cached, tail in zip((slots.keys, slots.values), tails, strict=True):
             cached[:, :, filled - kept : filled] = tail[:, :, tail.shape[2] - kept :]
 
+
 # ------------------------------------------------------------------------------------ model
 
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision",
-                 "subfolder")
+HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "token",
+    "revision",
+    "subfolder",
+)
+
 
 class Recorder:
     """Takes down what the blocks are given and, if asked to, how their attention weighs.
@@ -253,6 +281,7 @@ class Recorder:
         rows = take_tokens(weights.transpose(1, 2), order)  # (B, L, A, past+L)
         return take_tokens(rows.transpose(1, 3), columns).permute(0, 2, 3, 1)
 
+
 class TinyMambaHFBlock(GradientCheckpointingLayer, TinyMambaBlock):
     """The native block, which the trainers of `transformers` can tell to keep no activations."""
 
@@ -260,6 +289,7 @@ class TinyMambaHFBlock(GradientCheckpointingLayer, TinyMambaBlock):
         if piece.recorder is not None:
             x = piece.recorder.take(x)
         return TinyMambaBlock.forward(self, x, piece, past)
+
 
 class TinyMambaHFBackbone(TinyMambaModel):
     """The native model, called as `transformers` calls what lies below a head."""
@@ -287,8 +317,10 @@ class TinyMambaHFBackbone(TinyMambaModel):
             input_ids = torch.zeros(shape, dtype=torch.int64, device=device)
         batch, length = input_ids.shape
         if length == 0:
-            raise ValueError("input_ids: hold no new token; after a cache, pass the whole text, or "
-                             "what is new of it and the attention_mask of the whole")
+            raise ValueError(
+                "input_ids: hold no new token; after a cache, pass the whole text, or "
+                "what is new of it and the attention_mask of the whole"
+            )
         padding, read, state = this_piece(attention_mask, batch, length), 0, None
         if past_key_values is not None:
             state = read_cache(past_key_values, self, batch, length)
@@ -301,9 +333,12 @@ class TinyMambaHFBackbone(TinyMambaModel):
         if state is not None:
             write_cache(past_key_values, state, length, padding is not None)
         return BaseModelOutputWithPast(
-            last_hidden_state=hidden, past_key_values=past_key_values,
+            last_hidden_state=hidden,
+            past_key_values=past_key_values,
             hidden_states=(*recorder.hidden, hidden) if output_hidden_states else None,
-            attentions=tuple(recorder.weights) if output_attentions else None)
+            attentions=tuple(recorder.weights) if output_attentions else None,
+        )
+
 
 class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
     """TinyMambaModel as a causal language model of `transformers`.
@@ -347,8 +382,11 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """Values for what a file lacks: those that a new TinyMambaModel would have there."""
-        missing = {name: p for name, p in self.model.named_parameters()
-                   if not getattr(p, "_is_hf_initialized", False) and p.device.type != "meta"}
+        missing = {
+            name: p
+            for name, p in self.model.named_parameters()
+            if not getattr(p, "_is_hf_initialized", False) and p.device.type != "meta"
+        }
         fresh = TinyMambaModel(self.model.config).state_dict() if missing else {}
         for name, p in missing.items():
             p.copy_(fresh[name])
@@ -356,19 +394,20 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As every model's. A quantised folder is read whole, on the CPU, as it is."""
+        """As every model's. A quantized folder is read whole, on the CPU, as it is."""
         name, config = pretrained_model_name_or_path, kwargs.get("config")
         hub, rest = {n: kwargs[n] for n in HUB_ARGUMENTS if n in kwargs}, dict(kwargs)
         if not isinstance(config, TinyMambaConfig):
             config, rest = TinyMambaConfig.from_pretrained(
-                config or name, return_unused_kwargs=True, **kwargs)
+                config or name, return_unused_kwargs=True, **kwargs
+            )
         if config.quantization is None:
             return super().from_pretrained(name, *args, **kwargs)
         for refused in ("device_map", "output_loading_info", "quantization_config"):
             if rest.get(refused):
-                raise ValueError(f"{refused}: is not for a quantised model; leave it out")
+                raise ValueError(f"{refused}: is not for a quantized model; leave it out")
         if kwargs.get("dtype") not in (None, "auto", "float32", torch.float32):
-            raise ValueError("dtype: a quantised model has float32 beside its codes; leave it out")
+            raise ValueError("dtype: a quantized model has float32 beside its codes; leave it out")
         weights = cached_file(name, "model.safetensors", **hub)
         model = cls(config)
         try:
@@ -383,8 +422,9 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """As every model's, with the code that AutoModelForCausalLM needs to read it again."""
         if kwargs.get("push_to_hub"):
-            raise ValueError("push_to_hub: would send a folder without its code; use "
-                             "model.push_to_hub(repo_id)")
+            raise ValueError(
+                "push_to_hub: would send a folder without its code; use model.push_to_hub(repo_id)"
+            )
         if self.config.quantization is not None:
             stored = stored_tensors(self.model)
             kwargs.setdefault("state_dict", {f"model.{name}": t for name, t in stored.items()})
@@ -417,8 +457,9 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
             block.attention.use_flash_attn = self.config._attn_implementation != "eager"
 
     @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values=None,
-                                  **kwargs):
+    def create_masks_for_generate(
+        config, inputs_embeds, attention_mask, past_key_values=None, **kwargs
+    ):
         """The padding among the tokens to be read, (B, L) or None: blocks need no other mask."""
         return this_piece(attention_mask, *inputs_embeds.shape[:2])
 
@@ -457,18 +498,38 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        asked = (getattr(self.config, name) if given is None else given for name, given in (
-            ("output_attentions", output_attentions),
-            ("output_hidden_states", output_hidden_states)))
-        out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds,
-                         *map(bool, asked))
+        asked = (
+            getattr(self.config, name) if given is None else given
+            for name, given in (
+                ("output_attentions", output_attentions),
+                ("output_hidden_states", output_hidden_states),
+            )
+        )
+        out = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            *map(bool, asked),
+        )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.head(out.last_hidden_state[:, kept])
-        loss = None if labels is None else self.loss_function(
-            logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        loss = (
+            None
+            if labels is None
+            else self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        )
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None,
-            hidden_states=out.hidden_states, attentions=out.attentions)
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+        )
+
 
 def this_piece(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
     """The part of attention_mask that is about the last `length` tokens; None if none is padding.
@@ -479,12 +540,15 @@ def this_piece(attention_mask: Tensor | None, batch: int, length: int) -> Tensor
         return None
     shape = tuple(attention_mask.shape)
     if len(shape) != 2 or shape[0] != batch or shape[1] < length:
-        raise ValueError(f"attention_mask: of shape {shape}; make it ({batch}, {length}), with 0 "
-                         "at padding, or longer by the tokens that were read before")
+        raise ValueError(
+            f"attention_mask: of shape {shape}; make it ({batch}, {length}), with 0 "
+            "at padding, or longer by the tokens that were read before"
+        )
     mask = attention_mask[:, -length:]
     if is_tracing(mask):
         return None if length == 1 else mask
     return None if bool((mask != 0).all()) else mask
+
 
 def part_documents(position_ids: Tensor | None, padding: Tensor | None, state: ModelState | None):
     """Where positions start anew: tokens (B, L) after which they do, or None; the state, parted.
@@ -511,9 +575,11 @@ def part_documents(position_ids: Tensor | None, padding: Tensor | None, state: M
         return None, state
     return ends if padding is None else ends.gather(1, back), state
 
+
 TinyMambaForCausalLM = TinyMambaHFModel
 
 # ------------------------------------------------------------------------------------ tokenizer
+
 
 class TinyMambaHFTokenizer(PreTrainedTokenizerFast):
     """The tokenizer.json of data/prepare.py: padding on the left, eos in every special role.
@@ -535,8 +601,12 @@ class TinyMambaHFTokenizer(PreTrainedTokenizerFast):
         """The same for a testv2.SimpleTokenizer; a vocab.txt alone is a UserError."""
         if tokenizer.path is None:
             return TinyMambaHFTokenizer(tokenizer_object=byte_tokenizer())
-        require(tokenizer.library is not None, str(tokenizer.path), "matches the longest token, "
-                "which no fast tokenizer does", "pass a tokenizer.json as --tokenizer_file")
+        require(
+            tokenizer.library is not None,
+            str(tokenizer.path),
+            "matches the longest token, which no fast tokenizer does",
+            "pass a tokenizer.json as --tokenizer_file",
+        )
         return TinyMambaHFTokenizer(tokenizer_file=str(tokenizer.path))
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -546,12 +616,14 @@ class TinyMambaHFTokenizer(PreTrainedTokenizerFast):
         write_json(path, {**about, "tokenizer_class": "PreTrainedTokenizerFast"})
         return files
 
+
 TinyMambaConfig.register_for_auto_class()
 TinyMambaHFModel.register_for_auto_class("AutoModelForCausalLM")
 AutoConfig.register(TinyMambaConfig.model_type, TinyMambaConfig, exist_ok=True)
 AutoModelForCausalLM.register(TinyMambaConfig, TinyMambaHFModel, exist_ok=True)
 
 # ------------------------------------------------------------------------------------ convert
+
 
 def write_code(folder: Path) -> None:
     """Put the three files beside a model that make it; there they import each other."""
@@ -562,8 +634,10 @@ def write_code(folder: Path) -> None:
         text = re.sub(absolute, r"from .\1 import", text, flags=re.M)
         (folder / name).write_text(text, encoding="utf-8")
 
-def convert(checkpoint: str, output_dir: str, tokenizer_file: str | None = None,
-            force: bool = False) -> None:
+
+def convert(
+    checkpoint: str, output_dir: str, tokenizer_file: str | None = None, force: bool = False
+) -> None:
     """Write a checkpoint or a folder for `transformers`; if output_dir ends in .pt, a checkpoint.
 
     The folder is one of testv2.py's as well: every script takes it as --checkpoint.
@@ -571,17 +645,33 @@ def convert(checkpoint: str, output_dir: str, tokenizer_file: str | None = None,
     folder, model = Path(output_dir).resolve(), load_model(checkpoint)
     there = [name for name in OUTPUTS if (folder / name).exists()]
     if folder.suffix == ".pt":
-        require(force or not folder.exists(), "--output_dir", f"{folder} is there already",
-                "name another, or pass --force")
-        require(model.quantization is None, "--checkpoint", "is quantised, and cannot go back",
-                "convert the model that it was made of")
+        require(
+            force or not folder.exists(),
+            "--output_dir",
+            f"{folder} is there already",
+            "name another, or pass --force",
+        )
+        require(
+            model.quantization is None,
+            "--checkpoint",
+            "is quantized, and cannot go back",
+            "convert the model that it was made of",
+        )
         save_checkpoint(folder, {"model": model.state_dict(), "config": model.config.to_dict()})
         return
     require(not folder.is_file(), "--output_dir", f"{folder} is a file", "name a folder")
-    require(folder != Path(__file__).resolve().parent, "--output_dir", "holds the code itself",
-            "name another folder")
-    require(force or not there, "--output_dir", f"{folder} holds {', '.join(there)}",
-            "name another, or pass --force")
+    require(
+        folder != Path(__file__).resolve().parent,
+        "--output_dir",
+        "holds the code itself",
+        "name another folder",
+    )
+    require(
+        force or not there,
+        "--output_dir",
+        f"{folder} holds {', '.join(there)}",
+        "name another, or pass --force",
+    )
     tokenizer = open_tokenizer(tokenizer_file, model, [checkpoint])
     fast, config, generation = prepare_folder(model, tokenizer, Path(checkpoint))
     with new_folder(folder / "made") as made:  # all is on disk before anything is replaced
@@ -595,9 +685,20 @@ def convert(checkpoint: str, output_dir: str, tokenizer_file: str | None = None,
         write_code(made)
     replace_files(folder / "made", folder, OUTPUTS)
 
+
 CODE = ("hf_integration.py", "testv2.py", "ssm_kernels.py")
-OUTPUTS = ("model.safetensors", "config.json", "generation_config.json", "README.md", "vocab.txt",
-           "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", *CODE)
+OUTPUTS = (
+    "model.safetensors",
+    "config.json",
+    "generation_config.json",
+    "README.md",
+    "vocab.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    *CODE,
+)
+
 
 def prepare_folder(model: TinyMambaModel, tokenizer: SimpleTokenizer | None, source: Path):
     """The fast tokenizer, the configuration and that of `generate`; of a folder, they go on."""
@@ -609,32 +710,48 @@ def prepare_folder(model: TinyMambaModel, tokenizer: SimpleTokenizer | None, sou
         if (source / "chat_template.jinja").is_file():
             fast.chat_template = (source / "chat_template.jinja").read_text(encoding="utf-8")
         size, eos = model.config.vocab_size, model.config.eos_id
-        require(len(fast) <= size, "--tokenizer_file", f"has {len(fast)} ids, the model {size}",
-                "pass the one that it was trained with")
-        require(eos in (-1, fast.eos_token_id), "--tokenizer_file", f"ends a text by id "
-                f"{fast.eos_token_id}, the model by {eos}", "pass the one that it was trained with")
+        require(
+            len(fast) <= size,
+            "--tokenizer_file",
+            f"has {len(fast)} ids, the model {size}",
+            "pass the one that it was trained with",
+        )
+        require(
+            eos in (-1, fast.eos_token_id),
+            "--tokenizer_file",
+            f"ends a text by id {fast.eos_token_id}, the model by {eos}",
+            "pass the one that it was trained with",
+        )
         roles = {role: getattr(fast, role) for role in ROLES}
     config = config_of(model, **roles, dtype="float32")
     config.architectures = ["AutoModelForCausalLM"]  # a name that `transformers serve` can look up
-    config.auto_map = {"AutoConfig": "hf_integration.TinyMambaConfig",
-                       "AutoModelForCausalLM": "hf_integration.TinyMambaHFModel"}
+    config.auto_map = {
+        "AutoConfig": "hf_integration.TinyMambaConfig",
+        "AutoModelForCausalLM": "hf_integration.TinyMambaHFModel",
+    }
     for role in ROLES:
         setattr(generation, role, getattr(config, role))
     return fast, config, generation
 
+
 def model_card(model: TinyMambaModel, name: str, tokenizer: TinyMambaHFTokenizer | None) -> str:
     """README.md of a converted model: what it is, and how to use it."""
     c, count = model.config, model.count_parameters()["total"]
-    scheme = f", quantised ({model.quantization['mode']})" if model.quantization else ""
-    shape = (f"{count:,} parameters{scheme}: {c.n_layer} blocks of width {c.d_model}, in each a "
-             f"selective state-space branch ({c.d_state} states a channel), attention to the last "
-             f"{c.window_size} tokens ({c.num_heads} heads) and a SwiGLU MLP, mixed for each token "
-             f"by a learned gate ({c.gate}). {c.vocab_size:,} ids; trained on pieces of "
-             f"{c.block_size} tokens, without a limit on length.")
+    scheme = f", quantized ({model.quantization['mode']})" if model.quantization else ""
+    shape = (
+        f"{count:,} parameters{scheme}: {c.n_layer} blocks of width {c.d_model}, in each a "
+        f"selective state-space branch ({c.d_state} states a channel), attention to the last "
+        f"{c.window_size} tokens ({c.num_heads} heads) and a SwiGLU MLP, mixed for each token "
+        f"by a learned gate ({c.gate}). {c.vocab_size:,} ids; trained on pieces of "
+        f"{c.block_size} tokens, without a limit on length."
+    )
     prompt = '"Once"' if tokenizer is not None else "[[0]]"
-    encode = ('tokenizer = AutoTokenizer.from_pretrained(name)\n'
-              f'inputs = tokenizer({prompt}, return_tensors="pt")' if tokenizer is not None else
-              f"inputs = {{'input_ids': torch.tensor({prompt})}}")
+    encode = (
+        "tokenizer = AutoTokenizer.from_pretrained(name)\n"
+        f'inputs = tokenizer({prompt}, return_tensors="pt")'
+        if tokenizer is not None
+        else f"inputs = {{'input_ids': torch.tensor({prompt})}}"
+    )
     decode = "tokenizer.decode(ids[0])" if tokenizer is not None else "ids[0].tolist()"
     return f"""---
 library_name: transformers
@@ -664,10 +781,13 @@ The code is in this folder: `hf_integration.py` over `testv2.py` and `ssm_kernel
 a constant size, however long the text.
 """
 
+
 # ------------------------------------------------------------------------------------ push
 
-def push(model_dir: str, repo_id: str, commit_message: str, private: bool,
-         token: str | None) -> str:
+
+def push(
+    model_dir: str, repo_id: str, commit_message: str, private: bool, token: str | None
+) -> str:
     """Upload a folder of `convert` to the hub, as one commit; its address. All else: a UserError.
 
     Without a token the one of `hf auth login` or of HF_TOKEN is used. No token is ever printed.
@@ -676,27 +796,42 @@ def push(model_dir: str, repo_id: str, commit_message: str, private: bool,
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
     folder, given = Path(model_dir), token or os.environ.get("HF_TOKEN", "")
-    require(given.isascii() and given.isprintable(), "--token", "has a character that no token has",
-            "copy it again")
+    require(
+        given.isascii() and given.isprintable(),
+        "--token",
+        "has a character that no token has",
+        "copy it again",
+    )
     for name in ("config.json", "hf_integration.py"):
-        require((folder / name).is_file(), "--model_dir", f"{folder} has no {name}",
-                "make it with python hf_integration.py convert")
+        require(
+            (folder / name).is_file(),
+            "--model_dir",
+            f"{folder} has no {name}",
+            "make it with python hf_integration.py convert",
+        )
     load_folder(folder)
     api = HfApi(token=token)
     try:
         repo = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
-        return str(api.upload_folder(repo_id=repo, folder_path=folder,
-                                     commit_message=commit_message).commit_url)
+        return str(
+            api.upload_folder(
+                repo_id=repo, folder_path=folder, commit_message=commit_message
+            ).commit_url
+        )
     except HFValidationError as e:
         raise UserError("--repo_id", str(e).split("\n")[0], "write it as name/model") from None
     except HfHubHTTPError as e:
         status = e.response.status_code if e.response is not None else "no answer"
-        remedy = "log in, or pass a --token that may write there" if status in (401, 403) else (
-            "check --repo_id and try again")
+        remedy = (
+            "log in, or pass a --token that may write there"
+            if status in (401, 403)
+            else ("check --repo_id and try again")
+        )
         raise UserError("--repo_id", f"the hub refused {repo_id} ({status})", remedy) from None
     except (OSError, HTTPError) as e:
         problem = f"the hub cannot be reached ({type(e).__name__})"
         raise UserError("--repo_id", problem, "check the network, or HF_ENDPOINT") from None
+
 
 def parse(argv: list[str] | None):
     parser = CliParser(description=__doc__.split("\n\n    from")[0])
@@ -709,11 +844,15 @@ def parse(argv: list[str] | None):
     send = commands.add_parser("push", help="upload such a folder to the Hugging Face hub")
     send.add_argument("--model_dir", required=True, help="folder made by convert")
     send.add_argument("--repo_id", required=True, help="where to: name/model")
-    send.add_argument("--commit_message", default="Upload a TinyMamba model",
-                      help="of the commit [Upload a TinyMamba model]")
+    send.add_argument(
+        "--commit_message",
+        default="Upload a TinyMamba model",
+        help="of the commit [Upload a TinyMamba model]",
+    )
     send.add_argument("--private", action="store_true", help="make a new repository a private one")
     send.add_argument("--token", help="access token [HF_TOKEN, or that of hf auth login]")
     return parser.parse_args(argv)
+
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
@@ -723,6 +862,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         print(push(args.model_dir, args.repo_id, args.commit_message, args.private, args.token))
     return 0
+
 
 if __name__ == "__main__":  # as a module, for what __main__ defines cannot be saved
     run_cli(importlib.import_module(__spec__.name if __spec__ else "hf_integration").main)

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 
 HERE = Path(__file__).resolve().parent
 
+
 class OnnxModel:
     """Two graphs: prefill.onnx reads pieces of a text, step.onnx single tokens."""
 
@@ -31,25 +32,31 @@ class OnnxModel:
         providers = onnxruntime.get_available_providers()
         self.prefill, self.step = (
             onnxruntime.InferenceSession(Path(folder) / f"{name}.onnx", options, providers)
-            for name in ("prefill", "step"))
+            for name in ("prefill", "step")
+        )
         self.names = [output.name for output in self.step.get_outputs()]
 
     def start(self, batch: int = 1) -> dict[str, np.ndarray]:
         """The state before any token, of `batch` rows; its size never changes."""
         types = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
-        return {i.name: np.zeros((batch, *i.shape[1:]), types[i.type])
-                for i in self.step.get_inputs() if i.name != "ids"}
+        return {
+            i.name: np.zeros((batch, *i.shape[1:]), types[i.type])
+            for i in self.step.get_inputs()
+            if i.name != "ids"
+        }
 
     def advance(self, ids: np.ndarray, state: dict | None = None) -> tuple[np.ndarray, dict]:
         """ids (B, L) of int64, L >= 1 -> logits (B, V) after the last one, and the new state."""
         state = state or self.start(len(ids))
         session = self.step if ids.shape[1] == 1 else self.prefill
         logits, *tensors = session.run(self.names, {"ids": ids, **state})
-        return logits, {n.removeprefix("new."): t
-                        for n, t in zip(self.names[1:], tensors, strict=True)}
+        return logits, {
+            n.removeprefix("new."): t for n, t in zip(self.names[1:], tensors, strict=True)
+        }
 
-    def generate(self, ids: list[int], max_tokens: int, temperature: float = 0.0,
-                 seed: int | None = None):
+    def generate(
+        self, ids: list[int], max_tokens: int, temperature: float = 0.0, seed: int | None = None
+    ):
         """The ids that follow, one by one; temperature 0 takes the likeliest every time.
 
         Nothing ends it early: stop at the id that ends a text, if there is one.
@@ -63,9 +70,11 @@ class OnnxModel:
             piece = [int(weights.argmax())]
             yield piece[0]
 
+
 def fail(problem: str) -> None:
     print(f"error: {problem}", file=sys.stderr)
     sys.exit(2)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -94,6 +103,7 @@ def main() -> None:
             print(text[len(shown) :], end="", flush=True)
             shown = text
     print(tokenizer.decode(made)[len(shown) :])
+
 
 if __name__ == "__main__":
     main()

@@ -77,6 +77,7 @@ BRANCHES = r"blocks\.\d+\.(ssm|attention|mlp)\.(in_proj|qkv|out_proj)(\.down|\.u
 
 # ------------------------------------------------------------------------------------ config
 
+
 @dataclass
 class AdapterConfig:
     """What is learned beside the model."""
@@ -93,18 +94,31 @@ class AdapterConfig:
     def validate(self) -> AdapterConfig:
         """Refuse ill-typed and impossible values with a UserError; return self."""
         spans = {
-            "lora_rank": (int, 1, math.inf), "lora_alpha": (float, 1e-9, math.inf),
-            "lora_dropout": (float, 0, 0.9999), "prefix_length": (int, 1, math.inf),
-            "use_rslora": (bool, False, True), "use_dora": (bool, False, True),
+            "lora_rank": (int, 1, math.inf),
+            "lora_alpha": (float, 1e-9, math.inf),
+            "lora_dropout": (float, 0, 0.9999),
+            "prefix_length": (int, 1, math.inf),
+            "use_rslora": (bool, False, True),
+            "use_dora": (bool, False, True),
         }
-        require(self.method in METHODS, "method", f"{self.method!r} is not a choice",
-                f"use one of {', '.join(METHODS)}")
+        require(
+            self.method in METHODS,
+            "method",
+            f"{self.method!r} is not a choice",
+            f"use one of {', '.join(METHODS)}",
+        )
         require_spans(self, spans)
-        require(has_type(self.target_modules, list[str] | None), "target_modules",
-                f"{self.target_modules!r} is not legal", "pass names, as in_proj")
+        require(
+            has_type(self.target_modules, list[str] | None),
+            "target_modules",
+            f"{self.target_modules!r} is not legal",
+            "pass names, as in_proj",
+        )
         return self
 
+
 # ------------------------------------------------------------------------------------ places
+
 
 class Switch:
     """Which adapter of a model serves: one name for all rows of a batch, or one for each row."""
@@ -114,6 +128,7 @@ class Switch:
         self.names: str | None | tuple[str | None, ...] = None
         self.configs: dict[str, AdapterConfig] = {}
         self.merged: str | None = None
+
 
 class Place(nn.Module):
     """The adapters of one place in a model, by name."""
@@ -133,6 +148,7 @@ class Place(nn.Module):
             if name in self.adapters:
                 yield self.adapters[name], [i for i, other in enumerate(names) if other == name]
 
+
 class LoRALinear(Place):
     """A linear layer whose weight W becomes W + s B A (Hu et al., arXiv 2106.09685, eq. 3)."""
 
@@ -146,8 +162,12 @@ class LoRALinear(Place):
         """(out, in), as it serves."""
         weight = self.base_layer.weight
         for adapter, rows in self.serving():
-            require(rows == slice(None), "adapter", "a weight that is read whole cannot differ by "
-                    "row", "let one adapter serve all rows")
+            require(
+                rows == slice(None),
+                "adapter",
+                "a weight that is read whole cannot differ by row",
+                "let one adapter serve all rows",
+            )
             weight = adapter.weight(weight)
         return weight
 
@@ -161,9 +181,11 @@ class LoRALinear(Place):
         for adapter, rows in self.serving():
             if rows == slice(None):
                 return adapter(x, y, self.base_layer)
-            y = y.index_copy(0, torch.tensor(rows, device=x.device),
-                             adapter(x[rows], y[rows], self.base_layer))
+            y = y.index_copy(
+                0, torch.tensor(rows, device=x.device), adapter(x[rows], y[rows], self.base_layer)
+            )
         return y
+
 
 class LoRA(nn.Module):
     """One update of low rank, zero at first; with DoRA, of rows of a learned length."""
@@ -196,6 +218,7 @@ class LoRA(nn.Module):
         updated = weight + self.scale * self.B @ self.A
         return updated if self.magnitude is None else updated * self.lengths(weight)[:, None]
 
+
 class Sum(Place):
     """Adapters whose output is added to something of the model's."""
 
@@ -209,6 +232,7 @@ class Sum(Place):
                 total = made.new_zeros(len(x), *made.shape[1:])
             total = total.index_copy(0, torch.tensor(rows, device=x.device), made)
         return total
+
 
 class Prefix(nn.Module):
     """Keys and values that every token sees, wherever it stands (Li & Liang, arXiv 2101.00190).
@@ -227,6 +251,7 @@ class Prefix(nn.Module):
         keys, values = (t.to(q.dtype) for t in (self.keys, self.values))
         return (q @ keys.mT * q.shape[-1] ** -0.5).softmax(-1).to(q.dtype) @ values
 
+
 class Start(Place):
     """Adapters that give sessions a first state."""
 
@@ -240,6 +265,7 @@ class Start(Place):
                 layers[i] = layer._replace(conv=conv, ssm=ssm)
         return layers
 
+
 class FirstState(nn.Module):
     """What convolutions and SSMs hold before the first token, zero at first."""
 
@@ -248,6 +274,7 @@ class FirstState(nn.Module):
         layers = model.init_state(1).layers
         self.conv = nn.Parameter(torch.stack([layer.conv[0] for layer in layers]))  # (n, K-1, D)
         self.ssm = nn.Parameter(torch.stack([layer.ssm[0] for layer in layers]))  # (n, H, P, N)
+
 
 class StateOffset(nn.Module):
     """A state read beside the running one at every token (Kang et al., arXiv 2503.03499)."""
@@ -260,7 +287,9 @@ class StateOffset(nn.Module):
         """C (B, L, N), before it turns -> (B, L, H, P)."""
         return torch.einsum("bln,hpn->blhp", C, self.offset.to(C.dtype))
 
+
 # ------------------------------------------------------------------------------------ attaching
+
 
 def switch_of(model: TinyMambaModel) -> Switch:
     """The model's switch; its first adapter brings it."""
@@ -268,11 +297,16 @@ def switch_of(model: TinyMambaModel) -> Switch:
         model.adapter_switch = Switch(model)
     return model.adapter_switch
 
+
 def linears(model: TinyMambaModel) -> dict[str, nn.Module]:
     """Every linear layer by name, those with adapters included."""
     kinds = nn.Linear | QuantizedLinear | LoRALinear
-    return {name: m for name, m in model.named_modules() if isinstance(m, kinds)
-            and not name.endswith(".base_layer")}
+    return {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, kinds) and not name.endswith(".base_layer")
+    }
+
 
 def targets(model: TinyMambaModel, patterns: list[str] | None) -> list[str]:
     """Names of the linear layers that end as, or match, one of the patterns."""
@@ -280,16 +314,25 @@ def targets(model: TinyMambaModel, patterns: list[str] | None) -> list[str]:
     chosen = {}
     for pattern in patterns or [BRANCHES]:
         try:
-            found = [n for n in names if n == pattern or n.endswith(f".{pattern}")
-                     or re.fullmatch(pattern, n)]
+            found = [
+                n
+                for n in names
+                if n == pattern or n.endswith(f".{pattern}") or re.fullmatch(pattern, n)
+            ]
         except re.error as e:
-            raise UserError("target_modules", f"{pattern!r} is no pattern ({e})",
-                            "use a name") from None
+            raise UserError(
+                "target_modules", f"{pattern!r} is no pattern ({e})", "use a name"
+            ) from None
         kinds = sorted({re.sub(r"^blocks\.\d+\.", "", n) for n in names})
-        require(found, "target_modules", f"{pattern!r} matches no linear layer",
-                f"there are {', '.join(kinds)}")
+        require(
+            found,
+            "target_modules",
+            f"{pattern!r} matches no linear layer",
+            f"there are {', '.join(kinds)}",
+        )
         chosen |= dict.fromkeys(found)
     return list(chosen)
+
 
 def attach(model: TinyMambaModel, config: AdapterConfig, name: str = "default") -> TinyMambaModel:
     """Give the model a new adapter, let it serve, and freeze all else. Changes `model` itself."""
@@ -321,6 +364,7 @@ def attach(model: TinyMambaModel, config: AdapterConfig, name: str = "default") 
     switch.configs[name], switch.names = config, name
     return model
 
+
 def add_prefix(model: TinyMambaModel, switch: Switch, config: AdapterConfig, name: str) -> None:
     names, switch.names = switch.names, None  # first states are added to zeros
     first = FirstState(model)
@@ -332,28 +376,43 @@ def add_prefix(model: TinyMambaModel, switch: Switch, config: AdapterConfig, nam
         attention.prefix = attention.prefix or Sum(switch)
         attention.prefix.adapters[name] = Prefix(attention.n_heads, attention.head_dim, config)
 
-def apply_lora_to_model(model: TinyMambaModel, rank: int = 8, alpha: float = 16.0,
-                        dropout: float = 0.0, target_modules: list[str] | None = None,
-                        use_rslora: bool = False, use_dora: bool = False,
-                        name: str = "default") -> TinyMambaModel:
+
+def apply_lora_to_model(
+    model: TinyMambaModel,
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    target_modules: list[str] | None = None,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    name: str = "default",
+) -> TinyMambaModel:
     """Put LoRA into linear layers of the model, by default all projections of the branches.
 
     `target_modules`: names, ends of names or regular expressions of whole names. Everything else is
     frozen; the model itself is changed, and returned. Its outputs are at first what they were.
     """
-    return attach(model, AdapterConfig("lora", rank, alpha, dropout, use_rslora, use_dora,
-                                       target_modules), name)
+    return attach(
+        model,
+        AdapterConfig("lora", rank, alpha, dropout, use_rslora, use_dora, target_modules),
+        name,
+    )
 
-def apply_prefix_tuning_to_model(model: TinyMambaModel, prefix_length: int = 16,
-                                 name: str = "default") -> TinyMambaModel:
+
+def apply_prefix_tuning_to_model(
+    model: TinyMambaModel, prefix_length: int = 16, name: str = "default"
+) -> TinyMambaModel:
     """Give the model keys and values that every token sees, and a first state for SSM and conv."""
     return attach(model, AdapterConfig("prefix", prefix_length=prefix_length), name)
+
 
 def apply_state_offset_to_model(model: TinyMambaModel, name: str = "default") -> TinyMambaModel:
     return attach(model, AdapterConfig("state_offset"), name)
 
+
 def get_trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
+
 
 def set_adapter(model: TinyMambaModel, names) -> None:
     """Let an adapter serve: its name, None for the base, or a list with one of these for each row.
@@ -363,35 +422,55 @@ def set_adapter(model: TinyMambaModel, names) -> None:
     switch = switch_of(model)
     require(not switch.merged, "adapter", f"{switch.merged} is merged", "unmerge_adapter first")
     for name in [names] if names is None or isinstance(names, str) else names:
-        require(name is None or name in switch.configs, "adapter", f"there is no {name!r}",
-                f"there are {', '.join(switch.configs) or 'none'}")
+        require(
+            name is None or name in switch.configs,
+            "adapter",
+            f"there is no {name!r}",
+            f"there are {', '.join(switch.configs) or 'none'}",
+        )
     switch.names = names if names is None or isinstance(names, str) else tuple(names)
 
+
 # ------------------------------------------------------------------------------------ merging
+
 
 @torch.no_grad()
 def merge_adapter(model: TinyMambaModel, name: str = "default") -> None:
     """Write a LoRA adapter into the weights; the old ones are kept for unmerge_adapter."""
     switch = switch_of(model)
     require_whole(model)
-    require(not switch.merged, "adapter", f"{switch.merged} is merged already",
-            "unmerge_adapter first")
+    require(
+        not switch.merged, "adapter", f"{switch.merged} is merged already", "unmerge_adapter first"
+    )
     require(name in switch.configs, "adapter", f"there is no {name!r}", "load it first")
     method = switch.configs[name].method
-    require(method == "lora", "adapter", f"{method} is no change of weights, and cannot be merged",
-            "keep it as an adapter")
+    require(
+        method == "lora",
+        "adapter",
+        f"{method} is no change of weights, and cannot be merged",
+        "keep it as an adapter",
+    )
     layers = [m for m in model.modules() if isinstance(m, LoRALinear) and name in m.adapters]
-    require(not (model.config.tie_embeddings and model.head in layers), "adapter",
-            "the head's weight is the embedding's, too", "keep it as an adapter")
+    require(
+        not (model.config.tie_embeddings and model.head in layers),
+        "adapter",
+        "the head's weight is the embedding's, too",
+        "keep it as an adapter",
+    )
     for layer in layers:
         layer.kept = layer.base_layer.weight.data
         layer.base_layer.weight.data = layer.adapters[name].weight(layer.kept)
     switch.merged, switch.names = name, None
 
-def require_whole(model: TinyMambaModel, problem: str = "no adapter can be merged into it",
-                  remedy: str = "keep the adapter, without --merge") -> None:
-    """Refuse a quantised model."""
-    require(not model.quantization, "checkpoint", f"is quantised: {problem}", remedy)
+
+def require_whole(
+    model: TinyMambaModel,
+    problem: str = "no adapter can be merged into it",
+    remedy: str = "keep the adapter, without --merge",
+) -> None:
+    """Refuse a quantized model."""
+    require(not model.quantization, "checkpoint", f"is quantized: {problem}", remedy)
+
 
 def unmerge_adapter(model: TinyMambaModel) -> None:
     """Take back merge_adapter, bit for bit; the adapter serves again."""
@@ -402,10 +481,15 @@ def unmerge_adapter(model: TinyMambaModel) -> None:
             layer.base_layer.weight.data, layer.kept = layer.kept, None
     switch.names, switch.merged = switch.merged, None
 
+
 def plain_weights(model: TinyMambaModel) -> dict[str, Tensor]:
     """The weights by the names that they have in a model without adapters."""
-    return {name.replace(".base_layer.", "."): t for name, t in model.state_dict().items()
-            if ".adapters." not in name}
+    return {
+        name.replace(".base_layer.", "."): t
+        for name, t in model.state_dict().items()
+        if ".adapters." not in name
+    }
+
 
 # ------------------------------------------------------------------------------------ files
 
@@ -413,10 +497,22 @@ WEIGHTS, ABOUT = "adapter_model.safetensors", "adapter_config.json"
 LORA_NAMES = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 # Settings of Hugging Face's LoRA that change what is computed, and are not known here.
 FOREIGN = (
-    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "fan_in_fan_out", "kasa_config",
-    "layer_replication", "lora_bias", "modules_to_save", "monteclora_config", "target_parameters",
-    "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
+    "alora_invocation_tokens",
+    "alpha_pattern",
+    "arrow_config",
+    "fan_in_fan_out",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "modules_to_save",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
 )
+
 
 def adapter_tensors(model: TinyMambaModel, name: str) -> dict[str, Tensor]:
     """Every tensor of an adapter, by its name in a file."""
@@ -431,8 +527,10 @@ def adapter_tensors(model: TinyMambaModel, name: str) -> dict[str, Tensor]:
             found[f"{place}.{part}"] = t
     return found
 
-def save_adapter(model: TinyMambaModel, folder: str | Path, name: str = "default",
-                 base: str | None = None) -> None:
+
+def save_adapter(
+    model: TinyMambaModel, folder: str | Path, name: str = "default", base: str | None = None
+) -> None:
     """Write adapter_model.safetensors, which carries a hash of the base, and adapter_config.json.
 
     `base`: the path of the base, as a note for readers.
@@ -442,11 +540,18 @@ def save_adapter(model: TinyMambaModel, folder: str | Path, name: str = "default
     config = switch.configs[name]
     if config.method == "lora":
         about = {
-            "peft_type": "LORA", "task_type": None, "inference_mode": True, "bias": "none",
-            "base_model_name_or_path": base, "r": config.lora_rank,
-            "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout,
-            "use_rslora": config.use_rslora, "use_dora": config.use_dora,
-            "fan_in_fan_out": False, "target_modules": config.target_modules,
+            "peft_type": "LORA",
+            "task_type": None,
+            "inference_mode": True,
+            "bias": "none",
+            "base_model_name_or_path": base,
+            "r": config.lora_rank,
+            "lora_alpha": config.lora_alpha,
+            "lora_dropout": config.lora_dropout,
+            "use_rslora": config.use_rslora,
+            "use_dora": config.use_dora,
+            "fan_in_fan_out": False,
+            "target_modules": config.target_modules,
         }
     else:
         about = {"tinymamba_method": config.method, "base_model_name_or_path": base}
@@ -455,6 +560,7 @@ def save_adapter(model: TinyMambaModel, folder: str | Path, name: str = "default
     require_writable(folder, "output_dir")
     write_tensors(folder / WEIGHTS, adapter_tensors(model, name), {"base": switch.base})
     write_json(folder / ABOUT, about)
+
 
 def read_config(folder: Path) -> AdapterConfig:
     path = folder / ABOUT
@@ -465,8 +571,12 @@ def read_config(folder: Path) -> AdapterConfig:
         if "tinymamba_method" in about:
             length = about.get("prefix_length", AdapterConfig.prefix_length)
             config = AdapterConfig(about["tinymamba_method"], prefix_length=length)
-            require(config.method in ("prefix", "state_offset"), str(path),
-                    f"method {config.method!r} is unknown", "use a newer release")
+            require(
+                config.method in ("prefix", "state_offset"),
+                str(path),
+                f"method {config.method!r} is unknown",
+                "use a newer release",
+            )
             return config.validate()
         kind = about.get("peft_type")
         require(kind == "LORA", str(path), f"is of type {kind}", "only LoRA can be read")
@@ -475,16 +585,23 @@ def read_config(folder: Path) -> AdapterConfig:
         foreign += ["init_lora_weights"] * (first not in (True, False, "gaussian", "orthogonal"))
         require(not foreign, str(path), f"uses {', '.join(foreign)}", "train it without")
         return AdapterConfig(
-            "lora", about["r"], about["lora_alpha"], about["lora_dropout"],
-            about.get("use_rslora", False), about.get("use_dora", False)).validate()
+            "lora",
+            about["r"],
+            about["lora_alpha"],
+            about["lora_dropout"],
+            about.get("use_rslora", False),
+            about.get("use_dora", False),
+        ).validate()
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(str(path), f"is no adapter's ({e!r})", "save it anew") from None
+
 
 def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor], dict[str, str]]:
     """The config, the tensors by name, and the notes of an adapter's folder."""
     config = read_config(folder)
     # Hugging Face's files have no checksum.
     return config, *read_all_tensors(folder / WEIGHTS, "save it anew", unsigned="")
+
 
 def load_adapter(model: TinyMambaModel, folder: str | Path, name: str = "default") -> None:
     """Attach an adapter from its folder and let it serve, as save_adapter or Hugging Face wrote it.
@@ -494,20 +611,37 @@ def load_adapter(model: TinyMambaModel, folder: str | Path, name: str = "default
     folder, switch = Path(folder), switch_of(model)
     config, tensors, notes = read_adapter(folder)
     path = str(folder / WEIGHTS)
-    require(notes.get("base", switch.base) == switch.base, path, "belongs to another base",
-            "use the checkpoint that it was trained on")
+    require(
+        notes.get("base", switch.base) == switch.base,
+        path,
+        "belongs to another base",
+        "use the checkpoint that it was trained on",
+    )
     if config.method == "lora":
-        tensors = {re.sub(r"^base_model\.model\.(.*?)(?=blocks\.\d|head\.)", "", n): t
-                   for n, t in tensors.items()}
+        tensors = {
+            re.sub(r"^base_model\.model\.(.*?)(?=blocks\.\d|head\.)", "", n): t
+            for n, t in tensors.items()
+        }
         places, known = {n.rpartition(".lora_")[0] for n in tensors}, set(linears(model))
-        require(places and places <= known, path, f"has layers that the model lacks: "
-                f"{', '.join(sorted(places - known)[:3])}", "use the base that it was trained on")
+        require(
+            places and places <= known,
+            path,
+            f"has layers that the model lacks: {', '.join(sorted(places - known)[:3])}",
+            "use the base that it was trained on",
+        )
         config.target_modules = sorted(places)
-        ranks = {place: tensors[f"{place}.lora_A.weight"].shape[0] for place in places
-                 if f"{place}.lora_A.weight" in tensors}
-        require(set(ranks.values()) == {config.lora_rank}, path,
-                f"has updates of ranks {sorted(set(ranks.values()))}, its config says "
-                f"{config.lora_rank}", "train it with one rank")
+        ranks = {
+            place: tensors[f"{place}.lora_A.weight"].shape[0]
+            for place in places
+            if f"{place}.lora_A.weight" in tensors
+        }
+        require(
+            set(ranks.values()) == {config.lora_rank},
+            path,
+            f"has updates of ranks {sorted(set(ranks.values()))}, its config says "
+            f"{config.lora_rank}",
+            "train it with one rank",
+        )
     before, trained = switch.names, get_trainable_parameters(model)
     attach(model, config, name)
     try:
@@ -519,17 +653,24 @@ def load_adapter(model: TinyMambaModel, folder: str | Path, name: str = "default
             p.requires_grad_(True)
         raise
 
+
 @torch.no_grad()
 def fill(model: TinyMambaModel, name: str, tensors: dict[str, Tensor], path: str) -> None:
     """Give an adapter the values of a file, and freeze it."""
     own = {n.removeprefix("base_model.model."): t for n, t in adapter_tensors(model, name).items()}
     fits = own.keys() == tensors.keys() and all(
-        t.shape == tensors[n].shape and tensors[n].is_floating_point() for n, t in own.items())
+        t.shape == tensors[n].shape and tensors[n].is_floating_point() for n, t in own.items()
+    )
     require(fits, path, "has other tensors than such an adapter", "use its own base and config")
-    require(all(t.isfinite().all() for t in tensors.values()), path,
-            "has values that are not finite", "train it anew")
+    require(
+        all(t.isfinite().all() for t in tensors.values()),
+        path,
+        "has values that are not finite",
+        "train it anew",
+    )
     for n, t in own.items():
         t.requires_grad_(False).copy_(tensors[n])
+
 
 def detach(model: TinyMambaModel, name: str) -> None:
     """Remove an adapter; the base serves."""
@@ -540,23 +681,47 @@ def detach(model: TinyMambaModel, name: str) -> None:
     del switch.configs[name]
     switch.names = None
 
+
 # ------------------------------------------------------------------------------------ training
 
 FIRST = {  # values that differ from Config's own
-    "max_steps": 500, "warmup_steps": 20, "gradient_accumulation_steps": 1, "dropout": 0.0,
-    "weight_decay": 0.0, "validation_interval": 100, "checkpoint_interval": 100,
-    "generation_interval": 250, "use_compile": False, "num_epochs": 1000,
+    "max_steps": 500,
+    "warmup_steps": 20,
+    "gradient_accumulation_steps": 1,
+    "dropout": 0.0,
+    "weight_decay": 0.0,
+    "validation_interval": 100,
+    "checkpoint_interval": 100,
+    "generation_interval": 250,
+    "use_compile": False,
+    "num_epochs": 1000,
 }
 RATES = {"lora": 8e-3, "prefix": 3e-2, "state_offset": 1e-1, "full": 4e-3}
-FROM_BASE = [*SHAPE_FIELDS, "block_size", "batch_size", "data_dtype", "eos_id", "generation_prompt",
-             "deepnet", "scan", "chunk_size"]
+FROM_BASE = [
+    *SHAPE_FIELDS,
+    "block_size",
+    "batch_size",
+    "data_dtype",
+    "eos_id",
+    "generation_prompt",
+    "deepnet",
+    "scan",
+    "chunk_size",
+]
 NOT_FLAGS = [*SHAPE_FIELDS, "deepnet", "checkpoint_path", "parallel"]
+
 
 class FineTuner(Trainer):
     """A training run of an adapter: its checkpoints hold the adapter's weights and no others."""
 
-    def __init__(self, config: Config, base: TinyMambaModel, adapter: AdapterConfig,
-                 tokenizer=None, saved: dict | None = None):
+    def __init__(
+        self,
+        config: Config,
+        base: TinyMambaModel,
+        adapter: AdapterConfig,
+        tokenizer=None,
+        saved: dict | None = None,
+    ):
         """`adapter` of method full trains every weight, from those of the base."""
         self.base, self.adapter = base, adapter
         super().__init__(config, tokenizer, saved)
@@ -589,8 +754,12 @@ class FineTuner(Trainer):
     def restore(self, saved: dict) -> None:
         old, new = (about.get("adapter", {"method": "full"}) for about in (saved, self.about()))
         changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-        require(not changed, ", ".join(changed), f"changed since {self.config.checkpoint_path} was "
-                "saved", "leave the flags out, or start a new run")
+        require(
+            not changed,
+            ", ".join(changed),
+            f"changed since {self.config.checkpoint_path} was saved",
+            "leave the flags out, or start a new run",
+        )
         super().restore(saved)
 
     def announce(self) -> None:
@@ -605,64 +774,111 @@ class FineTuner(Trainer):
         if self.val_data is not None and best.is_file():
             self.model.load_state_dict(load_checkpoint(best)["model"], strict=False)
 
+
 # ------------------------------------------------------------------------------------ main
+
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     """The command line, and the fields of Config that it names; `asked`: those of AdapterConfig."""
-    parser = CliParser(usage="python peft.py --checkpoint FILE [--FLAG VALUE ...]",
-                       description=__doc__.split("As a library")[0])
-    parser.add_argument("--checkpoint", default="tinymamba_model_latest.pt", metavar="FILE",
-                        help="the base [tinymamba_model_latest.pt]")
+    parser = CliParser(
+        usage="python peft.py --checkpoint FILE [--FLAG VALUE ...]",
+        description=__doc__.split("As a library")[0],
+    )
+    parser.add_argument(
+        "--checkpoint",
+        default="tinymamba_model_latest.pt",
+        metavar="FILE",
+        help="the base [tinymamba_model_latest.pt]",
+    )
     parser.add_argument("--output_dir", default="./adapter", metavar="DIR", help="[./adapter]")
     parser.add_argument("--adapter", metavar="DIR", help="an adapter to merge, instead of training")
-    parser.add_argument("--merge", action="store_true",
-                        help="write a plain checkpoint with the LoRA adapter in it, merged.pt")
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="write a plain checkpoint with the LoRA adapter in it, merged.pt",
+    )
     parser.add_argument("--force", action="store_true", help="let it replace files of output_dir")
     adapter = parser.add_argument_group("Adapter")
-    adapter.add_argument("--method", choices=METHODS, default=argparse.SUPPRESS,
-                         help=f"{', '.join(METHODS)} [lora]")
+    adapter.add_argument(
+        "--method", choices=METHODS, default=argparse.SUPPRESS, help=f"{', '.join(METHODS)} [lora]"
+    )
     for name, kind, text in (
         ("lora_rank", int, "rank of an update"),
         ("lora_alpha", float, "an update counts alpha / rank times"),
         ("lora_dropout", float, "dropout rate on the input of an update"),
         ("prefix_length", int, "keys and values that every token sees"),
     ):
-        adapter.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS,
-                             metavar=kind.__name__.upper(),
-                             help=f"{text} [{getattr(AdapterConfig, name)}]")
-    for name, text in (("use_rslora", "alpha / sqrt(rank) instead"),
-                       ("use_dora", "length and direction apart")):
+        adapter.add_argument(
+            f"--{name}",
+            type=kind,
+            default=argparse.SUPPRESS,
+            metavar=kind.__name__.upper(),
+            help=f"{text} [{getattr(AdapterConfig, name)}]",
+        )
+    for name, text in (
+        ("use_rslora", "alpha / sqrt(rank) instead"),
+        ("use_dora", "length and direction apart"),
+    ):
         adapter.add_argument(f"--{name}", action="store_true", default=argparse.SUPPRESS, help=text)
-    adapter.add_argument("--target_modules", nargs="+", metavar="NAME", default=argparse.SUPPRESS,
-                         help="ends of names, or patterns [all projections of the branches]")
+    adapter.add_argument(
+        "--target_modules",
+        nargs="+",
+        metavar="NAME",
+        default=argparse.SUPPRESS,
+        help="ends of names, or patterns [all projections of the branches]",
+    )
     data = parser.add_argument_group("Short names")
-    for flag, name, kind in (("--train_data", "train_data_path", str),
-                             ("--val_data", "val_data_path", str), ("--steps", "max_steps", int)):
+    for flag, name, kind in (
+        ("--train_data", "train_data_path", str),
+        ("--val_data", "val_data_path", str),
+        ("--steps", "max_steps", int),
+    ):
         several = {} if kind is int else {"nargs": "+"}
-        data.add_argument(flag, dest=name, type=kind, default=argparse.SUPPRESS,
-                          metavar=kind.__name__.upper(), help=f"the same as --{name}", **several)
+        data.add_argument(
+            flag,
+            dest=name,
+            type=kind,
+            default=argparse.SUPPRESS,
+            metavar=kind.__name__.upper(),
+            help=f"the same as --{name}",
+            **several,
+        )
     add_config_flags(parser, {**FIRST, "lr": "by method", "optimizer": "adamw"}, NOT_FLAGS)
     args = parser.parse_args(argv)
-    args.asked = {field.name: getattr(args, field.name)
-                  for field in dataclasses.fields(AdapterConfig) if hasattr(args, field.name)}
+    args.asked = {
+        field.name: getattr(args, field.name)
+        for field in dataclasses.fields(AdapterConfig)
+        if hasattr(args, field.name)
+    }
     args.method = args.asked.get("method", AdapterConfig.method)
     return args, named_fields(vars(args))
+
 
 def settings(args, named: dict, base: TinyMambaModel) -> Config:
     """The Config of a run: the base's shape, what suits fine-tuning, and the flags over it."""
     full = args.method == "full"
     values = {name: getattr(base.config, name) for name in FROM_BASE}
     optimizer = base.config.optimizer if full else "adamw"
-    values |= {**FIRST, "optimizer": optimizer, "lr": RATES[args.method],
-               "log_dir": str(Path(args.output_dir) / "logs"),
-               "checkpoint_path": str(Path(args.output_dir) / checkpoint_name(args.method))}
+    values |= {
+        **FIRST,
+        "optimizer": optimizer,
+        "lr": RATES[args.method],
+        "log_dir": str(Path(args.output_dir) / "logs"),
+        "checkpoint_path": str(Path(args.output_dir) / checkpoint_name(args.method)),
+    }
     values |= named
-    require(full or values["optimizer"] == "adamw", "optimizer", "is for whole matrices",
-            "leave it out, or use --method full")
+    require(
+        full or values["optimizer"] == "adamw",
+        "optimizer",
+        "is for whole matrices",
+        "leave it out, or use --method full",
+    )
     return Config(**values).validate()
+
 
 def checkpoint_name(method: str) -> str:
     return "tinymamba_model_latest.pt" if method == "full" else "adapter_latest.pt"
+
 
 def train(args, named: dict) -> int:
     """A run of its own, or the rest of one."""
@@ -680,11 +896,19 @@ def train(args, named: dict) -> int:
         adapter = AdapterConfig(**{**kept, **args.asked}).validate()
     if adapter.method == "lora":
         targets(base, adapter.target_modules)  # refused before anything is touched
-    require(not args.merge or adapter.method == "lora", "--merge", "is for --method lora",
-            "leave it out")
+    require(
+        not args.merge or adapter.method == "lora",
+        "--merge",
+        "is for --method lora",
+        "leave it out",
+    )
     there = [f for f in (WEIGHTS, ABOUT, "merged.pt") if (folder / f).exists()]
-    require(args.force or config.resume or not there, str(folder), f"holds {', '.join(there)}",
-            "pass --force, --resume or another --output_dir")
+    require(
+        args.force or config.resume or not there,
+        str(folder),
+        f"holds {', '.join(there)}",
+        "pass --force, --resume or another --output_dir",
+    )
     prepare_default_data(config, named)
     tuner = FineTuner(config, base, adapter, saved=saved)
     code = tuner.run()
@@ -698,17 +922,27 @@ def train(args, named: dict) -> int:
         write_merged(tuner.model, folder / "merged.pt")
     return 0
 
+
 def write_merged(model: TinyMambaModel, path: Path) -> None:
     merge_adapter(model)
     save_checkpoint(path, {"model": plain_weights(model), "config": model.config.to_dict()})
     print(f"{path}: the model with the adapter in it")
 
+
 def merge(args) -> int:
-    require(args.merge, "--adapter", "is for --merge; a run begins from the base",
-            "pass --merge, or leave it out")
+    require(
+        args.merge,
+        "--adapter",
+        "is for --merge; a run begins from the base",
+        "pass --merge, or leave it out",
+    )
     path = Path(args.output_dir) / "merged.pt"
-    require(args.force or not path.exists(), str(path), "is there",
-            "pass --force or another --output_dir")
+    require(
+        args.force or not path.exists(),
+        str(path),
+        "is there",
+        "pass --force or another --output_dir",
+    )
     model = load_model(args.checkpoint)
     require_whole(model)
     load_adapter(model, args.adapter)
@@ -716,11 +950,14 @@ def merge(args) -> int:
     write_merged(model, path)
     return 0
 
+
 def main(argv: list[str] | None = None) -> int:
     args, named = parse(argv)
     return merge(args) if args.adapter else train(args, named)
 
+
 # ---------------------------------------------------------------- beside Hugging Face's package
+
 
 def installed_package() -> importlib.machinery.ModuleSpec | None:
     """The spec of the package of this name that is installed elsewhere."""
@@ -728,6 +965,7 @@ def installed_package() -> importlib.machinery.ModuleSpec | None:
     elsewhere = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != here]
     spec = importlib.machinery.PathFinder.find_spec("peft", elsewhere)
     return spec if spec and spec.loader and spec.submodule_search_locations else None
+
 
 def placeholder(name: str) -> type:
     """A class of which nothing is an instance: what others ask `isinstance` for."""
@@ -737,7 +975,9 @@ def placeholder(name: str) -> type:
 
     return type(name, (), {"__init__": refuse, "__module__": "peft"})
 
+
 PACKAGE, LOADING, LOADED = None, threading.RLock(), []
+
 
 def load_package() -> None:
     """Execute the package's own __init__ in this module, once; names of this file stay."""
@@ -753,6 +993,7 @@ def load_package() -> None:
             raise
         globals().update(own)
 
+
 class Submodules:
     """Finder for peft.x: a package's __init__ runs before its submodules do."""
 
@@ -767,6 +1008,7 @@ class Submodules:
         module.__spec__ = importlib.machinery.ModuleSpec(name, Imported(module))
         return module.__spec__
 
+
 class Imported:
     """Loader of a module that is imported already."""
 
@@ -779,6 +1021,7 @@ class Imported:
     def exec_module(self, module) -> None:
         module.__spec__ = self.spec
 
+
 def __getattr__(name: str):
     """Names that this file lacks are Hugging Face's, whose package is loaded on the first one."""
     private = name.startswith("__") and name not in ("__version__", "__all__")
@@ -789,6 +1032,7 @@ def __getattr__(name: str):
     elif __name__ == "peft" and name in ("PeftModel", "PeftMixedModel"):
         return globals().setdefault(name, placeholder(name))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 if __name__ == "peft":  # not as a script, nor within a package
     PACKAGE = installed_package()

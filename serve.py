@@ -16,7 +16,7 @@ A request is done whole or not at all: if its client goes away, or the server ha
 is free before the next step, and its session stands where it stood before. To stop and keep what
 was given out there is /v1/sessions/ID/stop. All answers, of all requests, are decoded as one batch
 by one thread, and they join and leave it at any step. What a client sends is text: no special token
-is ever read out of it. Fields that this server cannot honour are refused by name.
+is ever read out of it. Fields that this server cannot honor are refused by name.
 
 Chat: if chat_template.jinja, or a tokenizer_config.json with a template, lies beside the tokenizer,
 it is used. If not, the model is a plain one: it is given "role: content" for every message, parted
@@ -85,14 +85,17 @@ Stop = Annotated[str, Field(min_length=1, max_length=256)]
 BiasKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 UNSUPPORTED = "not supported: only the value that changes nothing is taken"
 
+
 class Body(BaseModel):
     """What no field is for is refused, as it might have changed the result."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+
 class StreamOptions(Body):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
+
 
 class Generation(Body):
     """What all three ways to generate have in common; None is the default everywhere."""
@@ -106,8 +109,10 @@ class Generation(Body):
     repetition_penalty: Annotated[float, Field(ge=1e-3, le=1e3)] | None = None
     seed: Seed | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
-    logit_bias: Annotated[dict[BiasKey, Annotated[float, Field(ge=-100, le=100)]],
-                          Field(max_length=300)] | None = None
+    logit_bias: (
+        Annotated[dict[BiasKey, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=300)]
+        | None
+    ) = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Any = Field(None, description="taken, and without effect")
@@ -117,26 +122,35 @@ class Generation(Body):
     safety_identifier: Any = Field(None, description="taken, and without effect")
     prompt_cache_key: Any = Field(None, description="taken, and without effect")
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(
-        None, description=UNSUPPORTED)
+        None, description=UNSUPPORTED
+    )
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(
-        None, description=UNSUPPORTED)
+        None, description=UNSUPPORTED
+    )
 
     def alternatives(self) -> int | None:
         """How many likeliest tokens to name with each; None leaves out logprobs."""
         return self.logprobs
 
+
 class CompletionBody(Generation):
-    prompt: str | Annotated[list[str], Field(min_length=1)] | Ids | Annotated[
-        list[Ids], Field(min_length=1)]
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1)]
+        | Ids
+        | Annotated[list[Ids], Field(min_length=1)]
+    )
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     best_of: Annotated[int, Field(ge=1, le=128)] | None = Field(None, description="n, or nothing")
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     suffix: Annotated[str, Field(max_length=0)] | None = Field(None, description=UNSUPPORTED)
 
+
 class Part(Body):
     type: Literal["text"]
     text: str
+
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
@@ -147,8 +161,10 @@ class Message(Body):
     function_call: None = None
     tool_calls: None = None
 
+
 class TextFormat(Body):
     type: Literal["text"]
+
 
 class ChatBody(Generation):
     messages: Annotated[list[Message], Field(min_length=1)]
@@ -165,21 +181,26 @@ class ChatBody(Generation):
     def alternatives(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
+
 class SessionCompletionBody(Generation):
     prompt: str | list[Annotated[int, Field(ge=0, lt=2**31)]] = ""
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     gates: bool | None = Field(None, description="name every token, with its gate in each layer")
 
+
 class SessionBody(Body):
     id: Name | None = None
     seed: Seed | None = None
+
 
 class SaveBody(Body):
     name: Name
     overwrite: bool | None = Field(None, description="take the place of a session of that name")
 
+
 class NewSessionBody(SessionBody):
     load: Name | None = Field(None, description="begin with what was saved by this name")
+
 
 class ErrorInfo(BaseModel):
     message: str
@@ -187,8 +208,10 @@ class ErrorInfo(BaseModel):
     param: str | None
     code: str | None
 
+
 class ErrorOut(BaseModel):
     error: ErrorInfo
+
 
 class SessionOut(BaseModel):
     id: str
@@ -201,19 +224,23 @@ class SessionOut(BaseModel):
     state_bytes: int
     answering: bool
 
+
 class SessionsOut(BaseModel):
     object: Literal["list"]
     data: list[SessionOut]
+
 
 class Choice(BaseModel):
     model_config = ConfigDict(extra="allow")
     index: int
     finish_reason: Literal["stop", "length"]
 
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+
 
 class AnswerOut(BaseModel):
     model_config = ConfigDict(extra="allow")
@@ -224,22 +251,44 @@ class AnswerOut(BaseModel):
     choices: list[Choice]
     usage: Usage
 
+
 # ------------------------------------------------------------------------------------- errors
 
-TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error",
-         503: "server_error"}
+TYPES = {
+    401: "authentication_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+}
 FIELDS = {"max_new_tokens": "max_tokens", "stop_ids, logit_bias": "logit_bias"}
-REFUSED_FIELDS = {name for model in (CompletionBody, ChatBody)
-                  for name, f in model.model_fields.items() if f.description == UNSUPPORTED}
+REFUSED_FIELDS = {
+    name
+    for model in (CompletionBody, ChatBody)
+    for name, f in model.model_fields.items()
+    if f.description == UNSUPPORTED
+}
+
 
 class Refusal(HTTPException):
     """An error in OpenAI's form: its status, and the field that is at fault."""
 
-    def __init__(self, status: int, message: str, param: str | None = None,
-                 code: str | None = None, headers: dict | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict | None = None,
+    ):
         super().__init__(status, message, headers)
-        self.body = {"error": {"message": message, "type": TYPES.get(status,
-                     "invalid_request_error"), "param": param, "code": code}}
+        self.body = {
+            "error": {
+                "message": message,
+                "type": TYPES.get(status, "invalid_request_error"),
+                "param": param,
+                "code": code,
+            }
+        }
 
     def response(self) -> Response:
         return json_response(self.body, self.status_code, self.headers)
@@ -254,8 +303,10 @@ class Refusal(HTTPException):
             return Refusal(400, f"{name}: {problem}; {remedy}", name)
         return Refusal(500, "the server failed at this request; its log says why")
 
+
 def json_response(value, status: int = 200, headers: dict | None = None) -> Response:
     return Response(json.dumps(value), status, headers, "application/json")
+
 
 def invalid(request: Request, error: RequestValidationError) -> Response:
     """The first mistake of a body or path, with the field's name."""
@@ -263,8 +314,12 @@ def invalid(request: Request, error: RequestValidationError) -> Response:
     first = next((e for e in errors if not e["type"].endswith("_type")), errors[0])
     place, here = [], error.body if first["loc"][0] == "body" else {first["loc"][-1]: None}
     for part in first["loc"][1:]:  # a union's branches have names in it, too
-        if isinstance(here, dict) and part in here or isinstance(here, list) and part in range(
-                len(here)):
+        if (
+            isinstance(here, dict)
+            and part in here
+            or isinstance(here, list)
+            and part in range(len(here))
+        ):
             place, here = [*place, part], here[part]
     if first["type"] == "missing":
         place.append(first["loc"][-1])
@@ -276,20 +331,32 @@ def invalid(request: Request, error: RequestValidationError) -> Response:
     message = "is not supported by this server; leave it out" if unknown else first["msg"]
     if first["type"] == "json_invalid":
         name, message = None, "the body is not JSON"
-    return Refusal(400, f"{name}: {message}" if name else message, name,
-                   "unsupported_parameter" if unknown else None).response()
+    return Refusal(
+        400,
+        f"{name}: {message}" if name else message,
+        name,
+        "unsupported_parameter" if unknown else None,
+    ).response()
+
 
 def http_error(request: Request, error: AnyHTTPException) -> Response:
     if isinstance(error, Refusal):
         return error.response()
     code, headers = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code), {}
     if error.status_code == 405:  # Starlette names the methods of the first route only
-        headers["Allow"] = ", ".join(sorted(
-            method for route in request.app.state.routes
-            if route.path_regex.match(request.url.path) for method in route.methods))
+        headers["Allow"] = ", ".join(
+            sorted(
+                method
+                for route in request.app.state.routes
+                if route.path_regex.match(request.url.path)
+                for method in route.methods
+            )
+        )
     return Refusal(error.status_code, str(error.detail), None, code, headers).response()
 
+
 # ------------------------------------------------------------------------------------- engine
+
 
 class Mailbox(asyncio.Queue):
     """What the engine tells a handler, on the handler's event loop."""
@@ -303,6 +370,7 @@ class Mailbox(asyncio.Queue):
     async def take(self) -> list:
         """All that has come, once something has."""
         return [await self.get(), *(self.get_nowait() for _ in range(self.qsize()))]
+
 
 @dataclass(eq=False)
 class Job:
@@ -319,14 +387,21 @@ class Job:
     asked: float = field(default_factory=time.perf_counter)
     first: float | None = None
 
+
 def ending() -> Refusal:
     return Refusal(503, "the server is shutting down", None, "shutting_down", {"Retry-After": "5"})
+
 
 class Engine(threading.Thread):
     """The one thread that steps the decoder. Between two steps it does what handlers ask for."""
 
-    def __init__(self, server: StreamingServer, options: Options, meters: Meters,
-                 loop: asyncio.AbstractEventLoop):
+    def __init__(
+        self,
+        server: StreamingServer,
+        options: Options,
+        meters: Meters,
+        loop: asyncio.AbstractEventLoop,
+    ):
         super().__init__(name="engine", daemon=True)
         self.server, self.options, self.meters, self.loop = server, options, meters, loop
         self.commands, self.waiting, self.running = queue.SimpleQueue(), collections.deque(), []
@@ -518,23 +593,40 @@ class Engine(threading.Thread):
     def idle(self, session_id: str):
         session = self.known(session_id)
         if session.answer or any(job.session == session_id for job in self.waiting):
-            raise Refusal(409, f"session {session_id} is answering; wait, or stop it",
-                          "session_id", "session_busy")
+            raise Refusal(
+                409,
+                f"session {session_id} is answering; wait, or stop it",
+                "session_id",
+                "session_busy",
+            )
         return session
 
     def make_room(self, new_id: str | None) -> None:
         if new_id in self.server.sessions:
             raise Refusal(409, f"id: {new_id} is taken; use another", "id", "id_taken")
         if len(self.server.sessions) >= self.options.max_sessions:
-            raise Refusal(429, f"there are {self.options.max_sessions} sessions already; delete "
-                          "some", None, "too_many_sessions", {"Retry-After": "60"})
+            raise Refusal(
+                429,
+                f"there are {self.options.max_sessions} sessions already; delete some",
+                None,
+                "too_many_sessions",
+                {"Retry-After": "60"},
+            )
 
     def info(self, session_id: str) -> dict:
         self.known(session_id)
         s = self.server.get_session_info(session_id)
-        return {"id": s["session_id"], "object": "session", "created": int(s["created"]),
-                "last_used": int(s["last_used"]), "tokens": s["position"], "turns": s["turns"],
-                "seed": s["seed"], "state_bytes": s["state_bytes"], "answering": s["answering"]}
+        return {
+            "id": s["session_id"],
+            "object": "session",
+            "created": int(s["created"]),
+            "last_used": int(s["last_used"]),
+            "tokens": s["position"],
+            "turns": s["turns"],
+            "seed": s["seed"],
+            "state_bytes": s["state_bytes"],
+            "answering": s["answering"],
+        }
 
     def stop(self, session_id: str) -> None:
         """End the session's answer, if there is one, where it is."""
@@ -547,11 +639,14 @@ class Engine(threading.Thread):
             self.drop([job])
             self.fail(job, Refusal(409, "the answer was stopped before it began", "session_id"))
 
+
 def deliver(letters: list) -> None:
     for function, arguments in letters:
         function(*arguments)
 
+
 # ---------------------------------------------------------------------------------- text forms
+
 
 class Vocabulary:
     """What single tokens read as."""
@@ -584,6 +679,7 @@ class Vocabulary:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{b:02x}" for b in piece)
 
+
 class Writer:
     """Writes the choices of one answer in the form of its route, as a whole or bit by bit."""
 
@@ -595,18 +691,27 @@ class Writer:
     def choice(self, text: str, tokens: list[Token], finish: str | None, delta: bool) -> dict:
         choice = {"index": self.index, "finish_reason": finish, "logprobs": None}
         if self.kind == "chat":
-            said = {"content": text} if delta else {
-                "role": "assistant", "content": text, "refusal": None}
+            said = (
+                {"content": text}
+                if delta
+                else {"role": "assistant", "content": text, "refusal": None}
+            )
             choice["delta" if delta else "message"] = said if text or not delta else {}
         else:
             choice["text"] = text
         if self.shown["logprobs"] and (tokens or not delta):
-            choice["logprobs"] = (self.chat_logprobs(tokens) if self.kind == "chat"
-                                  else self.plain_logprobs(tokens))
+            choice["logprobs"] = (
+                self.chat_logprobs(tokens) if self.kind == "chat" else self.plain_logprobs(tokens)
+            )
         if self.shown["gates"]:
-            choice["tokens"] = [{
-                "id": t.id, "text": self.vocabulary.text_of(t.id),
-                "gates": None if t.gates is None else t.gates.round(3).tolist()} for t in tokens]
+            choice["tokens"] = [
+                {
+                    "id": t.id,
+                    "text": self.vocabulary.text_of(t.id),
+                    "gates": None if t.gates is None else t.gates.round(3).tolist(),
+                }
+                for t in tokens
+            ]
         return choice
 
     def plain_logprobs(self, tokens: list[Token]) -> dict:
@@ -614,18 +719,32 @@ class Writer:
         for t in tokens:
             offsets.append(self.offset)
             self.offset += len(self.decoder.decode(self.vocabulary.bytes_of(t.id)))
-        return {"tokens": [name(t.id) for t in tokens], "text_offset": offsets,
-                "token_logprobs": [t.logprob for t in tokens],
-                "top_logprobs": [None if t.logprob is None else
-                                 {name(i): p for i, p in reversed(t.top)} for t in tokens]}
+        return {
+            "tokens": [name(t.id) for t in tokens],
+            "text_offset": offsets,
+            "token_logprobs": [t.logprob for t in tokens],
+            "top_logprobs": [
+                None if t.logprob is None else {name(i): p for i, p in reversed(t.top)}
+                for t in tokens
+            ],
+        }
 
     def chat_logprobs(self, tokens: list[Token]) -> dict:
         def entry(token: int, logprob: float) -> dict:
-            return {"token": self.vocabulary.text_of(token), "logprob": logprob,
-                    "bytes": list(self.vocabulary.bytes_of(token))}
+            return {
+                "token": self.vocabulary.text_of(token),
+                "logprob": logprob,
+                "bytes": list(self.vocabulary.bytes_of(token)),
+            }
 
-        return {"content": [{**entry(t.id, t.logprob), "top_logprobs": [entry(*a) for a in t.top]}
-                            for t in tokens], "refusal": None}
+        return {
+            "content": [
+                {**entry(t.id, t.logprob), "top_logprobs": [entry(*a) for a in t.top]}
+                for t in tokens
+            ],
+            "refusal": None,
+        }
+
 
 class Template:
     """A chat as the text of a prompt."""
@@ -643,18 +762,21 @@ class Template:
         try:
             if config.is_file():
                 about = json.loads(config.read_text(encoding="utf-8"))
-            text = file.read_text(encoding="utf-8") if file.is_file() else about.get(
-                "chat_template")
+            text = (
+                file.read_text(encoding="utf-8") if file.is_file() else about.get("chat_template")
+            )
             if isinstance(text, list):  # several, by name
                 text = {each["name"]: each["template"] for each in text}["default"]
             if text is None:
                 return
             sandbox = need("jinja2.sandbox").ImmutableSandboxedEnvironment(
-                trim_blocks=True, lstrip_blocks=True)
+                trim_blocks=True, lstrip_blocks=True
+            )
             self.template = sandbox.from_string(text)
         except (ValueError, KeyError, TypeError, AttributeError, need("jinja2").TemplateError) as e:
-            raise UserError(str(folder), f"its chat template cannot be read ({e})",
-                            "mend it, or take it away") from None
+            raise UserError(
+                str(folder), f"its chat template cannot be read ({e})", "mend it, or take it away"
+            ) from None
         for name in ("bos_token", "eos_token"):
             token = about.get(name) or ""
             self.names[name] = token.get("content", "") if isinstance(token, dict) else token
@@ -664,8 +786,10 @@ class Template:
         return [] if self.template else [self.TURN]
 
     def encode(self, messages: list[Message]) -> list[int]:
-        said = [m.content if isinstance(m.content, str) else "".join(p.text for p in m.content)
-                for m in messages]
+        said = [
+            m.content if isinstance(m.content, str) else "".join(p.text for p in m.content)
+            for m in messages
+        ]
         if not self.template:
             turns = [f"{m.role}: {text}" for m, text in zip(messages, said, strict=True)]
             return self.tokenizer.encode("\n\n".join([*turns, "assistant:"]))
@@ -673,8 +797,9 @@ class Template:
         try:
             text = self.template.render(messages=marks, add_generation_prompt=True, **self.names)
         except Exception as e:  # a template may raise anything, and does so for roles it forbids
-            raise Refusal(400, f"messages: the chat template refuses them ({e})",
-                          "messages") from None
+            raise Refusal(
+                400, f"messages: the chat template refuses them ({e})", "messages"
+            ) from None
         ids = []  # the template's own text may hold special tokens, and what was said none
         for part in re.split("(\ue000[0-9]+\ue001)", text):
             if re.fullmatch("\ue000[0-9]+\ue001", part):
@@ -683,7 +808,9 @@ class Template:
                 ids += self.tokenizer.encode(part, allow_special=True)
         return ids
 
+
 # ---------------------------------------------------------------------------------------- HTTP
+
 
 @dataclass
 class Options:
@@ -704,22 +831,32 @@ class Options:
     body_timeout: int = 30  # seconds in which a request has to arrive
     grace: int = 10  # seconds that running answers get to end when the server is stopped
 
+
 class Meters:
     """What /metrics tells."""
 
     def __init__(self):
         p, self.registry = prometheus, prometheus.CollectorRegistry()
         prometheus.ProcessCollector(registry=self.registry)
-        self.requests = p.Counter("tinymamba_requests", "Requests by route and status.",
-                                  ["route", "status"], registry=self.registry)
-        self.tokens = p.Counter("tinymamba_tokens", "Tokens read and drawn.", ["kind"],
-                                registry=self.registry)
-        self.first = p.Histogram("tinymamba_first_token_seconds", "From request to first text.",
-                                 registry=self.registry,
-                                 buckets=(.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30))
+        self.requests = p.Counter(
+            "tinymamba_requests",
+            "Requests by route and status.",
+            ["route", "status"],
+            registry=self.registry,
+        )
+        self.tokens = p.Counter(
+            "tinymamba_tokens", "Tokens read and drawn.", ["kind"], registry=self.registry
+        )
+        self.first = p.Histogram(
+            "tinymamba_first_token_seconds",
+            "From request to first text.",
+            registry=self.registry,
+            buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+        )
 
     def gauge(self, name: str, text: str, value) -> None:
         prometheus.Gauge(f"tinymamba_{name}", text, registry=self.registry).set_function(value)
+
 
 class Guard:
     """What is asked before a request is read: its key, its size, and if there is room for it."""
@@ -756,8 +893,13 @@ class Guard:
         options, key = self.api.options, headers.get(b"authorization", b"")
         wanted = b"Bearer " + options.api_key.encode()
         if options.api_key and path not in OPEN and not hmac.compare_digest(key, wanted):
-            raise Refusal(401, "the API key is missing or wrong; send Authorization: Bearer KEY",
-                          None, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
+            raise Refusal(
+                401,
+                "the API key is missing or wrong; send Authorization: Bearer KEY",
+                None,
+                "invalid_api_key",
+                {"WWW-Authenticate": "Bearer"},
+            )
         origin = headers.get(b"origin")
         if origin and origin.partition(b"//")[2] != headers.get(b"host"):
             raise Refusal(403, "another site's page may not call this server", None, "origin")
@@ -768,8 +910,13 @@ class Guard:
             self.api.require_room(1)
 
     def too_large(self) -> Refusal:
-        return Refusal(413, f"the body is larger than {self.api.options.max_body} bytes", None,
-                       "body_too_large", {"Connection": "close"})
+        return Refusal(
+            413,
+            f"the body is larger than {self.api.options.max_body} bytes",
+            None,
+            "body_too_large",
+            {"Connection": "close"},
+        )
 
     def limited(self, receive):
         """The same, as long as the body is neither too large nor too slow."""
@@ -784,8 +931,9 @@ class Guard:
                 async with asyncio.timeout_at(end):
                     message = await receive()
             except TimeoutError:
-                raise Refusal(408, "the body did not arrive in time", None, "timeout",
-                              {"Connection": "close"}) from None
+                raise Refusal(
+                    408, "the body did not arrive in time", None, "timeout", {"Connection": "close"}
+                ) from None
             count += len(message.get("body", b""))
             complete = not message.get("more_body", False)
             if count > self.api.options.max_body:
@@ -794,12 +942,15 @@ class Guard:
 
         return next_message
 
+
 class EventStream(Response):
     """Server-sent events of a call, which is closed whatever happens."""
 
     def __init__(self, call: Call, parts):
-        super().__init__(media_type="text/event-stream", headers={
-            "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        super().__init__(
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        )
         del self.headers["content-length"]
         self.call, self.parts = call, parts
 
@@ -811,8 +962,10 @@ class EventStream(Response):
                     await send({"type": "http.response.body", "body": part, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
+
 class Gone(Exception):
     """The client went away."""
+
 
 class Call:
     """The answers of one request, from its admission to its end."""
@@ -878,13 +1031,22 @@ class Call:
     def usage(self) -> dict:
         each = getattr(self.body, "n", None) or 1
         read = sum(count for index, count in self.prompt_tokens.items() if index % each == 0)
-        return {"prompt_tokens": read, "completion_tokens": self.drawn,
-                "total_tokens": read + self.drawn}
+        return {
+            "prompt_tokens": read,
+            "completion_tokens": self.drawn,
+            "total_tokens": read + self.drawn,
+        }
 
     def envelope(self, object_name: str, choices: list, **more) -> dict:
-        return {"id": self.id, "object": object_name, "created": self.created,
-                "model": self.model, "choices": choices,
-                "system_fingerprint": self.api.fingerprint, **more}
+        return {
+            "id": self.id,
+            "object": object_name,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+            "system_fingerprint": self.api.fingerprint,
+            **more,
+        }
 
     async def whole(self, writers: list[Writer], echoes: list[str]) -> Response:
         """The answer as one JSON object."""
@@ -900,15 +1062,21 @@ class Call:
                     reasons[index], closing, self.about = value
                     tokens[index] += closing if self.body.alternatives() is not None else []
         choices = [w.choice(texts[i], tokens[i], reasons[i], False) for i, w in enumerate(writers)]
-        name = {"text": "text_completion", "chat": "chat.completion",
-                "session": "session.completion"}[self.kind]
+        name = {
+            "text": "text_completion",
+            "chat": "chat.completion",
+            "session": "session.completion",
+        }[self.kind]
         return json_response(self.envelope(name, choices, usage=self.usage(), **self.about))
 
     async def events(self, writers: list[Writer], echoes: list[str]):
         """The answer as server-sent events; an error among them is the last."""
         usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
-        name = {"text": "text_completion", "chat": "chat.completion.chunk",
-                "session": "session.completion.chunk"}[self.kind]
+        name = {
+            "text": "text_completion",
+            "chat": "chat.completion.chunk",
+            "session": "session.completion.chunk",
+        }[self.kind]
         spare = {"usage": None} if usage else {}
 
         def event(choices: list, **more) -> bytes:
@@ -916,8 +1084,17 @@ class Call:
 
         try:
             if self.kind == "chat":
-                yield b"".join(event([{**w.choice("", [], None, True), "delta": {
-                    "role": "assistant", "content": "", "refusal": None}}]) for w in writers)
+                yield b"".join(
+                    event(
+                        [
+                            {
+                                **w.choice("", [], None, True),
+                                "delta": {"role": "assistant", "content": "", "refusal": None},
+                            }
+                        ]
+                    )
+                    for w in writers
+                )
             async for batch in self.batches():
                 parts = []
                 for index, kind, value in batch:
@@ -939,21 +1116,33 @@ class Call:
         except Refusal as refusal:
             yield sse(refusal.body)
 
+
 def sse(value) -> bytes:
     return f"data: {json.dumps(value, separators=(',', ':'))}\n\n".encode()
+
 
 OPEN = ("/", "/health")  # the page itself holds nothing; what it calls needs the key
 PAGE = File(__file__).resolve().parent / "page.html"
 
+
 def page_policy(page: str) -> str:
     """A Content-Security-Policy that lets a page's own script and style run, and nothing else."""
-    script, style = ("'sha256-" + base64.b64encode(hashlib.sha256(re.search(
-        f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1].encode()).digest()).decode() + "'"
-        for tag in ("script", "style"))
-    return (f"default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; "
-            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+    script, style = (
+        "'sha256-"
+        + base64.b64encode(
+            hashlib.sha256(re.search(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1].encode()).digest()
+        ).decode()
+        + "'"
+        for tag in ("script", "style")
+    )
+    return (
+        f"default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
 
 SessionId = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+
 
 class Api:
     """The routes, and what they share. `server` belongs to it alone from here on."""
@@ -980,10 +1169,10 @@ class Api:
                     server.load_session(file, file.stem)
                 except UserError as e:
                     raise UserError(str(file), e.args[1], "move it away") from None
-        self.meters.gauge("running_answers", "Answers in the batch.",
-                          lambda: len(self.engine.running))
-        self.meters.gauge("pending_answers", "Answers admitted and not done.",
-                          lambda: self.pending)
+        self.meters.gauge(
+            "running_answers", "Answers in the batch.", lambda: len(self.engine.running)
+        )
+        self.meters.gauge("pending_answers", "Answers admitted and not done.", lambda: self.pending)
         self.meters.gauge("sessions", "Open sessions.", lambda: len(server.sessions))
 
     # What the routes share -------------------------------------------------------------------
@@ -992,25 +1181,36 @@ class Api:
         if self.draining:
             raise ending()
         if self.pending + count > self.options.batch_size + self.options.max_queue:
-            raise Refusal(429, "the server is full; try again", None, "queue_full",
-                          {"Retry-After": "1"})
+            raise Refusal(
+                429, "the server is full; try again", None, "queue_full", {"Retry-After": "1"}
+            )
 
     def model_of(self, name: str | None) -> tuple[str, str | None]:
         """The name of the model that answers, and its adapter."""
         name = name or list(self.names)[-1]
         if name not in self.names:
-            raise Refusal(404, f"model: there is no {name}; there are {', '.join(self.names)}",
-                          "model", "model_not_found")
+            raise Refusal(
+                404,
+                f"model: there is no {name}; there are {', '.join(self.names)}",
+                "model",
+                "model_not_found",
+            )
         return name, self.names[name]
 
     def settings(self, body: Generation, default_tokens: int, stops: list[str] = []) -> dict:  # noqa: B006
         """The body's fields as those of StreamingConfig, checked."""
         given = getattr(body, "max_completion_tokens", None)
-        most = next((n for n in (given, body.max_tokens) if n is not None),
-                    min(default_tokens, self.options.max_tokens))
+        most = next(
+            (n for n in (given, body.max_tokens) if n is not None),
+            min(default_tokens, self.options.max_tokens),
+        )
         if most > self.options.max_tokens:
-            raise Refusal(400, f"max_tokens: {most} is more than this server makes; ask for up to "
-                          f"{self.options.max_tokens}", "max_tokens")
+            raise Refusal(
+                400,
+                f"max_tokens: {most} is more than this server makes; ask for up to "
+                f"{self.options.max_tokens}",
+                "max_tokens",
+            )
         stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
         if body.stream_options and not body.stream:
             raise Refusal(400, "stream_options: there is no stream; set stream", "stream_options")
@@ -1020,11 +1220,17 @@ class Api:
             return default if value is None else value
 
         settings = {
-            "max_new_tokens": most, "temperature": or_else(body.temperature, 1.0),
-            "top_p": or_else(body.top_p, 1.0), "top_k": body.top_k or 0,
-            "min_p": body.min_p or 0.0, "seed": body.seed, "logit_bias": bias or None,
-            "repetition_penalty": or_else(body.repetition_penalty, 1.0), "stop": [*stop, *stops],
-            "logprobs": body.alternatives(), "adapter": self.model_of(body.model)[1],
+            "max_new_tokens": most,
+            "temperature": or_else(body.temperature, 1.0),
+            "top_p": or_else(body.top_p, 1.0),
+            "top_k": body.top_k or 0,
+            "min_p": body.min_p or 0.0,
+            "seed": body.seed,
+            "logit_bias": bias or None,
+            "repetition_penalty": or_else(body.repetition_penalty, 1.0),
+            "stop": [*stop, *stops],
+            "logprobs": body.alternatives(),
+            "adapter": self.model_of(body.model)[1],
         }
         self.server.configured(self.server.config, settings)
         return settings
@@ -1037,8 +1243,12 @@ class Api:
             async with self.encoding:
                 ids = await asyncio.to_thread(encode or self.tokenizer.encode, prompt)
         if len(ids) > self.options.max_prompt:
-            raise Refusal(400, f"prompt: has {len(ids)} tokens; send up to "
-                          f"{self.options.max_prompt}", "prompt", "context_length_exceeded")
+            raise Refusal(
+                400,
+                f"prompt: has {len(ids)} tokens; send up to {self.options.max_prompt}",
+                "prompt",
+                "context_length_exceeded",
+            )
         return ids
 
     async def respond(self, call: Call, jobs: list[Job], gates=False, echoes=None) -> Response:
@@ -1065,8 +1275,9 @@ class Api:
         several = isinstance(body.prompt, list) and not isinstance(body.prompt[0], int)
         prompts, n = body.prompt if several else [body.prompt], body.n or 1
         if body.best_of not in (None, n):
-            raise Refusal(400, "best_of: is not supported; leave it out", "best_of",
-                          "unsupported_parameter")
+            raise Refusal(
+                400, "best_of: is not supported; leave it out", "best_of", "unsupported_parameter"
+            )
         settings = self.settings(body, 16)
         if body.echo and body.logprobs is not None:
             settings["prompt_logprobs"] = body.logprobs
@@ -1094,8 +1305,10 @@ class Api:
     def jobs(self, call: Call, ids: list[int], settings: dict, n: int, at: int) -> list[Job]:
         """Choice i of a prompt draws by the seed plus i."""
         seed = secrets.randbits(62) if settings["seed"] is None else settings["seed"]
-        return [Job(ids, {**settings, "seed": (seed + i) % 2**63}, call.mailbox, at + i)
-                for i in range(n)]
+        return [
+            Job(ids, {**settings, "seed": (seed + i) % 2**63}, call.mailbox, at + i)
+            for i in range(n)
+        ]
 
     async def chat(self, request: Request, body: ChatBody) -> Response:
         """Answer a chat; see the head of serve.py for how it is put to the model."""
@@ -1129,14 +1342,23 @@ class Api:
 
     async def metrics(self) -> Response:
         """Prometheus' text format."""
-        return Response(prometheus.generate_latest(self.meters.registry),
-                        media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(
+            prometheus.generate_latest(self.meters.registry),
+            media_type="text/plain; version=0.0.4; charset=utf-8",
+        )
 
     async def page(self) -> Response:
         text = PAGE.read_text(encoding="utf-8")
-        return Response(text, media_type="text/html", headers={
-            "Content-Security-Policy": page_policy(text), "X-Content-Type-Options": "nosniff",
-            "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"})
+        return Response(
+            text,
+            media_type="text/html",
+            headers={
+                "Content-Security-Policy": page_policy(text),
+                "X-Content-Type-Options": "nosniff",
+                "Referrer-Policy": "no-referrer",
+                "Cache-Control": "no-cache",
+            },
+        )
 
     # Sessions --------------------------------------------------------------------------------
 
@@ -1177,8 +1399,9 @@ class Api:
         """One session."""
         return await self.do(lambda: session_id)
 
-    async def go_on(self, request: Request, session_id: SessionId,
-                    body: SessionCompletionBody) -> Response:
+    async def go_on(
+        self, request: Request, session_id: SessionId, body: SessionCompletionBody
+    ) -> Response:
         """Read a prompt in a session, and answer; with `gates`, every token's branch weights."""
         settings = self.settings(body, 256)
         if body.model is None:
@@ -1209,10 +1432,15 @@ class Api:
 
     async def rollback(self, session_id: SessionId) -> Response:
         """Undo the last turn."""
+
         def work() -> str:
             if not self.engine.idle(session_id).before:
-                raise Refusal(409, f"{session_id} has no turn to undo; one can be undone, once",
-                              "session_id", "nothing_to_undo")
+                raise Refusal(
+                    409,
+                    f"{session_id} has no turn to undo; one can be undone, once",
+                    "session_id",
+                    "nothing_to_undo",
+                )
             self.server.rollback(session_id)
             return session_id
 
@@ -1220,19 +1448,24 @@ class Api:
 
     async def reset(self, session_id: SessionId) -> Response:
         """Forget all text, and keep the name and the seed."""
-        return await self.do(lambda: self.engine.idle(session_id) and
-                             self.server.reset_session(session_id) or session_id)
+        return await self.do(
+            lambda: (
+                self.engine.idle(session_id) and self.server.reset_session(session_id) or session_id
+            )
+        )
 
     async def delete(self, session_id: SessionId) -> Response:
         """Forget the session, and end its answer."""
-        await self.engine.call(lambda: self.engine.known(session_id) and
-                               self.server.delete_session(session_id))
+        await self.engine.call(
+            lambda: self.engine.known(session_id) and self.server.delete_session(session_id)
+        )
         return json_response({"id": session_id, "object": "session", "deleted": True})
 
     def file(self, name: str, param: str) -> File:
         if not self.folder:
-            raise Refusal(400, f"{param}: this server has no --session_dir", param,
-                          "no_session_dir")
+            raise Refusal(
+                400, f"{param}: this server has no --session_dir", param, "no_session_dir"
+            )
         require_plain_name(name, param)
         return self.folder / f"{name}.safetensors"
 
@@ -1253,11 +1486,20 @@ class Api:
             await self.engine.call(self.engine.idle, session_id)
             if os.path.lexists(file):
                 if not body.overwrite:
-                    raise Refusal(409, f"name: {body.name} is there; set overwrite, or use "
-                                  "another", "name", "name_taken")
+                    raise Refusal(
+                        409,
+                        f"name: {body.name} is there; set overwrite, or use another",
+                        "name",
+                        "name_taken",
+                    )
             elif sum(1 for _ in self.folder.glob("*.safetensors")) >= self.options.max_sessions:
-                raise Refusal(429, "there are too many saved sessions", None,
-                              "too_many_sessions", {"Retry-After": "60"})
+                raise Refusal(
+                    429,
+                    "there are too many saved sessions",
+                    None,
+                    "too_many_sessions",
+                    {"Retry-After": "60"},
+                )
             await self.files(lambda: self.server.save_session(session_id, file), "name", file)
             return await self.do(lambda: session_id)
 
@@ -1294,8 +1536,9 @@ class Api:
         self.engine.loop.call_later(self.options.grace, self.engine.end)
 
     def app(self) -> FastAPI:
-        app = FastAPI(title="TinyMamba", version="1", docs_url=None, redoc_url=None,
-                      lifespan=self.lifespan)
+        app = FastAPI(
+            title="TinyMamba", version="1", docs_url=None, redoc_url=None, lifespan=self.lifespan
+        )
         router = self.router()
         app.include_router(router)
         app.state.routes = router.routes
@@ -1315,14 +1558,26 @@ class Api:
 
         def add(method: str, path: str, handler, model=None, status: int = 200, **more) -> None:
             ok = more.pop("ok", {"model": model} if model else {})
-            router.add_api_route(path, handler, methods=[method], status_code=status,
-                                 responses={status: ok}, response_model=None,
-                                 dependencies=[] if path in OPEN else key, **more)
+            router.add_api_route(
+                path,
+                handler,
+                methods=[method],
+                status_code=status,
+                responses={status: ok},
+                response_model=None,
+                dependencies=[] if path in OPEN else key,
+                **more,
+            )
 
         add("GET", "/", self.page, include_in_schema=False)
         add("GET", "/health", self.health)
-        add("GET", "/metrics", self.metrics, ok={"content": {"text/plain": {}}},
-            response_class=Response)
+        add(
+            "GET",
+            "/metrics",
+            self.metrics,
+            ok={"content": {"text/plain": {}}},
+            response_class=Response,
+        )
         add("GET", "/v1/models", self.models)
         add("GET", "/v1/models/{model:path}", self.model)
         add("POST", "/v1/completions", self.completions, ok=streamed)
@@ -1335,29 +1590,44 @@ class Api:
         add("POST", one + "/completions", self.go_on, ok=streamed)
         add("POST", one + "/fork", self.fork, SessionOut, 201)
         add("POST", one + "/save", self.save, SessionOut)
-        for name, handler in (("stop", self.stop), ("rollback", self.rollback),
-                              ("reset", self.reset)):
+        for name, handler in (
+            ("stop", self.stop),
+            ("rollback", self.rollback),
+            ("reset", self.reset),
+        ):
             add("POST", f"{one}/{name}", handler, SessionOut)
         return router
 
+
 # -------------------------------------------------------------------------------- command line
+
 
 class HttpServer(uvicorn.Server):
     """uvicorn, which ends the answers that run over time before it waits for them."""
 
     def __init__(self, api: Api, **config):
-        super().__init__(uvicorn.Config(
-            api.app(), log_level="warning", access_log=False, lifespan="on",
-            timeout_graceful_shutdown=api.options.grace + 5, **config))
+        super().__init__(
+            uvicorn.Config(
+                api.app(),
+                log_level="warning",
+                access_log=False,
+                lifespan="on",
+                timeout_graceful_shutdown=api.options.grace + 5,
+                **config,
+            )
+        )
         self.api = api
 
     async def shutdown(self, sockets=None) -> None:
         self.api.drain()
         await super().shutdown(sockets)
 
+
 def parse(argv: list[str] | None):
-    parser = CliParser(usage="python serve.py --checkpoint FILE [--FLAG VALUE ...]",
-                       description=__doc__.split("Chat: if")[0])
+    parser = CliParser(
+        usage="python serve.py --checkpoint FILE [--FLAG VALUE ...]",
+        description=__doc__.split("Chat: if")[0],
+    )
     flags = [
         ("--checkpoint", str, "tinymamba_model_latest.pt", "checkpoint of testv2.py, or folder"),
         ("--tokenizer", str, None, "tokenizer.json or vocab.txt; else beside the training data"),
@@ -1375,22 +1645,39 @@ def parse(argv: list[str] | None):
         else:
             flags.append((f"--{name}", type(f.default), f.default, text))
     for flag, kind, default, text in flags:
-        parser.add_argument(flag, type=kind, default=default, metavar=kind.__name__.upper(),
-                            help=text + (f" [{default}]" if default not in (None, "") else ""))
-    parser.add_argument("--compile", action="store_true",
-                        help="compile the step of one token: a minute first, faster after")
+        parser.add_argument(
+            flag,
+            type=kind,
+            default=default,
+            metavar=kind.__name__.upper(),
+            help=text + (f" [{default}]" if default not in (None, "") else ""),
+        )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the step of one token: a minute first, faster after",
+    )
     args = parser.parse_args(argv)
     require(args.dtype in DTYPES, "--dtype", f"{args.dtype} is unknown", f"use {', '.join(DTYPES)}")
     require(0 <= args.port < 65536, "--port", f"{args.port} is none", "use 0 to 65535")
     for name, f in Options.__dataclass_fields__.items():
         least = 0 if name in ("max_queue", "grace") else 1
-        require(type(f.default) is not int or getattr(args, name) >= least, f"--{name}",
-                f"{getattr(args, name)} is not legal", f"it must be at least {least}")
-    require(not args.keep_sessions or args.session_dir, "--keep_sessions", "has no place for them",
-            "pass --session_dir")
+        require(
+            type(f.default) is not int or getattr(args, name) >= least,
+            f"--{name}",
+            f"{getattr(args, name)} is not legal",
+            f"it must be at least {least}",
+        )
+    require(
+        not args.keep_sessions or args.session_dir,
+        "--keep_sessions",
+        "has no place for them",
+        "pass --session_dir",
+    )
     args.api_key = args.api_key or os.environ.get("TINYMAMBA_API_KEY", "")
     args.model_name = args.model_name or File(args.checkpoint).stem
     return args
+
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
@@ -1398,12 +1685,21 @@ def main(argv: list[str] | None = None) -> int:
     try:
         listener = socket.create_server((args.host, args.port))
     except OSError as e:
-        raise UserError("--port", f"{args.host}:{args.port} cannot be had ({e.strerror})",
-                        "use another, or end who has it") from None
+        raise UserError(
+            "--port",
+            f"{args.host}:{args.port} cannot be had ({e.strerror})",
+            "use another, or end who has it",
+        ) from None
     with listener:
-        server = StreamingServer(args.checkpoint, args.device, StreamingConfig(
-            batch_size=options.batch_size), args.tokenizer, DTYPES[args.dtype], args.compile,
-            {"adapter": args.adapter} if args.adapter else {})
+        server = StreamingServer(
+            args.checkpoint,
+            args.device,
+            StreamingConfig(batch_size=options.batch_size),
+            args.tokenizer,
+            DTYPES[args.dtype],
+            args.compile,
+            {"adapter": args.adapter} if args.adapter else {},
+        )
         api = Api(server, options)
         if not options.api_key and args.host not in ("127.0.0.1", "::1", "localhost"):
             print("there is no --api_key: whoever reaches this machine may use it", file=sys.stderr)
@@ -1414,6 +1710,7 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             api.close()
     return 0
+
 
 if __name__ == "__main__":
     run_cli(main)

@@ -20,24 +20,30 @@ from setuptools.command.editable_wheel import editable_wheel
 ROOT = Path(__file__).resolve().parent
 SHARED = {"peft"}  # names that a module here and a package elsewhere both have
 
+
 def find_scripts(root: Path) -> list[str]:
     """What goes into the package, by its path here and there."""
     files = [*root.glob("*.py"), *root.glob("*.html"), *root.glob("data/*.py")]
     return sorted(f.relative_to(root).as_posix() for f in files if f.name != "setup.py")
 
+
 def names_in(text: str) -> set[str]:
     """The names that a module has once it is imported."""
     symbols = symtable.symtable(text, "", "exec").get_symbols()
-    return {s.get_name() for s in symbols
-            if s.is_assigned() or s.is_imported() or s.is_namespace()}
+    return {s.get_name() for s in symbols if s.is_assigned() or s.is_imported() or s.is_namespace()}
+
 
 def asked_of(node: ast.Import | ast.ImportFrom, tree: ast.Module) -> set[str]:
     """The names of its module that an import takes, or of which the script makes use; if known."""
     if isinstance(node, ast.ImportFrom):
         return {alias.name for alias in node.names} - {"*"}
     name = node.names[0].asname or node.names[0].name
-    return {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)
-            and isinstance(n.value, ast.Name) and n.value.id == name}
+    return {
+        n.attr
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == name
+    }
+
 
 def is_ours(node: ast.Import | ast.ImportFrom, tree: ast.Module, name: str, names: set) -> bool:
     """Does an import mean the module here, and not the package of the same name?"""
@@ -45,12 +51,17 @@ def is_ours(node: ast.Import | ast.ImportFrom, tree: ast.Module, name: str, name
     if name not in SHARED or (asked and asked <= names):
         return True
     if not asked or asked & names:
-        refuse(node, f"does not tell which {name} it means",
-               f"write `from {name} import ...` once for the names of each")
+        refuse(
+            node,
+            f"does not tell which {name} it means",
+            f"write `from {name} import ...` once for the names of each",
+        )
     return False
+
 
 def refuse(node: ast.AST, problem: str, remedy: str) -> typing.NoReturn:
     raise SystemExit(f"error: line {node.lineno}: `{ast.unparse(node)}` {problem}; {remedy}")
+
 
 def relative(path: str, text: str, modules: dict[str, set[str]]) -> str:
     """The text of a script with what it imports of `modules`, its siblings, made relative."""
@@ -63,19 +74,24 @@ def relative(path: str, text: str, modules: dict[str, set[str]]) -> str:
         name = next((n for n in found if n in modules), None)
         if name is None or not is_ours(node, tree, name, modules[name]):
             continue
-        old, new = (f"import {name}", f"from {dots} import {name}") if whole else (
-            f"from {name}", f"from {dots}{name}")
+        old, new = (
+            (f"import {name}", f"from {dots} import {name}")
+            if whole
+            else (f"from {name}", f"from {dots}{name}")
+        )
         line, at = lines[node.lineno - 1], node.col_offset
         if len(found) > 1 or (whole and "." in name) or not line.startswith(old, at):
             refuse(node, "cannot be made relative", f"write `from {name} import ...`")
-        lines[node.lineno - 1] = line[:at] + new + line[at + len(old):]
+        lines[node.lineno - 1] = line[:at] + new + line[at + len(old) :]
     return "".join(lines)
+
 
 def installed_commands(text: str, scripts: dict[str, str]) -> str:
     """The text with the commands of a checkout put as those of the package; code has none."""
     for name, script in scripts.items():
         text = re.sub(rf"\bpython {re.escape(script)}(?![\w/])", f"tinymamba {name}", text)
     return re.sub(r"(--nproc_per_node=\S+) testv2\.py\b", r"\1 -m tinymamba.testv2", text)
+
 
 def package_files(root: Path) -> dict[str, bytes]:
     """Every file that the build adds to those of src/tinymamba/, by its path in the package."""
@@ -85,8 +101,11 @@ def package_files(root: Path) -> dict[str, bytes]:
     modules["data"] = {path.split("/")[1] for path in texts if "/" in path}
     table = runpy.run_path(str(root / "src" / "tinymamba" / "__main__.py"))["COMMANDS"]
     scripts = {name: script for name, (script, _) in table.items()}
-    return files | {path: installed_commands(relative(path, text, modules), scripts).encode()
-                    for path, text in texts.items()}
+    return files | {
+        path: installed_commands(relative(path, text, modules), scripts).encode()
+        for path, text in texts.items()
+    }
+
 
 class BuildPackage(build_py):
     """The files of src/tinymamba/, and the scripts beside them."""
@@ -100,12 +119,16 @@ class BuildPackage(build_py):
             (target / path).parent.mkdir(parents=True, exist_ok=True)
             (target / path).write_bytes(data)
 
+
 class RefuseEditable(editable_wheel):
     """A checkout needs no installing."""
 
     def run(self) -> None:
-        raise SystemExit("error: --editable: the package is made from these scripts by a build; "
-                         "run them here as they are, or use `pip install .` after each change")
+        raise SystemExit(
+            "error: --editable: the package is made from these scripts by a build; "
+            "run them here as they are, or use `pip install .` after each change"
+        )
+
 
 if __name__ == "__main__":
     setup(cmdclass={"build_py": BuildPackage, "editable_wheel": RefuseEditable})

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 # ------------------------------------------------------------------------------------ scan
 
+
 class ChunkedScan(torch.autograd.Function):
     """`selective_scan` in matrix products over chunks of Q tokens (arXiv 2405.21060, section 6).
 
@@ -65,20 +66,24 @@ class ChunkedScan(torch.autograd.Function):
         grads = [grad.flatten(1, 2)[:, : x.shape[1]] for grad in grads]
         return *grads, dD, torch.cat(dstate), None
 
+
 def scan_in_one_tile(x, dt, log_decay, B, C, D, state, chunk_size) -> tuple[Tensor, Tensor]:
     """The forward pass of ChunkedScan without a loop over tiles: a graph for every length."""
     inputs = to_chunks(chunk_size, x, dt, log_decay, B, C)
     y, last = tile_forward(*inputs, D, state)
     return y.flatten(1, 2)[:, : x.shape[1]], last
 
+
 def is_writing_graph() -> bool:
     """Whether torch.export or torch.jit.trace makes a graph that must fit inputs of any length."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
 
 def count_blocks(length: int, size: int) -> int:
     """How many blocks of a size hold a length. In a graph they are two at least: one would be taken
     for a constant."""
     return (length + size - 1) // size + (1 if is_writing_graph() else 0)
+
 
 def to_chunks(chunk_size: int, *tensors: Tensor) -> list[Tensor]:
     """(B, L, ...) -> (B, C, Q, ...). Padding has dt 0 and decay 1, so it leaves the state alone."""
@@ -88,6 +93,7 @@ def to_chunks(chunk_size: int, *tensors: Tensor) -> list[Tensor]:
     spare = is_writing_graph() or pad > 0
     padded = (F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) if spare else t for t in tensors)
     return [t.unflatten(1, (count, chunk_size)) for t in padded]
+
 
 def tiles(x: Tensor) -> tuple[list[slice], list[slice]]:
     """Rows and spans of chunks of x (B, C, Q, H, P) to take together: what fits a CPU's cache.
@@ -103,6 +109,7 @@ def tiles(x: Tensor) -> tuple[list[slice], list[slice]]:
     rows = [slice(i, i + row) for i in range(0, batch, row)]
     return rows, [slice(i, i + span) for i in range(0, chunks, span)]
 
+
 class Tile(NamedTuple):
     """What both passes need of one tile."""
 
@@ -114,6 +121,7 @@ class Tile(NamedTuple):
     reads: Tensor  # (B, C, H, Q, N) C as the state before the chunk sees it
     writes: Tensor  # (B, C, H, Q, N) B as the state after it does
     states: Tensor  # (B, C+1, H, N, P) before each chunk, and after the last
+
 
 def describe(x, dt, log_decay, B, C, D, state) -> Tile:
     """x (B, C, H, Q, P), dt and log_decay (B, C, H, Q), B and C (B, C, 1, Q, N)."""
@@ -133,9 +141,11 @@ def describe(x, dt, log_decay, B, C, D, state) -> Tile:
     states = carry(total[..., -1], (writes.mT @ x).to(state.dtype), state)
     return Tile(between, similarity, scores, from_start, to_end, reads, writes, states)
 
+
 def heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
     """(B, C, Q, H, ...) -> (B, C, H, Q, ...)."""
     return tuple(t.transpose(2, 3).contiguous() for t in tensors)
+
 
 def tile_forward(x, dt, log_decay, B, C, D, state):
     """One tile: x (B, C, Q, H, P), dt and log_decay (B, C, Q, H), B and C (B, C, Q, N)."""
@@ -143,6 +153,7 @@ def tile_forward(x, dt, log_decay, B, C, D, state):
     t = describe(x, dt, log_decay, B[:, :, None], C[:, :, None], D, state)
     y = t.scores @ x + t.reads @ t.states[:, :-1].to(x.dtype)
     return y.transpose(2, 3), t.states[:, -1]
+
 
 def tile_backward(x, dt, log_decay, B, C, D, state, dy, dlast):
     """The gradients of a tile's inputs, in their order, from those of y and the last state."""
@@ -177,6 +188,7 @@ def tile_backward(x, dt, log_decay, B, C, D, state, dy, dlast):
     dx, ddt, dlog_decay = (g.transpose(2, 3) for g in (dx, ddt, dlog_decay))
     return dx, ddt, dlog_decay, dB[:, :, 0], dC[:, :, 0], dD, dstates[:, 0]
 
+
 def carry(log_decay: Tensor, written: Tensor, state: Tensor) -> Tensor:
     """States between chunks, (B, C+1, H, N, P): before the first chunk, then after each one.
 
@@ -190,11 +202,14 @@ def carry(log_decay: Tensor, written: Tensor, state: Tensor) -> Tensor:
     sources = torch.cat((state[:, None], written), dim=1).transpose(1, 2)  # (B, H, C+1, N, P)
     return (decay @ sources.flatten(3)).view_as(sources).transpose(1, 2)
 
+
 def lower_triangle(x: Tensor, diagonal: int = 0) -> Tensor:
     """Where column j <= row i + diagonal: bool of the last two dimensions of x."""
     return torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).tril(diagonal)
 
+
 # ------------------------------------------------------------------------------------ convolution
+
 
 class DepthwiseConv(torch.autograd.Function):
     """history (B, K-1+L, D) and weight (D, K) -> (B, L, D). PyTorch's own backward pass of such a
@@ -214,16 +229,19 @@ class DepthwiseConv(torch.autograd.Function):
         dhistory = depthwise(F.pad(dy, (0, 0, K - 1, K - 1)), weight.flip(1))
         return dhistory, torch.stack(dtaps, dim=1).to(weight.dtype)
 
+
 def depthwise(x: Tensor, weight: Tensor) -> Tensor:
     """As of an image one pixel high, whose channels lie in memory as the library likes them."""
     return F.conv2d(x.mT.unsqueeze(2), weight[:, None, None], groups=len(weight)).squeeze(2).mT
 
-# ------------------------------------------------------------------------------ quantisation
+
+# ------------------------------------------------------------------------------ quantization
 
 FEW_ROWS = 32  # above, weights are made whole where activations are not to be rounded to a byte
 CACHE = 1 << 20  # bytes of codes that a CPU's core keeps at hand
 # Without these instructions a CPU is slow at products of bytes, or rounds their sums.
 MULTIPLIES_BYTES = getattr(torch.cpu, "_is_vnni_supported", lambda: False)()
+
 
 class QuantizedLinear(nn.Module):
     """A linear layer whose weight (out, in) is codes * scale: whole numbers, a scale for each row.
@@ -266,6 +284,7 @@ class QuantizedLinear(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, dynamic={self.dynamic}"
 
+
 class QuantizedProduct(torch.autograd.Function):
     """`quantized_product` that keeps no whole weight for its backward pass.
 
@@ -284,11 +303,14 @@ class QuantizedProduct(torch.autograd.Function):
         dx = dy @ whole_weight(*ctx.saved_tensors).to(dy.dtype)
         return dx.to(ctx.dtype), None, None, None, None
 
+
 def whole_weight(codes: Tensor, scale: Tensor) -> Tensor:
     return codes.float() * scale[:, None]
 
-def quantized_product(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None,
-                      dynamic: bool) -> Tensor:
+
+def quantized_product(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dynamic: bool
+) -> Tensor:
     """x (..., in) times the transpose of codes * scale (out, in), plus bias (out,): (..., out)."""
     rows = x.numel() // x.shape[-1]
     bytewise = MULTIPLIES_BYTES and x.device.type == "cpu" and not is_writing_graph()
@@ -306,16 +328,19 @@ def quantized_product(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | No
     else:  # what rounding left is a second byte, and the cache still has the codes
         rest = (wide / step).sub_(steps).mul_(254).round_().to(torch.int8)
         parts = codes.t().split(max(1, CACHE // codes.shape[1]), dim=1)
-        y = torch.cat([torch._int_mm(first, part) + torch._int_mm(rest, part) / 254
-                       for part in parts], dim=1)
+        y = torch.cat(
+            [torch._int_mm(first, part) + torch._int_mm(rest, part) / 254 for part in parts], dim=1
+        )
     y = y * scale
     y = y * step if bias is None else torch.addcmul(bias.float(), y, step)
     return y.to(x.dtype).view(*x.shape[:-1], -1)
+
 
 def to_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (..., in) in whole steps from -127 to 127, and the step (..., 1) of each row."""
     step = torch.linalg.vector_norm(x, math.inf, -1, keepdim=True).clamp(min=1e-30) / 127
     return (x / step).round(), step
+
 
 def pack(codes: Tensor, factors: Tensor) -> Tensor:
     """Codes of 4 bits (out, in) and the factors of their groups -> uint8 (out, in/2)."""
@@ -323,6 +348,7 @@ def pack(codes: Tensor, factors: Tensor) -> Tensor:
     numbers = (codes.unflatten(1, (-1, size)) // factors[..., None]).flatten(1) + 8  # 0 to 15
     low, high = numbers.to(torch.uint8).unflatten(1, (-1, 2)).unbind(2)
     return low | high << 4
+
 
 def unpack(packed: Tensor, factors: Tensor) -> Tensor:
     """The opposite of `pack`."""

@@ -73,6 +73,7 @@ REBASE = 1024  # tokens of an answer after which its first state is given up
 
 # ------------------------------------------------------------------------------------ config
 
+
 @dataclass
 class StreamingConfig:
     """How to generate. Every method that generates takes any of these as keywords, too."""
@@ -102,34 +103,55 @@ class StreamingConfig:
     def validate(self, vocab_size: int) -> StreamingConfig:
         """Refuse ill-typed and impossible values with a UserError; return self."""
         spans = {
-            "max_new_tokens": (int, 0, math.inf), "temperature": (float, 0, math.inf),
-            "top_k": (int, 0, math.inf), "top_p": (float, 0, 1), "min_p": (float, 0, 1),
-            "repetition_penalty": (float, 1e-3, 1e3), "repetition_window": (int, 0, REMEMBERED),
-            "logprobs": (int | None, 0, vocab_size), "batch_size": (int, 1, math.inf),
+            "max_new_tokens": (int, 0, math.inf),
+            "temperature": (float, 0, math.inf),
+            "top_k": (int, 0, math.inf),
+            "top_p": (float, 0, 1),
+            "min_p": (float, 0, 1),
+            "repetition_penalty": (float, 1e-3, 1e3),
+            "repetition_window": (int, 0, REMEMBERED),
+            "logprobs": (int | None, 0, vocab_size),
+            "batch_size": (int, 1, math.inf),
             "prompt_logprobs": (int | None, 0, vocab_size),
-            "state_buffer_size": (int, 1, math.inf), "reset_on_eos": (bool, False, True),
-            "optimize_memory": (bool, False, True), "seed": (int | None, 0, 2**63 - 1),
+            "state_buffer_size": (int, 1, math.inf),
+            "reset_on_eos": (bool, False, True),
+            "optimize_memory": (bool, False, True),
+            "seed": (int | None, 0, 2**63 - 1),
             "eos_token_id": (int | None, -1, vocab_size - 1),
             "bos_token_id": (int | None, 0, vocab_size - 1),
             "pad_token_id": (int | None, 0, vocab_size - 1),
         }
-        require(has_type(self.adapter, str | None), "adapter", f"{self.adapter!r} is not legal",
-                "pass a name")
+        require(
+            has_type(self.adapter, str | None),
+            "adapter",
+            f"{self.adapter!r} is not legal",
+            "pass a name",
+        )
         require_spans(self, spans)
         for name, kind in (("stop", list[str]), ("stop_ids", list[int])):
             value = getattr(self, name)
             legal = value is None or value == [] or (has_type(value, kind) and "" not in value)
             require(legal, name, f"{value!r} is not legal", f"pass a {kind}, none of them empty")
         bias = {} if self.logit_bias is None else self.logit_bias
-        require(isinstance(bias, dict) and all(has_type(b, float) or b == -math.inf
-                                               for b in bias.values()), "logit_bias",
-                f"{bias!r} is not legal", "pass {id: number}, -inf for a token never drawn")
+        require(
+            isinstance(bias, dict)
+            and all(has_type(b, float) or b == -math.inf for b in bias.values()),
+            "logit_bias",
+            f"{bias!r} is not legal",
+            "pass {id: number}, -inf for a token never drawn",
+        )
         ids = [*(self.stop_ids or []), *bias]
-        require(all(type(i) is int and 0 <= i < vocab_size for i in ids), "stop_ids, logit_bias",
-                f"{ids} are not all ids", f"they must be from 0 to {vocab_size - 1}")
+        require(
+            all(type(i) is int and 0 <= i < vocab_size for i in ids),
+            "stop_ids, logit_bias",
+            f"{ids} are not all ids",
+            f"they must be from 0 to {vocab_size - 1}",
+        )
         return self
 
+
 # ------------------------------------------------------------------------------------ sampling
+
 
 def probabilities(logits: np.ndarray, recent, config: StreamingConfig) -> np.ndarray:
     """What the next token is drawn from: logits (V,) -> float64 (V,) of sum 1.
@@ -145,8 +167,9 @@ def probabilities(logits: np.ndarray, recent, config: StreamingConfig) -> np.nda
         x[config.pad_token_id] = -np.inf
     if config.repetition_penalty != 1.0 and recent:
         seen = np.unique(recent)
-        x[seen] = np.where(x[seen] > 0, x[seen] / config.repetition_penalty,
-                           x[seen] * config.repetition_penalty)
+        x[seen] = np.where(
+            x[seen] > 0, x[seen] / config.repetition_penalty, x[seen] * config.repetition_penalty
+        )
     best = int(x.argmax())
     require(x[best] < np.inf, "logits", "are not finite", "use another checkpoint")
     require(x[best] > -np.inf, "logit_bias", "every token is banned", "leave at least one")
@@ -165,17 +188,21 @@ def probabilities(logits: np.ndarray, recent, config: StreamingConfig) -> np.nda
     p[p < config.min_p * p[best]] = 0.0
     return p / p.sum()
 
+
 def draw(p: np.ndarray, seed: int, position: int) -> int:
     """An id by probabilities (V,): a pure function of them, the seed and the place in the text."""
     digest = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=8).digest()
     share = (int.from_bytes(digest, "big") >> 11) / 2**53  # uniform in [0, 1)
     total = np.cumsum(p)
-    return min(int(np.searchsorted(total, share * total[-1], side="right")),
-               int(p.nonzero()[0][-1]))
+    return min(
+        int(np.searchsorted(total, share * total[-1], side="right")), int(p.nonzero()[0][-1])
+    )
+
 
 # ------------------------------------------------------------------------------------ text
 
 MARK = "\ufffd"  # what a tokenizer gives for bytes that are no character
+
 
 class TextStream:
     """Ids in, text out: in whole characters, and nothing of what may become a stop string."""
@@ -213,8 +240,12 @@ class TextStream:
             text, self.waiting, self.stopped = self.waiting[: min(found)], "", True
             return text
         longest = len(self.waiting)
-        sizes = [n for stop in self.stops for n in range(1, min(len(stop), longest + 1))
-                 if self.waiting.endswith(stop[:n])]
+        sizes = [
+            n
+            for stop in self.stops
+            for n in range(1, min(len(stop), longest + 1))
+            if self.waiting.endswith(stop[:n])
+        ]
         certain = len(self.waiting) - max(sizes, default=0)
         text, self.waiting = self.waiting[:certain], self.waiting[certain:]
         return text
@@ -224,20 +255,25 @@ class TextStream:
         text, self.waiting = self.waiting, ""
         return text
 
+
 def extend(tokenizer, ids: list[int], text: str) -> list[int]:
     """The ids, and those of a text that goes on where they end."""
     if not text:
         return ids
     before = tokenizer.decode(ids[-8:])
     alone, both = tokenizer.encode(before), tokenizer.encode(before + text)
-    same = next((n for n, (a, b) in enumerate(zip(alone, both, strict=False)) if a != b),
-                min(len(alone), len(both)))
+    same = next(
+        (n for n, (a, b) in enumerate(zip(alone, both, strict=False)) if a != b),
+        min(len(alone), len(both)),
+    )
     changed = alone[same:]  # tokens that the text makes longer
     if ids[len(ids) - len(changed) :] == changed:
         return ids[: len(ids) - len(changed)] + both[same:]
     return ids + tokenizer.encode(text)
 
+
 # ------------------------------------------------------------------------------------ decoding
+
 
 class Moment(NamedTuple):
     """A session at one instant. It is never changed, so that as many may share it as like."""
@@ -258,6 +294,7 @@ class Moment(NamedTuple):
         recent = (*self.recent, *ids)[-REMEMBERED:]
         return self._replace(logits=None, recent=recent, unread=(*self.unread, *ids))
 
+
 class Token(NamedTuple):
     """A token that was drawn, or one of a prompt."""
 
@@ -266,13 +303,16 @@ class Token(NamedTuple):
     top: list[tuple[int, float]]  # the likeliest ids and their logprobs, as many as it asks for
     gates: np.ndarray | None  # (n_layer, 3) weights of SSM, attention, MLP where it was predicted
 
+
 class Chunk(NamedTuple):
     """Text that is certain, and the tokens drawn since the last chunk."""
 
     text: str
     tokens: list[Token]
 
+
 NOTHING = Chunk("", [])  # there is no more without another step
+
 
 class Decoder:
     """Reads prompts and draws tokens for all open answers, as one batch.
@@ -292,8 +332,13 @@ class Decoder:
         self.state: ModelState | None = None
 
     @torch.inference_mode()
-    def read(self, ids: list[list[int]], state: ModelState, adapters: list[str | None],
-             asked: tuple[list[int], int] | None = None):
+    def read(
+        self,
+        ids: list[list[int]],
+        state: ModelState,
+        adapters: list[str | None],
+        asked: tuple[list[int], int] | None = None,
+    ):
         """ids (B, L) -> logits (B, V) of the last column, its gates (n_layer, B, 3), new state.
 
         `adapters`: the one of each row. `asked`: ids (at most L) that follow the first, second, ...
@@ -315,8 +360,10 @@ class Decoder:
         for at in range(0, len(ids), 64):
             part = ids[at : at + 64]
             logits = self.model.head(hidden[at : at + len(part)]).float().cpu().numpy()  # (64, V)
-            scores += [Token(i, *likelihoods(row, i, count), None)
-                       for row, i in zip(logits, part, strict=True)]
+            scores += [
+                Token(i, *likelihoods(row, i, count), None)
+                for row, i in zip(logits, part, strict=True)
+            ]
         return scores
 
     def let_serve(self, adapters: list[str | None]) -> None:
@@ -358,8 +405,9 @@ class Decoder:
             prompts, ready = self.pieces(), self.gather(self.ready())
             tokens, state = [[a.last] for a in ready], self.state
         for answer, piece in prompts:
-            read = self.read([piece], answer.state, [answer.config.adapter],
-                             answer.asked(len(piece)))
+            read = self.read(
+                [piece], answer.state, [answer.config.adapter], answer.asked(len(piece))
+            )
             with self.turn:
                 answer.has_read(len(piece), *read)
         if ready:
@@ -379,8 +427,9 @@ class Decoder:
         chosen = sorted(waiting[: left // 128], key=lambda a: len(a.to_read))
         for number, answer in enumerate(chosen):
             share = left // (len(chosen) - number)
-            piece = answer.to_read[: min(share, SMALL_PIECE) if answer.config.optimize_memory
-                                   else share]
+            piece = answer.to_read[
+                : min(share, SMALL_PIECE) if answer.config.optimize_memory else share
+            ]
             pieces += [(answer, piece)] if piece else []
             left -= len(piece)
         return pieces
@@ -389,8 +438,11 @@ class Decoder:
         """The answers of the next step: members as long as they have room, then others."""
         inside = [a for a in self.members if a.has_room(a.config.state_buffer_size)]
         known = set(map(id, inside))
-        others = (a for a in self.answers if id(a) not in known
-                  and a.has_room((a.config.state_buffer_size + 1) // 2))
+        others = (
+            a
+            for a in self.answers
+            if id(a) not in known and a.has_room((a.config.state_buffer_size + 1) // 2)
+        )
         return [*inside, *others][: self.batch_size]
 
     def gather(self, ready: list[Answer]) -> list[Answer]:
@@ -411,8 +463,9 @@ class Decoder:
                 answer.state = None
         return ready
 
-    def hand_out(self, ready: list[Answer], logits: np.ndarray, gates: np.ndarray,
-                 state: ModelState) -> None:
+    def hand_out(
+        self, ready: list[Answer], logits: np.ndarray, gates: np.ndarray, state: ModelState
+    ) -> None:
         if self.members:  # or all were closed meanwhile
             self.state = state
         for row, answer in enumerate(ready):
@@ -432,6 +485,7 @@ class Decoder:
             self.members, self.state = [], None
         return answer.state
 
+
 class Answer:
     """One answer of a session, as it is made: an iterator of Chunk; close it, or read to the end.
 
@@ -439,8 +493,16 @@ class Answer:
     None if it was closed early.
     """
 
-    def __init__(self, decoder: Decoder, moment: Moment, prompt: list[int],
-                 config: StreamingConfig, ends: set[int], tokenizer=None, done=None):
+    def __init__(
+        self,
+        decoder: Decoder,
+        moment: Moment,
+        prompt: list[int],
+        config: StreamingConfig,
+        ends: set[int],
+        tokenizer=None,
+        done=None,
+    ):
         """`ends`: ids that end it. Without a tokenizer, chunks have tokens and no text.
 
         `done` is called with the answer when it is over.
@@ -459,8 +521,9 @@ class Answer:
         self.scored: list[Token] = []
         if self.to_read and config.prompt_logprobs is not None:
             first, logits = self.to_read[0], moment.logits
-            known = (None, []) if logits is None else likelihoods(
-                logits, first, config.prompt_logprobs)
+            known = (
+                (None, []) if logits is None else likelihoods(logits, first, config.prompt_logprobs)
+            )
             self.scored.append(Token(first, *known, None))
         self.error = self.finish_reason = self.ended_by = None
         self.tokenizer, self.chunks = tokenizer, self.make_chunks()
@@ -488,8 +551,14 @@ class Answer:
         alternatives = self.config.prompt_logprobs
         return None if alternatives is None else (self.to_read[1 : count + 1], alternatives)
 
-    def has_read(self, count: int, logits: np.ndarray, gates: np.ndarray,
-                 state: ModelState, scores: list[Token]) -> None:
+    def has_read(
+        self,
+        count: int,
+        logits: np.ndarray,
+        gates: np.ndarray,
+        state: ModelState,
+        scores: list[Token],
+    ) -> None:
         """So many more tokens of the prompt."""
         if not self.open:
             return
@@ -655,6 +724,7 @@ class Answer:
                 if self.done:
                     self.done(self)
 
+
 def likelihoods(logits: np.ndarray, token: int, count: int | None):
     """The logprob of a token and the `count` likeliest ids with theirs, from logits (V,)."""
     if count is None:
@@ -667,7 +737,9 @@ def likelihoods(logits: np.ndarray, token: int, count: int | None):
     top = best[np.argsort(-x[best], kind="stable")][:count]
     return float(x[token]), [(int(i), float(x[i])) for i in top]
 
+
 # ------------------------------------------------------------------------------------ sessions
+
 
 @dataclass
 class Session:
@@ -683,6 +755,7 @@ class Session:
     created: float = dataclasses.field(default_factory=time.time)
     used: float = dataclasses.field(default_factory=time.time)
 
+
 class StreamingServer:
     """Sessions of one model, for any number of threads.
 
@@ -697,9 +770,16 @@ class StreamingServer:
     a character at the end of an answer is neither given out nor read.
     """
 
-    def __init__(self, model_path, device: str = "auto", config: StreamingConfig | None = None,
-                 tokenizer=None, dtype: torch.dtype = torch.float32, compiled: bool = False,
-                 adapters: dict[str, str | Path] | None = None):
+    def __init__(
+        self,
+        model_path,
+        device: str = "auto",
+        config: StreamingConfig | None = None,
+        tokenizer=None,
+        dtype: torch.dtype = torch.float32,
+        compiled: bool = False,
+        adapters: dict[str, str | Path] | None = None,
+    ):
         device, config = usable_device(str(device)), config or StreamingConfig()
         problem = why_no_compile(device) if compiled else None
         require(not problem, "compile", f"{problem}", "leave it out")
@@ -717,13 +797,21 @@ class StreamingServer:
         self.turn, self.sessions = self.decoder.turn, {}
         self.beginnings = {name: self.begin(name) for name in (None, *self.adapters)}
         known = getattr(tokenizer, "__len__", lambda: 0)()
-        require(known <= self.vocab_size, "tokenizer", f"has {known} ids, the model "
-                f"{self.vocab_size}", "pass the one that the model was trained with")
+        require(
+            known <= self.vocab_size,
+            "tokenizer",
+            f"has {known} ids, the model {self.vocab_size}",
+            "pass the one that the model was trained with",
+        )
 
     def load_adapters(self, folders: dict[str, str | Path], compiled: bool) -> list[str]:
         """Give them to the model; their names."""
-        require(not compiled or len(folders) <= 1, "compile", "every mix of adapters would be "
-                "compiled anew", "load one, or merge it")
+        require(
+            not compiled or len(folders) <= 1,
+            "compile",
+            "every mix of adapters would be compiled anew",
+            "load one, or merge it",
+        )
         if folders:
             from peft import load_adapter
 
@@ -735,8 +823,12 @@ class StreamingServer:
     def fingerprint(self) -> str:
         return self.model.fingerprint()
 
-    def create_session(self, session_id: str | None = None, seed: int | None = None,
-                       config: StreamingConfig | None = None) -> str:
+    def create_session(
+        self,
+        session_id: str | None = None,
+        seed: int | None = None,
+        config: StreamingConfig | None = None,
+    ) -> str:
         """A new session, of a name of its own if none is given; its id.
 
         With a `seed`, the same prompts give the same answers again.
@@ -747,12 +839,19 @@ class StreamingServer:
         return self.add(session_id, self.nothing(config), config, seed).id
 
     def checked(self, config: StreamingConfig) -> StreamingConfig:
-        require(isinstance(config, StreamingConfig), "config", f"is a {type(config).__name__}",
-                "pass a StreamingConfig")
+        require(
+            isinstance(config, StreamingConfig),
+            "config",
+            f"is a {type(config).__name__}",
+            "pass a StreamingConfig",
+        )
         config.validate(self.vocab_size)
-        require(config.adapter is None or config.adapter in self.adapters, "adapter",
-                f"there is no {config.adapter!r}",
-                f"there are {', '.join(self.adapters) or 'none'}")
+        require(
+            config.adapter is None or config.adapter in self.adapters,
+            "adapter",
+            f"there is no {config.adapter!r}",
+            f"there are {', '.join(self.adapters) or 'none'}",
+        )
         return config
 
     def nothing(self, config: StreamingConfig) -> Moment:
@@ -764,12 +863,22 @@ class StreamingServer:
         self.decoder.let_serve([adapter])
         return Moment(self.model.init_state(1), None, (), ())
 
-    def add(self, session_id: str | None, now: Moment, config: StreamingConfig, seed: int,
-            turns: int = 0) -> Session:
+    def add(
+        self,
+        session_id: str | None,
+        now: Moment,
+        config: StreamingConfig,
+        seed: int,
+        turns: int = 0,
+    ) -> Session:
         name = uuid.uuid4().hex if session_id is None else session_id
         require_plain_name(name, "session_id")
-        require(has_type(seed, int) and 0 <= seed < 2**63, "seed", f"{seed!r} is not legal",
-                "it must be from 0 to 2^63 - 1")
+        require(
+            has_type(seed, int) and 0 <= seed < 2**63,
+            "seed",
+            f"{seed!r} is not legal",
+            "it must be from 0 to 2^63 - 1",
+        )
         with self.turn:
             require(name not in self.sessions, "session_id", f"{name} is taken", "use another")
             self.sessions[name] = Session(name, now, config, seed, turns=turns)
@@ -778,12 +887,22 @@ class StreamingServer:
     def find(self, session_id: str, idle: bool = True) -> Session:
         session = self.sessions.get(session_id) if isinstance(session_id, str) else None
         require(session, "session_id", f"there is no session {session_id!r}", "create it first")
-        require(not idle or not session.answer, "session_id", f"{session_id} is answering",
-                "wait until it has, or close its stream")
+        require(
+            not idle or not session.answer,
+            "session_id",
+            f"{session_id} is answering",
+            "wait until it has, or close its stream",
+        )
         return session
 
-    def answer(self, prompt: str | list[int], session_id: str | None = None, *,
-               as_ids: bool = False, **settings) -> Answer:
+    def answer(
+        self,
+        prompt: str | list[int],
+        session_id: str | None = None,
+        *,
+        as_ids: bool = False,
+        **settings,
+    ) -> Answer:
         """Begin an answer; see Answer. `settings` are fields of StreamingConfig.
 
         Without a session it is made in one of its own, which ends with it. `as_ids` needs no
@@ -799,9 +918,15 @@ class StreamingServer:
             elif config.seed is None:
                 config.seed = secrets.randbits(63)
             now = session.now if session else self.nothing(config)
-            answer = Answer(self.decoder, now, self.begun(ids, now, config), config,
-                            self.ends(config), None if as_ids else self.tokenizer,
-                            functools.partial(self.settle, session) if session else None)
+            answer = Answer(
+                self.decoder,
+                now,
+                self.begun(ids, now, config),
+                config,
+                self.ends(config),
+                None if as_ids else self.tokenizer,
+                functools.partial(self.settle, session) if session else None,
+            )
             if session:
                 session.answer = answer
             return answer
@@ -810,8 +935,12 @@ class StreamingServer:
         fields = {field.name for field in dataclasses.fields(StreamingConfig)}
         for name in settings:
             require(name in fields, name, "is no setting", f"use {', '.join(sorted(fields))}")
-        require("batch_size" not in settings, "batch_size", "is the server's, for all answers",
-                "set it in the server's config")
+        require(
+            "batch_size" not in settings,
+            "batch_size",
+            "is the server's, for all answers",
+            "set it in the server's config",
+        )
         return self.checked(dataclasses.replace(config, **settings))
 
     def encode(self, prompt: str | list[int]) -> list[int]:
@@ -819,10 +948,18 @@ class StreamingServer:
             require(self.tokenizer, "tokenizer", "none was found", "pass one, or a prompt of ids")
             prompt = self.tokenizer.encode(prompt)
         ids = prompt.tolist() if isinstance(prompt, np.ndarray | Tensor) else prompt
-        require(isinstance(ids, list | tuple) and all(type(i) is int for i in ids), "prompt",
-                f"of {type(prompt).__name__} is neither text nor ids", "pass one of them")
-        require(min(ids, default=0) >= 0 and max(ids, default=0) < self.vocab_size, "prompt",
-                "has ids out of the vocabulary", f"they must be from 0 to {self.vocab_size - 1}")
+        require(
+            isinstance(ids, list | tuple) and all(type(i) is int for i in ids),
+            "prompt",
+            f"of {type(prompt).__name__} is neither text nor ids",
+            "pass one of them",
+        )
+        require(
+            min(ids, default=0) >= 0 and max(ids, default=0) < self.vocab_size,
+            "prompt",
+            "has ids out of the vocabulary",
+            f"they must be from 0 to {self.vocab_size - 1}",
+        )
         return list(ids)
 
     def begun(self, ids: list[int], now: Moment, config: StreamingConfig) -> list[int]:
@@ -832,8 +969,12 @@ class StreamingServer:
             return ids
         if begin is None and not ids:
             begin = self.eos_of(config)
-            require(begin >= 0, "prompt", "is empty, and no token begins a text",
-                    "say something, or set bos_token_id")
+            require(
+                begin >= 0,
+                "prompt",
+                "is empty, and no token begins a text",
+                "say something, or set bos_token_id",
+            )
         return ids if begin is None else [begin, *ids]
 
     def eos_of(self, config: StreamingConfig) -> int:
@@ -857,8 +998,9 @@ class StreamingServer:
         if answer.config.reset_on_eos and answer.ended_by == self.eos_of(answer.config):
             session.now = self.nothing(session.config)
 
-    def generate_stream(self, prompt: str | list[int], session_id: str | None = None,
-                        **settings) -> Iterator[str]:
+    def generate_stream(
+        self, prompt: str | list[int], session_id: str | None = None, **settings
+    ) -> Iterator[str]:
         """Text as it is made; closed early, the session stands after what was given out.
 
         What is wrong with the arguments is said when the first text is asked for.
@@ -868,17 +1010,25 @@ class StreamingServer:
                 if chunk.text:
                     yield chunk.text
 
-    def generate_text(self, prompt: str | list[int], session_id: str | None = None,
-                      **settings) -> str:
+    def generate_text(
+        self, prompt: str | list[int], session_id: str | None = None, **settings
+    ) -> str:
         return "".join(self.generate_stream(prompt, session_id, **settings))
 
     def get_session_info(self, session_id: str) -> dict:
         """Plain values: tokens read, turns, bytes of the state, and more."""
         with self.turn:
             s = self.find(session_id, idle=False)
-            return {"session_id": s.id, "position": s.now.position, "turns": s.turns,
-                    "state_bytes": s.now.state.nbytes, "seed": s.seed, "created": s.created,
-                    "last_used": s.used, "answering": s.answer is not None}
+            return {
+                "session_id": s.id,
+                "position": s.now.position,
+                "turns": s.turns,
+                "state_bytes": s.now.state.nbytes,
+                "seed": s.seed,
+                "created": s.created,
+                "last_used": s.used,
+                "answering": s.answer is not None,
+            }
 
     def reset_session(self, session_id: str) -> None:
         """Forget everything but the name and the seed."""
@@ -891,13 +1041,18 @@ class StreamingServer:
         """Undo the last turn: its prompt and its answer."""
         with self.turn:
             session = self.find(session_id)
-            require(session.before, "session_id", f"{session_id} has no turn to undo",
-                    "one turn can be undone, once")
+            require(
+                session.before,
+                "session_id",
+                f"{session_id} has no turn to undo",
+                "one turn can be undone, once",
+            )
             session.now, session.before = session.before, None
             session.turns -= 1
 
-    def fork_session(self, session_id: str, new_id: str | None = None,
-                     seed: int | None = None) -> str:
+    def fork_session(
+        self, session_id: str, new_id: str | None = None, seed: int | None = None
+    ) -> str:
         """A second session that stands where this one does; its id. Nothing is copied."""
         with self.turn:
             old = self.find(session_id)
@@ -917,8 +1072,11 @@ class StreamingServer:
     def cleanup_old_sessions(self, max_age_seconds: float = 3600) -> int:
         """Delete the sessions that were not used for so long, but for those that are answering."""
         with self.turn:
-            old = [s.id for s in self.sessions.values()
-                   if not s.answer and time.time() - s.used > max_age_seconds]
+            old = [
+                s.id
+                for s in self.sessions.values()
+                if not s.answer and time.time() - s.used > max_age_seconds
+            ]
             for session_id in old:
                 del self.sessions[session_id]
             return len(old)
@@ -929,21 +1087,31 @@ class StreamingServer:
         """All of a settled moment, in tensors of one row whose sizes never change."""
         logits = np.zeros(self.vocab_size, np.float32) if moment.logits is None else moment.logits
         blank = (-1,) * (REMEMBERED - len(moment.recent))
-        return {**moment.state.tensors(), "logits": torch.from_numpy(logits)[None],
-                "recent": torch.tensor([[*blank, *moment.recent]])}
+        return {
+            **moment.state.tensors(),
+            "logits": torch.from_numpy(logits)[None],
+            "recent": torch.tensor([[*blank, *moment.recent]]),
+        }
 
     def save_session(self, session_id: str, path: str | Path) -> None:
         """Write a safetensors file; its size does not depend on how much the session has read.
 
         It may take the place of an older session, and of nothing else.
         """
-        require(not os.path.lexists(path) or is_session(path), str(path),
-                "is there, and no session", "name another file")
+        require(
+            not os.path.lexists(path) or is_session(path),
+            str(path),
+            "is there, and no session",
+            "name another file",
+        )
         with self.turn:
             session = self.find(session_id)
             session.now = now = self.decoder.settle(session.now, session.config.adapter)
-            about = {"seed": session.seed, "turns": session.turns,
-                     "config": dataclasses.asdict(session.config)}
+            about = {
+                "seed": session.seed,
+                "turns": session.turns,
+                "config": dataclasses.asdict(session.config),
+            }
             notes = {"model": self.fingerprint, "session": json.dumps(about)}
         write_tensors(path, self.tensors(now), notes)
 
@@ -961,14 +1129,20 @@ class StreamingServer:
             config.logit_bias = bias and {int(i): b for i, b in bias.items()}
             self.checked(config)
             seed, turns = about["seed"], about["turns"]
-            sound = (max(recent, default=0) < self.vocab_size and has_type(turns, int)
-                     and len(recent) <= position < 2**62 and 0 <= start <= position
-                     and turns >= 0 and np.isfinite(logits).all())
+            sound = (
+                max(recent, default=0) < self.vocab_size
+                and has_type(turns, int)
+                and len(recent) <= position < 2**62
+                and 0 <= start <= position
+                and turns >= 0
+                and np.isfinite(logits).all()
+            )
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
             raise UserError(str(path), f"is no session ({e})", "save it anew") from None
         require(sound, str(path), "is no session", "save it anew")
         now = Moment(state, logits if position else None, recent, ())
         return self.add(session_id, now, config, seed, turns).id
+
 
 def is_session(path: str | Path) -> bool:
     """Whether a file looks like one that save_session wrote."""
@@ -980,12 +1154,14 @@ def is_session(path: str | Path) -> bool:
     except (SafetensorError, OSError):
         return False
 
+
 def usable_device(name: str) -> torch.device:
     """As pick_device; but a script written for a GPU runs, with a warning, where there is none."""
     if re.fullmatch(r"cuda(:\d+)?", name) and not torch.cuda.is_available():
         warnings.warn(f"device: {name} is not here; using the cpu", stacklevel=3)
         name = "cpu"
     return pick_device(name)
+
 
 @torch.no_grad()
 def turn_weights(model: TinyMambaModel) -> None:
@@ -999,6 +1175,7 @@ def turn_weights(model: TinyMambaModel) -> None:
     for m in model.modules():
         if isinstance(m, torch.nn.Linear) and m.out_features > m.in_features:
             m.weight = torch.nn.Parameter(m.weight.t().contiguous().t())
+
 
 class StreamingInference:
     """One session of a model. The arguments are those of StreamingServer."""
@@ -1016,8 +1193,11 @@ class StreamingInference:
         prompt = [] if token is None else token
         if not isinstance(prompt, list | tuple):
             prompt = np.atleast_1d(prompt).tolist()
-        with contextlib.closing(self.server.answer(
-                prompt, self.session, as_ids=True, **{**settings, "max_new_tokens": 1})) as answer:
+        with contextlib.closing(
+            self.server.answer(
+                prompt, self.session, as_ids=True, **{**settings, "max_new_tokens": 1}
+            )
+        ) as answer:
             return next((token.id for chunk in answer for token in chunk.tokens), None)
 
     def generate_stream(self, prompt: str | list[int], **settings) -> Iterator[str]:
@@ -1031,37 +1211,47 @@ class StreamingInference:
         """As StreamingServer.get_session_info."""
         return self.server.get_session_info(self.session)
 
+
 # ------------------------------------------------------------------------------- command line
 
-COLOURS = {"attention": 0, "MLP": 1, "SSM": 2}  # red, green and blue, mixed by the gate
+COLORS = {"attention": 0, "MLP": 1, "SSM": 2}  # red, green and blue, mixed by the gate
 ORDER = [1, 2, 0]  # of the gate's weights: attention, MLP, SSM
 
+
 def legend() -> str:
-    return "  ".join(painted(name, np.eye(3)[place]) for name, place in COLOURS.items())
+    return "  ".join(painted(name, np.eye(3)[place]) for name, place in COLORS.items())
+
 
 def painted(text: str, mix: np.ndarray) -> str:
-    """Text in the colour of three weights, the largest at full strength."""
+    """Text in the color of three weights, the largest at full strength."""
     code = ";".join(str(int(round(255 * part))) for part in mix / mix.max())
     return f"\033[38;2;{code}m{text}\033[0m"
 
-def coloured(chunk: Chunk) -> str:
-    """The text in the colours of the branches that carried it, over all layers."""
+
+def colored(chunk: Chunk) -> str:
+    """The text in the colors of the branches that carried it, over all layers."""
     gates = [token.gates.mean(0) for token in chunk.tokens if token.gates is not None]
     return painted(chunk.text, np.mean(gates, axis=0)[ORDER]) if gates else chunk.text
+
 
 class Console:
     """Answers on a terminal, to one prompt or to many."""
 
-    HELP = ("/save FILE, /load FILE, /fork [NAME], /use NAME, /sessions, /undo, /reset, /gates, "
-            "/stats, /help; Ctrl-C stops an answer, Ctrl-D ends")
+    HELP = (
+        "/save FILE, /load FILE, /fork [NAME], /use NAME, /sessions, /undo, /reset, /gates, "
+        "/stats, /help; Ctrl-C stops an answer, Ctrl-D ends"
+    )
 
     def __init__(self, server: StreamingServer, args):
         self.server, self.interactive = server, args.interactive
         self.streaming = args.streaming or args.interactive
         self.gates, self.stats, self.settings = args.gates, args.stats, args.settings
         config = server.configured(server.config, args.settings)
-        self.session = (server.load_session(args.load_session) if args.load_session
-                        else server.create_session(config=config))
+        self.session = (
+            server.load_session(args.load_session)
+            if args.load_session
+            else server.create_session(config=config)
+        )
 
     def say(self, prompt: str) -> None:
         """Print the answer to a prompt."""
@@ -1073,15 +1263,18 @@ class Console:
             for chunk in answer:
                 first = first or time.perf_counter() - begin
                 count += len(chunk.tokens)
-                shown.append(coloured(chunk) if self.gates else chunk.text)
+                shown.append(colored(chunk) if self.gates else chunk.text)
                 if self.streaming:
                     print(shown[-1], end="", flush=True)
         print("" if self.streaming else "".join(shown))
         if self.stats:
             seconds, info = time.perf_counter() - begin, self.server.get_session_info(self.session)
             rate = (count - 1) / (seconds - first) if count > 1 else 0.0
-            print(f"{first or seconds:.3f} s to the first text, {rate:,.1f} tokens/s; "
-                  f"{info['position']:,} tokens in {info['state_bytes']:,} bytes", file=sys.stderr)
+            print(
+                f"{first or seconds:.3f} s to the first text, {rate:,.1f} tokens/s; "
+                f"{info['position']:,} tokens in {info['state_bytes']:,} bytes",
+                file=sys.stderr,
+            )
 
     @contextlib.contextmanager
     def on_ctrl_c(self, stop) -> Iterator[None]:
@@ -1144,9 +1337,12 @@ class Console:
             require(name == "help", f"/{name}", "is no command", self.HELP)
             print(self.HELP)
 
+
 def parse(argv: list[str] | None):
-    parser = CliParser(usage="python streaming.py --checkpoint FILE [--FLAG VALUE ...]",
-                       description=__doc__.split("As a library")[0])
+    parser = CliParser(
+        usage="python streaming.py --checkpoint FILE [--FLAG VALUE ...]",
+        description=__doc__.split("As a library")[0],
+    )
     flags = [
         ("--checkpoint", str, "tinymamba_model_latest.pt", "a checkpoint of testv2.py"),
         ("--tokenizer", str, None, "tokenizer.json or vocab.txt; else beside the training data"),
@@ -1159,8 +1355,9 @@ def parse(argv: list[str] | None):
     ]
     for flag, kind, default, text in flags:
         shown = f" [{default}]" if default else ""
-        parser.add_argument(flag, type=kind, default=default, help=text + shown,
-                            metavar=kind.__name__.upper())
+        parser.add_argument(
+            flag, type=kind, default=default, help=text + shown, metavar=kind.__name__.upper()
+        )
     settings = {
         "max_tokens": ("max_new_tokens", int, "tokens of an answer"),
         "temperature": ("temperature", float, "0 takes the likeliest token every time"),
@@ -1172,15 +1369,25 @@ def parse(argv: list[str] | None):
     }
     for flag, (name, kind, text) in settings.items():
         default = getattr(StreamingConfig, name)
-        parser.add_argument(f"--{flag}", type=kind, dest=name, default=argparse.SUPPRESS,
-                            help=text + ("" if default is None else f" [{default}]"),
-                            metavar=kind.__name__.upper())
-    parser.add_argument("--stop", nargs="+", metavar="STR", default=argparse.SUPPRESS,
-                        help="strings that end an answer")
+        parser.add_argument(
+            f"--{flag}",
+            type=kind,
+            dest=name,
+            default=argparse.SUPPRESS,
+            help=text + ("" if default is None else f" [{default}]"),
+            metavar=kind.__name__.upper(),
+        )
+    parser.add_argument(
+        "--stop",
+        nargs="+",
+        metavar="STR",
+        default=argparse.SUPPRESS,
+        help="strings that end an answer",
+    )
     for flag, text in (
         ("--streaming", "print text as it is made"),
         ("--interactive", "turn after turn, with commands: /help lists them"),
-        ("--gates", "colour text by the branch that carried it: SSM, attention or MLP"),
+        ("--gates", "color text by the branch that carried it: SSM, attention or MLP"),
         ("--stats", "time to the first text, tokens/s, size of the state"),
         ("--compile", "compile the step of one token: a minute first, faster after"),
         ("--force", "let --save_session replace a file"),
@@ -1193,16 +1400,28 @@ def parse(argv: list[str] | None):
     require(args.dtype in DTYPES, "--dtype", f"{args.dtype} is unknown", f"use {', '.join(DTYPES)}")
     pick_device(args.device)
     there = args.save_session and os.path.lexists(args.save_session)
-    require(args.force or not there, "--save_session", f"{args.save_session} is there",
-            "pass --force or name another")
+    require(
+        args.force or not there,
+        "--save_session",
+        f"{args.save_session} is there",
+        "pass --force or name another",
+    )
     return args
+
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     sys.stdout.reconfigure(errors="replace")  # a terminal need not know every character
     adapters = {"default": args.adapter} if args.adapter else {}
-    server = StreamingServer(args.checkpoint, args.device, None, args.tokenizer,
-                             DTYPES[args.dtype], args.compile, adapters)
+    server = StreamingServer(
+        args.checkpoint,
+        args.device,
+        None,
+        args.tokenizer,
+        DTYPES[args.dtype],
+        args.compile,
+        adapters,
+    )
     console = Console(server, args)
     if args.prompt or not args.interactive:
         console.say(args.prompt)
@@ -1212,6 +1431,7 @@ def main(argv: list[str] | None = None) -> int:
         server.save_session(console.session, args.save_session)
         print(f"saved {args.save_session}", file=sys.stderr)
     return 0
+
 
 if __name__ == "__main__":
     run_cli(main)

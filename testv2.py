@@ -1,7 +1,7 @@
 """TinyMamba: a hybrid small language model, its data and its trainer, in one file.
 
 In every block a selective state-space branch, sliding-window attention and a SwiGLU MLP read the
-same normalised input side by side, and a learned gate mixes them for each token.
+same normalized input side by side, and a learned gate mixes them for each token.
 
     python testv2.py --preset demo                    # minutes on a 2-core CPU
     python testv2.py                                  # 153M parameters, for a GPU
@@ -79,6 +79,7 @@ from ssm_kernels import (
 
 # ------------------------------------------------------------------------------------ errors
 
+
 class UserError(Exception):
     """A mistake the user can mend: which field or file, what is wrong, what to do."""
 
@@ -92,15 +93,22 @@ class UserError(Exception):
         # A DataLoader worker's error comes as one text: a traceback, and last the error itself.
         return field.strip().split("\n")[-1].partition("UserError: ")[2] or field
 
+
 def require(holds, field: str, problem: str, remedy: str) -> None:
     """Raise a UserError unless `holds`."""
     if not holds:
         raise UserError(field, problem, remedy)
 
+
 def require_plain_name(name, field: str) -> None:
     """Refuse what could be no part of a path or of another name."""
-    require(isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name), field,
-            f"{name!r} is no plain name", "use up to 64 letters, digits, - and _")
+    require(
+        isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name),
+        field,
+        f"{name!r} is no plain name",
+        "use up to 64 letters, digits, - and _",
+    )
+
 
 def require_spans(holder, spans: dict[str, tuple]) -> None:
     """Refuse fields that are not of their (type, lowest, highest)."""
@@ -109,6 +117,7 @@ def require_spans(holder, spans: dict[str, tuple]) -> None:
         legal = has_type(value, kind) and (value is None or low <= value <= high)
         require(legal, name, f"{value!r} is not legal", f"it must be from {low} to {high}")
 
+
 def need(module: str):
     """An optional package's module; a UserError with the pip line where it is missing."""
     try:
@@ -116,6 +125,7 @@ def need(module: str):
     except ImportError:
         package = module.partition(".")[0]
         raise UserError(package, "is not installed", f"pip install {package}") from None
+
 
 def run_cli(main) -> typing.NoReturn:
     """Exit with what `main()` returns; a UserError becomes one line on stderr and exit code 2."""
@@ -130,12 +140,14 @@ def run_cli(main) -> typing.NoReturn:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
 
+
 class CliParser(argparse.ArgumentParser):
     """argparse with exact flag names, [defaults] in --help and errors of one line."""
 
     def __init__(self, **kwargs):
         wide = functools.partial(
-            argparse.RawDescriptionHelpFormatter, max_help_position=42, width=110)
+            argparse.RawDescriptionHelpFormatter, max_help_position=42, width=110
+        )
         super().__init__(allow_abbrev=False, formatter_class=wide, **kwargs)
 
     def error(self, message: str) -> typing.NoReturn:
@@ -146,9 +158,11 @@ class CliParser(argparse.ArgumentParser):
             message = f"{unknown[1]}: unknown flag; {hint}"
         self.exit(2, f"error: {message}\n")
 
+
 # ------------------------------------------------------------------------------------ config
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
 
 @dataclass
 class Config:
@@ -183,9 +197,9 @@ class Config:
     # Training
     block_size: int = 512  # training length in tokens; the model itself has no limit
     batch_size: int = 8  # sequences per process and micro-batch
-    gradient_accumulation_steps: int = 4  # micro-batches per optimiser step
+    gradient_accumulation_steps: int = 4  # micro-batches per optimizer step
     num_epochs: int = 1  # passes over the training data, unless max_steps says otherwise
-    max_steps: int = 0  # optimiser steps; 0 takes num_epochs
+    max_steps: int = 0  # optimizer steps; 0 takes num_epochs
     optimizer: str = "muon"  # of the matrices; everything else has AdamW
     lr: float = 6e-4  # peak learning rate
     min_lr_ratio: float = 0.1  # last learning rate as a share of the peak
@@ -251,25 +265,51 @@ class Config:
             require(has_type(value, hint), name, f"{value!r} is not {kind}", default)
             low, high = LIMITS.get(name, (None, None))
             span = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            require(low is None or low <= value <= high, name, f"{value} is not legal",
-                    f"it must be {span}")
+            require(
+                low is None or low <= value <= high,
+                name,
+                f"{value} is not legal",
+                f"it must be {span}",
+            )
             legal = CHOICES.get(name, (value,))
-            require(value in legal, name, f"{show(value)} is not a choice",
-                    f"use one of {', '.join(map(show, legal))}")
+            require(
+                value in legal,
+                name,
+                f"{show(value)} is not a choice",
+                f"use one of {', '.join(map(show, legal))}",
+            )
         D, E = self.d_model, self.expand_factor * self.d_model
         legal = [n for n in range(1, D + 1) if D % (2 * n) == 0]
-        require(self.num_heads in legal, "num_heads",
-                f"{self.num_heads} heads do not cut d_model={D} into even widths, for RoPE",
-                f"use one of {legal}" if legal else "make d_model even")
-        require(E % self.ssm_head_dim == 0, "ssm_head_dim",
-                f"{self.ssm_head_dim} does not divide expand_factor*d_model = {E}",
-                f"use one of {[p for p in range(1, E + 1) if E % p == 0]}")
-        require(self.d_state % 2 == 0, "d_state", f"{self.d_state} cannot be split into pairs",
-                "make it even")
-        require(self.low_rank < D, "low_rank", f"{self.low_rank} saves nothing at d_model={D}",
-                f"it must be from 0 to {D - 1}")
-        require(self.eos_id < self.vocab_size, "eos_id", f"{self.eos_id} is not in the vocabulary",
-                f"it must be from -1 to {self.vocab_size - 1}")
+        require(
+            self.num_heads in legal,
+            "num_heads",
+            f"{self.num_heads} heads do not cut d_model={D} into even widths, for RoPE",
+            f"use one of {legal}" if legal else "make d_model even",
+        )
+        require(
+            E % self.ssm_head_dim == 0,
+            "ssm_head_dim",
+            f"{self.ssm_head_dim} does not divide expand_factor*d_model = {E}",
+            f"use one of {[p for p in range(1, E + 1) if E % p == 0]}",
+        )
+        require(
+            self.d_state % 2 == 0,
+            "d_state",
+            f"{self.d_state} cannot be split into pairs",
+            "make it even",
+        )
+        require(
+            self.low_rank < D,
+            "low_rank",
+            f"{self.low_rank} saves nothing at d_model={D}",
+            f"it must be from 0 to {D - 1}",
+        )
+        require(
+            self.eos_id < self.vocab_size,
+            "eos_id",
+            f"{self.eos_id} is not in the vocabulary",
+            f"it must be from -1 to {self.vocab_size - 1}",
+        )
         return self
 
     def to_dict(self) -> dict:
@@ -283,6 +323,7 @@ class Config:
             require(name in HINTS, name, "is not a field of Config", "was a newer release used?")
         dtype = DTYPES.get(show(values.get("amp_dtype", Config.amp_dtype)))
         return Config(**{**values, "amp_dtype": dtype}).validate()
+
 
 HINTS = typing.get_type_hints(Config)
 CHOICES = {
@@ -305,36 +346,73 @@ LIMITS = {
     **dict.fromkeys(AT_LEAST_ONE.split(), (1, math.inf)),
     **dict.fromkeys(AT_LEAST_ZERO.split(), (0, math.inf)),
     **dict.fromkeys(("dropout", "beta1", "beta2"), (0, 0.9999)),
-    "min_lr_ratio": (0, 1), "gate_top_k": (1, 3), "eos_id": (-1, math.inf), "seed": (0, 2**63 - 1),
+    "min_lr_ratio": (0, 1),
+    "gate_top_k": (1, 3),
+    "eos_id": (-1, math.inf),
+    "seed": (0, 2**63 - 1),
 }
 PRESETS = {
     "demo": {
-        "d_model": 192, "n_layer": 4, "num_heads": 3, "vocab_size": 4096, "dropout": 0.0,
-        "block_size": 256, "batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 1000,
-        "lr": 8e-3, "warmup_steps": 100, "use_compile": False, "validation_interval": 200,
-        "validation_steps": 20, "generation_interval": 500, "checkpoint_interval": 500,
-        "generation_prompt": "import os\n\nclass", "generation_temperature": 0.7,
+        "d_model": 192,
+        "n_layer": 4,
+        "num_heads": 3,
+        "vocab_size": 4096,
+        "dropout": 0.0,
+        "block_size": 256,
+        "batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 1000,
+        "lr": 8e-3,
+        "warmup_steps": 100,
+        "use_compile": False,
+        "validation_interval": 200,
+        "validation_steps": 20,
+        "generation_interval": 500,
+        "checkpoint_interval": 500,
+        "generation_prompt": "import os\n\nclass",
+        "generation_temperature": 0.7,
     },
     "small": {
-        "d_model": 384, "n_layer": 8, "vocab_size": 4096, "lr": 4e-3, "num_epochs": 4,
-        "warmup_steps": 100, "validation_interval": 200, "generation_interval": 200,
+        "d_model": 384,
+        "n_layer": 8,
+        "vocab_size": 4096,
+        "lr": 4e-3,
+        "num_epochs": 4,
+        "warmup_steps": 100,
+        "validation_interval": 200,
+        "generation_interval": 200,
     },
     "base": {},
 }
 # What the weights and states of a checkpoint mean: these cannot change when it is read again.
 SHAPE_FIELDS = [
-    "d_model", "n_layer", "vocab_size", "bias", "tie_embeddings", "low_rank", "activation",
-    "d_state", "d_conv", "expand_factor", "ssm_head_dim", "window_size", "num_heads",
-    "rope_theta", "gate", "gate_top_k", "document_mask",
+    "d_model",
+    "n_layer",
+    "vocab_size",
+    "bias",
+    "tie_embeddings",
+    "low_rank",
+    "activation",
+    "d_state",
+    "d_conv",
+    "expand_factor",
+    "ssm_head_dim",
+    "window_size",
+    "num_heads",
+    "rope_theta",
+    "gate",
+    "gate_top_k",
+    "document_mask",
 ]
 # What a model takes along when it is written without its training.
-FOLDER_FIELDS = [
-    *SHAPE_FIELDS, "eos_id", "block_size", "deepnet", "scan", "chunk_size", "dropout"]
+FOLDER_FIELDS = [*SHAPE_FIELDS, "eos_id", "block_size", "deepnet", "scan", "chunk_size", "dropout"]
 RUN_FIELDS = [*SHAPE_FIELDS, "optimizer", "block_size", "seed", "train_data_weights"]
+
 
 def show(value) -> str:
     """A value as the user would type it."""
     return str(value).removeprefix("torch.")
+
 
 def has_type(value, hint) -> bool:
     """Is `value` of the annotated type? Whole numbers count as floats, booleans as neither."""
@@ -347,6 +425,7 @@ def has_type(value, hint) -> bool:
         return type(value) in (int, float) and abs(value) <= sys.float_info.max
     return type(value) is hint
 
+
 def parse_as(hint, text: str):
     """The value of type `hint` that the text of a flag stands for."""
     words = {bool: {"true": True, "1": True, "false": False, "0": False}, torch.dtype: DTYPES}
@@ -355,6 +434,7 @@ def parse_as(hint, text: str):
     except (ValueError, KeyError):
         legal = "one of " + ", ".join(words[hint]) if hint in words else hint.__name__
         raise argparse.ArgumentTypeError(f"{text!r} is not legal; pass {legal}") from None
+
 
 def add_config_flags(parser: argparse.ArgumentParser, defaults: dict, leave_out=()) -> None:
     """One flag for every field, but for some; the help text is the comment beside the field."""
@@ -375,6 +455,7 @@ def add_config_flags(parser: argparse.ArgumentParser, defaults: dict, leave_out=
         kind |= {"type": functools.partial(parse_as, hint), "metavar": hint.__name__.upper()}
         group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **kind)
 
+
 def named_fields(given: dict) -> dict:
     """The fields of Config among parsed flags."""
     named = {name: value for name, value in given.items() if name in HINTS}
@@ -382,6 +463,7 @@ def named_fields(given: dict) -> dict:
         if len(named.get(name, ())) == 1:
             named[name] = named[name][0]
     return named
+
 
 def parse_command_line(argv: list[str] | None = None) -> tuple[Config, dict, bool]:
     """The Config of a preset and the flags over it; the fields so named; is it to profile?
@@ -402,16 +484,20 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[Config, dict, boo
     config = Config(**{**PRESETS[given["preset"]], **named})
     return config if config.resume else config.validate(), named, given["profile"]
 
+
 # -------------------------------------------------------------------------------- primitives
+
 
 def widen(x: Tensor) -> Tensor:
     """float32, unless `x` is float64 already: what decays and states are computed in."""
     return x if x.dtype == torch.float64 else x.float()
 
+
 def to_autocast(x: Tensor) -> Tensor:
     """In the type that autocast takes matrix products in, once for all of them."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension (Zhang & Sennrich, arXiv 1910.07467, eq. 4)."""
@@ -424,6 +510,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
+
 class RotaryEmbedding(nn.Module):
     """Angles of RoPE (Su et al., arXiv 2104.09864, eq. 15).
 
@@ -433,8 +520,12 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, head_dim: int, theta: float = 10000.0):
         super().__init__()
-        require(head_dim >= 2 and head_dim % 2 == 0, "head_dim",
-                f"{head_dim} cannot be split into pairs, which RoPE turns", "make it even")
+        require(
+            head_dim >= 2 and head_dim % 2 == 0,
+            "head_dim",
+            f"{head_dim} cannot be split into pairs, which RoPE turns",
+            "make it even",
+        )
         self.head_dim, self.theta = head_dim, theta
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -445,15 +536,19 @@ class RotaryEmbedding(nn.Module):
         angles = positions.to(wide).double()[..., None] * rates
         return angles.cos().float().to(device), angles.sin().float().to(device)
 
+
 def apply_rotary_pos_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn channel pairs (i, i + F/2) of x (..., L, F) by the angles of cos, sin (..., L, F/2)."""
     if cos.shape != sin.shape or (cos.shape[-2], 2 * cos.shape[-1]) != x.shape[-2:]:
         got = f"{tuple(cos.shape)} and {tuple(sin.shape)}"
-        raise ValueError(f"RoPE: x of shape {tuple(x.shape)} needs cos and sin of shape "
-                         f"({x.shape[-2]}, {x.shape[-1] // 2}), got {got}")
+        raise ValueError(
+            f"RoPE: x of shape {tuple(x.shape)} needs cos and sin of shape "
+            f"({x.shape[-2]}, {x.shape[-1] // 2}), got {got}"
+        )
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
 
 class WideLinear(nn.Linear):
     """A linear map in float32, also under autocast and with weights of another type."""
@@ -462,6 +557,7 @@ class WideLinear(nn.Linear):
         with torch.autocast(x.device.type, enabled=False):
             bias = None if self.bias is None else widen(self.bias)
             return F.linear(widen(x), widen(self.weight), bias)
+
 
 class LowRankProjection(nn.Module):
     """A linear map through `rank` channels: rank * (d_in + d_out) weights for d_in * d_out."""
@@ -473,6 +569,7 @@ class LowRankProjection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.down(x))
+
 
 def projection(d_in: int, parts: list[int], config: Config) -> nn.Module:
     """The linear map of a branch to one or more things of so many channels, at the rank asked for.
@@ -486,8 +583,10 @@ def projection(d_in: int, parts: list[int], config: Config) -> nn.Module:
     last_layer(linear).parts = parts
     return linear
 
+
 def last_layer(projection: nn.Module) -> nn.Linear:
     return projection.up if isinstance(projection, LowRankProjection) else projection
+
 
 # ------------------------------------------------------------------------------------ scan
 
@@ -498,10 +597,18 @@ MIN_LOG_DECAY = -30.0
 # what it has for any number of tokens. A softplus alone is never 0, and small leaks add up.
 MIN_DT = 1e-3
 
+
 def selective_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
-    state: Tensor | None = None, resets: Tensor | None = None,
-    method: str = "chunked", chunk_size: int = 32,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    state: Tensor | None = None,
+    resets: Tensor | None = None,
+    method: str = "chunked",
+    chunk_size: int = 32,
 ) -> tuple[Tensor, Tensor]:
     """Run the selective recurrence of Mamba-2 (Dao & Gu, arXiv 2405.21060, eq. 2 with scalar A):
 
@@ -532,6 +639,7 @@ def selective_scan(
         y, state = scan(x, dt, log_decay, B, C, D, state.mT, chunk_size)
         return y, state.mT
 
+
 def scan_sequential(x, dt, log_decay, B, C, D, state):
     """The recurrence word for word: the reference, and the single step of decoding."""
     outputs, wide = [], [t.to(dt.dtype) for t in (x, B, C)]
@@ -542,7 +650,9 @@ def scan_sequential(x, dt, log_decay, B, C, D, state):
         outputs.append((state * C_t[:, None, None]).sum(-1) + D[:, None] * x_t)  # (B, H, P)
     return torch.stack(outputs, dim=1).to(x.dtype), state
 
+
 # ------------------------------------------------------------------------------------ branches
+
 
 class LayerState(NamedTuple):
     """What one block remembers, of constant size."""
@@ -552,6 +662,7 @@ class LayerState(NamedTuple):
     phase: Tensor  # (B, N/2) float32, by how many half turns the SSM state has turned, modulo 2
     keys: Tensor  # (B, A, W-1, F) after RoPE
     values: Tensor  # (B, A, W-1, F)
+
 
 class Piece(NamedTuple):
     """What the blocks must know of a piece of tokens besides its activations.
@@ -568,6 +679,7 @@ class Piece(NamedTuple):
     packed: bool = False  # documents may begin inside the piece: at `starts`, forget the past
     recorder: typing.Any = None  # from hf_integration.py: attends in place of LocalAttention
 
+
 def keep_last(history: Tensor, count: int, lengths: Tensor | None) -> Tensor:
     """The `count` entries of history (B, count + L, ...) up to the end of each row's tokens."""
     if lengths is None:
@@ -575,6 +687,7 @@ def keep_last(history: Tensor, count: int, lengths: Tensor | None) -> Tensor:
     index = lengths[:, None] + torch.arange(count, device=history.device)  # (B, count)
     index = index.view(*index.shape, *(1,) * (history.dim() - 2))
     return history.gather(1, index.expand(-1, -1, *history.shape[2:]))
+
 
 class ShortConv(nn.Module):
     """u plus a causal depthwise convolution of u over K tokens, for all branches at once.
@@ -603,6 +716,7 @@ class ShortConv(nn.Module):
         else:
             u = u + (depthwise if is_writing_graph() else DepthwiseConv.apply)(history, weight)
         return u, keep_last(history, K - 1, piece.lengths)
+
 
 class MambaSSM(nn.Module):
     """Selective state-space branch: Mamba-2 (arXiv 2405.21060, section 7) with a turning state.
@@ -652,6 +766,7 @@ class MambaSSM(nn.Module):
         y = y if self.offset is None else y + self.offset(plain_C)
         return self.out_proj(y.flatten(2) * F.silu(z)), state, phase[:, -1]
 
+
 def running_phase(half_turns: Tensor, phase: Tensor | None) -> Tensor:
     """Sum of half_turns (B, L, N/2) up to each token and of the phase before, modulo 2.
 
@@ -662,11 +777,12 @@ def running_phase(half_turns: Tensor, phase: Tensor | None) -> Tensor:
     total = wide.cumsum(1) if phase is None else wide.cumsum(1) + phase[:, None]
     return total.remainder(2).to(half_turns.dtype).remainder(2)  # rounding may have made it 2
 
+
 class LocalAttention(nn.Module):
     """Causal attention to the last W tokens, in blocks: O(L W) time and memory.
 
     Keys are cached as RoPE has turned them at their position in the text. Queries and keys are
-    normalised (Henry et al., arXiv 2010.04245).
+    normalized (Henry et al., arXiv 2010.04245).
     """
 
     def __init__(self, config: Config):
@@ -693,8 +809,10 @@ class LocalAttention(nn.Module):
         else:
             y = piece.recorder.attend(attend, q, keys, values, piece)
         y = y if self.prefix is None else y + self.prefix(plain_q)
-        tails = (keep_last(t[:, :, 1:].transpose(1, 2), self.window - 1, piece.lengths)
-                 for t in (keys, values))
+        tails = (
+            keep_last(t[:, :, 1:].transpose(1, 2), self.window - 1, piece.lengths)
+            for t in (keys, values)
+        )
         return self.out_proj(y.transpose(1, 2).flatten(2)), *(t.transpose(1, 2) for t in tails)
 
     def after(self, cached: Tensor | None, new: Tensor) -> Tensor:
@@ -706,8 +824,11 @@ class LocalAttention(nn.Module):
     def written_out(self, length: int, device: torch.device) -> bool:
         """Plain matrix products beat the fused kernels on a CPU, but not for a few tokens."""
         any_length = is_writing_graph() and not isinstance(length, int)
-        return not self.use_flash_attn or any_length or (
-            device.type == "cpu" and length >= self.window)
+        return (
+            not self.use_flash_attn
+            or any_length
+            or (device.type == "cpu" and length >= self.window)
+        )
 
     def mask(self, length: int, starts: Tensor | None, device: torch.device) -> Tensor:
         """The mask that the attention of a piece needs, the same in every layer; of bool.
@@ -740,10 +861,12 @@ class LocalAttention(nn.Module):
         L, W = q.shape[2], self.window
         if L <= W:
             return F.scaled_dot_product_attention(
-                q, keys[:, :, 1:], values[:, :, 1:], attn_mask=mask[:, :, 0])
+                q, keys[:, :, 1:], values[:, :, 1:], attn_mask=mask[:, :, 0]
+            )
         q = F.pad(q, (0, 0, 0, -L % W)).unflatten(2, (-1, W))  # (B, A, blocks, W, F)
-        keys, values = (F.pad(t[:, :, 1:], (0, 0, 0, -L % W)).unfold(2, 2 * W - 1, W).mT
-                        for t in (keys, values))  # (B, A, blocks, 2W-1, F)
+        keys, values = (
+            F.pad(t[:, :, 1:], (0, 0, 0, -L % W)).unfold(2, 2 * W - 1, W).mT for t in (keys, values)
+        )  # (B, A, blocks, 2W-1, F)
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
         return y.flatten(2, 3)[:, :, :L]
 
@@ -755,9 +878,12 @@ class LocalAttention(nn.Module):
         """
         (B, A, L), W = q.shape[:3], self.window
         blocks = count_blocks(L, W)
-        q, keys, values = (F.pad(t, (0, 0, 0, blocks * W - L)).unflatten(2, (blocks + more, W))
-                           .flatten(0, 1)  # (B*A, blocks, W, F)
-                           for t, more in ((q * self.head_dim**-0.5, 0), (keys, 1), (values, 1)))
+        q, keys, values = (
+            F.pad(t, (0, 0, 0, blocks * W - L))
+            .unflatten(2, (blocks + more, W))
+            .flatten(0, 1)  # (B*A, blocks, W, F)
+            for t, more in ((q * self.head_dim**-0.5, 0), (keys, 1), (values, 1))
+        )
         own = lower_triangle(q.new_empty(W, W))
         scores = torch.where(own, q @ keys[:, 1:].mT, q @ keys[:, :-1].mT)  # (B*A, blocks, W, W)
         scores = scores.unflatten(0, (B, A))
@@ -765,6 +891,7 @@ class LocalAttention(nn.Module):
         weights = scores.softmax(-1).to(values.dtype).flatten(0, 1)
         y = weights.tril() @ values[:, 1:] + weights.triu(1) @ values[:, :-1]
         return y.unflatten(0, (B, A)).flatten(2, 3)[:, :, :L]
+
 
 class SwiGLU(nn.Module):
     """Gated MLP: down(act(gate) * up) (Shazeer, arXiv 2002.05202, eq. 6)."""
@@ -780,6 +907,7 @@ class SwiGLU(nn.Module):
         gate, up = self.in_proj(u).chunk(2, dim=-1)  # (B, L, E) each
         return self.out_proj(self.activation(gate) * up)
 
+
 def sparsemax(logits: Tensor) -> Tensor:
     """Projection onto the probability simplex (Martins & Astudillo, arXiv 1602.02068, alg. 1)."""
     logits = logits - logits.amax(-1, keepdim=True)  # changes nothing but the rounding
@@ -789,6 +917,7 @@ def sparsemax(logits: Tensor) -> Tensor:
     support = (ordered * ranks > sums).sum(-1, keepdim=True)
     threshold = sums.gather(-1, support - 1) / support
     return (logits - threshold).clamp(min=0)
+
 
 class TokenAdaptiveGating(nn.Module):
     """Three branch weights for every token: non-negative, of sum one, float32."""
@@ -810,7 +939,9 @@ class TokenAdaptiveGating(nn.Module):
             logits = torch.full_like(logits, -math.inf).scatter(-1, kept.indices, kept.values)
         return logits.softmax(-1)
 
+
 # ------------------------------------------------------------------------------- block and model
+
 
 class TinyMambaBlock(nn.Module):
     """x + residual_scale * (g0 SSM(u) + g1 Attention(u) + g2 MLP(u)), u = ShortConv(RMSNorm(x))."""
@@ -845,6 +976,7 @@ class TinyMambaBlock(nn.Module):
         rows = self.mlp(u[asked])
         return torch.zeros_like(u, dtype=rows.dtype).masked_scatter(asked[..., None], rows)
 
+
 class TinyMambaModel(nn.Module):
     """The language model. `forward` for training, `advance` for text that arrives in pieces."""
 
@@ -854,8 +986,12 @@ class TinyMambaModel(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config.validate()
-        require(config.eos_id >= 0 or not config.document_mask, "eos_id",
-                "document_mask needs to know which id ends a document", "set it in the config")
+        require(
+            config.eos_id >= 0 or not config.document_mask,
+            "eos_id",
+            "document_mask needs to know which id ends a document",
+            "set it in the config",
+        )
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(self.BLOCK(config) for _ in range(config.n_layer))
@@ -868,8 +1004,13 @@ class TinyMambaModel(nn.Module):
             self.head.weight = self.embedding.weight
         init_weights(self)
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None,
-                attention_mask: Tensor | None = None, return_gates: bool = False):
+    def forward(
+        self,
+        ids: Tensor,
+        targets: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        return_gates: bool = False,
+    ):
         """ids (B, L) of int64 -> logits (B, L, V); with targets (B, L), their mean loss in nats.
 
         attention_mask (B, L) is 0 at padding, which leaves the row as if it were not there.
@@ -883,8 +1024,13 @@ class TinyMambaModel(nn.Module):
         """Mean cross entropy in nats over targets (B, L), leaving out those of -100."""
         return self(ids, targets)
 
-    def advance(self, ids: Tensor, state: ModelState, attention_mask: Tensor | None = None,
-                last_only: bool = False) -> tuple[Tensor, ModelState]:
+    def advance(
+        self,
+        ids: Tensor,
+        state: ModelState,
+        attention_mask: Tensor | None = None,
+        last_only: bool = False,
+    ) -> tuple[Tensor, ModelState]:
         """Read any number of further tokens: ids (B, L) -> logits (B, L, V) and the new state.
 
         `state` itself is left as it was. `last_only` gives logits (B, 1, V) of the last column.
@@ -896,9 +1042,15 @@ class TinyMambaModel(nn.Module):
         hidden, state, _ = self.run(ids, state, attention_mask)
         return self.head(hidden[:, -1:] if last_only else hidden), state
 
-    def run(self, ids: Tensor, state: ModelState | None = None,
-            attention_mask: Tensor | None = None, embedded: Tensor | None = None,
-            ends: Tensor | None = None, recorder=None):
+    def run(
+        self,
+        ids: Tensor,
+        state: ModelState | None = None,
+        attention_mask: Tensor | None = None,
+        embedded: Tensor | None = None,
+        ends: Tensor | None = None,
+        recorder=None,
+    ):
         """Embedding to last norm: hidden (B, L, D), new state (None if none came), gates.
 
         embedded (B, L, D) takes the place of the embeddings of ids (B, L). ends (B, L) of bool are
@@ -939,8 +1091,14 @@ class TinyMambaModel(nn.Module):
         """Which of ids (B, L) end a document, with document_mask."""
         return ids == self.config.eos_id if self.config.document_mask else None
 
-    def describe(self, ids: Tensor, state: ModelState | None, starts: Tensor | None,
-                 lengths: Tensor | None, packed: bool = False) -> Piece:
+    def describe(
+        self,
+        ids: Tensor,
+        state: ModelState | None,
+        starts: Tensor | None,
+        lengths: Tensor | None,
+        packed: bool = False,
+    ) -> Piece:
         """What all blocks must know of the piece ids (B, L)."""
         positions = torch.arange(ids.shape[1], device=ids.device)
         if state is not None:
@@ -979,8 +1137,17 @@ class TinyMambaModel(nn.Module):
 
     def count_parameters(self) -> dict[str, int]:
         """Parameters of each component; a tied head counts as embedding."""
-        parts = ("embedding", "conv", "ssm", "attention", "mlp", "gate", "norm", "residual_scale",
-                 "head")
+        parts = (
+            "embedding",
+            "conv",
+            "ssm",
+            "attention",
+            "mlp",
+            "gate",
+            "norm",
+            "residual_scale",
+            "head",
+        )
         counts = dict.fromkeys(parts, 0)
         codes = {name: t for name, t in self.named_buffers() if name.endswith(".codes")}
         if self.config.tie_embeddings:
@@ -997,18 +1164,22 @@ class TinyMambaModel(nn.Module):
             shape["quantization"] = self.quantization
         return digest({"config": shape, "weights": dict(self.state_dict())})
 
+
 def padding_last(attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Where to take each token from (B, L) to have padding last, where it went, rows' lengths."""
     order = (attention_mask == 0).long().argsort(dim=1, stable=True)
     return order, order.argsort(dim=1), (attention_mask != 0).sum(1)
+
 
 def take_tokens(x: Tensor, order: Tensor) -> Tensor:
     """x (B, L, ...) in another order (B, L) of its tokens."""
     index = order.view(*order.shape, *(1,) * (x.dim() - 2))
     return x.gather(1, index.expand_as(x))
 
-def find_documents(ids: Tensor, ends: Tensor | None, state: ModelState | None,
-                   lengths: Tensor | None):
+
+def find_documents(
+    ids: Tensor, ends: Tensor | None, state: ModelState | None, lengths: Tensor | None
+):
     """Where the document of each token begins (None: at 0), and that of each row's next."""
     if state is None and ends is None:
         return None, None
@@ -1024,6 +1195,7 @@ def find_documents(ids: Tensor, ends: Tensor | None, state: ModelState | None,
     starts = torch.cat((first[:, None], begins), dim=1)[:, : ids.shape[1]]
     return starts, begins[:, -1]
 
+
 def running_max(x: Tensor) -> Tensor:
     """x (B, L) -> the largest up to each token. ONNX has no cummax, so a graph gets a table."""
     if not is_writing_graph():
@@ -1031,8 +1203,9 @@ def running_max(x: Tensor) -> Tensor:
     table = x[:, None].expand(-1, x.shape[1], -1)  # (B, L, L)
     return table.masked_fill(~lower_triangle(table), torch.iinfo(x.dtype).min).amax(-1)
 
+
 def init_weights(model: TinyMambaModel) -> None:
-    """All initialisation, in one place; nothing touches a weight after it.
+    """All initialization, in one place; nothing touches a weight after it.
 
     - Projections: normal, variance 2/(5 d_in) (Nguyen & Salazar, arXiv 1910.05895), biases zero;
       of a low-rank pair the first keeps the variance of its input, 1/d_in.
@@ -1069,13 +1242,16 @@ def init_weights(model: TinyMambaModel) -> None:
             for branch in (block.ssm, block.attention, block.mlp):
                 last_layer(branch.out_proj).weight *= beta
 
+
 @torch.no_grad()
 def init_ssm(ssm: MambaSSM) -> None:
     dt = torch.empty_like(ssm.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
     ssm.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
     ssm.A_log.copy_(torch.empty_like(ssm.A_log).uniform_(1, 16).log())
 
+
 # ------------------------------------------------------------------------------------ state
+
 
 @dataclass
 class ModelState:
@@ -1102,8 +1278,11 @@ class ModelState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name."""
-        named = {f"layers.{i}.{name}": t for i, layer in enumerate(self.layers)
-                 for name, t in layer._asdict().items()}
+        named = {
+            f"layers.{i}.{name}": t
+            for i, layer in enumerate(self.layers)
+            for name, t in layer._asdict().items()
+        }
         return {**named, "position": self.position, "document_start": self.document_start}
 
     @property
@@ -1115,14 +1294,18 @@ class ModelState:
         position, start = self.position + count, self.position + document
         ended = ((start == position) & (position > 0))[:, None, None, None]  # eos came last
         layers = [new._replace(ssm=new.ssm.masked_fill(ended, 0.0)) for new in layers]
-        layers = [LayerState(*(n.to(o.dtype) for n, o in zip(new, old, strict=True)))
-                  for new, old in zip(layers, self.layers, strict=True)]
+        layers = [
+            LayerState(*(n.to(o.dtype) for n, o in zip(new, old, strict=True)))
+            for new, old in zip(layers, self.layers, strict=True)
+        ]
         return ModelState(layers, position, start)
 
     def begin_document(self, rows: Tensor) -> ModelState:
         """The state with nothing before it, in the rows (B,) of bool."""
-        layers = [layer._replace(ssm=layer.ssm.masked_fill(rows[:, None, None, None], 0.0))
-                  for layer in self.layers]
+        layers = [
+            layer._replace(ssm=layer.ssm.masked_fill(rows[:, None, None, None], 0.0))
+            for layer in self.layers
+        ]
         start = torch.where(rows, self.position, self.document_start)
         return ModelState(layers, self.position, start).forget_inputs()
 
@@ -1130,17 +1313,23 @@ class ModelState:
         """Without the convolution's inputs from before each row's document."""
         age = torch.arange(self.layers[0].conv.shape[1], 0, -1, device=self.position.device)
         foreign = age > (self.position - self.document_start)[:, None]  # (B, K-1)
-        layers = [layer._replace(conv=layer.conv.masked_fill(foreign[..., None], 0.0))
-                  for layer in self.layers]
+        layers = [
+            layer._replace(conv=layer.conv.masked_fill(foreign[..., None], 0.0))
+            for layer in self.layers
+        ]
         return ModelState(layers, self.position, self.document_start)
 
     @staticmethod
     def join(states: list[ModelState]) -> ModelState:
         """One state of all their rows."""
-        layers = [LayerState(*map(torch.cat, zip(*parts, strict=True)))
-                  for parts in zip(*(state.layers for state in states), strict=True)]
-        ends = (torch.cat([getattr(state, name) for state in states])
-                for name in ("position", "document_start"))
+        layers = [
+            LayerState(*map(torch.cat, zip(*parts, strict=True)))
+            for parts in zip(*(state.layers for state in states), strict=True)
+        ]
+        ends = (
+            torch.cat([getattr(state, name) for state in states])
+            for name in ("position", "document_start")
+        )
         return ModelState(layers, *ends)
 
     def save(self, path: str | Path, model: TinyMambaModel) -> None:
@@ -1160,7 +1349,9 @@ class ModelState:
             t.copy_(tensors[name])
         return self
 
+
 STATE_FORMAT = "tinymamba-state-2"
+
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
     """A safetensors file with a checksum over the tensors and the notes."""
@@ -1171,8 +1362,10 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], notes: dict[str,
     said = {**notes, "checksum": digest([tensors, notes])}
     replace_file(path, lambda temporary: Path(temporary).write_bytes(save(tensors, said)))
 
-def read_tensors(path: str | Path, like: dict[str, Tensor], notes: dict[str, str],
-                 rows: int | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+
+def read_tensors(
+    path: str | Path, like: dict[str, Tensor], notes: dict[str, str], rows: int | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and notes of such a file, if its notes agree with `notes`.
 
     Names, types and shapes must be those of `like`, but for the number of rows, where `rows` leaves
@@ -1185,8 +1378,12 @@ def read_tensors(path: str | Path, like: dict[str, Tensor], notes: dict[str, str
         with safe_open(path, framework="pt") as file:
             said = file.metadata() or {}
             wanted = {**notes, "format": STATE_FORMAT}
-            require(all(said.get(k) == v for k, v in wanted.items()), name,
-                    "is no state of this model", "load the model that it belongs to")
+            require(
+                all(said.get(k) == v for k, v in wanted.items()),
+                name,
+                "is no state of this model",
+                "load the model that it belongs to",
+            )
             slices = {n: file.get_slice(n) for n in file.keys()}  # noqa: SIM118
             known = slices.keys() == like.keys()
             rows = rows or (slices["position"].get_shape()[0] if known else 1)
@@ -1201,8 +1398,10 @@ def read_tensors(path: str | Path, like: dict[str, Tensor], notes: dict[str, str
     require(checksum == digest([tensors, said]), name, "is damaged", remedy)
     return tensors, said
 
-def read_all_tensors(path: str | Path, remedy: str,
-                     unsigned: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+
+def read_all_tensors(
+    path: str | Path, remedy: str, unsigned: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and notes of a safetensors file of any content; a damaged one is a UserError.
 
     A file without a checksum is one of others' only if all its names begin with `unsigned`.
@@ -1217,21 +1416,27 @@ def read_all_tensors(path: str | Path, remedy: str,
         raise UserError(str(path), f"cannot be read ({e})", remedy) from None
     checksum = notes.pop("checksum", None)
     others = unsigned is not None and checksum is None
-    sound = all(name.startswith(unsigned) for name in tensors) if others else (
-        checksum == digest([tensors, notes]))
+    sound = (
+        all(name.startswith(unsigned) for name in tensors)
+        if others
+        else (checksum == digest([tensors, notes]))
+    )
     require(sound, str(path), "is damaged", remedy)
     return tensors, notes
+
 
 # -------------------------------------------------------------------------------- tokenizer
 
 EOS_TOKEN = "<|endoftext|>"
 EOS_NAMES = (EOS_TOKEN, "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "[EOS]")
 
+
 def byte_alphabet() -> list[str]:
     """A printable character for each byte value, as GPT-2's vocabulary files write bytes."""
     plain = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     other = iter(range(256, 512))
     return [chr(b) if b in plain else chr(next(other)) for b in range(256)]
+
 
 class SimpleTokenizer:
     """Text to ids and back: a `tokenizer.json`, a `vocab.txt` by longest match, or plain bytes.
@@ -1328,6 +1533,7 @@ class SimpleTokenizer:
         """Number of ids, special ones included."""
         return len(self.pieces) if self.library is None else self.library.get_vocab_size()
 
+
 def byte_level(model, use_regex: bool = True):
     """A Tokenizer of the library `tokenizers` over a model whose tokens are written as bytes."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -1337,6 +1543,7 @@ def byte_level(model, use_regex: bool = True):
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
+
 def byte_tokenizer():
     """What SimpleTokenizer() does, as one of that library: an id for each byte, and eos."""
     from tokenizers.models import BPE
@@ -1345,11 +1552,13 @@ def byte_tokenizer():
     tokenizer.add_special_tokens([EOS_TOKEN])
     return tokenizer
 
+
 def find_tokenizer(data_path: str) -> SimpleTokenizer | None:
     """The tokenizer that lies beside a file, or in a folder, or None."""
     folder = Path(data_path) if Path(data_path).is_dir() else Path(data_path).parent
     files = (folder / name for name in ("tokenizer.json", "vocab.txt"))
     return next((SimpleTokenizer(file) for file in files if file.is_file()), None)
+
 
 def open_tokenizer(given, model: TinyMambaModel, beside: list):
     """The one given, or what lies beside these files or the model's training data, or None."""
@@ -1359,6 +1568,7 @@ def open_tokenizer(given, model: TinyMambaModel, beside: list):
     beside = [*beside, *([data] if isinstance(data, str) else data)]
     return next(filter(None, (find_tokenizer(str(path)) for path in beside)), None)
 
+
 def copy_tokenizer(tokenizer, folder: Path) -> None:
     """Put the file of a SimpleTokenizer, if it has one, where find_tokenizer looks for it."""
     path = Path(getattr(tokenizer, "path", None) or "")
@@ -1366,7 +1576,9 @@ def copy_tokenizer(tokenizer, folder: Path) -> None:
         name = "tokenizer.json" if path.suffix == ".json" else "vocab.txt"
         shutil.copyfile(path, folder / name)
 
+
 # ------------------------------------------------------------------------------------ data
+
 
 def read_sidecar(path: str) -> dict:
     """What the .json beside a .bin says of it: dtype, vocab_size, eos_id, tokens, bytes."""
@@ -1381,32 +1593,45 @@ def read_sidecar(path: str) -> dict:
     require(known, str(sidecar), "names no dtype int32 or uint16", "mend it or delete it")
     return facts
 
+
 class TokenFile:
     """The raw ids of one .bin file, mapped into memory and never read whole."""
 
     def __init__(self, path: str | Path, data_dtype: str = "auto"):
         self.path, self.tokens = str(path), None
-        require(Path(path).is_file(), self.path, "no such file",
-                "make it with python data/prepare.py")
+        require(
+            Path(path).is_file(), self.path, "no such file", "make it with python data/prepare.py"
+        )
         facts = read_sidecar(self.path)
         asked = facts.get("dtype", "int32") if data_dtype == "auto" else data_dtype
-        require(facts.get("dtype", asked) == asked, "data_dtype",
-                f"{asked}, but the .json of {self.path} says {facts.get('dtype')}", "leave it out")
+        require(
+            facts.get("dtype", asked) == asked,
+            "data_dtype",
+            f"{asked}, but the .json of {self.path} says {facts.get('dtype')}",
+            "leave it out",
+        )
         self.dtype, size = np.dtype(asked), os.path.getsize(path)
         hint = "is it cut off?" if size % 2 else "pass --data_dtype uint16 if it holds uint16"
         self.length, rest = divmod(size, self.dtype.itemsize)
         require(not rest, self.path, f"{size} bytes are no whole number of {asked} ids", hint)
-        require(facts.get("tokens", self.length) == self.length, self.path,
-                f"has {self.length} tokens, its .json says {facts.get('tokens')}",
-                "prepare it anew, or delete the .json if it describes another file")
+        require(
+            facts.get("tokens", self.length) == self.length,
+            self.path,
+            f"has {self.length} tokens, its .json says {facts.get('tokens')}",
+            "prepare it anew, or delete the .json if it describes another file",
+        )
 
     def read(self, begin: int, end: int) -> np.ndarray:
         if self.tokens is None:
             self.tokens = np.memmap(self.path, self.dtype, mode="r")
         size = os.path.getsize(self.path) if os.path.exists(self.path) else 0
         there = min(len(self.tokens), size // self.dtype.itemsize)
-        require(end <= there, self.path, f"was cut to {there} tokens while it was read",
-                "put it back and start again")
+        require(
+            end <= there,
+            self.path,
+            f"was cut to {there} tokens while it was read",
+            "put it back and start again",
+        )
         return self.tokens[begin:end]
 
     def sampled_hash(self) -> str:
@@ -1426,12 +1651,13 @@ class TokenFile:
             if ids.max() < vocab_size and ids.min() >= 0:
                 continue
             first = int(np.flatnonzero((ids >= vocab_size) | (ids < 0))[0])
-            remedy = "raise --vocab_size, or tokenise the text anew"
+            remedy = "raise --vocab_size, or tokenize the text anew"
             halves = ids.copy().view(np.uint16)  # two ids of uint16 make one large int32
             if np.mean((ids < 0) | (ids >= 1 << 16)) > 0.5 and halves.max() < vocab_size:
                 remedy = "it looks like uint16 ids: pass --data_dtype uint16"
             problem = f"id {ids[first]} at offset {at + first} is outside vocab_size={vocab_size}"
             raise UserError(self.path, problem, remedy)
+
 
 def permute(index: int, size: int, key: bytes) -> int:
     """Where a pseudo-random permutation of range(size) sends `index`, in constant memory.
@@ -1449,6 +1675,7 @@ def permute(index: int, size: int, key: bytes) -> int:
         index = left << half | right
         if index < size:
             return index
+
 
 class Shares:
     """Deals samples 0, 1, 2, ... to sources so that after n samples each has n * weight, +-2.
@@ -1489,6 +1716,7 @@ class Shares:
         share = (2 * n * left + total) // (2 * total)
         return self.counts(share, low) | self.counts(n - share, high)
 
+
 class StreamingTokenDataset(torch.utils.data.Dataset):
     """Blocks of tokens from one or more .bin files, in an order that is a pure function.
 
@@ -1499,8 +1727,16 @@ class StreamingTokenDataset(torch.utils.data.Dataset):
     (default: by size, which reads everything once).
     """
 
-    def __init__(self, data_sources, block_size: int, weights=None, shuffle: bool = False,
-                 seed: int = 1337, vocab_size: int | None = None, data_dtype: str = "auto"):
+    def __init__(
+        self,
+        data_sources,
+        block_size: int,
+        weights=None,
+        shuffle: bool = False,
+        seed: int = 1337,
+        vocab_size: int | None = None,
+        data_dtype: str = "auto",
+    ):
         paths = [data_sources] if isinstance(data_sources, str | Path) else data_sources
         self.block_size, self.shuffle, self.seed = block_size, shuffle, seed
         self.vocab_size = vocab_size
@@ -1518,10 +1754,18 @@ class StreamingTokenDataset(torch.utils.data.Dataset):
 
     def _whole_weights(self, weights) -> list[int]:
         weights, field = [float(w) for w in weights], "train_data_weights"
-        require(len(weights) == len(self.files), field,
-                f"{len(weights)} weights for {len(self.files)} sources", "give one for each")
-        require(all(math.isfinite(w) and w > 0 for w in weights), field,
-                f"{weights} are not all above 0", "leave out sources of share 0")
+        require(
+            len(weights) == len(self.files),
+            field,
+            f"{len(weights)} weights for {len(self.files)} sources",
+            "give one for each",
+        )
+        require(
+            all(math.isfinite(w) and w > 0 for w in weights),
+            field,
+            f"{weights} are not all above 0",
+            "leave out sources of share 0",
+        )
         exact = [Fraction(str(w)) for w in weights]
         whole = [int(w * math.lcm(*(e.denominator for e in exact))) for w in exact]
         return [w // math.gcd(*whole) for w in whole]
@@ -1566,11 +1810,15 @@ class StreamingTokenDataset(torch.utils.data.Dataset):
     def fingerprint(self) -> dict:
         """What a position in the data is only valid for."""
         return {
-            "block_size": self.block_size, "seed": self.seed, "shuffle": self.shuffle,
-            "sources": [[Path(f.path).name, f.length, str(f.dtype), f.sampled_hash()]
-                        for f in self.files],
+            "block_size": self.block_size,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "sources": [
+                [Path(f.path).name, f.length, str(f.dtype), f.sampled_hash()] for f in self.files
+            ],
             "weights": [str(w) for w in self.shares.weights],
         }
+
 
 class ShardedBatches:
     """Batches of consecutive sample numbers, dealt to the ranks in turn."""
@@ -1585,11 +1833,14 @@ class ShardedBatches:
     def __len__(self) -> int:
         return len(self.starts)
 
-# ------------------------------------------------------------------------ optimiser and schedule
+
+# ------------------------------------------------------------------------ optimizer and schedule
+
 
 def whole(t):
     """A tensor of which each process holds a part (FSDP), put together; anything else as it is."""
     return t.full_tensor() if hasattr(t, "full_tensor") else t
+
 
 def share_of(t: Tensor, like: Tensor) -> Tensor:
     """This process's part of a whole tensor, cut as `like` is."""
@@ -1598,6 +1849,7 @@ def share_of(t: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None)
+
 
 class MuonAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al., 2024) for matrices and AdamW for all else, as one optimizer.
@@ -1613,7 +1865,8 @@ class MuonAdamW(torch.optim.Optimizer):
         """`matrices` says into how many rows each is cut."""
         self.rows = list(matrices.values())
         self.adamw = torch.optim.AdamW(
-            others, config.lr, (config.beta1, config.beta2), weight_decay=0.0, fused=True)
+            others, config.lr, (config.beta1, config.beta2), weight_decay=0.0, fused=True
+        )
         muon = {"params": list(matrices), "lr": config.lr, "weight_decay": config.weight_decay}
         super().__init__([muon, *self.adamw.param_groups], {})
         self.share()
@@ -1641,7 +1894,7 @@ class MuonAdamW(torch.optim.Optimizer):
             for part in updates[p].split(rows):
                 alike.setdefault(part.shape, []).append(part)
         for shape, parts in alike.items():
-            made = orthogonalise(torch.stack(parts)).to(parts[0].dtype)
+            made = orthogonalize(torch.stack(parts)).to(parts[0].dtype)
             torch._foreach_copy_(parts, made.mul_(0.2 * max(shape) ** 0.5).unbind())
         if updates:
             torch._foreach_mul_(list(updates), 1 - group["lr"] * group["weight_decay"])
@@ -1649,7 +1902,8 @@ class MuonAdamW(torch.optim.Optimizer):
             torch._foreach_add_(list(updates), shares, alpha=-group["lr"])
         return loss
 
-def orthogonalise(x: Tensor) -> Tensor:
+
+def orthogonalize(x: Tensor) -> Tensor:
     """Matrices (count, rows, columns) with singular values near 1: Newton-Schulz, in bfloat16."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.shape[1] > x.shape[2]
@@ -1660,6 +1914,7 @@ def orthogonalise(x: Tensor) -> Tensor:
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
+
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """Muon or AdamW for the matrices of linear projections, with decay; AdamW for the rest.
 
@@ -1668,15 +1923,20 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     those of rare tokens between their visits.
     """
     no_matrix = ("head", "controller", "angle_proj")
-    linear = {m.weight: getattr(m, "parts", [m.out_features]) for name, m in model.named_modules()
-              if isinstance(m, nn.Linear) and not name.endswith(no_matrix)
-              and m.weight.requires_grad}
+    linear = {
+        m.weight: getattr(m, "parts", [m.out_features])
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and not name.endswith(no_matrix) and m.weight.requires_grad
+    }
     others = [p for p in model.parameters() if p.requires_grad and p not in linear]
     if config.optimizer == "muon":
         return MuonAdamW(linear, others, config)
-    groups = [{"params": list(linear), "weight_decay": config.weight_decay},
-              {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": list(linear), "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, config.lr, (config.beta1, config.beta2), fused=True)
+
 
 def learning_rate(step: int, total_steps: int, config: Config) -> float:
     """Linear warm-up to `lr`, then a cosine down to min_lr_ratio * lr at the last step."""
@@ -1687,10 +1947,12 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
     share = 0.5 * (1 + math.cos(math.pi * progress))
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * share)
 
+
 # -------------------------------------------------------------------------------- checkpoints
 
 CHECKPOINT_FORMAT = 3
 FOLDER_FORMAT = 2
+
 
 def digest(value) -> str:
     """SHA-256 over nested dicts and lists of tensors and plain values."""
@@ -1712,7 +1974,9 @@ def digest(value) -> str:
     feed(value)
     return h.hexdigest()
 
+
 REPLACING = threading.Lock()  # two writers of one file would share its temporary name
+
 
 def replace_file(path: str | Path, write, previous: Path | None = None) -> None:
     """Let `write(temporary name)` make the file, then put it in place in one step, on disk.
@@ -1741,9 +2005,11 @@ def replace_file(path: str | Path, write, previous: Path | None = None) -> None:
             temporary.unlink()
         raise UserError(str(path), f"cannot be written ({e})", "free space or name another") from e
 
+
 def write_json(path: str | Path, value) -> None:
     text = json.dumps(value, indent=2) + "\n"
     replace_file(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
 
 def save_checkpoint(path: str | Path, state: dict, previous: Path | None = None) -> None:
     """Write `state` (tensors and plain values) with a checksum, and read it back.
@@ -1759,6 +2025,7 @@ def save_checkpoint(path: str | Path, state: dict, previous: Path | None = None)
 
     replace_file(path, write, previous)
 
+
 def load_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint onto the CPU; a missing, damaged or foreign file is a UserError.
 
@@ -1773,18 +2040,32 @@ def load_checkpoint(path: str | Path) -> dict:
         raise UserError(name, "is damaged, or holds code, which is never run", remedy) from None
     except Exception as e:  # what a damaged pickle raises depends on where it is damaged
         raise UserError(name, f"is damaged ({type(e).__name__})", remedy) from e
-    require(isinstance(state, dict) and state.get("format_version") == CHECKPOINT_FORMAT, name,
-            f"is no TinyMamba checkpoint of format {CHECKPOINT_FORMAT}", remedy)
-    require(state.pop("checksum", None) == digest(state), name,
-            "is damaged: its checksum is wrong", remedy)
+    require(
+        isinstance(state, dict) and state.get("format_version") == CHECKPOINT_FORMAT,
+        name,
+        f"is no TinyMamba checkpoint of format {CHECKPOINT_FORMAT}",
+        remedy,
+    )
+    require(
+        state.pop("checksum", None) == digest(state),
+        name,
+        "is damaged: its checksum is wrong",
+        remedy,
+    )
     return state
+
 
 def require_same_run(old: dict, new: dict) -> None:
     """Refuse settings under which a checkpoint's tensors or its place in the data would not fit."""
     changed = [name for name in RUN_FIELDS if old[name] != new[name]]
     asked, had = (", ".join(str(values[name]) for name in changed) for values in (new, old))
-    require(not changed, ", ".join(changed), f"{asked} asked for, but the checkpoint has {had}",
-            "leave the flags out, or start a new run")
+    require(
+        not changed,
+        ", ".join(changed),
+        f"{asked} asked for, but the checkpoint has {had}",
+        "leave the flags out, or start a new run",
+    )
+
 
 def resumed_config(saved: dict, named: dict) -> Config:
     """The settings of a checkpoint, with those that the user has named over them."""
@@ -1792,14 +2073,19 @@ def resumed_config(saved: dict, named: dict) -> Config:
     require_same_run(saved["config"], settings)
     return Config.from_dict(settings)
 
+
 def run_files(path: str | Path) -> list[Path]:
     """The checkpoints of the run that saves to `path`: that file, then the others, newest first."""
     path = Path(path)
     stem = glob.escape(path.stem.removesuffix("_latest"))
-    others = {sibling(path, "previous"), sibling(path, "best"),
-              *path.parent.glob(f"{stem}_step*{glob.escape(path.suffix)}")}
+    others = {
+        sibling(path, "previous"),
+        sibling(path, "best"),
+        *path.parent.glob(f"{stem}_step*{glob.escape(path.suffix)}"),
+    }
     others = [f for f in others if f.is_file() and f != path]
     return [path, *sorted(others, key=lambda f: f.stat().st_mtime, reverse=True)]
+
 
 def load_newest(path: str | Path) -> dict:
     """The checkpoint at `path`, or if that is damaged or gone the newest good one of its run.
@@ -1820,26 +2106,33 @@ def load_newest(path: str | Path) -> dict:
         return saved
     raise next(iter(damaged.values()))
 
+
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> TinyMambaModel:
     """The model of a checkpoint, or of a folder that `save_folder` wrote, in eval mode."""
     if Path(path).is_dir():
         return load_folder(Path(path)).to(device).eval()
     state = load_checkpoint(path)
-    require("adapter" not in state, str(path), "holds an adapter only, no model",
-            "pass the base's checkpoint, and the adapter's folder as --adapter")
+    require(
+        "adapter" not in state,
+        str(path),
+        "holds an adapter only, no model",
+        "pass the base's checkpoint, and the adapter's folder as --adapter",
+    )
     model = TinyMambaModel(Config.from_dict(state["config"]))
     model.load_state_dict(state["model"])
     return model.to(device).eval()
+
 
 def save_folder(folder: Path, model: TinyMambaModel) -> None:
     """Write model.safetensors, with a checksum, and config.json: a model without pickle."""
     write_tensors(folder / "model.safetensors", stored_tensors(model), {"format": "pt"})
     write_json(folder / "config.json", describe_model(model))
 
+
 def stored_tensors(model: TinyMambaModel) -> dict[str, Tensor]:
     """What a file holds of a model.
 
-    Numbers of 4 bits lie two in a byte. Of a tied embedding and a quantised head, the head is kept.
+    Numbers of 4 bits lie two in a byte. Of a tied embedding and a quantized head, the head is kept.
     """
     tensors = model.state_dict()
     for name in [n for n in tensors if n.endswith(".factors")]:
@@ -1849,11 +2142,13 @@ def stored_tensors(model: TinyMambaModel) -> dict[str, Tensor]:
         tensors.pop("head.weight" if "head.weight" in tensors else "embedding.weight")
     return tensors
 
+
 def describe_model(model: TinyMambaModel) -> dict:
     """What config.json says of a model."""
     config = {name: getattr(model.config, name) for name in FOLDER_FIELDS}
     config |= {"quantization": model.quantization} if model.quantization else {}
     return {"model_type": "tinymamba", "format_version": FOLDER_FORMAT, **config}
+
 
 def load_folder(folder: Path) -> TinyMambaModel:
     """The model of such a folder; a missing, damaged or foreign file is a UserError.
@@ -1880,6 +2175,7 @@ def load_folder(folder: Path) -> TinyMambaModel:
         raise UserError(str(path), "does not fit its config.json", remedy) from None
     return model
 
+
 def weight_files(path: Path) -> list[Path]:
     """The file, or those that `transformers` has cut it into."""
     index = path.with_name(f"{path.name}.index.json")
@@ -1890,6 +2186,7 @@ def weight_files(path: Path) -> list[Path]:
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(str(index), f"cannot be read ({e})", "export the model again") from None
     return [path.with_name(name) for name in sorted(names)]
+
 
 def fill_model(model: TinyMambaModel, tensors: dict[str, Tensor]) -> None:
     """Give the model what `save_folder` has written."""
@@ -1902,11 +2199,13 @@ def fill_model(model: TinyMambaModel, tensors: dict[str, Tensor]) -> None:
         tensors["head.weight"] = tensors.get("embedding.weight")
     model.load_state_dict(tensors)
 
+
 QUANTIZATION_FORMAT = 1
 QUANTIZATION_MODES = ("dynamic", "weight_only")
 
+
 def quantize_like(model: TinyMambaModel, scheme: dict) -> None:
-    """Put quantised layers, still to be filled, where a scheme has them."""
+    """Put quantized layers, still to be filled, where a scheme has them."""
     version, mode, size = (scheme[name] for name in ("version", "mode", "group_size"))
     if version != QUANTIZATION_FORMAT or mode not in QUANTIZATION_MODES:
         raise ValueError(f"quantization of version {version} and mode {mode!r} is unknown")
@@ -1916,15 +2215,21 @@ def quantize_like(model: TinyMambaModel, scheme: dict) -> None:
         layer = model.get_submodule(name)
         cut = bits == 8 or layer.in_features % size == 0
         if not isinstance(layer, nn.Linear) or bits not in (4, 8) or not cut:
-            raise ValueError(f"{name} cannot be quantised to {bits} bits in groups of {size}")
-        model.set_submodule(name, QuantizedLinear(
-            layer.in_features, layer.out_features, layer.bias is not None, bits, mode, size))
+            raise ValueError(f"{name} cannot be quantized to {bits} bits in groups of {size}")
+        model.set_submodule(
+            name,
+            QuantizedLinear(
+                layer.in_features, layer.out_features, layer.bias is not None, bits, mode, size
+            ),
+        )
     model.quantization = scheme
+
 
 def sibling(path: str | Path, tag: str) -> Path:
     """x_latest.pt -> x_tag.pt."""
     path = Path(path)
     return path.with_name(f"{path.stem.removesuffix('_latest')}_{tag}{path.suffix}")
+
 
 def move_aside(path: Path, mark: str = "") -> None:
     """Rename a file to path.1, path.2, ..., with the mark before the number: nothing is lost."""
@@ -1932,6 +2237,7 @@ def move_aside(path: Path, mark: str = "") -> None:
         number = next(n for n in range(1, 1 << 30) if not Path(f"{path}{mark}.{n}").exists())
         path.rename(f"{path}{mark}.{number}")
         print(f"{path}{'' if mark else ' of an earlier run'} is now {path}{mark}.{number}")
+
 
 def require_writable(folder: Path, field: str) -> None:
     """Make the folder if need be; refuse one that cannot be made or written to."""
@@ -1941,6 +2247,7 @@ def require_writable(folder: Path, field: str) -> None:
         raise UserError(field, f"{folder} cannot be made ({e.strerror})", "name another") from e
     require(os.access(folder, os.W_OK), field, f"{folder} cannot be written to", "name another")
 
+
 def replace_files(made: Path, folder: Path, names: tuple[str, ...]) -> None:
     """Move files to a folder, out of one below it that goes; those that are missing go as well."""
     for name in names:
@@ -1949,6 +2256,7 @@ def replace_files(made: Path, folder: Path, names: tuple[str, ...]) -> None:
         else:  # no tokenizer of another model may stay
             (folder / name).unlink(missing_ok=True)
     made.rmdir()
+
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
@@ -1969,12 +2277,20 @@ def new_folder(folder: Path) -> Iterator[Path]:
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
 
+
 # ------------------------------------------------------------------------------------ sampling
 
+
 @torch.no_grad()
-def generate(model: TinyMambaModel, ids: Tensor, max_new_tokens: int, temperature: float = 1.0,
-             generator: torch.Generator | None = None, eos_id: int | None = None,
-             until=lambda: False) -> Tensor:
+def generate(
+    model: TinyMambaModel,
+    ids: Tensor,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+    eos_id: int | None = None,
+    until=lambda: False,
+) -> Tensor:
     """Continue ids (B, L), L >= 1, by up to max_new_tokens: (B, L + new). Temperature 0 is greedy.
 
     Ends early when every row has met eos_id, or when `until()` is true; a row that ended is filled
@@ -1996,7 +2312,9 @@ def generate(model: TinyMambaModel, ids: Tensor, max_new_tokens: int, temperatur
             break
     return ids
 
+
 # ------------------------------------------------------------------------------------ logging
+
 
 class Logger:
     """TensorBoard, W&B and the console; silent on all ranks but the first."""
@@ -2012,8 +2330,11 @@ class Logger:
                 import wandb
 
                 self.wandb = wandb.init(
-                    project=config.wandb_project, name=config.wandb_run_name or None,
-                    dir=str(folder), config=config.to_dict())
+                    project=config.wandb_project,
+                    name=config.wandb_run_name or None,
+                    dir=str(folder),
+                    config=config.to_dict(),
+                )
             except ModuleNotFoundError as e:
                 raise UserError("use_wandb", str(e), "pip install wandb") from None
             except wandb.Error as e:
@@ -2041,6 +2362,7 @@ class Logger:
         if self.wandb is not None:
             self.wandb.finish()
 
+
 def plot_losses(history: dict[str, list], path: Path) -> None:
     """Draw training and validation loss over the steps into a PNG."""
     figure = need("matplotlib.figure").Figure(figsize=(7, 4), dpi=120, layout="constrained")
@@ -2048,10 +2370,11 @@ def plot_losses(history: dict[str, list], path: Path) -> None:
     for name, marker in (("train", ""), ("val", "o")):
         if history[name]:
             axes.plot(*zip(*history[name], strict=True), label=name, marker=marker, markersize=4)
-    axes.set(xlabel="optimiser step", ylabel="loss (nats per token)")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)
+
 
 def gate_statistics(gates: Tensor) -> dict[str, float]:
     """Mean weight of each branch and mean entropy in nats; gates is (n_layer, B, L, 3)."""
@@ -2063,11 +2386,14 @@ def gate_statistics(gates: Tensor) -> dict[str, float]:
         values |= {f"gate_{name}/layer{i}": value for i, value in enumerate(column.tolist())}
     return values
 
+
 # ------------------------------------------------------------------------------------ training
+
 
 def from_launcher(name: str, default: int) -> int:
     """What torchrun or torch.distributed.launch say: RANK, LOCAL_RANK or WORLD_SIZE."""
     return int(os.environ.get(name, default))
+
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """The device of that name, or for "auto" the fastest; a UserError where it is not there."""
@@ -2079,9 +2405,14 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     legal = ", ".join(kind for kind, present in have.items() if present)
     require(known, "device", f"{name} is not here", f"use auto, {legal}")
     device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
-    require(device.type != "cuda" or device.index < torch.cuda.device_count(), "device",
-            f"{device} is not here", f"there are {torch.cuda.device_count()} GPUs")
+    require(
+        device.type != "cuda" or device.index < torch.cuda.device_count(),
+        "device",
+        f"{device} is not here",
+        f"there are {torch.cuda.device_count()} GPUs",
+    )
     return device
+
 
 def pick_amp_dtype(wanted: torch.dtype, device: torch.device) -> torch.dtype:
     """The autocast type that the hardware is fast in; float32 stands for no autocast."""
@@ -2092,6 +2423,7 @@ def pick_amp_dtype(wanted: torch.dtype, device: torch.device) -> torch.dtype:
         return wanted if wanted == torch.bfloat16 and fast else torch.float32
     return wanted
 
+
 def why_no_compile(device: torch.device) -> str | None:
     """What stands in the way of torch.compile, as far as it can be known beforehand."""
     if device.type == "mps":
@@ -2100,8 +2432,10 @@ def why_no_compile(device: torch.device) -> str | None:
     missing = device.type == "cpu" and not any(map(shutil.which, compilers))
     return "no C++ compiler was found" if missing else None
 
+
 SPIKE_SHARE = 0.01  # of one step in the running mean of the gradient norm
 SPIKE_WARMUP = 20  # steps that this mean must have seen
+
 
 class Watchdog:
     """Ends this process, naming the one to blame, when another has failed or fallen silent.
@@ -2179,6 +2513,7 @@ class Watchdog:
         said = (self.store.get(f"rank {other}").decode() for other in range(1, self.world))
         return any(text.startswith("alive") for text in said)
 
+
 class Trainer:
     """One training run, from the first batch to the last checkpoint."""
 
@@ -2208,7 +2543,10 @@ class Trainer:
         self.progress = {
             "history": {"train": [], "val": []},  # [step, loss in nats]
             "best": [],  # [validation loss, file name] of the save_top_k best, best first
-            "lowest": math.inf, "bad_validations": 0, "bad_steps": 0, "skipped": 0,
+            "lowest": math.inf,
+            "bad_validations": 0,
+            "bad_steps": 0,
+            "skipped": 0,
             "norm": [0.0, 0.0, 0],  # mean and variance of the gradient norm, steps in them
             "unfinished": False,  # a signal ended the run between this step and its validation
             "folder": config.wandb_run_name or time.strftime("%Y%m%d-%H%M%S"),
@@ -2218,11 +2556,19 @@ class Trainer:
             self.restore(saved)
         left = config.num_epochs * len(self.train_data) - self.samples
         self.total_steps = config.max_steps or self.step + max(0, left // self.samples_per_step)
-        require(self.total_steps, "batch_size", f"one step takes {self.samples_per_step} samples, "
-                f"the data has {left}", "lower it, or set --max_steps")
+        require(
+            self.total_steps,
+            "batch_size",
+            f"one step takes {self.samples_per_step} samples, the data has {left}",
+            "lower it, or set --max_steps",
+        )
         self.folder, path = Path(config.log_dir) / self.progress["folder"], config.checkpoint_path
-        require(path and not os.path.isdir(path), "checkpoint_path", f"{path!r} is no file name",
-                "name a file")
+        require(
+            path and not os.path.isdir(path),
+            "checkpoint_path",
+            f"{path!r} is no file name",
+            "name a file",
+        )
         if self.main:
             require_writable(Path(path).parent, "checkpoint_path")
             require_writable(self.folder, "log_dir")
@@ -2241,7 +2587,8 @@ class Trainer:
         store, rank, world = next(dist.rendezvous("env://"))
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(
-            backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world)
+            backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world
+        )
         # Its destructor would join a thread that may be waiting for the interpreter: a deadlock.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
         return Watchdog(store, rank, world, self.config.rank_timeout)
@@ -2263,7 +2610,8 @@ class Trainer:
         c = self.config
         kind = {"vocab_size": c.vocab_size, "data_dtype": c.data_dtype, "seed": c.seed}
         self.train_data = StreamingTokenDataset(
-            c.train_data_path, c.block_size, c.train_data_weights, shuffle=True, **kind)
+            c.train_data_path, c.block_size, c.train_data_weights, shuffle=True, **kind
+        )
         self.fingerprint = self.train_data.fingerprint()
         self.val_data, self.bytes_per_token = None, None
         if c.enable_validation:
@@ -2291,7 +2639,8 @@ class Trainer:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(
-            model, device_ids=ids, forward_sync_buffers=False)
+            model, device_ids=ids, forward_sync_buffers=False
+        )
 
     def autocast(self):
         return torch.autocast(self.device.type, self.amp, enabled=self.amp != torch.float32)
@@ -2301,7 +2650,8 @@ class Trainer:
         c, pinned = self.config, self.device.type == "cuda"
         plan = ShardedBatches(first, last, c.batch_size, self.rank, self.world)
         loader = torch.utils.data.DataLoader(
-            data, batch_sampler=plan, num_workers=c.num_workers, pin_memory=pinned)
+            data, batch_sampler=plan, num_workers=c.num_workers, pin_memory=pinned
+        )
         for x, y in loader:
             yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
@@ -2348,8 +2698,11 @@ class Trainer:
             error = e
         if self.over_ranks([float(error is not None)])[0]:
             self.save()
-            raise error or UserError("train_data_path", "another process could not read its data",
-                                     "see its message, and resume")
+            raise error or UserError(
+                "train_data_path",
+                "another process could not read its data",
+                "see its message, and resume",
+            )
         return taken
 
     def is_good(self, loss: float, norm: float) -> bool:
@@ -2367,25 +2720,27 @@ class Trainer:
         p["norm"] = [mean + share * change, (1 - share) * (variance + share * change**2), steps + 1]
         p["skipped"] += spike
         if spike:
-            self.log.say(f"step {self.step + 1}: gradient norm {norm:.2f} is a spike (mean "
-                         f"{mean:.2f}, deviation {deviation:.2f}); the weights stay as they were")
+            self.log.say(
+                f"step {self.step + 1}: gradient norm {norm:.2f} is a spike (mean "
+                f"{mean:.2f}, deviation {deviation:.2f}); the weights stay as they were"
+            )
         return not spike
 
     def accumulate(self, taken: list) -> float:
-        """Gradients of the mean loss over the batches taken, synchronised once; that loss."""
+        """Gradients of the mean loss over the batches taken, synchronized once; that loss."""
         c = self.config
         # Dropout is a function of (seed, step, rank): a resumed run needs no generator state.
         torch.manual_seed(((c.seed * 1_000_003 + self.step) * 65_537 + self.rank) % (1 << 63))
         total, self.last_ids = 0.0, taken[-1][0]
         for i, (x, y) in enumerate(taken):
-            with self.synchronised(i == len(taken) - 1):
+            with self.synchronized(i == len(taken) - 1):
                 with self.autocast():
                     loss = self.forward(x, y) / len(taken)
                 self.scaler.scale(loss).backward()
             total += loss.item()
         return self.over_ranks([total])[0] / self.world
 
-    def synchronised(self, last: bool):
+    def synchronized(self, last: bool):
         """Where the backward pass sums gradients over the processes only if it is the last one."""
         if self.fsdp:
             self.model.set_requires_gradient_sync(last)
@@ -2478,8 +2833,14 @@ class Trainer:
         generator = torch.Generator().manual_seed(c.seed)
         self.model.eval()
         with self.autocast():
-            out = generate(self.model, prompt, c.generation_length, c.generation_temperature,
-                           generator, until=lambda: self.signal and not self.fsdp)
+            out = generate(
+                self.model,
+                prompt,
+                c.generation_length,
+                c.generation_temperature,
+                generator,
+                until=lambda: self.signal and not self.fsdp,
+            )
         self.model.train()
         text = self.tokenizer.decode(out[0].tolist())
         self.log.say(f"sample at step {self.step}:\n{text}\n")
@@ -2532,11 +2893,16 @@ class Trainer:
         require_same_run(saved["config"], self.config.to_dict())
         for name, value in self.fingerprint.items():
             old = saved["data"][name]
-            require(old == value or self.config.accept_changed_data, self.config.checkpoint_path,
-                    f"the data's {name} was {old} and is {value}",
-                    "start a new run, or pass --accept_changed_data")
-        cut = {name: share_of(saved["model"][name].to(self.device), value)
-               for name, value in self.weights().items()}
+            require(
+                old == value or self.config.accept_changed_data,
+                self.config.checkpoint_path,
+                f"the data's {name} was {old} and is {value}",
+                "start a new run, or pass --accept_changed_data",
+            )
+        cut = {
+            name: share_of(saved["model"][name].to(self.device), value)
+            for name, value in self.weights().items()
+        }
         self.model.load_state_dict(cut, strict=False)
         decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -2625,10 +2991,16 @@ class Trainer:
     def check_gradient(self, loss: float, norm: float) -> None:
         if not (bad := self.progress["bad_steps"]):
             return
-        self.log.say(f"step {self.step}: gradient norm {norm}, loss {loss:.4f}; the weights stay "
-                     f"as they were ({self.progress['skipped']} steps skipped so far)")
-        require(bad < self.config.max_bad_steps, "lr", f"{bad} steps in a row had no finite "
-                "gradient", "lower it, or look at the data; the last checkpoint is intact")
+        self.log.say(
+            f"step {self.step}: gradient norm {norm}, loss {loss:.4f}; the weights stay "
+            f"as they were ({self.progress['skipped']} steps skipped so far)"
+        )
+        require(
+            bad < self.config.max_bad_steps,
+            "lr",
+            f"{bad} steps in a row had no finite gradient",
+            "lower it, or look at the data; the last checkpoint is intact",
+        )
 
     def between_steps(self) -> bool:
         """Validation, samples, saves and signals, each in its turn; True ends the run."""
@@ -2664,12 +3036,21 @@ class Trainer:
         speed = self.samples_per_step * self.config.block_size / seconds_per_step
         rate = learning_rate(self.step - 1, self.total_steps, self.config)
         left = int((self.total_steps - self.step) * seconds_per_step)
-        self.log.say(f"step {self.step}/{self.total_steps} | loss {loss:.4f} | lr {rate:.2e} | "
-                     f"grad norm {norm:.2f} | {speed:,.0f} tokens/s | "
-                     f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
-        self.log.record({"train/loss": loss, "train/lr": rate, "train/grad_norm": norm,
-                         "train/tokens_per_second": speed,
-                         "train/skipped_steps": self.progress["skipped"]}, self.step)
+        self.log.say(
+            f"step {self.step}/{self.total_steps} | loss {loss:.4f} | lr {rate:.2e} | "
+            f"grad norm {norm:.2f} | {speed:,.0f} tokens/s | "
+            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+        )
+        self.log.record(
+            {
+                "train/loss": loss,
+                "train/lr": rate,
+                "train/grad_norm": norm,
+                "train/tokens_per_second": speed,
+                "train/skipped_steps": self.progress["skipped"],
+            },
+            self.step,
+        )
         self.progress["history"]["train"].append([self.step, loss])
 
     def profile(self) -> int:
@@ -2698,7 +3079,9 @@ class Trainer:
             self.watchdog.close(error)
             dist.destroy_process_group()
 
+
 # ------------------------------------------------------------------------------------ main
+
 
 def prepare_default_data(config: Config, named: dict) -> None:
     """Make the built-in corpus if the user named no data and the default is not there."""
@@ -2706,8 +3089,12 @@ def prepare_default_data(config: Config, named: dict) -> None:
     chosen = "train_data_path" in named or config.train_data_path != Config.train_data_path
     if chosen or path.exists():
         return
-    require(from_launcher("WORLD_SIZE", 1) == 1, str(path), "no such file",
-            "run python data/prepare.py once, then launch")
+    require(
+        from_launcher("WORLD_SIZE", 1) == 1,
+        str(path),
+        "no such file",
+        "run python data/prepare.py once, then launch",
+    )
     print(f"{path} is not there: preparing the built-in corpus", flush=True)
     script = [Path(__file__).parent / "data" / "prepare.py"]
     if __package__:
@@ -2716,14 +3103,18 @@ def prepare_default_data(config: Config, named: dict) -> None:
     if done.returncode:
         sys.exit(done.returncode)  # it has said why
 
+
 def main(argv: list[str] | None = None) -> int:
     config, named, profile = parse_command_line(argv)
     saved = None
     if config.resume:
         saved = load_newest(config.checkpoint_path)
-        require("optimizer" in saved and "adapter" not in saved, config.checkpoint_path,
-                "holds no run that could go on",
-                "start one from it: python peft.py --method full")
+        require(
+            "optimizer" in saved and "adapter" not in saved,
+            config.checkpoint_path,
+            "holds no run that could go on",
+            "start one from it: python peft.py --method full",
+        )
         config = resumed_config(saved, named)
     first = from_launcher("RANK", 0) == 0
     if first and config.d_model >= 768 and pick_device(config.device).type == "cpu":
@@ -2731,6 +3122,7 @@ def main(argv: list[str] | None = None) -> int:
     prepare_default_data(config, named)
     trainer = Trainer(config, saved=saved)
     return trainer.profile() if profile else trainer.run()
+
 
 if __name__ == "__main__":
     run_cli(main)

@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from testv2 import (  # noqa: E402
     CliParser,
     UserError,
-    orthogonalise,
+    orthogonalize,
     parse_as,
     require,
     run_cli,
@@ -57,8 +57,11 @@ DEFAULTS = "R"  # the run of the default settings
 # ------------------------------------------------------------------------------------ settings
 
 ORDERS = {  # branches that read the same input, group after group: 0 SSM, 1 attention, 2 MLP
-    "parallel": ((0, 1, 2),), "mixers_first": ((0, 1), (2,)), "sequential": ((0,), (1,), (2,)),
+    "parallel": ((0, 1, 2),),
+    "mixers_first": ((0, 1), (2,)),
+    "sequential": ((0,), (1,), (2,)),
 }
+
 
 @dataclass
 class Settings:
@@ -134,24 +137,48 @@ class Settings:
         """Refuse what cannot be built with a UserError; return self."""
         for name, legal in CHOICES.items():
             value = getattr(self, name)
-            require(value in legal, name, f"{value} is not a choice",
-                    f"use one of {', '.join(map(str, legal))}")
+            require(
+                value in legal,
+                name,
+                f"{value} is not a choice",
+                f"use one of {', '.join(map(str, legal))}",
+            )
         for name, low in AT_LEAST.items():
             value = getattr(self, name)
             require(value >= low, name, f"{value} is not legal", f"it must be at least {low}")
         require(0 <= self.dropout < 1, "dropout", f"{self.dropout} is not legal", "stay in [0, 1)")
-        require(self.d_model % (2 * self.num_heads) == 0, "num_heads",
-                f"{self.num_heads} do not cut d_model={self.d_model} into even widths",
-                "change one of the two")
-        require(self.inner % self.ssm_head_dim == 0, "ssm_head_dim",
-                f"{self.ssm_head_dim} does not divide inner={self.inner}", "change one of the two")
-        require(self.rot == "none" or self.d_state % 2 == 0, "d_state",
-                f"{self.d_state} cannot be split into pairs", "make it even, or rot=none")
-        require(not (self.delta and self.trapezoid), "delta", "has no trapezoidal step",
-                "leave one of the two")
-        require(self.kind != "llama" or self.hidden, "hidden", "llama needs a width of its MLP",
-                "hidden=336 with n_layer=4 has 0.8M parameters")
+        require(
+            self.d_model % (2 * self.num_heads) == 0,
+            "num_heads",
+            f"{self.num_heads} do not cut d_model={self.d_model} into even widths",
+            "change one of the two",
+        )
+        require(
+            self.inner % self.ssm_head_dim == 0,
+            "ssm_head_dim",
+            f"{self.ssm_head_dim} does not divide inner={self.inner}",
+            "change one of the two",
+        )
+        require(
+            self.rot == "none" or self.d_state % 2 == 0,
+            "d_state",
+            f"{self.d_state} cannot be split into pairs",
+            "make it even, or rot=none",
+        )
+        require(
+            not (self.delta and self.trapezoid),
+            "delta",
+            "has no trapezoidal step",
+            "leave one of the two",
+        )
+        require(
+            self.kind != "llama" or self.hidden,
+            "hidden",
+            "llama needs a width of its MLP",
+            "hidden=336 with n_layer=4 has 0.8M parameters",
+        )
         return self
+
 
 CHOICES = {
     "kind": ("tinymamba", "llama", "mamba2"),
@@ -171,6 +198,7 @@ AT_LEAST = {
 }
 BRANCHES = ("ssm", "attention", "mlp")
 
+
 def groups() -> dict[str, str]:
     """The heading that every field of Settings stands under."""
     found, heading = {}, ""
@@ -181,11 +209,16 @@ def groups() -> dict[str, str]:
             found[field[1]] = heading
     return found
 
+
 def parse_run(text: str) -> tuple[str, dict]:
     """'NAME FIELD=VALUE ...' -> the name and the values that are not the default."""
     name, *words = text.split() or [""]
-    require(name and "=" not in name, "run", f"{text!r} begins with no name",
-            'write --run "NAME FIELD=VALUE ..."')
+    require(
+        name and "=" not in name,
+        "run",
+        f"{text!r} begins with no name",
+        'write --run "NAME FIELD=VALUE ..."',
+    )
     hints, values = typing.get_type_hints(Settings), {}
     for word in words:
         field, equals, value = word.partition("=")
@@ -198,15 +231,19 @@ def parse_run(text: str) -> tuple[str, dict]:
     Settings(**values).validate()
     return name, {f: v for f, v in values.items() if v != getattr(Settings, f)}
 
+
 # ------------------------------------------------------------------------------------ the model
+
 
 def rms(x: Tensor, weight: Tensor | None = None) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], weight)
+
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (i, i + half) of the last dimension of x by the angles of cos and sin."""
     first, second = x.chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
 
 def causal_conv(x: Tensor, weight: Tensor) -> Tensor:
     """Depthwise: x (B, L, D), weight (D, K), the last column for the token itself."""
@@ -214,17 +251,22 @@ def causal_conv(x: Tensor, weight: Tensor) -> Tensor:
     padded = F.pad(x, (0, 0, width - 1, 0))  # (B, K-1+L, D)
     return sum(padded[:, i : i + length] * weight[:, i] for i in range(width))
 
+
 def uniform(*shape: int, bound: float) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+
 
 def lower_triangle(length: int) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool).tril()
 
+
 def linear(d_in: int, d_out: int, s: Settings) -> nn.Module:
     if s.rank:
         return nn.Sequential(
-            nn.Linear(d_in, s.rank, bias=False), nn.Linear(s.rank, d_out, bias=False))
+            nn.Linear(d_in, s.rank, bias=False), nn.Linear(s.rank, d_out, bias=False)
+        )
     return nn.Linear(d_in, d_out, bias=False)
+
 
 class SSM(nn.Module):
     """Mamba-2's branch (arXiv 2405.21060) as one L x L matrix product, and its rivals."""
@@ -332,6 +374,7 @@ class SSM(nn.Module):
         written = torch.linalg.solve_triangular(system, beta * x, upper=False)  # (B, H, L, P)
         return (read * decay) @ written + self.D[:, None, None] * x
 
+
 class Attention(nn.Module):
     """Causal attention within a window, with RoPE, written out."""
 
@@ -339,7 +382,8 @@ class Attention(nn.Module):
         super().__init__()
         self.s, width, length = s, s.d_model // s.num_heads, s.block_size
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            linear(s.d_model, s.d_model, s) for _ in range(4))
+            linear(s.d_model, s.d_model, s) for _ in range(4)
+        )
         frequency = 10000.0 ** (-torch.arange(0, width, 2) / width)
         angle = torch.arange(length)[:, None] * frequency  # (L, F/2)
         self.cos, self.sin = angle.cos(), angle.sin()
@@ -382,6 +426,7 @@ class Attention(nn.Module):
             y = y * 2 * torch.sigmoid(self.head_gate(u)).transpose(1, 2)[..., None]
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
+
 class MLP(nn.Module):
     def __init__(self, s: Settings):
         super().__init__()
@@ -395,6 +440,7 @@ class MLP(nn.Module):
             return self.out_proj(F.relu(self.up_proj(u)).square())
         return self.out_proj(F.silu(self.act_proj(u)) * self.up_proj(u))
 
+
 def branch_weights(logits: Tensor, gate: str) -> Tensor:
     """(B, L, 3) -> (B, L, 3)."""
     if gate == "sigmoid":
@@ -406,6 +452,7 @@ def branch_weights(logits: Tensor, gate: str) -> Tensor:
         dropped = torch.full_like(logits, -math.inf)
         logits = dropped.scatter(-1, best.indices, best.values)
     return logits.softmax(-1)
+
 
 class Block(nn.Module):
     """The three branches, side by side or one after the other."""
@@ -462,6 +509,7 @@ class Block(nn.Module):
         y = self.attention(u, values, ids) if i == 1 else (self.ssm, None, self.mlp)[i](u)
         return rms(y, self.branch_norm[i]) if self.s.branch_norm else y
 
+
 class Model(nn.Module):
     def __init__(self, s: Settings):
         super().__init__()
@@ -512,6 +560,7 @@ class Model(nn.Module):
             x = block(x, embedded, values, ids)
         return self.head(rms(x, self.norm))
 
+
 class Peer(nn.Module):
     """Llama or Mamba2 of transformers."""
 
@@ -520,24 +569,40 @@ class Peer(nn.Module):
         import transformers
 
         transformers.logging.set_verbosity_error()  # Mamba2 warns of missing CUDA kernels
-        common = {"vocab_size": V, "hidden_size": s.d_model, "num_hidden_layers": s.n_layer,
-                  "tie_word_embeddings": s.tie, "use_cache": False}
+        common = {
+            "vocab_size": V,
+            "hidden_size": s.d_model,
+            "num_hidden_layers": s.n_layer,
+            "tie_word_embeddings": s.tie,
+            "use_cache": False,
+        }
         if s.kind == "llama":
             config = transformers.LlamaConfig(
-                **common, num_attention_heads=s.num_heads, intermediate_size=s.hidden,
-                max_position_embeddings=s.block_size)
+                **common,
+                num_attention_heads=s.num_heads,
+                intermediate_size=s.hidden,
+                max_position_embeddings=s.block_size,
+            )
             self.model = transformers.LlamaForCausalLM(config)
         else:
             config = transformers.Mamba2Config(
-                **common, num_heads=2 * s.d_model // s.ssm_head_dim, head_dim=s.ssm_head_dim,
-                state_size=s.d_state, n_groups=1, expand=2, chunk_size=64)
+                **common,
+                num_heads=2 * s.d_model // s.ssm_head_dim,
+                head_dim=s.ssm_head_dim,
+                state_size=s.d_state,
+                n_groups=1,
+                expand=2,
+                chunk_size=64,
+            )
             self.model = transformers.Mamba2ForCausalLM(config)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.model(input_ids=ids).logits
 
+
 def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
 
 def build(s: Settings) -> nn.Module:
     """The model; its `s.hidden` is what `hidden=0` came to."""
@@ -548,7 +613,9 @@ def build(s: Settings) -> nn.Module:
         s = replace(s, hidden=32 + 8 * max(0, round((s.parameters - low) / (high - low))))
     return Model(s)
 
+
 # ------------------------------------------------------------------------------------ training
+
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al., 2024), matrices of equal shape in one batch."""
@@ -563,7 +630,7 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 alike.setdefault(tuple(p.shape), []).append(p)
             for (rows, columns), batch in alike.items():
-                updates = orthogonalise(torch.stack([self.nesterov(p) for p in batch]))
+                updates = orthogonalize(torch.stack([self.nesterov(p) for p in batch]))
                 rate = group["lr"] * max(1, rows / columns) ** 0.5
                 for p, update in zip(batch, updates, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -573,6 +640,7 @@ class Muon(torch.optim.Optimizer):
         mean = self.state[p].setdefault("mean", torch.zeros_like(p))
         mean.lerp_(p.grad, 1 - MOMENTUM)
         return p.grad.lerp(mean, MOMENTUM)
+
 
 def make_optimizers(model: nn.Module, s: Settings) -> list[torch.optim.Optimizer]:
     """For the matrices, and for the rest: embeddings, gates, convolutions, vectors, thin ones."""
@@ -588,10 +656,13 @@ def make_optimizers(model: nn.Module, s: Settings) -> list[torch.optim.Optimizer
     rest = [p for p in model.parameters() if id(p) not in chosen]
     common = {"betas": (0.9, 0.95), "weight_decay": 0, "fused": True}
     if s.optimizer == "muon":
-        return [Muon(matrices, s.lr, s.weight_decay),
-                torch.optim.AdamW(rest, lr=s.adam_lr, **common)]
+        return [
+            Muon(matrices, s.lr, s.weight_decay),
+            torch.optim.AdamW(rest, lr=s.adam_lr, **common),
+        ]
     decayed = {"params": matrices, "weight_decay": s.weight_decay}
     return [torch.optim.AdamW([decayed, {"params": rest}], lr=s.lr, **common)]
+
 
 def rate(step: int, s: Settings) -> float:
     """The share of the peak learning rate at a step."""
@@ -601,6 +672,7 @@ def rate(step: int, s: Settings) -> float:
         return 0.5 * (1 + math.cos(math.pi * (step - s.warmup) / (s.steps - s.warmup)))
     bend = int(0.6 * s.steps)
     return 1.0 if step < bend else (s.steps - step) / (s.steps - bend)
+
 
 def train(model: nn.Module, data: Tensor, s: Settings, seed: int) -> list[float]:
     """The loss of every step; it ends early where one is not finite."""
@@ -627,6 +699,7 @@ def train(model: nn.Module, data: Tensor, s: Settings, seed: int) -> list[float]
             break
     return losses
 
+
 @torch.no_grad()
 def validate(model: nn.Module, data: Tensor, block: int) -> float:
     """Nats per byte of the data in blocks, each read with nothing before it."""
@@ -639,6 +712,7 @@ def validate(model: nn.Module, data: Tensor, block: int) -> float:
         total += F.cross_entropy(logits.float().flatten(0, 1), b.flatten(), reduction="sum").item()
     return total / count
 
+
 def run(name: str, values: dict, base: str, seed: int, texts: tuple[Tensor, Tensor]) -> dict:
     """One run: its row. A loss that is not finite is None there."""
     s = Settings(**values)
@@ -650,7 +724,10 @@ def run(name: str, values: dict, base: str, seed: int, texts: tuple[Tensor, Tens
     nats = validate(model, texts[1], s.block_size)
     known = math.isfinite(nats)
     return {
-        "name": name, "base": base if base != name else None, "seed": seed, "settings": values,
+        "name": name,
+        "base": base if base != name else None,
+        "seed": seed,
+        "settings": values,
         "parameters": count_parameters(model),
         "hidden": model.s.hidden if isinstance(model, Model) else s.hidden,
         "nats_per_byte": round(nats, 4) if known else None,
@@ -658,14 +735,21 @@ def run(name: str, values: dict, base: str, seed: int, texts: tuple[Tensor, Tens
         "seconds": round(seconds, 1),
     }
 
+
 def read_bytes(path: str, limit: int | None, block: int) -> Tensor:
     require(Path(path).is_file(), path, "no such file", "pass --text TRAIN VALIDATION")
     data = np.fromfile(path, dtype=np.uint8, count=-1 if limit is None else limit)
-    require(len(data) > block + 1, path, f"{len(data)} bytes are too few",
-            f"blocks of {block} need at least {block + 2}")
+    require(
+        len(data) > block + 1,
+        path,
+        f"{len(data)} bytes are too few",
+        f"blocks of {block} need at least {block + 2}",
+    )
     return torch.from_numpy(data.astype(np.int64))
 
+
 # ------------------------------------------------------------------------------------ reports
+
 
 @dataclass
 class Line:
@@ -684,9 +768,11 @@ class Line:
         more = 100 * (self.row["nats_per_byte"] / self.base["nats_per_byte"] - 1)
         return f"{round(more, 1) + 0.0:+.1f}%"  # + 0.0 makes 0 of -0
 
+
 def read_rows(path: str) -> list[dict]:
     require(Path(path).is_file(), path, "no such file", "name a file of rows with --output")
     return [json.loads(line) for line in Path(path).read_text().splitlines() if line]
+
 
 def lines_of(rows: list[dict]) -> list[Line]:
     """Group by group, each sorted by loss. The base of a row has its seed, where there is one."""
@@ -698,19 +784,29 @@ def lines_of(rows: list[dict]) -> list[Line]:
         base = next((r for r in bases if r["seed"] == row["seed"]), bases[0] if bases else None)
         mine, theirs = row["settings"], base["settings"] if base else {}
         changed = {
-            f.name: mine.get(f.name, f.default) for f in fields(Settings)
-            if mine.get(f.name, f.default) != theirs.get(f.name, f.default)}
+            f.name: mine.get(f.name, f.default)
+            for f in fields(Settings)
+            if mine.get(f.name, f.default) != theirs.get(f.name, f.default)
+        }
         first = "kind" if "kind" in mine else next(iter(changed), None)
         group = heading[first] if base and first else "Start"
         lines.append(Line(row, base, changed, group))
     worst = math.inf
-    return sorted(lines, key=lambda line: (
-        order.index(line.group), line.row["nats_per_byte"] or worst, line.row["seed"]))
+    return sorted(
+        lines,
+        key=lambda line: (
+            order.index(line.group),
+            line.row["nats_per_byte"] or worst,
+            line.row["seed"],
+        ),
+    )
+
 
 def words(settings: dict) -> str:
     """As --run takes them."""
     shown = {k: str(v).lower() if isinstance(v, bool) else v for k, v in settings.items()}
     return " ".join(f"{name}={value}" for name, value in shown.items())
+
 
 def write_table(rows: list[dict], path: str) -> None:
     """Replace what stands between the two markers of a Markdown file."""
@@ -718,8 +814,10 @@ def write_table(rows: list[dict], path: str) -> None:
     before, begin, rest = Path(path).read_text().partition("<!-- rows -->\n")
     _, end, after = rest.partition("<!-- /rows -->")
     require(begin and end, path, "has no markers", "write <!-- rows --> and <!-- /rows --> in it")
-    table = ["| varied | run | seed | against | changed | parameters | nats/byte | bits/byte | |",
-             "|---|---|--:|---|---|--:|--:|--:|--:|"]
+    table = [
+        "| varied | run | seed | against | changed | parameters | nats/byte | bits/byte | |",
+        "|---|---|--:|---|---|--:|--:|--:|--:|",
+    ]
     for line in lines_of(rows):
         row = line.row
         nats, bits = row["nats_per_byte"], row["bits_per_byte"]
@@ -727,8 +825,10 @@ def write_table(rows: list[dict], path: str) -> None:
         changed = f"`{words(line.changed)}`" if line.changed else ""
         table.append(
             f"| {line.group} | {row['name']} | {row['seed']} | {row['base'] or ''} | {changed} "
-            f"| {row['parameters']:,} | {loss} | {line.percent} |")
+            f"| {row['parameters']:,} | {loss} | {line.percent} |"
+        )
     Path(path).write_text(before + begin + "\n".join(table) + "\n" + end + after)
+
 
 def draw_line(axes, y: int, line: Line, right: float) -> None:
     """A row: a line from its base's loss to its own; past the right edge it is an arrow."""
@@ -747,8 +847,15 @@ def draw_line(axes, y: int, line: Line, right: float) -> None:
     inside = "white" if "steps" in line.row["settings"] else color_of_dot
     marker = ">" if nats > right else "o" if ours else "s"
     axes.plot(at, y, marker, color=color_of_dot, mfc=inside, ms=6.5, zorder=4)
-    axes.annotate(f"{nats:.4f}  {line.percent}", (1.01, y), xycoords=("axes fraction", "data"),
-                  va="center", fontsize=9, color=color if line.base else "black")
+    axes.annotate(
+        f"{nats:.4f}  {line.percent}",
+        (1.01, y),
+        xycoords=("axes fraction", "data"),
+        va="center",
+        fontsize=9,
+        color=color if line.base else "black",
+    )
+
 
 def draw_key(axes) -> None:
     from matplotlib.lines import Line2D
@@ -757,15 +864,29 @@ def draw_key(axes) -> None:
         handles=[
             Line2D([], [], color="tab:blue", marker="o", ls="", label="the research block"),
             Line2D([], [], color="tab:orange", marker="s", ls="", label="transformers' peer"),
-            Line2D([], [], color="tab:blue", marker="o", mfc="white", ls="",
-                   label=f"not {Settings.steps:,} steps"),
+            Line2D(
+                [],
+                [],
+                color="tab:blue",
+                marker="o",
+                mfc="white",
+                ls="",
+                label=f"not {Settings.steps:,} steps",
+            ),
             Line2D([], [], color="0.3", marker="|", ls="", ms=9, label="the run compared with"),
             Line2D([], [], color="tab:green", label="better"),
             Line2D([], [], color="tab:red", label="worse"),
             Line2D([], [], color="0.45", label=f"less than {NOISE} nats: noise"),
         ],
-        ncols=7, loc="lower center", bbox_to_anchor=(0.3, 1.01), frameon=False, fontsize=9,
-        columnspacing=1.2, handletextpad=0.4)
+        ncols=7,
+        loc="lower center",
+        bbox_to_anchor=(0.3, 1.01),
+        frameon=False,
+        fontsize=9,
+        columnspacing=1.2,
+        handletextpad=0.4,
+    )
+
 
 def plot(rows: list[dict], path: str) -> None:
     """All rows, in groups of what was varied."""
@@ -785,8 +906,15 @@ def plot(rows: list[dict], path: str) -> None:
         if line.group != last:
             y += 0.4 if last else 0
             axes.axhline(y - 0.55, color="0.8", lw=0.8)
-            axes.annotate(line.group, (-0.01, y), xycoords=("axes fraction", "data"),
-                          va="center", ha="right", weight="bold", fontsize=10)
+            axes.annotate(
+                line.group,
+                (-0.01, y),
+                xycoords=("axes fraction", "data"),
+                va="center",
+                ha="right",
+                weight="bold",
+                fontsize=10,
+            )
             y, last = y + 1, line.group
         draw_line(axes, y, line, right)
         ticks.append(y)
@@ -803,12 +931,15 @@ def plot(rows: list[dict], path: str) -> None:
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
 
+
 # ------------------------------------------------------------------------------------ main
+
 
 def settings_help() -> str:
     """The fields of Settings with their comments, as they stand in the source."""
     source = inspect.getsource(Settings).split("    def ")[0].split('"""\n')[-1]
     return "settings of a run:\n" + source.rstrip()
+
 
 def main() -> None:
     parser = CliParser(description=__doc__.split("Letters")[0], epilog=settings_help())
@@ -817,21 +948,27 @@ def main() -> None:
     parser.add_argument("--base", default=DEFAULTS, help=f"compare with this run [{DEFAULTS}]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of every run [0]")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU [1]")
-    parser.add_argument("--output", default="docs/ablations.jsonl",
-                        help="file of rows [docs/ablations.jsonl]")
+    parser.add_argument(
+        "--output", default="docs/ablations.jsonl", help="file of rows [docs/ablations.jsonl]"
+    )
     parser.add_argument("--table", help="Markdown file to write the rows into")
     parser.add_argument("--plot", help="picture to draw of the rows")
     args = parser.parse_args()
     runs = [parse_run(text) for text in args.run]
-    require(runs or args.table or args.plot, "run", "there is nothing to do",
-            "pass --run, --table or --plot")
-    require(args.text or not runs, "text", "a run needs two files",
-            "pass --text TRAIN VALIDATION")
+    require(
+        runs or args.table or args.plot,
+        "run",
+        "there is nothing to do",
+        "pass --run, --table or --plot",
+    )
+    require(args.text or not runs, "text", "a run needs two files", "pass --text TRAIN VALIDATION")
     torch.set_num_threads(args.threads)
     for name, values in runs:
         block = Settings(**values).block_size
-        texts = (read_bytes(args.text[0], None, block),
-                 read_bytes(args.text[1], VALIDATION + 1, block))
+        texts = (
+            read_bytes(args.text[0], None, block),
+            read_bytes(args.text[1], VALIDATION + 1, block),
+        )
         for seed in args.seeds:
             row = run(name, values, args.base, seed, texts)
             with open(args.output, "a") as file:
@@ -841,6 +978,7 @@ def main() -> None:
         write_table(read_rows(args.output), args.table)
     if args.plot:
         plot(read_rows(args.output), args.plot)
+
 
 if __name__ == "__main__":
     run_cli(main)

@@ -43,8 +43,10 @@ ASKED = 64  # questions of lookup and format
 TASKS = ("style", "lookup", "format")
 VARIANTS = {"dora": ["--method", "lora", "--use_dora"]} | {m: ["--method", m] for m in METHODS}
 
+
 def word(draw: random.Random) -> str:
     return "".join(draw.choice("bdfgklmnprstvz") + draw.choice("aeiou") for _ in range(3))
+
 
 def questions(task: str, count: int, seed: int) -> list[tuple[str, str]]:
     """Pairs of a question, up to where the answer begins, and its answer, up to a new line."""
@@ -54,9 +56,11 @@ def questions(task: str, count: int, seed: int) -> list[tuple[str, str]]:
         if task == "lookup":
             pairs.append((f"{name} ->", f" {word(draw)}\n"))
         else:
-            pairs.append((f"name={name} age={number} =>",
-                          f' {{"name": "{name}", "age": {number}}}\n'))
+            pairs.append(
+                (f"name={name} age={number} =>", f' {{"name": "{name}", "age": {number}}}\n')
+            )
     return pairs
+
 
 def make_data(task: str, args, tokenizer, folder: Path) -> list[tuple[str, str]]:
     """train.bin and val.bin of the task; what is asked in the end."""
@@ -76,6 +80,7 @@ def make_data(task: str, args, tokenizer, folder: Path) -> list[tuple[str, str]]
         np.asarray(tokenizer.encode(text), dtype=np.int32).tofile(folder / f"{name}.bin")
     return asked
 
+
 @torch.no_grad()
 def share_right(model, tokenizer, asked: list[tuple[str, str]]) -> float:
     """Of greedy answers."""
@@ -87,6 +92,7 @@ def share_right(model, tokenizer, asked: list[tuple[str, str]]) -> float:
         right += text.partition("\n")[0] == answer.rstrip("\n")
     return right / len(asked)
 
+
 def run(task: str, variant: str, lr: float | None, args) -> dict:
     """One run: its row."""
     if args.threads:
@@ -96,12 +102,32 @@ def run(task: str, variant: str, lr: float | None, args) -> dict:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         asked = make_data(task, args, tokenizer, folder)
-        words = [*VARIANTS[variant], "--output_dir", str(folder / "out"),
-                 "--train_data", str(folder / "train.bin"), "--val_data", str(folder / "val.bin"),
-                 "--steps", str(args.steps), "--batch_size", "8", "--block_size", "128",
-                 "--validation_interval", str(args.steps), "--validation_steps", "0",
-                 "--checkpoint_interval", "0", "--generate_samples", "false", "--device", "cpu",
-                 *(["--lr", str(lr)] if lr else [])]
+        words = [
+            *VARIANTS[variant],
+            "--output_dir",
+            str(folder / "out"),
+            "--train_data",
+            str(folder / "train.bin"),
+            "--val_data",
+            str(folder / "val.bin"),
+            "--steps",
+            str(args.steps),
+            "--batch_size",
+            "8",
+            "--block_size",
+            "128",
+            "--validation_interval",
+            str(args.steps),
+            "--validation_steps",
+            "0",
+            "--checkpoint_interval",
+            "0",
+            "--generate_samples",
+            "false",
+            "--device",
+            "cpu",
+            *(["--lr", str(lr)] if lr else []),
+        ]
         parsed, named = parse(words)
         base = load_model(args.checkpoint)
         config = settings(parsed, named, base)
@@ -112,19 +138,35 @@ def run(task: str, variant: str, lr: float | None, args) -> dict:
         seconds, after = time.perf_counter() - start, peak_bytes(torch.device("cpu"))
         model = tuner.model.eval()
         trained = sum(p.numel() for p in get_trainable_parameters(model))
-        row = {"task": task, "method": variant, "lr": config.lr, "steps": args.steps,
-               "trained": round(trained / base.count_parameters()["total"], 4),
-               "seconds": round(seconds, 1), "memory_mb": round((after - before) / 2**20),
-               "loss": round(tuner.progress["history"]["val"][-1][1], 4)}
+        row = {
+            "task": task,
+            "method": variant,
+            "lr": config.lr,
+            "steps": args.steps,
+            "trained": round(trained / base.count_parameters()["total"], 4),
+            "seconds": round(seconds, 1),
+            "memory_mb": round((after - before) / 2**20),
+            "loss": round(tuner.progress["history"]["val"][-1][1], 4),
+        }
         return {**row, "right": share_right(model, tokenizer, asked)} if asked else row
 
+
 def main(argv: list[str] | None = None) -> int:
-    parser = CliParser(usage="python benchmarks/finetune.py [--FLAG VALUE ...]",
-                       description=__doc__)
-    parser.add_argument("--checkpoint", default="tinymamba_model_latest.pt", metavar="FILE",
-                        help="the base, or a quantised folder [tinymamba_model_latest.pt]")
-    parser.add_argument("--tokenizer", default="data/text/train.bin", metavar="FILE",
-                        help="beside this file [data/text/train.bin]")
+    parser = CliParser(
+        usage="python benchmarks/finetune.py [--FLAG VALUE ...]", description=__doc__
+    )
+    parser.add_argument(
+        "--checkpoint",
+        default="tinymamba_model_latest.pt",
+        metavar="FILE",
+        help="the base, or a quantized folder [tinymamba_model_latest.pt]",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        default="data/text/train.bin",
+        metavar="FILE",
+        help="beside this file [data/text/train.bin]",
+    )
     parser.add_argument("--text", nargs=2, metavar="FILE", help="for style: to train on, to test")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=VARIANTS, default=list(VARIANTS))
@@ -133,8 +175,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0 takes all")
     parser.add_argument("--output", default="finetune.jsonl", help="of rows [finetune.jsonl]")
     args = parser.parse_args(argv)
-    require(args.text or "style" not in args.tasks, "--text", "style needs two files",
-            "pass two, or --tasks lookup format")
+    require(
+        args.text or "style" not in args.tasks,
+        "--text",
+        "style needs two files",
+        "pass two, or --tasks lookup format",
+    )
     for path in [args.checkpoint, *(args.text or ())]:
         require(os.path.exists(path), path, "no such file", "check the path")
     spawn = multiprocessing.get_context("spawn")
@@ -144,6 +190,7 @@ def main(argv: list[str] | None = None) -> int:
                 with spawn.Pool(1) as pool:
                     append_row(args.output, pool.apply(run, (task, variant, lr, args)))
     return 0
+
 
 if __name__ == "__main__":
     run_cli(main)

@@ -5,7 +5,7 @@
     python benchmarks/quality.py M --models llama --lr 1e-3 2e-3 4e-3   # find a peer's best rate
     python benchmarks/quality.py S --text ... --seeds 0 1 2 --output quality.jsonl
 
-Every model sees the same batches of a seed, the same schedule and the same kind of optimiser: Muon
+Every model sees the same batches of a seed, the same schedule and the same kind of optimizer: Muon
 for matrices and AdamW for the rest, or AdamW for all with --optimizer adamw. S trains on the first
 file of --text and validates on the second: 2,000 steps of 12 x 64 bytes. M trains on what
 `python data/prepare.py` makes: 1,000 steps of 8 x 512 tokens.
@@ -41,17 +41,35 @@ from testv2 import (  # noqa: E402
 SHAPES = {
     "S": {
         "tinymamba": {"d_model": 108, "n_layer": 4, "num_heads": 2, "ssm_head_dim": 54},
-        "llama": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2,
-                  "intermediate_size": 326},
-        "mamba2": {"hidden_size": 128, "num_hidden_layers": 7, "num_heads": 4, "head_dim": 64,
-                   "state_size": 32},
+        "llama": {
+            "hidden_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 2,
+            "intermediate_size": 326,
+        },
+        "mamba2": {
+            "hidden_size": 128,
+            "num_hidden_layers": 7,
+            "num_heads": 4,
+            "head_dim": 64,
+            "state_size": 32,
+        },
     },
     "M": {
         "tinymamba": {"d_model": 320, "n_layer": 5, "num_heads": 5, "ssm_head_dim": 64},
-        "llama": {"hidden_size": 384, "num_hidden_layers": 5, "num_attention_heads": 6,
-                  "intermediate_size": 880},
-        "mamba2": {"hidden_size": 384, "num_hidden_layers": 9, "num_heads": 12, "head_dim": 64,
-                   "state_size": 16},
+        "llama": {
+            "hidden_size": 384,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 6,
+            "intermediate_size": 880,
+        },
+        "mamba2": {
+            "hidden_size": 384,
+            "num_hidden_layers": 9,
+            "num_heads": 12,
+            "head_dim": 64,
+            "state_size": 16,
+        },
     },
 }
 TASKS = {  # vocabulary, tokens of a block, blocks of a step, steps
@@ -63,6 +81,7 @@ RATES = {  # the best that was found, with Muon
     "M": {"tinymamba": 8e-3, "llama": 4e-3, "mamba2": 8e-3},
 }
 WARMUP = 100  # steps
+
 
 def build(task: str, name: str) -> torch.nn.Module:
     vocab, block, _, _ = TASKS[task]
@@ -79,11 +98,13 @@ def build(task: str, name: str) -> torch.nn.Module:
     config = transformers.Mamba2Config(**common, **shape, n_groups=1, chunk_size=64)
     return transformers.Mamba2ForCausalLM(config)
 
+
 def logits_of(model, ids: torch.Tensor) -> torch.Tensor:
     """(B, L) -> (B, L, V), float32."""
     with torch.autocast("cpu", torch.bfloat16):
         out = model(ids)
     return (out if isinstance(out, torch.Tensor) else out.logits).float()
+
 
 def load_data(args) -> tuple:
     """Training and validation tokens, and the bytes that one validation token stands for."""
@@ -97,9 +118,14 @@ def load_data(args) -> tuple:
     files = [TokenFile(f"{args.data}/{name}.bin", "auto") for name in ("train", "val")]
     train, val = (torch.from_numpy(f.read(0, f.length).astype(np.int64)) for f in files)
     facts = read_sidecar(files[1].path)
-    require(int(train.max()) < vocab, "data", f"has ids of {vocab} and more",
-            f"python data/prepare.py --vocab_size {vocab}")
+    require(
+        int(train.max()) < vocab,
+        "data",
+        f"has ids of {vocab} and more",
+        f"python data/prepare.py --vocab_size {vocab}",
+    )
     return train, val[: args.validation_tokens + 1], facts["bytes"] / facts["tokens"]
+
 
 @torch.no_grad()
 def blockwise(model, val: torch.Tensor, block: int) -> float:
@@ -107,9 +133,12 @@ def blockwise(model, val: torch.Tensor, block: int) -> float:
     count = (len(val) - 1) // block * block
     x, y = val[:count].view(-1, block), val[1 : count + 1].view(-1, block)
     step = max(1, 2**14 // block)
-    total = sum(F.cross_entropy(logits_of(model, a).flatten(0, 1), b.flatten(), reduction="sum")
-                for a, b in zip(x.split(step), y.split(step), strict=True))
+    total = sum(
+        F.cross_entropy(logits_of(model, a).flatten(0, 1), b.flatten(), reduction="sum")
+        for a, b in zip(x.split(step), y.split(step), strict=True)
+    )
     return total.item() / count
+
 
 @torch.no_grad()
 def read_through(model, val: torch.Tensor, block: int) -> float:
@@ -129,9 +158,11 @@ def read_through(model, val: torch.Tensor, block: int) -> float:
     windows += [(i - block, i, block - stride) for i in range(block + stride, length + 1, stride)]
     for begin, end, first in windows:
         logits = logits_of(model, x[:, begin:end])[:, first:]
-        total += F.cross_entropy(logits.flatten(0, 1), y[:, begin + first : end].flatten(),
-                                 reduction="sum")
+        total += F.cross_entropy(
+            logits.flatten(0, 1), y[:, begin + first : end].flatten(), reduction="sum"
+        )
     return total.item() / y.numel()
+
 
 def train(model, data: torch.Tensor, args, seed: int, lr: float) -> None:
     """The recipe that all models share: linear warm-up, cosine to zero, clipping at 1."""
@@ -153,8 +184,12 @@ def train(model, data: torch.Tensor, args, seed: int, lr: float) -> None:
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % (steps // 10 or 1) == 0:
-            print(f"  step {step + 1:5d}  loss {loss.item():.4f}  "
-                  f"{time.perf_counter() - start:.0f} s", flush=True)
+            print(
+                f"  step {step + 1:5d}  loss {loss.item():.4f}  "
+                f"{time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
+
 
 def run(args, data: tuple, name: str, seed: int, lr: float) -> dict:
     torch.manual_seed(seed)
@@ -167,12 +202,20 @@ def run(args, data: tuple, name: str, seed: int, lr: float) -> dict:
     model.eval()
     block = TASKS[args.task][1]
     nats = {"": blockwise(model, val, block), "_read": read_through(model, val, block)}
-    row = {"task": args.task, "model": name, "seed": seed, "lr": lr, "optimizer": args.optimizer,
-           "parameters": parameters, "seconds": round(seconds, 1)}
+    row = {
+        "task": args.task,
+        "model": name,
+        "seed": seed,
+        "lr": lr,
+        "optimizer": args.optimizer,
+        "parameters": parameters,
+        "seconds": round(seconds, 1),
+    }
     for kind, value in nats.items():
         row[f"nats_per_token{kind}"] = round(value, 5)
         row[f"bits_per_byte{kind}"] = round(value / math.log(2) / bytes_per_token, 5)
     return row
+
 
 def main() -> None:
     parser = CliParser(description=__doc__)
@@ -196,6 +239,7 @@ def main() -> None:
         for name in args.models:
             for lr in args.lr or [RATES[args.task][name]]:
                 append_row(args.output, run(args, data, name, seed, lr))
+
 
 if __name__ == "__main__":
     run_cli(main)

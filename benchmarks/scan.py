@@ -26,10 +26,12 @@ from testv2 import DTYPES, CliParser, need, require, run_cli, selective_scan  # 
 def ours(x, dt, A, B, C, D) -> Tensor:
     return selective_scan(x, dt, A, B, C, D)[0]
 
+
 def mamba2(x, dt, A, B, C, D) -> Tensor:
     from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
     return mamba2_chunk_scan(x, dt, A, B[:, :, None], C[:, :, None], chunk_size=64, D=D)
+
 
 def mambapy(x, dt, A, B, C, D) -> Tensor:
     """As its MambaBlock.selective_scan does, which has no heads: each channel is one."""
@@ -42,7 +44,9 @@ def mambapy(x, dt, A, B, C, D) -> Tensor:
     y = (pscan(decay, written) @ C.to(written.dtype)[..., None]).squeeze(3) + D * flat
     return y.unflatten(2, x.shape[2:])
 
+
 SCANS = {"ours": ours, "mamba2": mamba2, "mambapy": mambapy}
+
 
 def draw(args, batch: int, length: int) -> list[Tensor]:
     """x (B, L, H, P), dt (B, L, H), A (H,), B and C (B, L, N), D (H,), as leaves of a graph."""
@@ -59,6 +63,7 @@ def draw(args, batch: int, length: int) -> list[Tensor]:
     A = (-1 - 15 * torch.rand(H, generator=g)).to(args.device).requires_grad_()
     return [x, dt, A, B, C, normal(H)]
 
+
 def maker(scan, inputs: list[Tensor], args):
     """A function that runs the scan once, forward and backward, and returns its seconds."""
     dy = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(args.device)
@@ -68,6 +73,7 @@ def maker(scan, inputs: list[Tensor], args):
         torch.autograd.grad(y, inputs, dy.to(y.dtype))
 
     return functools.partial(timed, work, torch.device(args.device))
+
 
 def compare(args, batch: int, length: int) -> list[dict]:
     """A row for each scan; those that do not agree with ours are refused."""
@@ -80,9 +86,17 @@ def compare(args, batch: int, length: int) -> list[dict]:
     makers = {n: functools.partial(maker, SCANS[n], inputs, args) for n in args.scans}
     for name, timing in interleave(makers, args.warmup_iterations, args.test_iterations).items():
         require(not timing.reason, name, f"failed ({timing.reason})", "leave it out of --scans")
-        rows.append({"scan": name, "batch": batch, "length": length,
-                     "seconds": statistics.median(timing.seconds), "all": timing.seconds})
+        rows.append(
+            {
+                "scan": name,
+                "batch": batch,
+                "length": length,
+                "seconds": statistics.median(timing.seconds),
+                "all": timing.seconds,
+            }
+        )
     return rows
+
 
 def main() -> None:
     parser = CliParser(description=__doc__)
@@ -90,8 +104,11 @@ def main() -> None:
     for name, default in (("batch_sizes", [4]), ("sequence_lengths", [512])):
         parser.add_argument(f"--{name}", nargs="+", type=int, default=default)
     for name, default, text in (
-        ("heads", 12, "H"), ("head_dim", 64, "P"), ("d_state", 16, "N"),
-        ("warmup_iterations", 1, "rounds that do not count"), ("test_iterations", 5, "rounds"),
+        ("heads", 12, "H"),
+        ("head_dim", 64, "P"),
+        ("d_state", 16, "N"),
+        ("warmup_iterations", 1, "rounds that do not count"),
+        ("test_iterations", 5, "rounds"),
         ("threads", 0, "of the CPU; 0 takes all"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} [{default}]")
@@ -108,8 +125,11 @@ def main() -> None:
                 file.writelines(json.dumps({**vars(args), **row}) + "\n" for row in rows)
             first = rows[0]["seconds"]
             for row in rows:
-                print(f"batch {batch}  length {length}  {row['scan']:8s} "
-                      f"{1000 * row['seconds']:9.1f} ms  {row['seconds'] / first:6.1f} x")
+                print(
+                    f"batch {batch}  length {length}  {row['scan']:8s} "
+                    f"{1000 * row['seconds']:9.1f} ms  {row['seconds'] / first:6.1f} x"
+                )
+
 
 if __name__ == "__main__":
     run_cli(main)

@@ -33,6 +33,7 @@ from testv2 import CliParser, require, run_cli  # noqa: E402
 TEXT = "import os\n\nclass Reader:\n    def read(self, path):\n        return open(path).read()\n"
 TEXT *= 8
 
+
 class Client:
     """HTTP over plain sockets: what it costs to read an event must not hide the server's cost."""
 
@@ -42,9 +43,11 @@ class Client:
     async def send(self, method: str, path: str, body: dict | None):
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         data = b"" if body is None else json.dumps(body).encode()
-        writer.write(f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-                     f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-                     .encode() + data)
+        writer.write(
+            f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+            + data
+        )
         status = int((await reader.readline()).split()[1])
         while await reader.readline() != b"\r\n":
             pass
@@ -82,6 +85,7 @@ class Client:
             self.errors.append(f"{path}: {e}")
         return times, tokens or len(times), ended
 
+
 class Load:
     """Requests, one after another, in so many lanes."""
 
@@ -92,10 +96,17 @@ class Load:
     async def lane(self, until: float) -> None:
         while time.perf_counter() < until:
             prompt = TEXT[: self.random.randrange(8, len(TEXT))]
-            times, tokens, _ = await self.client.stream("/v1/completions", {
-                "prompt": prompt, "max_tokens": self.tokens, "temperature": 0.8,
-                "seed": self.random.randrange(2**31), "logit_bias": {},
-                "stream_options": {"include_usage": True}})
+            times, tokens, _ = await self.client.stream(
+                "/v1/completions",
+                {
+                    "prompt": prompt,
+                    "max_tokens": self.tokens,
+                    "temperature": 0.8,
+                    "seed": self.random.randrange(2**31),
+                    "logit_bias": {},
+                    "stream_options": {"include_usage": True},
+                },
+            )
             self.requests += 1
             self.count += tokens
             self.first += times[:1]
@@ -105,18 +116,26 @@ class Load:
         begin = time.perf_counter()
         await asyncio.gather(*(self.lane(begin + seconds) for _ in range(lanes)))
         spent = time.perf_counter() - begin
-        return {"streams": lanes, "seconds": spent, "requests": self.requests,
-                "tokens_per_second": self.count / spent, **spread("first", self.first),
-                **spread("gap", self.gaps)}
+        return {
+            "streams": lanes,
+            "seconds": spent,
+            "requests": self.requests,
+            "tokens_per_second": self.count / spent,
+            **spread("first", self.first),
+            **spread("gap", self.gaps),
+        }
+
 
 def spread(name: str, values: list[float]) -> dict:
     cuts = statistics.quantiles(values, n=100) if len(values) > 1 else [float("nan")] * 99
     return {f"{name}_p50": cuts[49], f"{name}_p95": cuts[94]}
 
+
 def memory(process: subprocess.Popen) -> float:
     """MB that the process holds."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
+
 
 async def hang_up(client: Client, count: int, lanes: int, tokens: int) -> dict:
     """Clients that go away at random; how many, and sessions that are not where they were."""
@@ -124,8 +143,11 @@ async def hang_up(client: Client, count: int, lanes: int, tokens: int) -> dict:
     for i, name in enumerate(sessions):
         for one in (name, f"{name}-twin"):
             await client.call("POST", "/v1/sessions", {"id": one, "seed": i})
-            await client.call("POST", f"/v1/sessions/{one}/completions",
-                              {"prompt": TEXT[: 50 + i], "max_tokens": 5})
+            await client.call(
+                "POST",
+                f"/v1/sessions/{one}/completions",
+                {"prompt": TEXT[: 50 + i], "max_tokens": 5},
+            )
     loads = [asyncio.create_task(Load(client, tokens).lane(float("inf"))) for _ in range(lanes)]
     waits, left = [], list(range(count))
 
@@ -134,8 +156,11 @@ async def hang_up(client: Client, count: int, lanes: int, tokens: int) -> dict:
         before = (await client.call("GET", path))["tokens"]
         while left:
             left.pop()
-            _, _, ended = await client.stream(f"{path}/completions", {
-                "prompt": "import ", "max_tokens": 4000}, chance.randrange(20))
+            _, _, ended = await client.stream(
+                f"{path}/completions",
+                {"prompt": "import ", "max_tokens": 4000},
+                chance.randrange(20),
+            )
             begin = time.perf_counter()
             while (now := await client.call("GET", path))["answering"]:
                 require(time.perf_counter() < begin + 30, name, "still answers", "mend the server")
@@ -148,12 +173,18 @@ async def hang_up(client: Client, count: int, lanes: int, tokens: int) -> dict:
         task.cancel()
     await asyncio.gather(*loads, return_exceptions=True)
     for name in sessions:
-        said = [(await client.call("POST", f"/v1/sessions/{one}/completions", {
-            "prompt": "\n", "max_tokens": 20}))["choices"][0]["text"]
-            for one in (name, f"{name}-twin")]
+        said = [
+            (
+                await client.call(
+                    "POST", f"/v1/sessions/{one}/completions", {"prompt": "\n", "max_tokens": 20}
+                )
+            )["choices"][0]["text"]
+            for one in (name, f"{name}-twin")
+        ]
         if said[0] != said[1]:
             client.errors.append(f"{name} says {said[0]!r}, its twin {said[1]!r}")
     return {"disconnects": len(waits), "beside_streams": lanes, **spread("free", waits)}
+
 
 async def measure(args, process: subprocess.Popen, port: int) -> dict:
     client = Client(port)
@@ -167,34 +198,60 @@ async def measure(args, process: subprocess.Popen, port: int) -> dict:
         marks.append(memory(process))
     many = await running
     gone = await hang_up(client, args.disconnects, args.streams // 2, args.tokens)
-    return {"one": one, "load": many, "gone": gone, "errors": client.errors,
-            "times_one": many["tokens_per_second"] / one["tokens_per_second"],
-            "memory_mb": [start, *marks, memory(process)]}
+    return {
+        "one": one,
+        "load": many,
+        "gone": gone,
+        "errors": client.errors,
+        "times_one": many["tokens_per_second"] / one["tokens_per_second"],
+        "memory_mb": [start, *marks, memory(process)],
+    }
+
 
 def parse(argv: list[str] | None):
-    parser = CliParser(usage="python benchmarks/serve.py --checkpoint FILE [--FLAG VALUE ...]",
-                       description=__doc__)
+    parser = CliParser(
+        usage="python benchmarks/serve.py --checkpoint FILE [--FLAG VALUE ...]", description=__doc__
+    )
     for flag, kind, default, text in (
         ("--checkpoint", str, "tinymamba_model_latest.pt", "what to serve"),
         ("--tokenizer", str, None, "tokenizer.json or vocab.txt; else beside the training data"),
-        ("--streams", int, 64, "at one time"), ("--seconds", float, 120.0, "of load"),
+        ("--streams", int, 64, "at one time"),
+        ("--seconds", float, 120.0, "of load"),
         ("--tokens", int, 128, "of an answer"),
         ("--disconnects", int, 200, "clients that hang up"),
         ("--output", str, "serve.jsonl", "a line is added to it"),
     ):
-        parser.add_argument(flag, type=kind, default=default, metavar=kind.__name__.upper(),
-                            help=text + ("" if default is None else f" [{default}]"))
+        parser.add_argument(
+            flag,
+            type=kind,
+            default=default,
+            metavar=kind.__name__.upper(),
+            help=text + ("" if default is None else f" [{default}]"),
+        )
     args = parser.parse_args(argv)
     for name in ("streams", "seconds", "tokens"):
         require(getattr(args, name) > 0, f"--{name}", "is not above 0", "pass more")
     return args
 
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     words = ["--tokenizer", args.tokenizer] if args.tokenizer else []
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "serve.py"), "--checkpoint", args.checkpoint, "--port", "0",
-         "--batch_size", str(max(64, args.streams)), *words], stdout=subprocess.PIPE, text=True)
+        [
+            sys.executable,
+            str(ROOT / "serve.py"),
+            "--checkpoint",
+            args.checkpoint,
+            "--port",
+            "0",
+            "--batch_size",
+            str(max(64, args.streams)),
+            *words,
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         said = process.stdout.readline()
         require(said, "serve.py", "did not start", "its error is above")
@@ -204,12 +261,15 @@ def main(argv: list[str] | None = None) -> int:
         process.wait()
     for name in ("one", "load", "gone"):
         print(name, " ".join(f"{k} {v:.4g}" for k, v in row[name].items()))
-    print(f"times one stream {row['times_one']:.2f}, errors {len(row['errors'])}, memory in MB",
-          " ".join(f"{m:.0f}" for m in row["memory_mb"]))
+    print(
+        f"times one stream {row['times_one']:.2f}, errors {len(row['errors'])}, memory in MB",
+        " ".join(f"{m:.0f}" for m in row["memory_mb"]),
+    )
     for error in row["errors"][:10]:
         print(error, file=sys.stderr)
     append_row(args.output, row)
     return 1 if row["errors"] else 0
+
 
 if __name__ == "__main__":
     run_cli(main)

@@ -42,6 +42,7 @@ from testv2 import (  # noqa: E402
 BATCH, BLOCK = 8, 512  # texts of a training pass, and tokens of each
 GREEDY = StreamingConfig(temperature=0.0, eos_token_id=-1)
 
+
 def read(server: StreamingServer, context: int) -> str:
     """A session that has read so many random tokens."""
     session = server.create_session()
@@ -49,6 +50,7 @@ def read(server: StreamingServer, context: int) -> str:
     ids = torch.randint(server.vocab_size, (context,), generator=random).tolist()
     list(server.answer(ids, session, as_ids=True, max_new_tokens=0))
     return session
+
 
 def go_on(server: StreamingServer, context: int, tokens: int):
     """Seconds a token of an answer, again and again from the same place."""
@@ -63,6 +65,7 @@ def go_on(server: StreamingServer, context: int, tokens: int):
         return spent / tokens
 
     return run
+
 
 def go_on_with_cache(model, context: int, tokens: int):
     """The same for Llama."""
@@ -88,6 +91,7 @@ def go_on_with_cache(model, context: int, tokens: int):
 
     return run
 
+
 def together(server: StreamingServer, sessions: int, tokens: int) -> float:
     """Seconds a token of all, as one batch; prompts are read before."""
     answers = [server.answer([1 + i], as_ids=True, max_new_tokens=tokens) for i in range(sessions)]
@@ -104,23 +108,28 @@ def together(server: StreamingServer, sessions: int, tokens: int) -> float:
         answer.close()
     return spent / (sessions * (tokens - 1))
 
+
 def one_by_one(server: StreamingServer, sessions: int, tokens: int) -> float:
     spent = 0.0
     for i in range(sessions):
         with contextlib.closing(
-                server.answer([1 + i], as_ids=True, max_new_tokens=tokens)) as answer:
+            server.answer([1 + i], as_ids=True, max_new_tokens=tokens)
+        ) as answer:
             next(answer)
             spent += timed(functools.partial(list, answer), server.decoder.device)
     return spent / (sessions * (tokens - 1))
+
 
 def prefill(server: StreamingServer, ids: list[int]) -> float:
     """Seconds a token."""
     answer = server.answer(ids, as_ids=True, max_new_tokens=0)
     return timed(functools.partial(list, answer), server.decoder.device) / len(ids)
 
+
 def training_forward(model: TinyMambaModel, ids: torch.Tensor, dtype: torch.dtype) -> float:
     with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
         return timed(lambda: model(ids, ids), ids.device) / ids.numel()
+
 
 def switching(model: TinyMambaModel, names: list[str | None], tokens: int) -> float:
     """Seconds a token where each of these adapters takes its turn."""
@@ -136,49 +145,76 @@ def switching(model: TinyMambaModel, names: list[str | None], tokens: int) -> fl
 
     return timed(steps, ids.device) / tokens
 
+
 def make_models(args) -> tuple[dict[str, StreamingServer], torch.nn.Module, TinyMambaModel]:
     """TinyMamba's servers by name; Llama; TinyMamba as it trains, float32."""
     dtype = DTYPES[args.dtype]
 
     def tinymamba() -> TinyMambaModel:
         torch.manual_seed(0)
-        return load_model(args.tinymamba_checkpoint) if args.tinymamba_checkpoint else (
-            TinyMambaModel(Config(**DEFAULT, dropout=0.0)))
+        return (
+            load_model(args.tinymamba_checkpoint)
+            if args.tinymamba_checkpoint
+            else (TinyMambaModel(Config(**DEFAULT, dropout=0.0)))
+        )
 
     forms = {"tinymamba": False} | ({"tinymamba compiled": True} if args.compile else {})
-    servers = {name: StreamingServer(tinymamba(), str(args.device), GREEDY, dtype=dtype,
-                                     compiled=compiled) for name, compiled in forms.items()}
+    servers = {
+        name: StreamingServer(tinymamba(), str(args.device), GREEDY, dtype=dtype, compiled=compiled)
+        for name, compiled in forms.items()
+    }
     config = servers["tinymamba"].model.config
     positions = max(args.contexts) + args.tokens
     facts = fit("llama", config, positions, count(TinyMambaModel, config))
     llama = PEERS["llama"].make(config, positions, facts["layers"], facts["width"])
     return servers, llama.to(args.device, dtype).eval(), tinymamba().to(args.device).train()
 
+
 def kinds(args):
     """For each kind of run, what takes turns in it: a function that gives seconds a token."""
     servers, llama, trained = make_models(args)
     for context in args.contexts:
-        rivals = {name: functools.partial(go_on, server, context, args.tokens)
-                  for name, server in servers.items()}
+        rivals = {
+            name: functools.partial(go_on, server, context, args.tokens)
+            for name, server in servers.items()
+        }
         if context <= args.llama_context:
             rivals["llama"] = functools.partial(go_on_with_cache, llama, context, args.tokens)
         yield f"token after {context}", {name: make() for name, make in rivals.items()}
     for name, server in servers.items():
-        yield f"{args.sessions} sessions, {name}", {
-            way.__name__: functools.partial(way, server, args.sessions, args.tokens)
-            for way in (together, one_by_one)}
-    adapted = apply_lora_to_model(apply_lora_to_model(copy.deepcopy(trained).eval(), name="a"),
-                                  name="b").requires_grad_(False).to(DTYPES[args.dtype])
-    yield "adapters", {way: functools.partial(switching, adapted, names, args.tokens)
-                       for way, names in {"none": [None], "one": ["a"], "two": ["a", "b"]}.items()}
+        yield (
+            f"{args.sessions} sessions, {name}",
+            {
+                way.__name__: functools.partial(way, server, args.sessions, args.tokens)
+                for way in (together, one_by_one)
+            },
+        )
+    adapted = (
+        apply_lora_to_model(apply_lora_to_model(copy.deepcopy(trained).eval(), name="a"), name="b")
+        .requires_grad_(False)
+        .to(DTYPES[args.dtype])
+    )
+    yield (
+        "adapters",
+        {
+            way: functools.partial(switching, adapted, names, args.tokens)
+            for way, names in {"none": [None], "one": ["a"], "two": ["a", "b"]}.items()
+        },
+    )
     ids = torch.randint(trained.config.vocab_size, (BATCH, BLOCK), device=args.device)
-    yield "prefill", {
-        "prefill": functools.partial(prefill, servers["tinymamba"], ids.flatten().tolist()),
-        "training": functools.partial(training_forward, trained, ids, DTYPES[args.dtype])}
+    yield (
+        "prefill",
+        {
+            "prefill": functools.partial(prefill, servers["tinymamba"], ids.flatten().tolist()),
+            "training": functools.partial(training_forward, trained, ids, DTYPES[args.dtype]),
+        },
+    )
+
 
 def main(argv: list[str] | None = None) -> int:
-    parser = CliParser(usage="python benchmarks/streaming.py [--FLAG VALUE ...]",
-                       description=__doc__)
+    parser = CliParser(
+        usage="python benchmarks/streaming.py [--FLAG VALUE ...]", description=__doc__
+    )
     whole = {"type": int, "metavar": "N"}
     parser.add_argument("--tinymamba_checkpoint", metavar="FILE", help="[a fresh model]")
     parser.add_argument("--contexts", nargs="+", default=[100, 512, 32_768, 1_000_000], **whole)
@@ -198,8 +234,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     for kind, runs in kinds(args):
-        timings = interleave({name: lambda run=run: run for name, run in runs.items()}, 2,
-                             args.rounds)
+        timings = interleave(
+            {name: lambda run=run: run for name, run in runs.items()}, 2, args.rounds
+        )
         row = {"kind": kind, "dtype": args.dtype, "threads": torch.get_num_threads()}
         for name, timing in timings.items():
             require(not timing.reason, name, str(timing.reason), "mend that")
@@ -207,6 +244,7 @@ def main(argv: list[str] | None = None) -> int:
             row[f"spread {name}"] = [round(1e3 * f(timing.seconds), 4) for f in (min, max)]
         append_row(args.output, row)
     return 0
+
 
 if __name__ == "__main__":
     run_cli(main)

@@ -33,6 +33,7 @@ BATCH = {"mqar": 64, "induction": 32, "parity": 128}
 IGNORE = -100
 AT_ONCE, PIECE = 4096, 16384  # tokens read in one pass at most; else by the state, in pieces
 
+
 def mqar(batch: int, length: int, pairs: int, vocab: int, random) -> tuple:
     """ids and targets (batch, length): the second half of the vocabulary are values."""
     half, space = vocab // 2, (length - 2 * pairs) // 2
@@ -46,6 +47,7 @@ def mqar(batch: int, length: int, pairs: int, vocab: int, random) -> tuple:
     targets = torch.full_like(ids, IGNORE).scatter_(1, at, values)
     return ids[:, :length], targets[:, :length]
 
+
 def induction(batch: int, length: int, vocab: int, random) -> tuple:
     """ids and targets (batch, length): the marker is id 0, the only target is at the end."""
     ids = torch.randint(1, vocab, (batch, length), generator=random)
@@ -56,11 +58,13 @@ def induction(batch: int, length: int, vocab: int, random) -> tuple:
     targets[:, -1:] = ids.gather(1, at + 1)
     return ids, targets
 
+
 def parity(batch: int, length: int, random) -> tuple:
     """ids and targets (batch, 1 + length): id 2 begins, then bits; are the ones so far odd?"""
     bits = torch.randint(2, (batch, length), generator=random)
     ids = F.pad(bits, (1, 0), value=2)
     return ids, F.pad(bits.cumsum(1) % 2, (1, 0), value=IGNORE)
+
 
 def draw(task: str, args, random, length: int | None = None, batch: int | None = None) -> tuple:
     """A batch of the task, for training unless a length says otherwise."""
@@ -74,23 +78,53 @@ def draw(task: str, args, random, length: int | None = None, batch: int | None =
         return induction(batch, length or 256 >> easier, args.vocab_size, random)
     return parity(batch, length or int(torch.randint(3, 41, (), generator=random)), random)
 
+
 def build(args) -> torch.nn.Module:
     """The model of the task, or a peer from transformers of the same width and depth."""
     D, n, heads = args.d_model, args.n_layer, max(1, args.d_model // 32)
     if args.model == "tinymamba":
-        return TinyMambaModel(Config(
-            d_model=D, n_layer=n, num_heads=heads, vocab_size=args.vocab_size, dropout=0.0,
-            d_state=args.d_state, window_size=args.window_size, bias=False, ssm_head_dim=32))
+        return TinyMambaModel(
+            Config(
+                d_model=D,
+                n_layer=n,
+                num_heads=heads,
+                vocab_size=args.vocab_size,
+                dropout=0.0,
+                d_state=args.d_state,
+                window_size=args.window_size,
+                bias=False,
+                ssm_head_dim=32,
+            )
+        )
     from transformers import LlamaConfig, LlamaForCausalLM, Mamba2Config, Mamba2ForCausalLM
 
-    common = {"vocab_size": args.vocab_size, "hidden_size": D, "use_cache": False,
-              "tie_word_embeddings": True}
+    common = {
+        "vocab_size": args.vocab_size,
+        "hidden_size": D,
+        "use_cache": False,
+        "tie_word_embeddings": True,
+    }
     if args.model == "llama":
-        return LlamaForCausalLM(LlamaConfig(
-            **common, num_hidden_layers=2 * n, num_attention_heads=heads, intermediate_size=3 * D))
-    return Mamba2ForCausalLM(Mamba2Config(
-        **common, num_hidden_layers=2 * n, num_heads=2 * D // 32, head_dim=32, n_groups=1,
-        state_size=args.d_state, chunk_size=64))
+        return LlamaForCausalLM(
+            LlamaConfig(
+                **common,
+                num_hidden_layers=2 * n,
+                num_attention_heads=heads,
+                intermediate_size=3 * D,
+            )
+        )
+    return Mamba2ForCausalLM(
+        Mamba2Config(
+            **common,
+            num_hidden_layers=2 * n,
+            num_heads=2 * D // 32,
+            head_dim=32,
+            n_groups=1,
+            state_size=args.d_state,
+            chunk_size=64,
+        )
+    )
+
 
 def answers(model, ids, targets, bf16: bool) -> tuple:
     """Logits and targets of the places that ask for an answer."""
@@ -102,6 +136,7 @@ def answers(model, ids, targets, bf16: bool) -> tuple:
             logits = model.lm_head(model.base_model(input_ids=ids).last_hidden_state[asked])
     return logits.float(), targets[asked]
 
+
 @torch.no_grad()
 def accuracy(model, task: str, args, length: int) -> float:
     """Share of right answers on fresh samples of `length` tokens, long ones in pieces."""
@@ -111,14 +146,19 @@ def accuracy(model, task: str, args, length: int) -> float:
         texts = draw(task, args, random, length, args.test_samples)
         logits, targets = answers(model, *texts, args.bf16)
         return (logits.argmax(-1) == targets).float().mean().item()
-    require(isinstance(model, TinyMambaModel), "read", f"{length} tokens at once are too many for "
-            f"{args.model}", f"read at most {AT_ONCE}")
+    require(
+        isinstance(model, TinyMambaModel),
+        "read",
+        f"{length} tokens at once are too many for {args.model}",
+        f"read at most {AT_ONCE}",
+    )
     ids, targets = draw(task, args, random, length, min(args.test_samples, 16))
     state = model.init_state(len(ids))
     for piece in ids.split(PIECE, dim=1):
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             logits, state = model.advance(piece, state, last_only=True)
     return (logits[:, -1].argmax(-1) == targets[:, -1]).float().mean().item()
+
 
 def train(task: str, args, seed: int) -> dict:
     """One run: its row."""
@@ -139,24 +179,38 @@ def train(task: str, args, seed: int) -> dict:
         optimizer.zero_grad()
         if (step + 1) % args.log_interval == 0:
             right = (logits.argmax(-1) == targets).float().mean().item()
-            print(f"seed {seed}  step {step + 1}  loss {loss.item():.4f}  right {right:.3f}  "
-                  f"{time.perf_counter() - start:.0f} s", flush=True)
+            print(
+                f"seed {seed}  step {step + 1}  loss {loss.item():.4f}  right {right:.3f}  "
+                f"{time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
     read = {length: round(accuracy(model, task, args, length), 4) for length in args.read}
-    return {**vars(args), "seed": seed, "loss": loss.item(), "accuracy": read,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "seconds": round(time.perf_counter() - start)}
+    return {
+        **vars(args),
+        "seed": seed,
+        "loss": loss.item(),
+        "accuracy": read,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": round(time.perf_counter() - start),
+    }
+
 
 def parse(argv=None):
     parser = CliParser(description=__doc__)
     parser.add_argument("task", choices=STEPS)
     parser.add_argument("--model", choices=("tinymamba", "llama", "mamba2"), default="tinymamba")
     for name, default, text in (
-        ("d_model", 64, "width"), ("n_layer", 2, "blocks; peers get two layers for each"),
-        ("d_state", 64, "SSM state size"), ("window_size", 32, "attention window in tokens"),
-        ("length", 256, "tokens of an mqar text"), ("pairs", 16, "pairs of an mqar text"),
-        ("vocab_size", 0, "0 takes the task's: 8192, 16, 3"), ("steps", 0, "0 takes the task's"),
+        ("d_model", 64, "width"),
+        ("n_layer", 2, "blocks; peers get two layers for each"),
+        ("d_state", 64, "SSM state size"),
+        ("window_size", 32, "attention window in tokens"),
+        ("length", 256, "tokens of an mqar text"),
+        ("pairs", 16, "pairs of an mqar text"),
+        ("vocab_size", 0, "0 takes the task's: 8192, 16, 3"),
+        ("steps", 0, "0 takes the task's"),
         ("batch_size", 0, "texts in a step; 0 takes the task's"),
-        ("test_samples", 256, "texts to read in the end"), ("log_interval", 200, "steps"),
+        ("test_samples", 256, "texts to read in the end"),
+        ("log_interval", 200, "steps"),
         ("threads", 0, "of the CPU; 0 takes all"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} [{default}]")
@@ -170,11 +224,18 @@ def parse(argv=None):
     args.vocab_size = args.vocab_size or VOCABULARY[args.task]
     args.steps = args.steps or STEPS[args.task]
     args.batch_size = args.batch_size or BATCH[args.task]
-    args.read = args.read or {"mqar": [args.length], "induction": [256, 4096],
-                              "parity": [40, 256]}[args.task]
-    require(args.length >= 4 * args.pairs, "length", f"{args.length} tokens do not hold "
-            f"{args.pairs} pairs twice", f"it must be at least {4 * args.pairs}")
+    args.read = (
+        args.read
+        or {"mqar": [args.length], "induction": [256, 4096], "parity": [40, 256]}[args.task]
+    )
+    require(
+        args.length >= 4 * args.pairs,
+        "length",
+        f"{args.length} tokens do not hold {args.pairs} pairs twice",
+        f"it must be at least {4 * args.pairs}",
+    )
     return args
+
 
 def main() -> None:
     args = parse()
@@ -185,6 +246,7 @@ def main() -> None:
         with open(args.output, "a") as file:
             file.write(json.dumps(row) + "\n")
         print(f"{args.task}  {args.model}  seed {seed}  accuracy by length {row['accuracy']}")
+
 
 if __name__ == "__main__":
     run_cli(main)

@@ -45,8 +45,8 @@ from testv2 import (
 
 OUTPUTS = ("train.bin", "val.bin", "train.json", "val.json", "vocab.txt", "tokenizer.json")
 READ_BYTES = 1 << 20  # read from disk at a time
-PIECE_CHARS = 1 << 16  # tokenised as one string
-BATCH_CHARS = 1 << 20  # tokenised in one call, on all cores; takes up to 350 bytes for each
+PIECE_CHARS = 1 << 16  # tokenized as one string
+BATCH_CHARS = 1 << 20  # tokenized in one call, on all cores; takes up to 350 bytes for each
 FEW_FILES = 20  # below this, whole files are too coarse for a validation split
 LINE_BREAK = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 NOT_SAMPLE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -450,8 +450,11 @@ def prepare(options: Options) -> dict[str, dict]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = CliParser(usage="python data/prepare.py [--FLAG VALUE ...]", description=__doc__,
-                       epilog="Defaults stand in [brackets].")
+    parser = CliParser(
+        usage="python data/prepare.py [--FLAG VALUE ...]",
+        description=__doc__,
+        epilog="Defaults stand in [brackets].",
+    )
     for option in fields(Options):
         kind = dict(option.metadata)
         if option.default:

@@ -32,9 +32,20 @@ torch.set_num_threads(1)  # the models are tiny, and tests run side by side
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
-    "d_model": 32, "n_layer": 2, "vocab_size": 257, "dropout": 0.0, "num_heads": 2,
-    "ssm_head_dim": 8, "d_state": 8, "window_size": 8, "chunk_size": 16, "block_size": 32,
-    "batch_size": 4, "gradient_accumulation_steps": 1, "use_compile": False, "device": "cpu",
+    "d_model": 32,
+    "n_layer": 2,
+    "vocab_size": 257,
+    "dropout": 0.0,
+    "num_heads": 2,
+    "ssm_head_dim": 8,
+    "d_state": 8,
+    "window_size": 8,
+    "chunk_size": 16,
+    "block_size": 32,
+    "batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "use_compile": False,
+    "device": "cpu",
     "warmup_steps": 2,
 }
 GATES = ("softmax", "top_k", "sparsemax")
@@ -166,13 +177,20 @@ def flags(**values) -> list[str]:
     return words
 
 
-def run_script(script: str, *words, cwd: Path, env: dict | None = None, timeout: float = 300,
-               input: str | None = None):
+def run_script(
+    script: str,
+    *words,
+    cwd: Path,
+    env: dict | None = None,
+    timeout: float = 300,
+    input: str | None = None,
+):
     """Run a script of the repository in `cwd` as a user would; the CompletedProcess, as text."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     command = [sys.executable, str(ROOT / script), *map(str, words)]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True,
-                          timeout=timeout, input=input)
+    return subprocess.run(
+        command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, input=input
+    )
 
 
 def free_port() -> int:

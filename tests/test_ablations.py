@@ -126,9 +126,25 @@ def test_the_command_line_writes_a_row_the_table_and_the_picture(tmp_path):
     (tmp_path / "notes.md").write_text("Before\n<!-- rows -->\nold\n<!-- /rows -->\nAfter\n")
     size = words(TINY)
     done = run_script(
-        "benchmarks/ablations.py", "--text", "train.txt", "val.txt", "--base", "first", "--run",
-        f"first {size}", f"second {size} gate=none", "--seeds", 3, "--output", "rows.jsonl",
-        "--table", "notes.md", "--plot", "rows.png", cwd=tmp_path)
+        "benchmarks/ablations.py",
+        "--text",
+        "train.txt",
+        "val.txt",
+        "--base",
+        "first",
+        "--run",
+        f"first {size}",
+        f"second {size} gate=none",
+        "--seeds",
+        3,
+        "--output",
+        "rows.jsonl",
+        "--table",
+        "notes.md",
+        "--plot",
+        "rows.png",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     first, second = read_rows(tmp_path / "rows.jsonl")
     assert [json.loads(line) for line in done.stdout.splitlines()] == [first, second]
@@ -171,7 +187,9 @@ def test_the_rows_of_docs_can_be_run_and_stand_in_the_table(tmp_path):
     names = {row["name"] for row in rows}
     for row in rows:
         assert parse_run(f"{row['name']} {words(row['settings'])}") == (
-            row["name"], row["settings"])
+            row["name"],
+            row["settings"],
+        )
         assert row["base"] is None or row["base"] in names - {row["name"]}
         s = Settings(**row["settings"]).validate()
         assert s.hidden in (0, row["hidden"]) and row["nats_per_byte"] < 2

@@ -54,8 +54,12 @@ def everything(tmp_path_factory):
     folder = tmp_path_factory.mktemp("all")
     write_checkpoint(folder)
     done = run_script(
-        "benchmark.py", *flags(**QUICK, tinymamba_checkpoint="model.pt", models_to_compare="llama"),
-        *flags(eval_dataset="val.bin"), "--generate_plots", cwd=folder)
+        "benchmark.py",
+        *flags(**QUICK, tinymamba_checkpoint="model.pt", models_to_compare="llama"),
+        *flags(eval_dataset="val.bin"),
+        "--generate_plots",
+        cwd=folder,
+    )
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -81,7 +85,8 @@ def test_peers_have_as_many_parameters(name, values):
 def test_parameters_are_counted_as_pytorch_does():
     model = TinyMambaModel(tiny_config())
     assert benchmark.count(TinyMambaModel, tiny_config()) == sum(
-        p.numel() for p in model.parameters())
+        p.numel() for p in model.parameters()
+    )
 
 
 def test_default_is_of_about_ten_million():
@@ -95,9 +100,13 @@ def test_peer_that_cannot_be_as_small_is_named():
 
 @pytest.mark.parametrize("name", ["tinymamba", *PEERS, "mambapy"])
 def test_a_step_trains_every_parameter_and_decoding_starts_at_the_prompt(name):
-    args = SimpleNamespace(**vars(CPU), config=tiny_config(), lengths=[16],
-                           models=[name] if name in benchmark.PEERS else [],
-                           tinymamba_checkpoint=None)
+    args = SimpleNamespace(
+        **vars(CPU),
+        config=tiny_config(),
+        lengths=[16],
+        models=[name] if name in benchmark.PEERS else [],
+        tinymamba_checkpoint=None,
+    )
     contestant = benchmark.make_contestants(args)[name]
     ids = benchmark.random_ids(args, 2, 16)
     step = benchmark.make_run("training", contestant, False, ids, args)
@@ -119,8 +128,9 @@ def test_a_step_trains_every_parameter_and_decoding_starts_at_the_prompt(name):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mamba2"])
 def test_cache_goes_on_as_the_whole_text_would(name):
     """Reading a prompt, then tokens, gives the state that reading all of them at once gives."""
-    args = SimpleNamespace(**vars(CPU), config=tiny_config(), lengths=[16], models=[name],
-                           tinymamba_checkpoint=None)
+    args = SimpleNamespace(
+        **vars(CPU), config=tiny_config(), lengths=[16], models=[name], tinymamba_checkpoint=None
+    )
     contestant = benchmark.make_contestants(args)[name]
     model, ids = contestant.model.eval(), benchmark.random_ids(args, 2, 16)
     with torch.no_grad():
@@ -243,8 +253,13 @@ def test_plots_are_pictures(everything, name):
 
 def test_perplexity_is_the_models_own(tmp_path, capsys):
     write_checkpoint(tmp_path)
-    words = flags(**{**QUICK, "sequence_lengths": [16, 24]}, benchmark_type="perplexity",
-                  tinymamba_checkpoint="model.pt", eval_dataset="val.bin", dtype="float32")
+    words = flags(
+        **{**QUICK, "sequence_lengths": [16, 24]},
+        benchmark_type="perplexity",
+        tinymamba_checkpoint="model.pt",
+        eval_dataset="val.bin",
+        dtype="float32",
+    )
     assert run(*words) == 0
     model = load_model("model.pt")
     ids = torch.from_numpy(np.fromfile("val.bin", np.int32)).long()
@@ -252,8 +267,8 @@ def test_perplexity_is_the_models_own(tmp_path, capsys):
     assert [r["length"] for r in rows] == [16, 24]
     for row in rows:
         length, blocks = row["length"], (len(ids) - 1) // row["length"]
-        x = ids[:blocks * length].view(blocks, length)
-        y = ids[1:blocks * length + 1].view(blocks, length)
+        x = ids[: blocks * length].view(blocks, length)
+        y = ids[1 : blocks * length + 1].view(blocks, length)
         with torch.no_grad():
             nats = F.cross_entropy(model(x).flatten(0, 1), y.flatten()).item()
         assert row["tokens"] == blocks * length

@@ -67,11 +67,31 @@ def test_long_texts_are_read_in_pieces_as_in_one_pass(monkeypatch):
     assert synthetic.accuracy(model, "induction", args, 100) == whole
 
 
-@pytest.mark.parametrize("task, model", [
-    ("mqar", "tinymamba"), ("induction", "llama"), ("parity", "tinymamba")])
+@pytest.mark.parametrize(
+    "task, model", [("mqar", "tinymamba"), ("induction", "llama"), ("parity", "tinymamba")]
+)
 def test_synthetic_command(task, model, tmp_path):
-    words = ("--model", model, "--steps", 2, "--d_model", 32, "--d_state", 8, "--read", 64,
-             "--length", 64, "--pairs", 4, "--test_samples", 4, "--seeds", 0, 1)
+    words = (
+        "--model",
+        model,
+        "--steps",
+        2,
+        "--d_model",
+        32,
+        "--d_state",
+        8,
+        "--read",
+        64,
+        "--length",
+        64,
+        "--pairs",
+        4,
+        "--test_samples",
+        4,
+        "--seeds",
+        0,
+        1,
+    )
     done = run_script("benchmarks/synthetic.py", task, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "synthetic.jsonl").read_text().splitlines()]
@@ -89,21 +109,38 @@ def test_synthetic_refuses_what_does_not_fit(tmp_path):
 @pytest.mark.parametrize("task", quality.TASKS)
 def test_compared_models_have_equal_sizes(task):
     with torch.device("meta"):
-        sizes = {name: sum(p.numel() for p in quality.build(task, name).parameters())
-                 for name in quality.SHAPES[task]}
+        sizes = {
+            name: sum(p.numel() for p in quality.build(task, name).parameters())
+            for name in quality.SHAPES[task]
+        }
     assert max(sizes.values()) <= 1.02 * min(sizes.values()), sizes
 
 
 def test_quality_command(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).write_bytes(bytes(range(256)) * 20)
-    words = ("S", "--text", "a", "b", "--steps", 2, "--seeds", 0, "--lr", 1e-3, 2e-3,
-             "--models", "tinymamba", "llama")
+    words = (
+        "S",
+        "--text",
+        "a",
+        "b",
+        "--steps",
+        2,
+        "--seeds",
+        0,
+        "--lr",
+        1e-3,
+        2e-3,
+        "--models",
+        "tinymamba",
+        "llama",
+    )
     done = run_script("benchmarks/quality.py", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "quality.jsonl").read_text().splitlines()]
     assert [(row["model"], row["lr"]) for row in rows] == [
-        (name, lr) for name in ("tinymamba", "llama") for lr in (1e-3, 2e-3)]
+        (name, lr) for name in ("tinymamba", "llama") for lr in (1e-3, 2e-3)
+    ]
     for row in rows:
         assert row["bits_per_byte"] == pytest.approx(row["nats_per_token"] / math.log(2), abs=1e-4)
 
@@ -130,35 +167,77 @@ def test_a_sliding_window_counts_every_token_once():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_scan_command_compares_scans_that_agree(tmp_path, dtype):
-    words = ("--sequence_lengths", 40, 100, "--heads", 2, "--head_dim", 8, "--d_state", 4,
-             "--dtype", dtype, "--batch_sizes", 2, "--test_iterations", 3)
+    words = (
+        "--sequence_lengths",
+        40,
+        100,
+        "--heads",
+        2,
+        "--head_dim",
+        8,
+        "--d_state",
+        4,
+        "--dtype",
+        dtype,
+        "--batch_sizes",
+        2,
+        "--test_iterations",
+        3,
+    )
     done = run_script("benchmarks/scan.py", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "scan.jsonl").read_text().splitlines()]
     assert [(row["length"], row["scan"]) for row in rows] == [
-        (length, name) for length in (40, 100) for name in ("ours", "mamba2", "mambapy")]
+        (length, name) for length in (40, 100) for name in ("ours", "mamba2", "mambapy")
+    ]
     assert all(len(row["all"]) == 3 and row["seconds"] == sorted(row["all"])[1] for row in rows)
 
 
 def test_a_scan_that_differs_is_not_timed(monkeypatch):
     monkeypatch.setitem(scan.SCANS, "mamba2", lambda *inputs: scan.ours(*inputs) * 1.1)
-    args = argparse.Namespace(heads=2, head_dim=8, d_state=4, device="cpu", dtype="float32",
-                              scans=["ours", "mamba2"])
+    args = argparse.Namespace(
+        heads=2, head_dim=8, d_state=4, device="cpu", dtype="float32", scans=["ours", "mamba2"]
+    )
     with pytest.raises(UserError, match="mamba2: differs from ours"):
         scan.compare(args, 1, 20)
 
 
 def test_streaming_command_times_tokens_sessions_adapters_and_prefill(tmp_path, small_checkpoint):
-    words = ("--tinymamba_checkpoint", small_checkpoint, "--contexts", 5, 40, "--llama_context", 5,
-             "--tokens", 3, "--sessions", 2, "--rounds", 2, "--threads", 1)
+    words = (
+        "--tinymamba_checkpoint",
+        small_checkpoint,
+        "--contexts",
+        5,
+        40,
+        "--llama_context",
+        5,
+        "--tokens",
+        3,
+        "--sessions",
+        2,
+        "--rounds",
+        2,
+        "--threads",
+        1,
+    )
     done = run_script("benchmarks/streaming.py", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "streaming.jsonl").read_text().splitlines()]
     assert [row["kind"] for row in rows] == [
-        "token after 5", "token after 40", "2 sessions, tinymamba", "adapters", "prefill"]
+        "token after 5",
+        "token after 40",
+        "2 sessions, tinymamba",
+        "adapters",
+        "prefill",
+    ]
     names = [{name[3:] for name in row if name.startswith("ms ")} for row in rows]
-    assert names == [{"tinymamba", "llama"}, {"tinymamba"}, {"together", "one_by_one"},
-                     {"none", "one", "two"}, {"prefill", "training"}]
+    assert names == [
+        {"tinymamba", "llama"},
+        {"tinymamba"},
+        {"together", "one_by_one"},
+        {"none", "one", "two"},
+        {"prefill", "training"},
+    ]
     for row in rows:
         for name, value in row.items():
             if name.startswith("ms "):
@@ -169,8 +248,9 @@ def test_streaming_command_times_tokens_sessions_adapters_and_prefill(tmp_path, 
 @pytest.fixture
 def small_checkpoint(tmp_path):
     model = TinyMambaModel(tiny_config(d_model=64, vocab_size=64))
-    save_checkpoint(tmp_path / "small.pt",
-                    {"model": model.state_dict(), "config": model.config.to_dict()})
+    save_checkpoint(
+        tmp_path / "small.pt", {"model": model.state_dict(), "config": model.config.to_dict()}
+    )
     return tmp_path / "small.pt"
 
 
@@ -210,16 +290,29 @@ def test_the_share_of_right_answers(monkeypatch):
 
 def test_finetune_runs_every_method_and_refuses_bad_words(tmp_path):
     model = TinyMambaModel(tiny_config(vocab_size=300))
-    save_checkpoint(tmp_path / "m.pt", {"model": model.state_dict(),
-                                        "config": model.config.to_dict()})
+    save_checkpoint(
+        tmp_path / "m.pt", {"model": model.state_dict(), "config": model.config.to_dict()}
+    )
     (tmp_path / "vocab.txt").write_text("\n".join([*byte_alphabet(), EOS_TOKEN]) + "\n")
     words = ["--checkpoint", "m.pt", "--tokenizer", "vocab.txt", "--steps", 2]
-    done = run_script("benchmarks/finetune.py", *words, "--tasks", "lookup", "--methods", "lora",
-                      "full", cwd=tmp_path)
+    done = run_script(
+        "benchmarks/finetune.py",
+        *words,
+        "--tasks",
+        "lookup",
+        "--methods",
+        "lora",
+        "full",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "finetune.jsonl").read_text().splitlines()]
     assert [row["method"] for row in rows] == ["lora", "full"]
     assert rows[0]["trained"] < rows[1]["trained"] == 1.0 and rows[0]["right"] == 0.0
     assert_refused(run_script("benchmarks/finetune.py", *words, cwd=tmp_path), "--text")
-    assert_refused(run_script("benchmarks/finetune.py", "--checkpoint", "x", "--tasks", "format",
-                              cwd=tmp_path), "x")
+    assert_refused(
+        run_script(
+            "benchmarks/finetune.py", "--checkpoint", "x", "--tasks", "format", cwd=tmp_path
+        ),
+        "x",
+    )

@@ -122,7 +122,7 @@ def test_ssm_branch_equals_a_turning_state_of_complex_numbers(L, scan, documents
 
 
 class Neutral(torch.nn.Module):
-    """Stands where transformers' Mamba-2 normalises: its gate remains."""
+    """Stands where transformers' Mamba-2 normalizes: its gate remains."""
 
     def forward(self, y, z):
         return y * z * z.sigmoid()

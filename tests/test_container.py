@@ -21,7 +21,7 @@ from testv2 import parse_command_line
 TEXT = (ROOT / "Dockerfile").read_text()
 LINES = re.sub(r"\\\n", " ", re.sub(r"^ *#.*\n", "", TEXT, flags=re.M)).splitlines()
 STEPS = [tuple(line.split(maxsplit=1)) for line in LINES if line.strip()]
-FINAL = STEPS[max(i for i, (word, _) in enumerate(STEPS) if word == "FROM"):]
+FINAL = STEPS[max(i for i, (word, _) in enumerate(STEPS) if word == "FROM") :]
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 SERVICES = COMPOSE["services"]
 
@@ -39,7 +39,7 @@ def test_bases_are_the_same_in_both_stages_and_of_a_version():
 def test_the_image_runs_as_a_user_and_nothing_after_it_needs_more():
     words = [word for word, _ in FINAL]
     assert int(last("USER")) >= 1000
-    assert not {"RUN", "COPY"} & {*words[words.index("USER"):]}
+    assert not {"RUN", "COPY"} & {*words[words.index("USER") :]}
     assert last("WORKDIR") == last("VOLUME") == "/work"
 
 
@@ -66,19 +66,35 @@ def test_no_secret_and_no_other_host_is_named():
         assert hosts <= {"download.pytorch.org", "127.0.0.1"}
     assert not re.search(r"(?i)key|token|secret|password", TEXT)
     assert SERVICES["serve"]["environment"] == {
-        "OMP_NUM_THREADS": "${THREADS:-2}", "TINYMAMBA_API_KEY": None}
+        "OMP_NUM_THREADS": "${THREADS:-2}",
+        "TINYMAMBA_API_KEY": None,
+    }
 
 
-@pytest.mark.parametrize(("device", "said", "code"), [
-    ("cpu", ["pip install --index-url https://download.pytorch.org/whl/cpu torch==",
-             "pip install --requirement requirements.txt"], 0),
-    ("cuda", ["pip install --requirement requirements.txt"], 0),
-    ("gpu", ["error: DEVICE: 'gpu' is unknown; pass cpu or cuda"], 2),
-])
+@pytest.mark.parametrize(
+    ("device", "said", "code"),
+    [
+        (
+            "cpu",
+            [
+                "pip install --index-url https://download.pytorch.org/whl/cpu torch==",
+                "pip install --requirement requirements.txt",
+            ],
+            0,
+        ),
+        ("cuda", ["pip install --requirement requirements.txt"], 0),
+        ("gpu", ["error: DEVICE: 'gpu' is unknown; pass cpu or cuda"], 2),
+    ],
+)
 def test_the_device_decides_which_pytorch_is_taken(device, said, code):
     step = next(rest for word, rest in STEPS if word == "RUN" and "DEVICE" in rest)
-    done = subprocess.run(["sh", "-c", f'pip() {{ echo pip "$@"; }}\n{step}'], cwd=ROOT, text=True,
-                          env={"DEVICE": device, "PATH": "/usr/bin:/bin"}, capture_output=True)
+    done = subprocess.run(
+        ["sh", "-c", f'pip() {{ echo pip "$@"; }}\n{step}'],
+        cwd=ROOT,
+        text=True,
+        env={"DEVICE": device, "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+    )
     lines = (done.stdout + done.stderr).splitlines()
     assert done.returncode == code and len(lines) == len(said), lines
     assert all(map(str.startswith, lines, said)), lines
@@ -125,8 +141,11 @@ def reaches_the_build(path: str, rules: list[str]) -> bool:
 
 
 def test_what_reaches_the_build_is_what_it_takes(tmp_path):
-    rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines()
-             if line and not line.startswith("#")]
+    rules = [
+        line
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     for path in (".env", ".git/config", "data/text/train.bin", "a.pt", "tests/test_package.py",
                  "logs/x", "src/tinymamba/__pycache__/x.pyc"):  # fmt: skip
         assert not reaches_the_build(path, rules), path
@@ -166,7 +185,7 @@ def test_commands_in_comments_are_those_of_the_files():
             case ["run", *rest]:
                 at = rest.index("tinymamba:cpu")
                 assert rest[at - 1] == f"tinymamba:{last('VOLUME')}"
-                assert not rest[at + 1:] or parse_command_line(rest[at + 2:])
+                assert not rest[at + 1 :] or parse_command_line(rest[at + 2 :])
             case ["compose", "up", service]:
                 assert service == "serve"
             case ["compose", "run", "--rm", "train", *rest]:
@@ -179,6 +198,7 @@ def test_hadolint_finds_nothing():
     hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent))
     if not hadolint:
         pytest.skip("requirements-dev.txt has hadolint for Linux on x86-64 only")
-    done = subprocess.run([hadolint, "--no-color", ROOT / "Dockerfile"], capture_output=True,
-                          text=True)
+    done = subprocess.run(
+        [hadolint, "--no-color", ROOT / "Dockerfile"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout

@@ -329,7 +329,7 @@ def test_permute_looks_shuffled(key):
     assert abs(np.corrcoef(order, np.arange(size))[0, 1]) < 0.1
     assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 0.1
     assert len(np.unique(steps)) > size // 2
-    for bit in (0, 1, 5, 9):  # neighbours do not share bits of their places
+    for bit in (0, 1, 5, 9):  # neighbors do not share bits of their places
         assert abs(np.mean((order[1:] >> bit & 1) == (order[:-1] >> bit & 1)) - 0.5) < 0.1
 
 

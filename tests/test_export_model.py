@@ -86,11 +86,19 @@ def test_a_damaged_or_foreign_folder_is_refused(tmp_path):
     save_file(load_file(weights), weights)  # without the checksum
     refused("model.safetensors: is damaged")
     weights.write_bytes(good)
-    for other in ({**about, "n_layer": about["n_layer"] + 1}, {**about, "format_version": 99},
-                  {**about, "model_type": "llama"}, {"model_type": "tinymamba"}, []):
+    for other in (
+        {**about, "n_layer": about["n_layer"] + 1},
+        {**about, "format_version": 99},
+        {**about, "model_type": "llama"},
+        {"model_type": "tinymamba"},
+        [],
+    ):
         config.write_text(json.dumps(other))
-        refused("does not fit" if other and other.get("n_layer", 0) > about["n_layer"]
-                else "config.json")
+        refused(
+            "does not fit"
+            if other and other.get("n_layer", 0) > about["n_layer"]
+            else "config.json"
+        )
     config.unlink()
     refused("config.json: cannot be read")
 
@@ -99,8 +107,16 @@ def test_a_damaged_or_foreign_folder_is_refused(tmp_path):
 
 
 def settings(**changes) -> argparse.Namespace:
-    return argparse.Namespace(**{"batch_size": 2, "seq_length": 37, "optimize": False,
-                                 "aoti": False, "device": torch.device("cpu"), **changes})
+    return argparse.Namespace(
+        **{
+            "batch_size": 2,
+            "seq_length": 37,
+            "optimize": False,
+            "aoti": False,
+            "device": torch.device("cpu"),
+            **changes,
+        }
+    )
 
 
 def graph_of(**changes) -> Graph:
@@ -125,8 +141,9 @@ def assert_fits_every_length(prefill, step, graph, lengths=LENGTHS):
                     close(tensor, want, 1e-4, scale=1.0)
 
 
-@pytest.mark.parametrize("changes", [{"gate": "top_k"},
-                                     {"gate": "sparsemax", "low_rank": 4, "bias": False}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"gate": "top_k"}, {"gate": "sparsemax", "low_rank": 4, "bias": False}], ids=str
+)
 def test_torchscript_fits_every_length(tmp_path, changes):
     graph = graph_of(**changes)
     write_torchscript(tmp_path, graph, settings())
@@ -177,8 +194,13 @@ def test_an_onnx_folder_works_alone(onnx_folder, tmp_path):
     shutil.copytree(folder, tmp_path / "moved")
     (tmp_path / "torch.py").write_text("raise ImportError('no PyTorch here')")
     words = [sys.executable, "moved/onnx_generate.py", "--prompt", "abc", "--max_tokens", "40"]
-    done = subprocess.run(words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        words,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     tokenizer = SimpleTokenizer(folder / "tokenizer.json")
     ids = generate(graph.model, torch.tensor([tokenizer.encode("abc")]), 40, 0.0)[0, 3:].tolist()
@@ -205,7 +227,7 @@ def test_compiled_ahead_of_time_fits_every_length(tmp_path, changes):
     assert_fits_every_length(*FORMATS["torch_export"].open(tmp_path, asked), graph)
 
 
-# ------------------------------------------------------------------------------ quantised models
+# ------------------------------------------------------------------------------ quantized models
 
 
 def quantized_layer(bits: int, mode: str) -> QuantizedLinear:
@@ -255,12 +277,23 @@ def test_quantised_models_are_exported_and_verified(place):
     shape = {"d_model": 64, "n_layer": 2, "num_heads": 2, "ssm_head_dim": 16, "vocab_size": 257}
     done = run_script("testv2.py", *flags(preset="demo", max_steps=150, **shape), cwd=place)
     assert done.returncode == 0, done.stderr
-    words = ["--quantize", "both", "--calibration_data", "data/text/train.bin",
-             "--calibration_tokens", 4096]
+    words = [
+        "--quantize",
+        "both",
+        "--calibration_data",
+        "data/text/train.bin",
+        "--calibration_tokens",
+        4096,
+    ]
     done = run_script("export_model.py", *words, "--verify", "--benchmark", cwd=place)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in Path("exported_models").iterdir()} == {
-        "pytorch_int8", "onnx_int8", "pytorch_int4", "onnx_int4", "benchmark.json"}
+        "pytorch_int8",
+        "onnx_int8",
+        "pytorch_int4",
+        "onnx_int4",
+        "benchmark.json",
+    }
     assert load_model("exported_models/pytorch_int4").quantization["bits"] == 4
 
 
@@ -300,14 +333,15 @@ def test_the_pytorch_format_is_the_model(folder):
     assert load_model(made).fingerprint() == own
     assert load_model(made / "inference.pt").fingerprint() == own
     assert load_model(made).config.scan == load_model("model").config.scan == "sequential"
-    done = run_script("streaming.py", "--checkpoint", made, "--prompt", "a", "--max_tokens", 5,
-                      cwd=folder)
+    done = run_script(
+        "streaming.py", "--checkpoint", made, "--prompt", "a", "--max_tokens", 5, cwd=folder
+    )
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("place", ["logits", "layers.1.keys"])
 def test_a_mismatch_says_where_and_keeps_nothing(folder, monkeypatch, capsys, place):
-    """As a graph that was specialised for one length would be."""
+    """As a graph that was specialized for one length would be."""
     plain, at = FORMATS["pytorch"], ["logits", *wide().init_state(1).tensors()].index(place)
 
     def spoiled(folder, args):
@@ -405,8 +439,7 @@ def test_a_folder_of_something_else_is_not_replaced(folder):
 def test_what_is_there_stays_without_force(folder):
     assert command("--format", "pytorch") == 0
     before = files_below(folder)
-    done = run_script("export_model.py", "--checkpoint", "model", "--format", "pytorch",
-                      cwd=folder)
+    done = run_script("export_model.py", "--checkpoint", "model", "--format", "pytorch", cwd=folder)
     assert_refused(done, "exported_models/pytorch", "is there already", "--force")
     assert files_below(folder) == before
     assert command("--format", "pytorch", "--force") == 0

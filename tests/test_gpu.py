@@ -19,7 +19,7 @@ from conftest import (
     wide,
 )
 
-from testv2 import TinyMambaModel, load_checkpoint, make_optimizer, orthogonalise, selective_scan
+from testv2 import TinyMambaModel, load_checkpoint, make_optimizer, orthogonalize, selective_scan
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.accelerator.current_accelerator() or torch.device("cpu")
@@ -78,8 +78,10 @@ def test_the_chunked_scan_is_the_recurrence(dtype, tolerance):
     A = -torch.rand(H, generator=made)
     x, b, c = (t.to(DEVICE, dtype) for t in (x, b, c))
     rest = [t.to(DEVICE) for t in (dt, A)]
-    runs = [selective_scan(x, *rest, b, c, torch.ones(H, device=DEVICE), method=method)
-            for method in ("chunked", "sequential")]
+    runs = [
+        selective_scan(x, *rest, b, c, torch.ones(H, device=DEVICE), method=method)
+        for method in ("chunked", "sequential")
+    ]
     for got, want in zip(*runs, strict=True):
         close(got.float(), want.float(), tolerance)
 
@@ -112,14 +114,23 @@ def test_updates():
 
 def test_orthogonal_matrices():
     x = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    values = torch.linalg.svdvals(orthogonalise(x).float())
+    values = torch.linalg.svdvals(orthogonalize(x).float())
     assert values.min() > 0.5 and values.max() < 1.5
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_training_resumes_on_the_gpu_and_loads_on_the_cpu(data, compiled):
-    words = flags(**{**TINY, "device": DEVICE, "use_compile": compiled, "max_steps": 4,
-                     "checkpoint_interval": 2, "generation_length": 8, "log_interval": 1})
+    words = flags(
+        **{
+            **TINY,
+            "device": DEVICE,
+            "use_compile": compiled,
+            "max_steps": 4,
+            "checkpoint_interval": 2,
+            "generation_length": 8,
+            "log_interval": 1,
+        }
+    )
     done = run_script("testv2.py", *words, cwd=data, timeout=600)
     assert done.returncode == 0, done.stderr
     done = run_script("testv2.py", "--resume", "--max_steps", 6, cwd=data, timeout=600)
@@ -130,9 +141,19 @@ def test_training_resumes_on_the_gpu_and_loads_on_the_cpu(data, compiled):
 
 
 def test_speed_is_measured(tmp_path):
-    words = flags(benchmark_type="all", d_model=64, n_layer=1, vocab_size=256, device=DEVICE,
-                  sequence_lengths=[128], batch_sizes=[2], test_iterations=1, warmup_iterations=1,
-                  models_to_compare=["llama", "mamba2"], output_dir=tmp_path / "out")
+    words = flags(
+        benchmark_type="all",
+        d_model=64,
+        n_layer=1,
+        vocab_size=256,
+        device=DEVICE,
+        sequence_lengths=[128],
+        batch_sizes=[2],
+        test_iterations=1,
+        warmup_iterations=1,
+        models_to_compare=["llama", "mamba2"],
+        output_dir=tmp_path / "out",
+    )
     done = run_script("benchmark.py", *words, cwd=ROOT, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]

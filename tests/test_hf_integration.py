@@ -240,8 +240,9 @@ def test_a_cache_that_is_reset_has_read_nothing():
 
 
 def scores_of(model, prompt, mask=None, **arguments):
-    out = model.generate(prompt, attention_mask=mask, return_dict_in_generate=True,
-                         output_logits=True, **arguments)
+    out = model.generate(
+        prompt, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **arguments
+    )
     return out, torch.stack(out.logits, dim=1)
 
 
@@ -278,8 +279,9 @@ def test_a_returned_cache_goes_on_with_a_turn_of_several_tokens():
     for cache in caches(model):
         out, _ = scores_of(model, first, max_new_tokens=5, do_sample=False, past_key_values=cache)
         text = torch.cat((out.sequences, turn), dim=1)
-        again, logits = scores_of(model, text, max_new_tokens=5, do_sample=False,
-                                  past_key_values=out.past_key_values)
+        again, logits = scores_of(
+            model, text, max_new_tokens=5, do_sample=False, past_key_values=out.past_key_values
+        )
         close(logits, native(again.sequences)[:, text.shape[1] - 1 : -1])
 
 
@@ -619,11 +621,11 @@ def test_in_bfloat16_the_decays_stay_float32(tmp_path):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantised_folder_loads_and_is_saved_as_small(tmp_path, bits):
-    quantised = quantize_model(wide(d_model=64, ssm_head_dim=16), bits=bits, group_size=32)
+    quantized = quantize_model(wide(d_model=64, ssm_head_dim=16), bits=bits, group_size=32)
     (tmp_path / "one").mkdir()
-    save_folder(tmp_path / "one", quantised)
+    save_folder(tmp_path / "one", quantized)
     model, ids = TinyMambaHFModel.from_pretrained(tmp_path / "one"), some_ids(1, 9)
-    want = quantised(ids)
+    want = quantized(ids)
     assert torch.equal(model(ids, use_cache=False).logits, want)
     model.save_pretrained(tmp_path / "two")
     again = TinyMambaHFModel.from_pretrained(tmp_path / "two")
@@ -640,7 +642,7 @@ def test_a_quantised_folder_loads_and_is_saved_as_small(tmp_path, bits):
     assert told.generation_config.eos_token_id == 7
     assert told.name_or_path == str(tmp_path / "one")
     assert (told.config._attn_implementation, told.model.config.dropout) == ("eager", 0.3)
-    with pytest.raises(UserError, match="is quantised, and cannot go back"):
+    with pytest.raises(UserError, match="is quantized, and cannot go back"):
         convert(str(tmp_path / "one"), str(tmp_path / "back.pt"))
     convert(str(tmp_path / "one"), str(tmp_path / "three"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "three")
@@ -770,7 +772,7 @@ def test_nothing_is_overwritten_and_bad_input_is_one_line(tmp_path, prepared):
         (["--checkpoint", prepared, *new, "--tokenizer_file", tmp_path / "words" / "vocab.txt"],
          "matches the longest"),
         (["--checkpoint", prepared], "--output_dir"),
-        (["--checkpoint", prepared, *new, "--tokeniser", "x"], "--tokeniser: unknown flag"),
+        (["--checkpoint", prepared, *new, "--tokenizer", "x"], "--tokenizer: unknown flag"),
     ):  # fmt: skip
         assert_refused(in_process("convert", *words), problem)
     done = run_script("hf_integration.py", "convert", "--checkpoint", "no.pt", *new, cwd=tmp_path)
@@ -954,7 +956,8 @@ def test_transformers_serve_answers_from_a_converted_folder(tmp_path, prepared):
         with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none",
                            max_retries=90) as client:  # fmt: skip
             got = client.completions.create(
-                model=str(tmp_path / "hf"), prompt="the cat", max_tokens=8, temperature=0)
+                model=str(tmp_path / "hf"), prompt="the cat", max_tokens=8, temperature=0
+            )
     finally:
         server.terminate()
         server.wait()
@@ -997,13 +1000,29 @@ def test_lm_eval_has_the_likelihoods_of_the_native_model(tmp_path, prepared):
 
     rows = [{"question": q, "choices": [a, " dog", " tree"], "answer": 0} for q, a in pairs[:2]]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "mine.yaml").write_text(TASK.format(
-        name="mine", file=tmp_path / "rows.jsonl",
-        rest="output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: answer"))
+    (tmp_path / "mine.yaml").write_text(
+        TASK.format(
+            name="mine",
+            file=tmp_path / "rows.jsonl",
+            rest="output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: answer",
+        )
+    )
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     done = run_script(
-        "benchmark.py", "--benchmark_type", "lm_eval", "--tinymamba_checkpoint", prepared,
-        "--tasks", "mine", "--include_path", tmp_path, "--device", "cpu", cwd=tmp_path, env=env)
+        "benchmark.py",
+        "--benchmark_type",
+        "lm_eval",
+        "--tinymamba_checkpoint",
+        prepared,
+        "--tasks",
+        "mine",
+        "--include_path",
+        tmp_path,
+        "--device",
+        "cpu",
+        cwd=tmp_path,
+        env=env,
+    )
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "benchmark_results" / "results.json").read_text())["rows"]
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)

@@ -1,4 +1,4 @@
-"""The model of testv2.py as a whole: the state law, masks, initialisation, loss, sampling."""
+"""The model of testv2.py as a whole: the state law, masks, initialization, loss, sampling."""
 
 import copy
 import itertools
@@ -426,7 +426,7 @@ def test_two_hundred_layers_train_without_divergence():
     assert np.mean(losses[-5:]) < 0.15 * losses[0]  # 0.08; without the DeepNet scaling 0.22
 
 
-# ---------------------------------------------------------------------------- initialisation
+# ---------------------------------------------------------------------------- initialization
 
 
 @pytest.mark.parametrize("deepnet", [True, False])

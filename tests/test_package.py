@@ -30,48 +30,70 @@ THERE = {name for name, (script, _) in COMMANDS.items() if (ROOT / script.split(
 
 # ------------------------------------------------------------------------- how scripts are changed
 
-MODULES = {"testv2": {"Config"}, "peft": {"LoRALinear", "set_adapter"}, "serve": {"app"},
-           "data.prepare": {"prepare"}, "data": {"prepare"}}
+MODULES = {
+    "testv2": {"Config"},
+    "peft": {"LoRALinear", "set_adapter"},
+    "serve": {"app"},
+    "data.prepare": {"prepare"},
+    "data": {"prepare"},
+}
 
 
-@pytest.mark.parametrize(("script", "module"), [
-    ("from testv2 import Config\n", "from .testv2 import Config\n"),
-    ("from testv2 import (\n    Config,\n)\n", "from .testv2 import (\n    Config,\n)\n"),
-    ("if 1:\n    from peft import set_adapter\n", "if 1:\n    from .peft import set_adapter\n"),
-    ("import testv2\n", "from . import testv2\n"),
-    ("import os; import testv2 as t\n", "import os; from . import testv2 as t\n"),
-    ("from data.prepare import prepare\n", "from .data.prepare import prepare\n"),
-    ("from data import prepare\n", "from .data import prepare\n"),
-    ("import peft\npeft.set_adapter(1)\n", "from . import peft\npeft.set_adapter(1)\n"),
-])
+@pytest.mark.parametrize(
+    ("script", "module"),
+    [
+        ("from testv2 import Config\n", "from .testv2 import Config\n"),
+        ("from testv2 import (\n    Config,\n)\n", "from .testv2 import (\n    Config,\n)\n"),
+        ("if 1:\n    from peft import set_adapter\n", "if 1:\n    from .peft import set_adapter\n"),
+        ("import testv2\n", "from . import testv2\n"),
+        ("import os; import testv2 as t\n", "import os; from . import testv2 as t\n"),
+        ("from data.prepare import prepare\n", "from .data.prepare import prepare\n"),
+        ("from data import prepare\n", "from .data import prepare\n"),
+        ("import peft\npeft.set_adapter(1)\n", "from . import peft\npeft.set_adapter(1)\n"),
+    ],
+)
 def test_imports_of_siblings_become_relative(script, module):
     assert relative("x.py", script, MODULES) == module
 
 
-@pytest.mark.parametrize("script", [
-    "from peft import LoraConfig\n", "import peft\npeft.LoraConfig()\n", "import testv2x\n",
-    "from .testv2 import Config\n", "from peft.tuners import LoraLayer\n", "import numpy, os\n",
-    "TEXT = '''\nfrom testv2 import Config\n'''  # from testv2 import Config\n",
-])
+@pytest.mark.parametrize(
+    "script",
+    [
+        "from peft import LoraConfig\n",
+        "import peft\npeft.LoraConfig()\n",
+        "import testv2x\n",
+        "from .testv2 import Config\n",
+        "from peft.tuners import LoraLayer\n",
+        "import numpy, os\n",
+        "TEXT = '''\nfrom testv2 import Config\n'''  # from testv2 import Config\n",
+    ],
+)
 def test_other_imports_stay(script):
     assert relative("x.py", script, MODULES) == script
 
 
-@pytest.mark.parametrize(("script", "reason"), [
-    ("from peft import LoraConfig, set_adapter\n", "which peft"),
-    ("import peft\npeft.LoraConfig; peft.set_adapter\n", "which peft"),
-    ("import peft\n", "which peft"), ("from peft import *\n", "which peft"),
-    ("import os, testv2\n", "relative"), ("import data.prepare\n", "relative"),
-    ("from  testv2 import Config\n", "relative"),
-])
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("from peft import LoraConfig, set_adapter\n", "which peft"),
+        ("import peft\npeft.LoraConfig; peft.set_adapter\n", "which peft"),
+        ("import peft\n", "which peft"),
+        ("from peft import *\n", "which peft"),
+        ("import os, testv2\n", "relative"),
+        ("import data.prepare\n", "relative"),
+        ("from  testv2 import Config\n", "relative"),
+    ],
+)
 def test_imports_that_could_go_wrong_end_the_build(script, reason):
     with pytest.raises(SystemExit, match=rf"(?s)error: line 1: .*{reason}"):
         relative("x.py", script, MODULES)
 
 
 def test_a_folder_down_there_is_a_dot_more():
-    assert relative("data/x.py", "from testv2 import Config\n", MODULES) == \
-        "from ..testv2 import Config\n"
+    assert (
+        relative("data/x.py", "from testv2 import Config\n", MODULES)
+        == "from ..testv2 import Config\n"
+    )
 
 
 def test_commands_in_texts_are_those_of_the_package():
@@ -79,8 +101,10 @@ def test_commands_in_texts_are_those_of_the_package():
     for text, put in (
         ("run python data/prepare.py once", "run tinymamba prepare once"),
         ("python hf_integration.py convert --x", "tinymamba convert --x"),
-        ("torchrun --nproc_per_node=2 testv2.py --x",
-         "torchrun --nproc_per_node=2 -m tinymamba.testv2 --x"),
+        (
+            "torchrun --nproc_per_node=2 testv2.py --x",
+            "torchrun --nproc_per_node=2 -m tinymamba.testv2 --x",
+        ),
         ("python onnx_generate.py; exported/testv2.py", None),
     ):
         assert installed_commands(text, scripts) == (put or text)
@@ -94,8 +118,10 @@ def test_every_file_beside_the_scripts_is_taken_by_being_there(tmp_path):
     (tmp_path / "page.html").write_text("<p>from testv2 import Config")
     (tmp_path / "setup.py").write_text("1 / 0")
     assert package_files(tmp_path) == {
-        "serve.py": b"from .testv2 import Config\n", "testv2.py": b"class Config: pass\n",
-        "page.html": b"<p>from testv2 import Config"}
+        "serve.py": b"from .testv2 import Config\n",
+        "testv2.py": b"class Config: pass\n",
+        "page.html": b"<p>from testv2 import Config",
+    }
 
 
 def test_the_names_of_the_package_are_names_of_its_modules():
@@ -117,7 +143,11 @@ def test_modules_ask_for_siblings_by_relative_imports_alone():
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 asked = [node.module]
             elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in (
-                    "need", "import_module", "find_spec", "run_module"):
+                "need",
+                "import_module",
+                "find_spec",
+                "run_module",
+            ):
                 asked = [a.value for a in node.args if isinstance(a, ast.Constant)]
             found = {str(name).split(".")[0] for name in asked} & modules - setup.SHARED
             assert not found, f"{path}:{node.lineno}: {found}"
@@ -127,9 +157,14 @@ def test_modules_ask_for_siblings_by_relative_imports_alone():
 
 
 def build(tree: Path, *what: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "build", "--no-isolation", *what], cwd=tree,
-                          env={**os.environ, **OFFLINE, "SOURCE_DATE_EPOCH": "1750000000"},
-                          capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", *what],
+        cwd=tree,
+        env={**os.environ, **OFFLINE, "SOURCE_DATE_EPOCH": "1750000000"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -141,8 +176,9 @@ def tree(tmp_path_factory) -> Path:
                  *(p.name for p in (*ROOT.glob("*.py"), *ROOT.glob("*.html")))):  # fmt: skip
         shutil.copy(ROOT / path, folder)
     for path in ("src", "tests", "benchmarks", "docs"):
-        shutil.copytree(ROOT / path, folder / path,
-                        ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        shutil.copytree(
+            ROOT / path, folder / path, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+        )
     (folder / "data" / "text").mkdir(parents=True)
     shutil.copy(ROOT / "data" / "prepare.py", folder / "data")
     (folder / "data" / "text" / "train.bin").write_bytes(b"1234")
@@ -183,8 +219,14 @@ def test_the_sdist_holds_what_a_build_takes_and_gives_the_same_wheel(wheel, sdis
     made = {"PKG-INFO", "setup.cfg"} | {n for n in names if "egg-info/" in n}
     own = {f"src/tinymamba/{p}" for p in files_below(ROOT / "src/tinymamba") if ".pyc" not in p}
     assert names - made == own | {
-        *setup.find_scripts(ROOT), "LICENSE", "README.md", "MANIFEST.in", "pyproject.toml",
-        "requirements.txt", "setup.py"}
+        *setup.find_scripts(ROOT),
+        "LICENSE",
+        "README.md",
+        "MANIFEST.in",
+        "pyproject.toml",
+        "requirements.txt",
+        "setup.py",
+    }
     assert sdist.with_name(wheel.name).read_bytes() == wheel.read_bytes()
 
 
@@ -223,17 +265,42 @@ def test_an_editable_install_is_refused_in_one_line(tree):
 def site(wheel, tmp_path_factory) -> Path:
     """A folder of packages with this one alone."""
     folder = tmp_path_factory.mktemp("site")
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile",
-                    "--target", folder, wheel], env={**os.environ, **OFFLINE}, check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--no-compile",
+            "--target",
+            folder,
+            wheel,
+        ],
+        env={**os.environ, **OFFLINE},
+        check=True,
+    )
     return folder
 
 
 def run_python(words, site: Path, cwd: Path) -> subprocess.CompletedProcess:
     """Python, in a folder where the repository is not, with the package among those installed."""
-    env = {**os.environ, **OFFLINE, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(site),
-           "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, env=env,
-                          capture_output=True, text=True, timeout=300)
+    env = {
+        **os.environ,
+        **OFFLINE,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(site),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def run_code(code: str, site: Path, cwd: Path) -> str:
@@ -255,7 +322,8 @@ def test_nothing_else_lands_among_the_packages(site):
 
 
 def test_names_come_from_the_package_and_peft_is_hugging_faces(site, tmp_path):
-    run_code("""
+    run_code(
+        """
 import sys
 import tinymamba
 assert not {"torch", "numpy"} & sys.modules.keys()
@@ -278,7 +346,10 @@ from importlib.util import find_spec
 assert find_spec("peft").origin.endswith("/peft/__init__.py")  # ours is no folder
 ours = {"testv2", "streaming", "data", "quantize", "ssm_kernels", "export_model", "peft"}
 assert not ours & sys.modules.keys()
-""", site, tmp_path)
+""",
+        site,
+        tmp_path,
+    )
 
 
 def test_help_version_and_commands_that_there_are_none_of(tinymamba, site):
@@ -295,7 +366,8 @@ def test_help_version_and_commands_that_there_are_none_of(tinymamba, site):
 
 def test_every_command_is_its_script(site, tmp_path):
     """In one process, as each has to import PyTorch."""
-    out = run_code(f"""
+    out = run_code(
+        f"""
 import sys
 from tinymamba.__main__ import main
 for name in {sorted(THERE)}:
@@ -309,17 +381,27 @@ for name in {sorted(THERE)}:
         main()
     except SystemExit as e:
         assert e.code == 2, name
-""", site, tmp_path)
+""",
+        site,
+        tmp_path,
+    )
     assert re.findall(r"^usage: tinymamba (\w+)", out, flags=re.M) == sorted(THERE)
-    assert not re.search(r"python \S+\.py", out.replace("python onnx_generate.py", "").replace(
-        "python exported_models/onnx/onnx_generate.py", ""))
+    assert not re.search(
+        r"python \S+\.py",
+        out.replace("python onnx_generate.py", "").replace(
+            "python exported_models/onnx/onnx_generate.py", ""
+        ),
+    )
 
 
 def test_packages_that_are_missing_are_named(site, tmp_path):
-    code = "import sys; sys.modules['torch'] = None; sys.argv = ['tinymamba', 'prepare']\n" \
-           "from tinymamba.__main__ import main; main()"
-    assert_refused(run_python(["-c", code], site, tmp_path),
-                   "torch: is not installed; pip install torch")
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.argv = ['tinymamba', 'prepare']\n"
+        "from tinymamba.__main__ import main; main()"
+    )
+    assert_refused(
+        run_python(["-c", code], site, tmp_path), "torch: is not installed; pip install torch"
+    )
 
 
 BOOK = "Once there was a book, and this was its text.\n" * 80
@@ -334,14 +416,18 @@ def test_from_a_text_to_a_quantised_and_an_exported_model(tinymamba, site, tmp_p
         return done.stdout
 
     assert "bytes per token" in succeed(
-        tinymamba("prepare", "--input", "book.txt", "--tokenizer", "byte"))
+        tinymamba("prepare", "--input", "book.txt", "--tokenizer", "byte")
+    )
     assert "saved" in succeed(tinymamba("train", *SMALL, *flags(num_workers=2)))
     assert succeed(tinymamba("generate", "--prompt", "Once", "--max_tokens", 3))
-    assert "of float32" in succeed(run_python(
-        ["-m", "tinymamba", "quantize", "--bits", 8, "--output_dir", "int8_model"],
-        site, tmp_path))
-    assert "MB" in succeed(
-        tinymamba("export", "--checkpoint", "int8_model", "--format", "pytorch"))
+    assert "of float32" in succeed(
+        run_python(
+            ["-m", "tinymamba", "quantize", "--bits", 8, "--output_dir", "int8_model"],
+            site,
+            tmp_path,
+        )
+    )
+    assert "MB" in succeed(tinymamba("export", "--checkpoint", "int8_model", "--format", "pytorch"))
     assert (tmp_path / "exported_models" / "pytorch" / "model.safetensors").is_file()
     assert files_below(site) == before
 
@@ -359,15 +445,37 @@ def test_several_processes(site, tmp_path):
     (tmp_path / "data" / "text").mkdir(parents=True)
     for name in ("train.bin", "val.bin"):
         write_tokens(tmp_path / "data" / "text" / name, BOOK)
-    done = run_python(["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port",
-                       free_port(), "-m", "tinymamba.testv2", *SMALL], site, tmp_path)
+    done = run_python(
+        [
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            "--master_port",
+            free_port(),
+            "-m",
+            "tinymamba.testv2",
+            *SMALL,
+        ],
+        site,
+        tmp_path,
+    )
     assert done.returncode == 0 and "saved" in done.stdout, done.stderr
 
 
 @pytest.mark.slow
 def test_processes_of_its_own_that_start_afresh(tinymamba):
-    done = tinymamba("benchmark", *flags(
-        benchmark_type="memory", models_to_compare="llama", d_model=32, n_layer=1, vocab_size=64,
-        sequence_lengths=16, test_iterations=1, output_dir="results"))
+    done = tinymamba(
+        "benchmark",
+        *flags(
+            benchmark_type="memory",
+            models_to_compare="llama",
+            d_model=32,
+            n_layer=1,
+            vocab_size=64,
+            sequence_lengths=16,
+            test_iterations=1,
+            output_dir="results",
+        ),
+    )
     assert done.returncode == 0, done.stderr
     assert re.search(r"memory, 256 x 16, llama: [\d.,]+", done.stdout), done.stdout

@@ -61,10 +61,21 @@ from testv2 import (
 )
 
 IDS = some_ids(3, 37)
-PROJECTIONS = ["ssm.in_proj", "ssm.out_proj", "attention.qkv", "attention.out_proj",
-               "mlp.in_proj", "mlp.out_proj"]
-KINDS = [AdapterConfig(), AdapterConfig(use_rslora=True), AdapterConfig(use_dora=True),
-         AdapterConfig("prefix", prefix_length=5), AdapterConfig("state_offset")]
+PROJECTIONS = [
+    "ssm.in_proj",
+    "ssm.out_proj",
+    "attention.qkv",
+    "attention.out_proj",
+    "mlp.in_proj",
+    "mlp.out_proj",
+]
+KINDS = [
+    AdapterConfig(),
+    AdapterConfig(use_rslora=True),
+    AdapterConfig(use_dora=True),
+    AdapterConfig("prefix", prefix_length=5),
+    AdapterConfig("state_offset"),
+]
 EVERY = pytest.mark.parametrize("config", KINDS, ids=["lora", "rslora", "dora", "prefix", "offset"])
 
 
@@ -113,8 +124,12 @@ def test_gradients_are_those_of_finite_differences(config):
         if name.endswith("magnitude") or config.use_dora:
             continue  # DoRA leaves the gradient through the rows' own length out, on purpose
         direction = torch.randn(p.shape, dtype=p.dtype)
-        ends = [functional_call(model, {name: p.detach() + step * direction},
-                                (IDS[:1, :9], IDS[:1, 1:10])).item() for step in (1e-5, -1e-5)]
+        ends = [
+            functional_call(
+                model, {name: p.detach() + step * direction}, (IDS[:1, :9], IDS[:1, 1:10])
+            ).item()
+            for step in (1e-5, -1e-5)
+        ]
         slope = (ends[0] - ends[1]) / 2e-5
         assert abs(slope - (p.grad * direction).sum().item()) <= 1e-4 * max(abs(slope), 1e-2), name
 
@@ -136,8 +151,13 @@ def test_text_in_pieces_gives_the_logits_of_one_pass(config, gate):
 
 
 def test_lora_is_its_formula():
-    model, base = (m.double() for m in (adapted(AdapterConfig(lora_rank=3, lora_alpha=6.0),
-                                                double=True), free_copy(wide(double=True))))
+    model, base = (
+        m.double()
+        for m in (
+            adapted(AdapterConfig(lora_rank=3, lora_alpha=6.0), double=True),
+            free_copy(wide(double=True)),
+        )
+    )
     weights = dict(base.state_dict())
     for name, t in adapter_tensors(model, "default").items():
         place = name.removeprefix("base_model.model.").rpartition(".lora_")[0]
@@ -149,8 +169,10 @@ def test_lora_is_its_formula():
 
 
 def test_dora_and_rslora_are_their_formulas():
-    for config in (AdapterConfig(lora_rank=4, use_rslora=True),
-                   AdapterConfig(lora_rank=4, use_dora=True)):
+    for config in (
+        AdapterConfig(lora_rank=4, use_rslora=True),
+        AdapterConfig(lora_rank=4, use_dora=True),
+    ):
         layer = adapted(config).blocks[0].mlp.in_proj
         W, lora, x = layer.base_layer.weight, layer.adapters["default"], torch.randn(2, 5, 32)
         V = W + (16 / 2 if config.use_rslora else 16 / 4) * lora.B @ lora.A
@@ -176,10 +198,17 @@ def test_the_default_targets_are_the_projections_of_the_branches():
     assert sum(isinstance(m, LoRALinear) for m in low.modules()) == 24
 
 
-@pytest.mark.parametrize("patterns, count", [
-    (["in_proj"], 4), (["mlp.in_proj", "qkv"], 4), (["blocks.1.mlp.out_proj"], 1), (["head"], 1),
-    ([r"blocks\.0\..*_proj"], 6), (["controller", "angle_proj"], 4),
-])
+@pytest.mark.parametrize(
+    "patterns, count",
+    [
+        (["in_proj"], 4),
+        (["mlp.in_proj", "qkv"], 4),
+        (["blocks.1.mlp.out_proj"], 1),
+        (["head"], 1),
+        ([r"blocks\.0\..*_proj"], 6),
+        (["controller", "angle_proj"], 4),
+    ],
+)
 def test_any_linear_layer_by_name(patterns, count):
     model = apply_lora_to_model(free_copy(wide()), target_modules=patterns)
     assert sum(isinstance(m, LoRALinear) for m in model.modules()) == count
@@ -247,13 +276,19 @@ def test_each_row_may_have_an_adapter_of_its_own():
 
 
 def test_bad_adapters_are_refused():
-    for wrong, word in (({"lora_rank": 0}, "lora_rank"), ({"lora_rank": -1}, "lora_rank"),
-                        ({"lora_alpha": 0.0}, "lora_alpha"), ({"lora_rank": 1.5}, "lora_rank"),
-                        ({"lora_dropout": 1.0}, "lora_dropout"), ({"method": "x"}, "method"),
-                        ({"prefix_length": 0}, "prefix_length"), ({"method": "full"}, "no adapter"),
-                        ({"target_modules": "qkv"}, "target_modules"),
-                        ({"target_modules": ["nowhere"]}, "there are attention.out_proj"),
-                        ({"target_modules": ["("]}, "no pattern")):
+    for wrong, word in (
+        ({"lora_rank": 0}, "lora_rank"),
+        ({"lora_rank": -1}, "lora_rank"),
+        ({"lora_alpha": 0.0}, "lora_alpha"),
+        ({"lora_rank": 1.5}, "lora_rank"),
+        ({"lora_dropout": 1.0}, "lora_dropout"),
+        ({"method": "x"}, "method"),
+        ({"prefix_length": 0}, "prefix_length"),
+        ({"method": "full"}, "no adapter"),
+        ({"target_modules": "qkv"}, "target_modules"),
+        ({"target_modules": ["nowhere"]}, "there are attention.out_proj"),
+        ({"target_modules": ["("]}, "no pattern"),
+    ):
         model = free_copy(wide())
         with pytest.raises(UserError, match=word):
             attach(model, AdapterConfig(**wrong))
@@ -297,9 +332,13 @@ def test_an_adapter_survives_its_files(config, tmp_path):
 
 
 def to_config(config: AdapterConfig):
-    return peft.LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha,
-                           use_rslora=config.use_rslora, use_dora=config.use_dora,
-                           target_modules=["in_proj", "out_proj", "qkv"])
+    return peft.LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        target_modules=["in_proj", "out_proj", "qkv"],
+    )
 
 
 @pytest.mark.parametrize("config", KINDS[:3], ids=["lora", "rslora", "dora"])
@@ -331,21 +370,24 @@ def spoil(folder: Path, change) -> None:
 FIRST = "base_model.model.blocks.0.mlp.in_proj.lora_A.weight"
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda c, t: c.update(peft_type="IA3"), "IA3"),
-    (lambda c, t: c.update(modules_to_save=["head"]), "modules_to_save"),
-    (lambda c, t: c.update(bias="all"), "bias"),
-    (lambda c, t: c.update(init_lora_weights="pissa"), "init_lora_weights"),
-    (lambda c, t: c.update(r=0), "lora_rank"),
-    (lambda c, t: c.update(r=4), "ranks"),
-    (lambda c, t: c.pop("r"), "is no adapter's"),
-    (lambda c, t: t.pop(FIRST), "other tensors"),
-    (lambda c, t: t.update({FIRST: t[FIRST][:, :-1].clone()}), "other tensors"),
-    (lambda c, t: t.update({FIRST: t[FIRST].int()}), "other tensors"),
-    (lambda c, t: t.update({FIRST: t[FIRST] * torch.nan}), "not finite"),
-    (lambda c, t: t.update({FIRST.replace("0", "7"): t[FIRST].clone()}), "lacks"),
-    (lambda c, t: t.clear(), "lacks"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda c, t: c.update(peft_type="IA3"), "IA3"),
+        (lambda c, t: c.update(modules_to_save=["head"]), "modules_to_save"),
+        (lambda c, t: c.update(bias="all"), "bias"),
+        (lambda c, t: c.update(init_lora_weights="pissa"), "init_lora_weights"),
+        (lambda c, t: c.update(r=0), "lora_rank"),
+        (lambda c, t: c.update(r=4), "ranks"),
+        (lambda c, t: c.pop("r"), "is no adapter's"),
+        (lambda c, t: t.pop(FIRST), "other tensors"),
+        (lambda c, t: t.update({FIRST: t[FIRST][:, :-1].clone()}), "other tensors"),
+        (lambda c, t: t.update({FIRST: t[FIRST].int()}), "other tensors"),
+        (lambda c, t: t.update({FIRST: t[FIRST] * torch.nan}), "not finite"),
+        (lambda c, t: t.update({FIRST.replace("0", "7"): t[FIRST].clone()}), "lacks"),
+        (lambda c, t: t.clear(), "lacks"),
+    ],
+)
 def test_files_that_do_not_fit_are_refused_and_leave_the_model_alone(tmp_path, change, words):
     save_adapter(adapted(AdapterConfig()), tmp_path)
     spoil(tmp_path, change)
@@ -368,8 +410,13 @@ def test_damaged_files_and_foreign_bases_are_refused(tmp_path):
         load_adapter(other, tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     whole = path.read_bytes()
-    for damaged in (whole[:-9], whole[:40], b"", whole[:200] + b"{" + whole[201:],
-                    whole[:-1] + bytes([whole[-1] ^ 64])):
+    for damaged in (
+        whole[:-9],
+        whole[:40],
+        b"",
+        whole[:200] + b"{" + whole[201:],
+        whole[:-1] + bytes([whole[-1] ^ 64]),
+    ):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="adapter_model"):
             load_adapter(free_copy(wide()), tmp_path)
@@ -389,13 +436,26 @@ def test_damaged_files_and_foreign_bases_are_refused(tmp_path):
 def based(place):
     """A folder with data and a checkpoint that a short run has left."""
     model = free_copy(wide())
-    save_checkpoint("tinymamba_model_latest.pt",
-                    {"model": model.state_dict(), "config": model.config.to_dict()})
+    save_checkpoint(
+        "tinymamba_model_latest.pt", {"model": model.state_dict(), "config": model.config.to_dict()}
+    )
     return place
 
 
-SHORT = ["--steps", 4, "--batch_size", 2, "--block_size", 16, "--validation_steps", 1,
-         "--log_interval", 1, "--generation_length", 5]
+SHORT = [
+    "--steps",
+    4,
+    "--batch_size",
+    2,
+    "--block_size",
+    16,
+    "--validation_steps",
+    1,
+    "--log_interval",
+    1,
+    "--generation_length",
+    5,
+]
 
 
 def finetune(folder: Path, *words):
@@ -403,12 +463,23 @@ def finetune(folder: Path, *words):
 
 
 def test_the_commands_of_the_readme(based):
-    done = finetune(based, "--method", "lora", "--lora_rank", 8, "--lora_alpha", "16.0",
-                    "--output_dir", "./lora_model", *SHORT)
+    done = finetune(
+        based,
+        "--method",
+        "lora",
+        "--lora_rank",
+        8,
+        "--lora_alpha",
+        "16.0",
+        "--output_dir",
+        "./lora_model",
+        *SHORT,
+    )
     assert done.returncode == 0, done.stderr
     assert "parameters are trained" in done.stdout and "validation at step 4" in done.stdout
-    done = finetune(based, "--method", "prefix", "--prefix_length", 16,
-                    "--output_dir", "./prefix_model", *SHORT)
+    done = finetune(
+        based, "--method", "prefix", "--prefix_length", 16, "--output_dir", "./prefix_model", *SHORT
+    )
     assert done.returncode == 0, done.stderr
     for folder in ("lora_model", "prefix_model"):
         model = load_model("tinymamba_model_latest.pt")
@@ -424,8 +495,23 @@ def test_the_commands_of_the_readme(based):
 
 
 def test_a_resumed_run_is_the_run_that_was_never_stopped(based):
-    common = [*SHORT[2:], "--lora_dropout", 0.1, "--checkpoint_interval", 2, "--seed", 3,
-              "--steps", 6, "--warmup_steps", 0, "--min_lr_ratio", 1, "--amp_dtype", "float32"]
+    common = [
+        *SHORT[2:],
+        "--lora_dropout",
+        0.1,
+        "--checkpoint_interval",
+        2,
+        "--seed",
+        3,
+        "--steps",
+        6,
+        "--warmup_steps",
+        0,
+        "--min_lr_ratio",
+        1,
+        "--amp_dtype",
+        "float32",
+    ]
     assert finetune(based, "--output_dir", "whole", *common).returncode == 0
     common[common.index("--steps") + 1] = 3
     assert finetune(based, "--output_dir", "cut", *common).returncode == 0
@@ -438,8 +524,9 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(based):
     assert all(torch.equal(t, cut["model"][n]) for n, t in whole["model"].items())
     held = [t for kept in cut["optimizer"]["state"].values() for t in kept.values()]
     assert sum(t.numel() for t in held) <= 2 * sum(t.numel() for t in cut["model"].values()) + 99
-    resumed = run_script("testv2.py", "--resume", "--checkpoint_path", "cut/adapter_latest.pt",
-                         cwd=based)
+    resumed = run_script(
+        "testv2.py", "--resume", "--checkpoint_path", "cut/adapter_latest.pt", cwd=based
+    )
     assert_refused(resumed, "no run")
     with pytest.raises(UserError, match="an adapter only"):
         load_model("cut/adapter_latest.pt")
@@ -455,31 +542,38 @@ def test_merged_and_full_models_are_plain_checkpoints(based):
     assert done.returncode == 0, done.stderr
     assert torch.equal(load_model("b/merged.pt")(IDS), load_model("a/merged.pt")(IDS))
     assert_refused(finetune(based, "--adapter", "a", "--merge", "--output_dir", "b"), "--force")
-    assert_refused(run_script("testv2.py", "--resume", "--checkpoint_path", "b/merged.pt",
-                              cwd=based), "no run")
+    assert_refused(
+        run_script("testv2.py", "--resume", "--checkpoint_path", "b/merged.pt", cwd=based), "no run"
+    )
     done = finetune(based, "--method", "full", "--output_dir", "f", *SHORT)
     assert done.returncode == 0, done.stderr
     full = load_model("f/tinymamba_model_latest.pt")
-    changed = [n for n, p in full.named_parameters() if not torch.equal(p, dict(
-        wide().named_parameters())[n])]
+    changed = [
+        n
+        for n, p in full.named_parameters()
+        if not torch.equal(p, dict(wide().named_parameters())[n])
+    ]
     assert len(changed) > len(list(full.parameters())) // 2
 
 
-@pytest.mark.parametrize("words, fragments", [
-    (["--lora_rank", 0], ["lora_rank", "0"]),
-    (["--lora_rank", "x"], ["--lora_rank"]),
-    (["--checkpoint", "nowhere.pt"], ["nowhere.pt"]),
-    (["--train_data", "nowhere.bin"], ["nowhere.bin"]),
-    (["--target_modules", "nowhere"], ["target_modules", "ssm.in_proj"]),
-    (["--method", "magic"], ["--method"]),
-    (["--method", "prefix", "--merge"], ["--merge"]),
-    (["--optimizer", "muon"], ["optimizer"]),
-    (["--adapter", "nowhere"], ["--adapter"]),
-    (["--adapter", "nowhere", "--merge"], ["nowhere"]),
-    (["--d_model", 64], ["--d_model"]),
-    (["--resume"], ["adapter_latest.pt"]),
-    (["--lr", "-1"], ["lr"]),
-])
+@pytest.mark.parametrize(
+    "words, fragments",
+    [
+        (["--lora_rank", 0], ["lora_rank", "0"]),
+        (["--lora_rank", "x"], ["--lora_rank"]),
+        (["--checkpoint", "nowhere.pt"], ["nowhere.pt"]),
+        (["--train_data", "nowhere.bin"], ["nowhere.bin"]),
+        (["--target_modules", "nowhere"], ["target_modules", "ssm.in_proj"]),
+        (["--method", "magic"], ["--method"]),
+        (["--method", "prefix", "--merge"], ["--merge"]),
+        (["--optimizer", "muon"], ["optimizer"]),
+        (["--adapter", "nowhere"], ["--adapter"]),
+        (["--adapter", "nowhere", "--merge"], ["nowhere"]),
+        (["--d_model", 64], ["--d_model"]),
+        (["--resume"], ["adapter_latest.pt"]),
+        (["--lr", "-1"], ["lr"]),
+    ],
+)
 def test_bad_commands_are_refused_in_one_line_and_change_nothing(based, words, fragments):
     before = files_below(based)
     assert_refused(finetune(based, "--output_dir", "out", *words), *fragments)
@@ -487,11 +581,29 @@ def test_bad_commands_are_refused_in_one_line_and_change_nothing(based, words, f
 
 
 def test_two_processes_train_one_adapter(based):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               ROOT / "peft.py", "--checkpoint", "tinymamba_model_latest.pt", "--output_dir", "two",
-               *map(str, SHORT), "--generate_samples", "false"]
-    done = subprocess.run(command, cwd=based, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        ROOT / "peft.py",
+        "--checkpoint",
+        "tinymamba_model_latest.pt",
+        "--output_dir",
+        "two",
+        *map(str, SHORT),
+        "--generate_samples",
+        "false",
+    ]
+    done = subprocess.run(
+        command,
+        cwd=based,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     load_adapter(load_model("tinymamba_model_latest.pt"), "two")
 
@@ -506,8 +618,21 @@ def test_an_adapter_learns_what_the_base_does_not_know(data, monkeypatch):
     ids = torch.tensor([list(text[18_000:20_001].encode())])
     model = load_model("tinymamba_model_latest.pt")
     before = model.loss(ids[:, :-1], ids[:, 1:]).item()
-    done = finetune(data, "--train_data", "train2.bin", "--val_data", "val2.bin", "--steps", 60,
-                    "--block_size", 32, "--batch_size", 4, "--generate_samples", "false")
+    done = finetune(
+        data,
+        "--train_data",
+        "train2.bin",
+        "--val_data",
+        "val2.bin",
+        "--steps",
+        60,
+        "--block_size",
+        32,
+        "--batch_size",
+        4,
+        "--generate_samples",
+        "false",
+    )
     assert done.returncode == 0, done.stderr
     load_adapter(model, "adapter")
     assert model.loss(ids[:, :-1], ids[:, 1:]).item() < 0.8 * before
@@ -537,8 +662,10 @@ def drawn(answer) -> list[int]:
 
 def test_each_request_chooses_its_adapter_in_one_batch(folders):
     names = ["lora", None, "prefix", "offset", "lora"]
-    alone = {name: drawn(serve(folders).answer("Hello", as_ids=True, adapter=name))
-             for name in set(names)}
+    alone = {
+        name: drawn(serve(folders).answer("Hello", as_ids=True, adapter=name))
+        for name in set(names)
+    }
     assert len({tuple(ids) for ids in alone.values()}) == 4
     server = serve(folders)
     answers = [server.answer("Hello", as_ids=True, adapter=name) for name in names]
@@ -565,8 +692,9 @@ def test_a_session_with_an_adapter_is_saved_and_goes_on(folders, tmp_path):
     first = drawn(server.answer("Hello", session, as_ids=True, max_new_tokens=9))
     server.save_session(session, tmp_path / "s")
     other = serve(folders)
-    rest = drawn(other.answer([], other.load_session(tmp_path / "s"), as_ids=True,
-                              max_new_tokens=11))
+    rest = drawn(
+        other.answer([], other.load_session(tmp_path / "s"), as_ids=True, max_new_tokens=11)
+    )
     assert first + rest == whole
     with pytest.raises(UserError, match="state of this model"):
         serve({}).load_session(tmp_path / "s")
@@ -606,11 +734,14 @@ def python(code: str, cwd: Path, without: Path | None = None) -> str:
     `without`: a folder of installed packages to use instead, for one that lacks some.
     """
     if without:
-        code = f"import sys\nsys.path = [p for p in sys.path if 'site-packages' not in p]\n" \
-               f"sys.path.append({str(without)!r})\n{code}"
+        code = (
+            f"import sys\nsys.path = [p for p in sys.path if 'site-packages' not in p]\n"
+            f"sys.path.append({str(without)!r})\n{code}"
+        )
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True,
-                          text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -626,41 +757,59 @@ def site_without_peft(tmp_path_factory) -> Path:
 
 
 def test_importing_costs_nothing_until_something_of_the_package_is_asked_for(tmp_path):
-    out = python("import sys, peft\n"
-                 "from peft import LoRALinear, load_adapter\n"
-                 "print('transformers' in sys.modules, 'accelerate' in sys.modules)\n"
-                 "from peft import LoraConfig\n"
-                 "print('transformers' in sys.modules, peft.LoRALinear is LoRALinear)\n", tmp_path)
+    out = python(
+        "import sys, peft\n"
+        "from peft import LoRALinear, load_adapter\n"
+        "print('transformers' in sys.modules, 'accelerate' in sys.modules)\n"
+        "from peft import LoraConfig\n"
+        "print('transformers' in sys.modules, peft.LoRALinear is LoRALinear)\n",
+        tmp_path,
+    )
     assert out.split() == ["False", "False", "True", "True"]
 
 
-@pytest.mark.parametrize("first", [
-    "from peft.tuners.lora import LoraLayer", "import peft.utils",
-    "from peft import get_peft_model", "import peft; peft.LoraConfig", "import transformers",
-    "from peft import *", "from peft.tuners import LoraConfig",
-    "import importlib as i; i.import_module('peft.config')",
-])
+@pytest.mark.parametrize(
+    "first",
+    [
+        "from peft.tuners.lora import LoraLayer",
+        "import peft.utils",
+        "from peft import get_peft_model",
+        "import peft; peft.LoraConfig",
+        "import transformers",
+        "from peft import *",
+        "from peft.tuners import LoraConfig",
+        "import importlib as i; i.import_module('peft.config')",
+    ],
+)
 def test_every_way_to_the_package_gives_one_and_the_same(first, tmp_path):
-    out = python(f"{first}\n"
-                 "import peft, peft.tuners.lora, sys, importlib.metadata\n"
-                 "from peft.tuners.lora import LoraLayer, LoraConfig\n"
-                 "import peft.tuners.lora.layer as layer\n"
-                 "assert layer.LoraLayer is LoraLayer is peft.tuners.lora.LoraLayer\n"
-                 "assert peft.LoraConfig is LoraConfig\n"
-                 "assert peft.__version__ == importlib.metadata.version('peft')\n"
-                 "names = [n for n in sys.modules if n.startswith('peft.')]\n"
-                 "for n in names:\n"
-                 "    parent, _, child = n.rpartition('.')\n"
-                 "    assert getattr(sys.modules[parent], child) is sys.modules[n], n\n"
-                 "    assert 'Imported' not in repr(sys.modules[n].__spec__), n\n"
-                 "print(peft.LoRALinear.__module__, peft.__file__)\n", tmp_path)
+    out = python(
+        f"{first}\n"
+        "import peft, peft.tuners.lora, sys, importlib.metadata\n"
+        "from peft.tuners.lora import LoraLayer, LoraConfig\n"
+        "import peft.tuners.lora.layer as layer\n"
+        "assert layer.LoraLayer is LoraLayer is peft.tuners.lora.LoraLayer\n"
+        "assert peft.LoraConfig is LoraConfig\n"
+        "assert peft.__version__ == importlib.metadata.version('peft')\n"
+        "names = [n for n in sys.modules if n.startswith('peft.')]\n"
+        "for n in names:\n"
+        "    parent, _, child = n.rpartition('.')\n"
+        "    assert getattr(sys.modules[parent], child) is sys.modules[n], n\n"
+        "    assert 'Imported' not in repr(sys.modules[n].__spec__), n\n"
+        "print(peft.LoRALinear.__module__, peft.__file__)\n",
+        tmp_path,
+    )
     assert out.split() == ["peft", str(ROOT / "peft.py")]
 
 
 def test_no_name_here_is_one_of_the_package():
-    theirs = subprocess.run([sys.executable, "-c", "import peft; print(*vars(peft))"], cwd="/",
-                            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
-                            capture_output=True, text=True, check=True).stdout.split()
+    theirs = subprocess.run(
+        [sys.executable, "-c", "import peft; print(*vars(peft))"],
+        cwd="/",
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
     assert "LoraConfig" in theirs
     source = (ROOT / "peft.py").read_text()
     ours = {n for n in vars(peft) if not n.startswith("__") and f"{n}" in source}
@@ -686,7 +835,9 @@ def fit(model):
 
 
 def test_hugging_face_trains_as_ever_with_the_package(tmp_path):
-    python(TRAIN + """
+    python(
+        TRAIN
+        + """
 from peft import LoraConfig, PeftModel, get_peft_model
 import pickle, peft
 fit(model)
@@ -698,12 +849,16 @@ wrapped.save_pretrained("lora")
 again = PeftModel.from_pretrained(model, "lora")
 assert pickle.loads(pickle.dumps(LoraConfig(r=3))).r == 3
 assert pickle.loads(pickle.dumps(peft.AdapterConfig(lora_rank=3))).lora_rank == 3
-""", tmp_path)
+""",
+        tmp_path,
+    )
     assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
 
 
 def test_hugging_face_trains_as_ever_without_the_package(tmp_path, site_without_peft):
-    python(TRAIN + """
+    python(
+        TRAIN
+        + """
 import peft
 assert peft.PACKAGE is None
 fit(model)
@@ -720,23 +875,32 @@ try:
     raise SystemExit("found")
 except ImportError:
     print("none")
-""", tmp_path, site_without_peft)
+""",
+        tmp_path,
+        site_without_peft,
+    )
 
 
 def test_our_adapters_work_without_the_package(based, site_without_peft):
-    python("from peft import *\nimport peft\n"
-           "from testv2 import load_model\n"
-           "model = peft.apply_lora_to_model(load_model('tinymamba_model_latest.pt'))\n"
-           "peft.save_adapter(model, 'a')\n", based, site_without_peft)
+    python(
+        "from peft import *\nimport peft\n"
+        "from testv2 import load_model\n"
+        "model = peft.apply_lora_to_model(load_model('tinymamba_model_latest.pt'))\n"
+        "peft.save_adapter(model, 'a')\n",
+        based,
+        site_without_peft,
+    )
     load_adapter(load_model("tinymamba_model_latest.pt"), "a")
 
 
 def test_our_names_are_found_in_a_copy_of_the_file_under_another_name(tmp_path):
     (tmp_path / "package").mkdir()
     shutil.copy(ROOT / "peft.py", tmp_path / "package" / "peft.py")
-    out = python("import package.peft as ours\nimport sys\n"
-                 "print(ours.PACKAGE, hasattr(ours, 'LoraConfig'), 'peft' in sys.modules)\n",
-                 tmp_path)
+    out = python(
+        "import package.peft as ours\nimport sys\n"
+        "print(ours.PACKAGE, hasattr(ours, 'LoraConfig'), 'peft' in sys.modules)\n",
+        tmp_path,
+    )
     assert out.split() == ["None", "False", "False"]
 
 

@@ -343,7 +343,9 @@ def test_interrupted_run_leaves_the_old_files(tmp_path):
     before = contents(tmp_path / "out")
     flags = ["--input", "big.txt", "--tokenizer", "byte", "--output_dir", "out", "--force"]
     process = subprocess.Popen(
-        [sys.executable, prepare.__file__, *flags], cwd=tmp_path, stderr=subprocess.PIPE,
+        [sys.executable, prepare.__file__, *flags],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
         # A shell starts its background jobs, and so their children, with the signal ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
@@ -544,7 +546,7 @@ ERRORS = {  # name: (file content, flags, what the error line must match)
         r"tiktoken: is not .*; pip install tiktoken",
     ),
     "no pyarrow": (LINES, "--input a.parquet", r"pyarrow: is not installed; pip install pyarrow"),
-    "unknown flag": (LINES, "--input a.txt --tokeniser byte", r"--tokeniser: unknown flag"),
+    "unknown flag": (LINES, "--input a.txt --tokenizer byte", r"--tokenizer: unknown flag"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Quantisation: what a layer computes on each path, what GPTQ gains, what a folder holds."""
+"""Quantization: what a layer computes on each path, what GPTQ gains, what a folder holds."""
 
 import copy
 import errno
@@ -162,8 +162,11 @@ def test_a_row_that_is_not_finite_stays_so():
 
 def test_a_change_of_type_leaves_whole_numbers_and_scales():
     model = quantized(4)
-    before = {n: t.clone() for n, t in model.state_dict().items()
-              if n.endswith((".codes", ".scale", ".factors"))}
+    before = {
+        n: t.clone()
+        for n, t in model.state_dict().items()
+        if n.endswith((".codes", ".scale", ".factors"))
+    }
     model = model.to(torch.bfloat16).to("cpu")
     for name, t in before.items():
         got = model.state_dict()[name]
@@ -175,8 +178,11 @@ def test_a_change_of_type_leaves_whole_numbers_and_scales():
 
 
 @pytest.mark.parametrize(("bits", "mode"), SCHEMES)
-@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False, "bias": False},
-                                     {"low_rank": 8, "gate": "top_k", **DOCUMENTS}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tie_embeddings": False, "bias": False}, {"low_rank": 8, "gate": "top_k", **DOCUMENTS}],
+    ids=str,
+)
 @torch.no_grad()
 def test_a_quantised_model_is_near_the_model_of_its_whole_weights(bits, mode, changes):
     model = quantized(bits, mode, **changes)
@@ -196,7 +202,8 @@ def test_the_given_model_stays_as_it_was_and_another_fingerprint_is_made():
     prints = {quantized(bits, mode).fingerprint() for bits, mode in SCHEMES}
     assert model.fingerprint() == before and before not in prints and len(prints) == 4
     assert model.count_parameters() == quantized(tie_embeddings=True).count_parameters() | {
-        "total": model.count_parameters()["total"]}
+        "total": model.count_parameters()["total"]
+    }
 
 
 def test_gptq_is_nearer_to_the_model_than_rounding():
@@ -235,10 +242,19 @@ def test_a_damaged_or_foreign_folder_is_refused(tmp_path):
             load_model(tmp_path)
     weights.write_bytes(good)
     scheme = about["quantization"]
-    for other in ({}, [], 4, {**scheme, "version": 99}, {**scheme, "mode": "magic"},
-                  {**scheme, "group_size": 0}, {**scheme, "group_size": "x"},
-                  {**scheme, "layers": {"blocks.9.x": 4}}, {**scheme, "layers": {"norm": 8}},
-                  {**scheme, "layers": {"head": 3}}, {**scheme, "layers": []}):
+    for other in (
+        {},
+        [],
+        4,
+        {**scheme, "version": 99},
+        {**scheme, "mode": "magic"},
+        {**scheme, "group_size": 0},
+        {**scheme, "group_size": "x"},
+        {**scheme, "layers": {"blocks.9.x": 4}},
+        {**scheme, "layers": {"norm": 8}},
+        {**scheme, "layers": {"head": 3}},
+        {**scheme, "layers": []},
+    ):
         config.write_text(json.dumps({**about, "quantization": other}))
         with pytest.raises(UserError, match=r"config.json: cannot be read"):
             load_model(tmp_path)
@@ -257,8 +273,9 @@ def test_a_stream_from_a_folder_is_the_greedy_text_of_the_model(tmp_path):
     save_folder(tmp_path, model)
     prompt = some_ids(1, 12)
     server = StreamingServer(str(tmp_path), "cpu")
-    answer = server.answer(prompt[0].tolist(), as_ids=True, max_new_tokens=20, temperature=0.0,
-                           eos_token_id=-1)
+    answer = server.answer(
+        prompt[0].tolist(), as_ids=True, max_new_tokens=20, temperature=0.0, eos_token_id=-1
+    )
     got = [token.id for chunk in answer for token in chunk.tokens]
     want = generate(load_model(tmp_path), prompt, 20, 0.0)[0, 12:].tolist()
     assert got == want
@@ -313,7 +330,7 @@ def test_an_adapter_knows_its_quantised_base_and_is_not_merged(tmp_path):
     close(layer.weight, layer.base_layer.weight, 1e-6)
     save_adapter(adapted, tmp_path)
     assert base.encode() in (tmp_path / "adapter_model.safetensors").read_bytes()
-    with pytest.raises(UserError, match="is quantised: no adapter can be merged"):
+    with pytest.raises(UserError, match="is quantized: no adapter can be merged"):
         merge_adapter(adapted)
 
 
@@ -336,8 +353,13 @@ def test_an_exported_graph_fits_every_length():
     example = (some_ids(2, 37), *model.init_state(2).tensors().values())
     batch, length = (torch.export.Dim(name, min=1) for name in ("batch", "length"))
     shapes = ({0: batch, 1: length}, tuple({0: batch} for _ in example[1:]))
-    program = torch.export.export(Graph(model).eval(), example, dynamic_shapes=shapes,
-                                  strict=False, prefer_deferred_runtime_asserts_over_guards=True)
+    program = torch.export.export(
+        Graph(model).eval(),
+        example,
+        dynamic_shapes=shapes,
+        strict=False,
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
     same_path(program.module(), model, example)
 
 
@@ -382,14 +404,32 @@ def test_the_command_writes_a_folder_that_serves_and_learns(base):
     model = load_model("out")
     assert model.quantization["method"] == "gptq" and model.quantization["mode"] == "weight_only"
     assert files_below(base / "out").keys() == {"model.safetensors", "config.json", "vocab.txt"}
-    learned = run_script("peft.py", "--checkpoint", "out", *flags(
-        method="lora", output_dir="lora", steps=2, validation_steps=1, batch_size=2,
-        block_size=16, device="cpu", generate_samples="false"), cwd=base)
+    learned = run_script(
+        "peft.py",
+        "--checkpoint",
+        "out",
+        *flags(
+            method="lora",
+            output_dir="lora",
+            steps=2,
+            validation_steps=1,
+            batch_size=2,
+            block_size=16,
+            device="cpu",
+            generate_samples="false",
+        ),
+        cwd=base,
+    )
     assert learned.returncode == 0, learned.stderr
     server = StreamingServer("out", "cpu", adapters={"a": "lora"})
     assert server.tokenizer is not None and server.generate_text("a", max_new_tokens=3, adapter="a")
-    again = quantize_model(load_model("base.pt"), 4, "weight_only", SIZE,
-                           read_blocks("data/text/train.bin", wide(), 640))
+    again = quantize_model(
+        load_model("base.pt"),
+        4,
+        "weight_only",
+        SIZE,
+        read_blocks("data/text/train.bin", wide(), 640),
+    )
     assert again.fingerprint() == model.fingerprint()  # the same data give the same numbers
 
 
@@ -406,22 +446,46 @@ def test_what_cannot_be_done_is_refused_in_one_line(base, capsys):
     write_tokens(base / "far.bin", [5] * 700 + [257])
     eight = ("--checkpoint", "base.pt", "--output_dir", "new")
     four = (*eight, "--bits", 4, "--group_size", SIZE)
-    refused("--checkpoint", "int8", "--output_dir", "new", naming=["is quantised already"])
-    refused("--checkpoint", "bad.pt", "--output_dir", "new",
-            naming=["blocks.1.mlp.in_proj.weight has values that are not finite"])
-    refused(*eight, "--bits", 4, "--rtn", naming=["group_size: 64 does not divide the 32 inputs",
-                                                  "blocks.0.ssm.in_proj", "[2, 4, 8, 16, 32]"])
+    refused("--checkpoint", "int8", "--output_dir", "new", naming=["is quantized already"])
+    refused(
+        "--checkpoint",
+        "bad.pt",
+        "--output_dir",
+        "new",
+        naming=["blocks.1.mlp.in_proj.weight has values that are not finite"],
+    )
+    refused(
+        *eight,
+        "--bits",
+        4,
+        "--rtn",
+        naming=[
+            "group_size: 64 does not divide the 32 inputs",
+            "blocks.0.ssm.in_proj",
+            "[2, 4, 8, 16, 32]",
+        ],
+    )
     refused(*eight, "--group_size", 32, naming=["--group_size: 8 bits have no groups"])
     refused(*four, "--group_size", 3, "--rtn", naming=["group_size: 3 is not legal"])
     refused(*four, naming=["calibration_data: is missing", "--rtn"])
     refused(*four, "--rtn", *TRAIN, naming=["--rtn: needs no calibration data"])
     refused(*four, "--report", naming=["calibration_data: is missing"])
     refused(*four, "--calibration_data", "none.bin", naming=["none.bin: no such file"])
-    refused(*four, "--calibration_data", "data/text/train.bin",
-            naming=["data/text/train.bin: has ", "tokens of 65536"])
+    refused(
+        *four,
+        "--calibration_data",
+        "data/text/train.bin",
+        naming=["data/text/train.bin: has ", "tokens of 65536"],
+    )
     refused(*four, *TRAIN[:3], 31, naming=["calibration_tokens: 31 is less than one block"])
-    refused(*four, "--calibration_data", "far.bin", "--calibration_tokens", 640,
-            naming=["far.bin: id 257 at offset 700 is outside vocab_size=257"])
+    refused(
+        *four,
+        "--calibration_data",
+        "far.bin",
+        "--calibration_tokens",
+        640,
+        naming=["far.bin: id 257 at offset 700 is outside vocab_size=257"],
+    )
     refused(*eight, "--output_dir", "int8", naming=["int8: holds model.safetensors", "--force"])
     refused(*eight, "--output_dir", "base.pt/x", naming=["output_dir"])
     refused(*eight, "--bits", 3, naming=["--bits"])
@@ -433,8 +497,10 @@ def test_a_quantised_base_takes_adapters_only(base):
     save_folder(base / "int8", quantized())
     for words in (("--method", "full"), ("--method", "lora", "--merge")):
         before = files_below(base)
-        assert_refused(run_script("peft.py", "--checkpoint", "int8", "--output_dir", "new", *words,
-                                  cwd=base), "checkpoint: is quantised")
+        assert_refused(
+            run_script("peft.py", "--checkpoint", "int8", "--output_dir", "new", *words, cwd=base),
+            "checkpoint: is quantized",
+        )
         assert files_below(base) == before
 
 
@@ -444,15 +510,26 @@ def test_force_replaces_and_the_report_names_every_part(base, capsys):
         assert done.returncode == 0, done.stderr
     assert load_model("out").quantization["mode"] == "weight_only"
     assert {path.name for path in (base / "out").iterdir()} == {
-        "model.safetensors", "config.json", "vocab.txt"}
+        "model.safetensors",
+        "config.json",
+        "vocab.txt",
+    }
     (base / "data" / "text" / "vocab.txt").unlink()  # no tokenizer of another model may stay
     done = command(capsys, "--checkpoint", "base.pt", "--output_dir", "out", "--force")
     assert done.returncode == 0 and not (base / "out" / "vocab.txt").exists()
     before = files_below(base)
     done = command(capsys, *INT4, *TRAIN, "--report")
     assert done.returncode == 0 and files_below(base) == before
-    for part in ("gate.controller", "ssm.angle_proj", "blocks.1.attention.qkv", "head ",
-                 "embedding.weight", "ssm.A_log", "conv.weight", "ssm state"):
+    for part in (
+        "gate.controller",
+        "ssm.angle_proj",
+        "blocks.1.attention.qkv",
+        "head ",
+        "embedding.weight",
+        "ssm.A_log",
+        "conv.weight",
+        "ssm state",
+    ):
         assert f"\n{part}" in done.stdout
 
 
@@ -475,4 +552,3 @@ def test_the_report_is_the_loss_of_the_quantised_part(base):
     row = rows["blocks.0.mlp.in_proj"]
     assert row["loss"] == mean_loss(alone, ids) != rows["nothing"]["loss"]
     assert math.isclose(row["change"], math.exp(row["loss"] - rows["nothing"]["loss"]) - 1)
-

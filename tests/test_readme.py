@@ -106,8 +106,11 @@ def run_training(words: list[str], cwd: Path) -> str:
 
 
 def run_finetuning(words: list[str], cwd: Path) -> str:
-    short = [] if "--adapter" in words else flags(
-        steps=2, batch_size=2, block_size=16, validation_steps=1, generation_length=5)
+    short = (
+        []
+        if "--adapter" in words
+        else flags(steps=2, batch_size=2, block_size=16, validation_steps=1, generation_length=5)
+    )
     return run([cwd / "peft.py", *words, *short], cwd)
 
 
@@ -118,8 +121,10 @@ def launch(words: list[str], cwd: Path) -> None:
     command = [sys.executable, "-m", module, "--master_addr=127.0.0.1", "--master_port", port]
     nodes = ["--node_rank=0", "--node_rank=1"] if "--nnodes=2" in words else []
     commands = [[*command, "--nnodes=2", node, *rest, *SHORT] for node in nodes]
-    agents = [subprocess.Popen(c, cwd=cwd, stderr=subprocess.PIPE, text=True)
-              for c in commands or [[*command, *rest, *SHORT]]]
+    agents = [
+        subprocess.Popen(c, cwd=cwd, stderr=subprocess.PIPE, text=True)
+        for c in commands or [[*command, *rest, *SHORT]]
+    ]
     for agent in agents:
         _, err = agent.communicate(timeout=300)
         assert agent.returncode == 0, err
@@ -129,8 +134,13 @@ def launch(words: list[str], cwd: Path) -> None:
 def serving(words: list[str], cwd: Path):
     """serve.py with these words, on a free port; its address."""
     command = [sys.executable, cwd / "serve.py", *words, "--port", "0"]
-    with subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}) as server:
+    with subprocess.Popen(
+        command,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as server:
         try:
             said = server.stdout.readline()
             assert said.startswith("serving tinymamba_model_latest at http://")
@@ -187,29 +197,56 @@ def test_command(command, workspace):
             assert "--model_args" in rest
             check([sys.executable, "-m", "lm_eval", "run", "--help"], workspace)
         case ["python", "benchmark.py", *rest]:
-            small = flags(d_model=32, n_layer=1, vocab_size=64, sequence_lengths=16,
-                          tokens_per_step=32, test_iterations=1, compile="off",
-                          output_dir=f"results{COMMANDS.index(command)}")
+            small = flags(
+                d_model=32,
+                n_layer=1,
+                vocab_size=64,
+                sequence_lengths=16,
+                tokens_per_step=32,
+                test_iterations=1,
+                compile="off",
+                output_dir=f"results{COMMANDS.index(command)}",
+            )
             assert "llama" in run([ROOT / "benchmark.py", *rest, *small], workspace)
         case ["python", "benchmarks/quality.py", *rest]:
             small = flags(steps=1, seeds=0, validation_tokens=8192, data=random_data(workspace))
             assert "bits_per_byte" in run(
-                [ROOT / "benchmarks/quality.py", *rest, *small], workspace)
+                [ROOT / "benchmarks/quality.py", *rest, *small], workspace
+            )
         case ["python", "benchmarks/streaming.py", *rest]:
             small = flags(contexts=[8], llama_context=8, tokens=2, sessions=2, rounds=2)
             eager = [word for word in rest if word != "--compile"]  # tests/test_streaming.py does
             assert "sessions" in run([ROOT / "benchmarks/streaming.py", *eager, *small], workspace)
         case ["python", "benchmarks/quantize.py", *rest]:
-            small = flags(calibration_tokens=512, val_tokens=512, group_size=8, d_model=96,
-                          n_layer=1, tokens=2, rounds=2)
+            small = flags(
+                calibration_tokens=512,
+                val_tokens=512,
+                group_size=8,
+                d_model=96,
+                n_layer=1,
+                tokens=2,
+                rounds=2,
+            )
             assert "random weights" in run(
-                [ROOT / "benchmarks/quantize.py", *rest, *small], workspace)
+                [ROOT / "benchmarks/quantize.py", *rest, *small], workspace
+            )
         case ["python", "benchmarks/serve.py", *rest]:
             small = flags(streams=2, seconds=1, tokens=4, disconnects=3)
             assert "errors 0" in run([ROOT / "benchmarks/serve.py", *rest, *small], workspace)
         case ["python", "benchmarks/finetune.py", *rest]:
-            assert "style" in run([ROOT / "benchmarks/finetune.py", *rest, "--steps", "2",
-                                   "--methods", "lora", "--tasks", "style"], workspace)
+            assert "style" in run(
+                [
+                    ROOT / "benchmarks/finetune.py",
+                    *rest,
+                    "--steps",
+                    "2",
+                    "--methods",
+                    "lora",
+                    "--tasks",
+                    "style",
+                ],
+                workspace,
+            )
         case ["python", "-m", "torch.distributed.launch", *_] | ["torchrun", *_]:
             launch(words, workspace)
         case ["python", "-m", "pytest"]:

@@ -53,8 +53,14 @@ def small_checkpoint(tmp_path_factory) -> bytes:
     ids = torch.randint(257, (1, 9))
     model(ids, ids).backward()
     optimizer.step()
-    save_checkpoint(path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                           "config": model.config.to_dict()})
+    save_checkpoint(
+        path,
+        {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "config": model.config.to_dict(),
+        },
+    )
     return path.read_bytes()
 
 
@@ -62,10 +68,19 @@ def small_checkpoint(tmp_path_factory) -> bytes:
 
 EVERYTHING = {
     "train_data_path": [f"data/text/{name}.bin" for name in ("train", "val", "more")],
-    "train_data_weights": [0.5, 0.3, 0.2], "dropout": 0.1, "gradient_accumulation_steps": 2,
-    "batch_size": 2, "gate": "top_k", "max_steps": 12, "enable_validation": True,
-    "validation_interval": 3, "validation_steps": 2, "checkpoint_interval": 4,
-    "use_early_stopping": True, "early_stopping_patience": 3, "early_stopping_min_delta": 0.05,
+    "train_data_weights": [0.5, 0.3, 0.2],
+    "dropout": 0.1,
+    "gradient_accumulation_steps": 2,
+    "batch_size": 2,
+    "gate": "top_k",
+    "max_steps": 12,
+    "enable_validation": True,
+    "validation_interval": 3,
+    "validation_steps": 2,
+    "checkpoint_interval": 4,
+    "use_early_stopping": True,
+    "early_stopping_patience": 3,
+    "early_stopping_min_delta": 0.05,
 }
 
 
@@ -185,8 +200,12 @@ def test_kill_9_at_any_moment_loses_at_most_one_save_interval(place):
     kills, inside, reached = times(3, 100), 0, 0
     for number in range(kills):
         log = open("log", "w+")  # noqa: SIM115
-        process = subprocess.Popen([*command, *(["--resume"] if number else words)],
-                                   stdout=log, stderr=subprocess.STDOUT, env=ENV)
+        process = subprocess.Popen(
+            [*command, *(["--resume"] if number else words)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=ENV,
+        )
         deadline = time.monotonic() + 100
         while "saved" not in Path("log").read_text() and time.monotonic() < deadline:
             assert process.poll() is None, Path("log").read_text()
@@ -259,8 +278,14 @@ def test_an_unreadable_file_is_never_put_in_place(place, monkeypatch):
 
 
 def test_saves_in_the_background_hold_the_same(place):
-    words = {"max_steps": 5, "checkpoint_interval": 2, "enable_validation": "true",
-             "validation_interval": 2, "save_top_k": 2, "wandb_run_name": "run"}
+    words = {
+        "max_steps": 5,
+        "checkpoint_interval": 2,
+        "enable_validation": "true",
+        "validation_interval": 2,
+        "save_top_k": 2,
+        "wandb_run_name": "run",
+    }
     files = []
     for asynchronous in ("false", "true"):
         assert call(*brief_flags(**words, async_save=asynchronous)).returncode == 0
@@ -284,8 +309,14 @@ def test_an_error_in_the_background_ends_the_run(place, monkeypatch):
 
 # ------------------------------------------------------------------------------------ signals
 
-PHASES = {"enable_validation": True, "validation_interval": 2, "validation_steps": 4,
-          "generate_samples": True, "generation_interval": 2, "generation_length": 8}
+PHASES = {
+    "enable_validation": True,
+    "validation_interval": 2,
+    "validation_steps": 4,
+    "generate_samples": True,
+    "generation_interval": 2,
+    "generation_length": 8,
+}
 
 
 def raise_in(trainer: Trainer, phase: str, number: int, monkeypatch) -> None:
@@ -486,8 +517,11 @@ def test_a_process_that_is_dead_or_hangs_ends_the_others_by_name(place, how):
         wait_for(first, "step 3/")
         second.send_signal(getattr(signal, how))
         _, err = first.communicate(timeout=60)
-    assert_refused(subprocess.CompletedProcess(words, first.returncode, "", err),
-                   f"rank 1 (process {second.pid} on ", "silent")
+    assert_refused(
+        subprocess.CompletedProcess(words, first.returncode, "", err),
+        f"rank 1 (process {second.pid} on ",
+        "silent",
+    )
 
 
 @pytest.mark.parametrize("failing", [0, 1])
@@ -514,8 +548,16 @@ def test_an_error_of_one_process_ends_the_other_with_its_words(place, failing):
 def test_a_signal_to_any_process_at_any_moment_is_heeded_by_all(place, number):
     dice = random.Random(number)
     name = ("SIGTERM", "SIGINT", "SIGUSR1")[number % 3]
-    words = brief_flags(**{**PHASES, "max_steps": 10**6, "checkpoint_interval": 3,
-                           "validation_steps": 50, "generation_length": 40, "batch_size": 2})
+    words = brief_flags(
+        **{
+            **PHASES,
+            "max_steps": 10**6,
+            "checkpoint_interval": 3,
+            "validation_steps": 50,
+            "generation_length": 40,
+            "batch_size": 2,
+        }
+    )
     vocabulary = [*testv2.byte_alphabet(), testv2.EOS_TOKEN]
     Path("data/text/vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
     with two_ranks(*map(str, words)) as both:
@@ -537,19 +579,33 @@ def test_a_signal_to_any_process_at_any_moment_is_heeded_by_all(place, number):
 
 def launch(ranks: int, *words, nodes: int = 1, timeout: float = 200) -> str:
     """testv2.py in several processes, started by torchrun, once for each node; what they print."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks // nodes}",
-               f"--nnodes={nodes}", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={ranks // nodes}",
+        f"--nnodes={nodes}",
+        "--master_addr=127.0.0.1",
+        f"--master_port={free_port()}",
+    ]
     script = [str(ROOT / "testv2.py"), *map(str, words)]
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENV}
-    agents = [subprocess.Popen([*command, f"--node_rank={node}", *script], **how)
-              for node in range(nodes)]
+    agents = [
+        subprocess.Popen([*command, f"--node_rank={node}", *script], **how) for node in range(nodes)
+    ]
     done = [agent.communicate(timeout=timeout) for agent in agents]
     assert all(agent.returncode == 0 for agent in agents), done
     return "".join(out for out, _ in done)
 
 
-STEPS = {"enable_validation": "true", "validation_interval": 3, "validation_steps": 3,
-         "checkpoint_interval": 3, "gradient_accumulation_steps": 2, "max_steps": 6}
+STEPS = {
+    "enable_validation": "true",
+    "validation_interval": 3,
+    "validation_steps": 3,
+    "checkpoint_interval": 3,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 6,
+}
 
 
 def losses() -> list[float]:
@@ -563,8 +619,15 @@ def test_cut_parameters_train_as_whole_ones_and_checkpoints_fit_both(place):
     call("--resume", "--max_steps", 6)
     call("--resume", "--max_steps", 9)
     expected, whole = losses(), load_checkpoint(LATEST)
-    launch(2, *brief_flags(**{**STEPS, "batch_size": 2}), "--parallel", "fsdp",
-           "--checkpoint_activations", "--max_steps", 3)
+    launch(
+        2,
+        *brief_flags(**{**STEPS, "batch_size": 2}),
+        "--parallel",
+        "fsdp",
+        "--checkpoint_activations",
+        "--max_steps",
+        3,
+    )
     call("--resume", "--max_steps", 6, "--batch_size", 4)
     launch(2, "--resume", "--max_steps", 9, "--batch_size", 2)
     assert len(expected) == 9 and losses() == pytest.approx(expected, abs=1e-5)
@@ -583,8 +646,16 @@ def test_compiled_autocast_and_recomputed_on_two_processes(place, parallel):
     words[words.index("--amp_dtype") + 1] = "bfloat16"
     launch(2, *words, "--parallel", parallel)
     eager = losses()
-    said = launch(2, *words, "--parallel", parallel, "--use_compile", "true",
-                  "--checkpoint_activations", timeout=900)
+    said = launch(
+        2,
+        *words,
+        "--parallel",
+        parallel,
+        "--use_compile",
+        "true",
+        "--checkpoint_activations",
+        timeout=900,
+    )
     assert "torch.compile" not in said, "it fell back"
     assert losses() == pytest.approx(eager, abs=2e-2) and len(eager) == 3
 
@@ -611,12 +682,15 @@ def test_activations_made_again_give_the_same_bits_and_keep_fewer(place):
     held, gradients = [], []
     for again in (False, True):
         torch.manual_seed(0)
-        model = testv2.TinyMambaModel(tiny_config(
-            n_layer=4, dropout=0.1, checkpoint_activations=again)).train()
+        model = testv2.TinyMambaModel(
+            tiny_config(n_layer=4, dropout=0.1, checkpoint_activations=again)
+        ).train()
         ids, kept = torch.randint(257, (2, 64), generator=torch.Generator().manual_seed(0)), []
         torch.manual_seed(1)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.nbytes), t)[1],  # noqa: B023
-                                                      lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: (kept.append(t.nbytes), t)[1],  # noqa: B023
+            lambda t: t,
+        ):
             loss = model(ids, ids)
         held.append(sum(kept))
         loss.backward()

@@ -40,8 +40,12 @@ class Running:
     """A server on a port of its own, in a thread of this process."""
 
     def __init__(self, adapters=None, **options):
-        library = StreamingServer(free_copy(wide()), tokenizer=BYTES, adapters=adapters,
-                                  config=StreamingConfig(batch_size=options.get("batch_size", 64)))
+        library = StreamingServer(
+            free_copy(wide()),
+            tokenizer=BYTES,
+            adapters=adapters,
+            config=StreamingConfig(batch_size=options.get("batch_size", 64)),
+        )
         self.api = Api(library, Options(**{"model_name": NAME, "grace": 0, **options}))
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
@@ -50,8 +54,12 @@ class Running:
         self.thread.start()
         self.http = httpx.Client(base_url=self.url, timeout=30)
         until(lambda: self.server.started)
-        self.ai = openai.OpenAI(base_url=self.url + "/v1", api_key=options.get("api_key") or "none",
-                                max_retries=0, timeout=30)
+        self.ai = openai.OpenAI(
+            base_url=self.url + "/v1",
+            api_key=options.get("api_key") or "none",
+            max_retries=0,
+            timeout=30,
+        )
 
     def end(self) -> None:
         self.http.close()
@@ -116,14 +124,30 @@ def refused(answer: httpx.Response, status: int, param: str | None = None) -> di
 # --------------------------------------------------------------------------------- completions
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"temperature": 0.0}, {"top_p": 0.7}, {"stop": "e"}, {"stop": ["zz", "t", "a"]},
-    {"logit_bias": {"101": -100, "97": 2.5}}, {"temperature": 0.5, "top_p": 0.9},
-])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.0},
+        {"top_p": 0.7},
+        {"stop": "e"},
+        {"stop": ["zz", "t", "a"]},
+        {"logit_bias": {"101": -100, "97": 2.5}},
+        {"temperature": 0.5, "top_p": 0.9},
+    ],
+)
 def test_text_is_what_the_model_says_in_this_process(shared, alone, settings):
-    want = alone.generate_text("Once upon", seed=3, max_new_tokens=40, **{
-        **PLAIN, **settings, "stop": [*settings.get("stop", [])] or None,
-        "logit_bias": {int(i): b for i, b in settings.get("logit_bias", {}).items()} or None})
+    want = alone.generate_text(
+        "Once upon",
+        seed=3,
+        max_new_tokens=40,
+        **{
+            **PLAIN,
+            **settings,
+            "stop": [*settings.get("stop", [])] or None,
+            "logit_bias": {int(i): b for i, b in settings.get("logit_bias", {}).items()} or None,
+        },
+    )
     asked = {"model": NAME, "prompt": "Once upon", "max_tokens": 40, "seed": 3, **settings}
     whole = shared.ai.completions.create(**asked)
     parts = list(shared.ai.completions.create(stream=True, **asked))
@@ -136,8 +160,9 @@ def test_text_is_what_the_model_says_in_this_process(shared, alone, settings):
 def test_extensions_reach_the_sampler(shared, alone):
     settings = {"top_k": 5, "min_p": 0.02, "repetition_penalty": 1.3}
     want = alone.generate_text("One", seed=1, max_new_tokens=30, temperature=1.0, **settings)
-    got = shared.ai.completions.create(model=NAME, prompt="One", seed=1, max_tokens=30,
-                                       extra_body=settings)
+    got = shared.ai.completions.create(
+        model=NAME, prompt="One", seed=1, max_tokens=30, extra_body=settings
+    )
     assert got.choices[0].text == want
 
 
@@ -145,16 +170,24 @@ def test_usage_counts_and_choices(shared, alone):
     asked = {"model": NAME, "prompt": ["ab", "cde"], "n": 3, "max_tokens": 7, "seed": 5}
     whole = shared.ai.completions.create(**asked)
     assert [c.index for c in whole.choices] == list(range(6))
-    want = [alone.generate_text(p, seed=5 + i, max_new_tokens=7, **PLAIN)
-            for p in ("ab", "cde") for i in range(3)]
+    want = [
+        alone.generate_text(p, seed=5 + i, max_new_tokens=7, **PLAIN)
+        for p in ("ab", "cde")
+        for i in range(3)
+    ]
     assert [c.text for c in whole.choices] == want
-    drawn = sum(len(chunk.tokens) for p in ("ab", "cde") for i in range(3) for chunk in
-                alone.answer(p, seed=5 + i, max_new_tokens=7, as_ids=True, **PLAIN))
+    drawn = sum(
+        len(chunk.tokens)
+        for p in ("ab", "cde")
+        for i in range(3)
+        for chunk in alone.answer(p, seed=5 + i, max_new_tokens=7, as_ids=True, **PLAIN)
+    )
     assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (5, drawn)
     assert whole.usage.total_tokens == 5 + drawn
     texts, usage = [""] * 6, None
     for part in shared.ai.completions.create(
-            stream=True, stream_options={"include_usage": True}, **asked):
+        stream=True, stream_options={"include_usage": True}, **asked
+    ):
         for c in part.choices:
             texts[c.index] += c.text
         usage = part.usage or usage
@@ -164,8 +197,10 @@ def test_usage_counts_and_choices(shared, alone):
 def test_ids_and_text_are_the_same_prompt(shared):
     asked = {"model": NAME, "max_tokens": 9, "seed": 2}
     ids = BYTES.encode("hello")
-    texts = {shared.ai.completions.create(prompt=p, **asked).choices[0].text
-             for p in ("hello", ["hello"], ids, [ids])}
+    texts = {
+        shared.ai.completions.create(prompt=p, **asked).choices[0].text
+        for p in ("hello", ["hello"], ids, [ids])
+    }
     assert len(texts) == 1
 
 
@@ -175,18 +210,28 @@ def log_softmax(ids: list[int]) -> torch.Tensor:
 
 
 def test_logprobs_are_the_models_own(shared):
-    got = shared.ai.completions.create(model=NAME, prompt="abc", max_tokens=12, logprobs=4, seed=1,
-                                       temperature=0.5, logit_bias={"101": 3})
+    got = shared.ai.completions.create(
+        model=NAME,
+        prompt="abc",
+        max_tokens=12,
+        logprobs=4,
+        seed=1,
+        temperature=0.5,
+        logit_bias={"101": 3},
+    )
     said = got.choices[0].logprobs
     prompt = BYTES.encode("abc")
     drawn = [next(i for i in range(257) if name(i) == t) for t in said.tokens]
     true = log_softmax([*prompt, *drawn])[len(prompt) - 1 : -1]
     assert said.token_logprobs == pytest.approx(
-        [float(row[i]) for row, i in zip(true, drawn, strict=True)], abs=1e-4)
+        [float(row[i]) for row, i in zip(true, drawn, strict=True)], abs=1e-4
+    )
     for row, top in zip(true, said.top_logprobs, strict=True):
         best = row.topk(4)
-        assert top == pytest.approx({name(i): p for p, i in zip(
-            best.values.tolist(), best.indices.tolist(), strict=True)}, abs=1e-4)
+        assert top == pytest.approx(
+            {name(i): p for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)},
+            abs=1e-4,
+        )
 
 
 def name(token: int) -> str:
@@ -196,8 +241,9 @@ def name(token: int) -> str:
 @pytest.mark.parametrize("stream", [False, True])
 def test_echo_gives_the_likelihood_of_the_prompt(shared, stream):
     ids = BYTES.encode("the quick brown fox " * 40)  # more than a piece
-    got = shared.ai.completions.create(model=NAME, prompt=[ids], max_tokens=0, logprobs=1,
-                                       echo=True, stream=stream)
+    got = shared.ai.completions.create(
+        model=NAME, prompt=[ids], max_tokens=0, logprobs=1, echo=True, stream=stream
+    )
     choice = next(iter(got)).choices[0] if stream else got.choices[0]
     true = log_softmax(ids)
     assert choice.text == "the quick brown fox " * 40
@@ -214,8 +260,14 @@ def test_echo_gives_the_likelihood_of_the_prompt(shared, stream):
 
 def test_logprobs_include_the_end_of_text(shared):
     """eos is no part of the text; but whoever cuts off the last token, as lm-eval, finds one."""
-    asked = {"model": NAME, "prompt": "abc", "max_tokens": 1, "logprobs": 1, "echo": True,
-             "logit_bias": {"256": 100}}
+    asked = {
+        "model": NAME,
+        "prompt": "abc",
+        "max_tokens": 1,
+        "logprobs": 1,
+        "echo": True,
+        "logit_bias": {"256": 100},
+    }
     choice = shared.ai.completions.create(**asked).choices[0]
     assert choice.text == "abc" and choice.finish_reason == "stop"
     assert choice.logprobs.tokens == [*"abc", EOS_TOKEN]
@@ -227,8 +279,15 @@ def test_logprobs_include_the_end_of_text(shared):
 
 def test_echo_and_a_token_more_as_lm_eval_asks(shared):
     ids = BYTES.encode("some words")
-    got = shared.ai.completions.create(model=NAME, prompt=[ids, ids[:4]], max_tokens=1, logprobs=1,
-                                       echo=True, temperature=0, seed=1234)
+    got = shared.ai.completions.create(
+        model=NAME,
+        prompt=[ids, ids[:4]],
+        max_tokens=1,
+        logprobs=1,
+        echo=True,
+        temperature=0,
+        seed=1234,
+    )
     assert [len(c.logprobs.tokens) for c in got.choices] == [11, 5]
     assert got.choices[1].text.startswith("some")
 
@@ -245,11 +304,13 @@ def test_characters_of_several_tokens_are_whole(shared):
 
 def test_special_tokens_in_text_are_text(shared):
     for text in (EOS_TOKEN, f"a{EOS_TOKEN}b"):
-        got = shared.ai.completions.create(model=NAME, prompt=text, max_tokens=0, echo=True,
-                                           logprobs=0)
+        got = shared.ai.completions.create(
+            model=NAME, prompt=text, max_tokens=0, echo=True, logprobs=0
+        )
         assert got.usage.prompt_tokens == len(text) and got.choices[0].text == text
-        chat = shared.ai.chat.completions.create(model=NAME, max_tokens=0, messages=[
-            {"role": "user", "content": text}])
+        chat = shared.ai.chat.completions.create(
+            model=NAME, max_tokens=0, messages=[{"role": "user", "content": text}]
+        )
         assert chat.usage.prompt_tokens == len(f"user: {text}\n\nassistant:")
 
 
@@ -257,12 +318,21 @@ def test_special_tokens_in_text_are_text(shared):
 
 
 def test_chat(shared, alone):
-    messages = [{"role": "system", "content": "Be kind."},
-                {"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": [{"type": "text", "text": "Hello"}]},
+    ]
     prompt = "system: Be kind.\n\nuser: Hello\n\nassistant:"
     want = alone.generate_text(prompt, seed=4, max_new_tokens=20, stop=["\n\nuser:"], **PLAIN)
-    asked = {"model": NAME, "messages": messages, "seed": 4, "max_completion_tokens": 20,
-             "logprobs": True, "top_logprobs": 2, "n": 2}
+    asked = {
+        "model": NAME,
+        "messages": messages,
+        "seed": 4,
+        "max_completion_tokens": 20,
+        "logprobs": True,
+        "top_logprobs": 2,
+        "n": 2,
+    }
     whole = shared.ai.chat.completions.create(**asked)
     assert whole.choices[0].message.content == want
     assert whole.choices[0].message.role == "assistant"
@@ -289,12 +359,19 @@ def test_a_template_beside_the_tokenizer_is_used(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join([*serve.byte_alphabet(), EOS_TOKEN]) + "\n")
     template = serve.Template(SimpleTokenizer(tmp_path / "vocab.txt"))
     said = [serve.Message(role="user", content=EOS_TOKEN), serve.Message(role="user", content="b")]
-    assert template.encode(said) == [256, *BYTES.encode(f"user|{EOS_TOKEN}\n"),
-                                     256, *BYTES.encode("user|b\n")]
+    assert template.encode(said) == [
+        256,
+        *BYTES.encode(f"user|{EOS_TOKEN}\n"),
+        256,
+        *BYTES.encode("user|b\n"),
+    ]
     assert template.stops == []
     (tmp_path / "chat_template.jinja").unlink()
-    about = {"chat_template": [{"name": "default", "template": "{{ eos_token }}{{ bos_token }}"}],
-             "eos_token": {"content": EOS_TOKEN}, "bos_token": None}
+    about = {
+        "chat_template": [{"name": "default", "template": "{{ eos_token }}{{ bos_token }}"}],
+        "eos_token": {"content": EOS_TOKEN},
+        "bos_token": None,
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
     other = serve.Template(SimpleTokenizer(tmp_path / "vocab.txt"))
     assert other.encode(said) == [256]
@@ -312,45 +389,67 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "hi"}]}
 
 
-@pytest.mark.parametrize(("path", "body", "param"), [
-    (COMPLETIONS, {}, "prompt"), (COMPLETIONS, {"prompt": 3}, "prompt"),
-    (COMPLETIONS, {"prompt": []}, "prompt"), (COMPLETIONS, {"prompt": [-1]}, "prompt"),
-    (COMPLETIONS, {"prompt": [257]}, "prompt"), (COMPLETIONS, {"prompt": "a" * 5000}, "prompt"),
-    (COMPLETIONS, {"prompt": "a", "max_tokens": -1}, "max_tokens"),
-    (COMPLETIONS, {"prompt": "a", "max_tokens": "9"}, "max_tokens"),
-    (COMPLETIONS, {"prompt": "a", "max_tokens": 10**6}, "max_tokens"),
-    (COMPLETIONS, {"prompt": "a", "temperature": 3}, "temperature"),
-    (COMPLETIONS, {"prompt": "a", "top_p": 1.5}, "top_p"),
-    (COMPLETIONS, {"prompt": "a", "seed": -1}, "seed"),
-    (COMPLETIONS, {"prompt": "a", "n": 0}, "n"), (COMPLETIONS, {"prompt": "a", "n": 17}, "n"),
-    (COMPLETIONS, {"prompt": "a", "stop": list("abcde")}, "stop"),
-    (COMPLETIONS, {"prompt": "a", "stop": [""]}, "stop"),
-    (COMPLETIONS, {"prompt": "a", "logprobs": 21}, "logprobs"),
-    (COMPLETIONS, {"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias"),
-    (COMPLETIONS, {"prompt": "a", "logit_bias": {"257": 1}}, "logit_bias"),
-    (COMPLETIONS, {"prompt": "a", "logit_bias": {"1": 101}}, "logit_bias"),
-    (COMPLETIONS, {"prompt": "a", "best_of": 2}, "best_of"),
-    (COMPLETIONS, {"prompt": "a", "suffix": "b"}, "suffix"),
-    (COMPLETIONS, {"prompt": "a", "presence_penalty": 0.5}, "presence_penalty"),
-    (COMPLETIONS, {"prompt": "a", "frequency_penalty": 0.5}, "frequency_penalty"),
-    (COMPLETIONS, {"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),
-    (COMPLETIONS, {"prompt": "a", "guided_json": "{}"}, "guided_json"),
-    (CHAT, {}, "messages"), (CHAT, {"messages": []}, "messages"),
-    (CHAT, {"messages": [{"role": "boss", "content": ""}]}, "messages.0.role"),
-    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-     "messages.0.content.0.type"),
-    (CHAT, {"messages": [{"role": "user", "content": "", "name": "x"}]}, "messages.0.name"),
-    (CHAT, {"messages": [*HELLO["messages"],
-                         {"role": "assistant", "content": "", "refusal": "no"}]},
-     "messages.1.refusal"),
-    (COMPLETIONS, {"prompt": "a", "logit_bias": {"seed": 1}}, "logit_bias"),
-    (COMPLETIONS, {"prompt": "a", "logit_bias": dict.fromkeys(map(str, range(301)), 1)},
-     "logit_bias"),
-    (CHAT, {**HELLO, "top_logprobs": 2}, "top_logprobs"),
-    (CHAT, {**HELLO, "tools": [{"type": "function"}]}, "tools"),
-    (CHAT, {**HELLO, "response_format": {"type": "json_object"}}, "response_format.type"),
-    ("/v1/sessions", {"id": "../x"}, "id"), ("/v1/sessions", {"load": "a/b"}, "load"),
-])
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (COMPLETIONS, {}, "prompt"),
+        (COMPLETIONS, {"prompt": 3}, "prompt"),
+        (COMPLETIONS, {"prompt": []}, "prompt"),
+        (COMPLETIONS, {"prompt": [-1]}, "prompt"),
+        (COMPLETIONS, {"prompt": [257]}, "prompt"),
+        (COMPLETIONS, {"prompt": "a" * 5000}, "prompt"),
+        (COMPLETIONS, {"prompt": "a", "max_tokens": -1}, "max_tokens"),
+        (COMPLETIONS, {"prompt": "a", "max_tokens": "9"}, "max_tokens"),
+        (COMPLETIONS, {"prompt": "a", "max_tokens": 10**6}, "max_tokens"),
+        (COMPLETIONS, {"prompt": "a", "temperature": 3}, "temperature"),
+        (COMPLETIONS, {"prompt": "a", "top_p": 1.5}, "top_p"),
+        (COMPLETIONS, {"prompt": "a", "seed": -1}, "seed"),
+        (COMPLETIONS, {"prompt": "a", "n": 0}, "n"),
+        (COMPLETIONS, {"prompt": "a", "n": 17}, "n"),
+        (COMPLETIONS, {"prompt": "a", "stop": list("abcde")}, "stop"),
+        (COMPLETIONS, {"prompt": "a", "stop": [""]}, "stop"),
+        (COMPLETIONS, {"prompt": "a", "logprobs": 21}, "logprobs"),
+        (COMPLETIONS, {"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias"),
+        (COMPLETIONS, {"prompt": "a", "logit_bias": {"257": 1}}, "logit_bias"),
+        (COMPLETIONS, {"prompt": "a", "logit_bias": {"1": 101}}, "logit_bias"),
+        (COMPLETIONS, {"prompt": "a", "best_of": 2}, "best_of"),
+        (COMPLETIONS, {"prompt": "a", "suffix": "b"}, "suffix"),
+        (COMPLETIONS, {"prompt": "a", "presence_penalty": 0.5}, "presence_penalty"),
+        (COMPLETIONS, {"prompt": "a", "frequency_penalty": 0.5}, "frequency_penalty"),
+        (COMPLETIONS, {"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),
+        (COMPLETIONS, {"prompt": "a", "guided_json": "{}"}, "guided_json"),
+        (CHAT, {}, "messages"),
+        (CHAT, {"messages": []}, "messages"),
+        (CHAT, {"messages": [{"role": "boss", "content": ""}]}, "messages.0.role"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages.0.content.0.type",
+        ),
+        (CHAT, {"messages": [{"role": "user", "content": "", "name": "x"}]}, "messages.0.name"),
+        (
+            CHAT,
+            {
+                "messages": [
+                    *HELLO["messages"],
+                    {"role": "assistant", "content": "", "refusal": "no"},
+                ]
+            },
+            "messages.1.refusal",
+        ),
+        (COMPLETIONS, {"prompt": "a", "logit_bias": {"seed": 1}}, "logit_bias"),
+        (
+            COMPLETIONS,
+            {"prompt": "a", "logit_bias": dict.fromkeys(map(str, range(301)), 1)},
+            "logit_bias",
+        ),
+        (CHAT, {**HELLO, "top_logprobs": 2}, "top_logprobs"),
+        (CHAT, {**HELLO, "tools": [{"type": "function"}]}, "tools"),
+        (CHAT, {**HELLO, "response_format": {"type": "json_object"}}, "response_format.type"),
+        ("/v1/sessions", {"id": "../x"}, "id"),
+        ("/v1/sessions", {"load": "a/b"}, "load"),
+    ],
+)
 def test_what_is_wrong_is_named(path, body, param):
     with_limits = strict_server()
     error = refused(with_limits.http.post(path, json=body), 400, param)
@@ -374,18 +473,31 @@ def end_strict_server():
         STRICT.pop().end()
 
 
-@pytest.mark.parametrize("body", [b"{", b"", b"[]", b'"a"', b"\xff", b"[" * 9000,
-                                  b'{"prompt": NaN}', b'{"prompt": "a", "temperature": Infinity}'])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{",
+        b"",
+        b"[]",
+        b'"a"',
+        b"\xff",
+        b"[" * 9000,
+        b'{"prompt": NaN}',
+        b'{"prompt": "a", "temperature": Infinity}',
+    ],
+)
 def test_what_is_no_body_is_refused(body):
-    answer = strict_server().http.post(COMPLETIONS, content=body,
-                                       headers={"Content-Type": "application/json"})
+    answer = strict_server().http.post(
+        COMPLETIONS, content=body, headers={"Content-Type": "application/json"}
+    )
     assert answer.status_code == 400 and answer.json()["error"]["message"]
 
 
 def test_half_of_a_character_is_refused_or_read():
     for body in (rb'{"prompt": "\ud800", "max_tokens": 1}', rb'{"prompt": "a", "\ud800": 1}'):
-        answer = strict_server().http.post(COMPLETIONS, content=body,
-                                           headers={"Content-Type": "application/json"})
+        answer = strict_server().http.post(
+            COMPLETIONS, content=body, headers={"Content-Type": "application/json"}
+        )
         assert answer.status_code in (200, 400) and answer.json()
 
 
@@ -400,8 +512,16 @@ def test_the_openai_client_raises_its_own_errors(shared):
 
 def test_harmless_fields_change_nothing(shared):
     asked = {"prompt": "a", "max_tokens": 5, "seed": 1}
-    more = {"user": "u", "metadata": {"a": "b"}, "store": False, "presence_penalty": 0,
-            "frequency_penalty": 0.0, "suffix": None, "best_of": 1, "stop": None}
+    more = {
+        "user": "u",
+        "metadata": {"a": "b"},
+        "store": False,
+        "presence_penalty": 0,
+        "frequency_penalty": 0.0,
+        "suffix": None,
+        "best_of": 1,
+        "stop": None,
+    }
     plain, other = (shared.post(COMPLETIONS, **b)["choices"] for b in (asked, {**asked, **more}))
     assert plain == other
 
@@ -418,16 +538,24 @@ def test_a_body_that_is_too_large(shared):
     server, large = strict_server(), json.dumps({"prompt": "a" * 30_000}).encode()
     refused(server.http.post(COMPLETIONS, content=large), 413)
     pieces = (large[i : i + 1000] for i in range(0, len(large), 1000))  # of no announced length
-    refused(server.http.post(COMPLETIONS, content=pieces,
-                             headers={"Content-Type": "application/json"}), 413)
+    refused(
+        server.http.post(COMPLETIONS, content=pieces, headers={"Content-Type": "application/json"}),
+        413,
+    )
     assert server.post(COMPLETIONS, prompt="a", max_tokens=1)
 
 
 def test_a_body_that_does_not_come_or_drips():
-    with running(body_timeout=1) as server, socket.create_connection(
-            ("127.0.0.1", int(server.url.rsplit(":", 1)[1])), timeout=0.25) as lazy:
-        lazy.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n"
-                     b"Content-Type: application/json\r\n\r\n{")
+    with (
+        running(body_timeout=1) as server,
+        socket.create_connection(
+            ("127.0.0.1", int(server.url.rsplit(":", 1)[1])), timeout=0.25
+        ) as lazy,
+    ):
+        lazy.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n"
+            b"Content-Type: application/json\r\n\r\n{"
+        )
         answer, end = b"", time.monotonic() + 20
         while not answer and time.monotonic() < end:
             with contextlib.suppress(TimeoutError):
@@ -452,13 +580,22 @@ def test_an_error_of_the_server_is_counted(shared, monkeypatch):
 def test_an_error_of_one_disturbs_no_other(shared, alone, monkeypatch):
     want = alone.generate_text("Once", seed=1, max_new_tokens=60, **PLAIN)
     usual = streaming.probabilities
-    monkeypatch.setattr(streaming, "probabilities", lambda logits, recent, config: (
-        1 / 0 if config.top_p == 0.666 else usual(logits, recent, config)))
+    monkeypatch.setattr(
+        streaming,
+        "probabilities",
+        lambda logits, recent, config: (
+            1 / 0 if config.top_p == 0.666 else usual(logits, recent, config)
+        ),
+    )
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
-        good = [pool.submit(shared.post, COMPLETIONS, prompt="Once", seed=1, max_tokens=60)
-                for _ in range(6)]
-        broken = [pool.submit(shared.http.post, COMPLETIONS, json={
-            "prompt": "a", "top_p": 0.666}) for _ in range(6)]
+        good = [
+            pool.submit(shared.post, COMPLETIONS, prompt="Once", seed=1, max_tokens=60)
+            for _ in range(6)
+        ]
+        broken = [
+            pool.submit(shared.http.post, COMPLETIONS, json={"prompt": "a", "top_p": 0.666})
+            for _ in range(6)
+        ]
         assert {g.result()["choices"][0]["text"] for g in good} == {want}
         for b in broken:
             refused(b.result(), 500)
@@ -477,8 +614,9 @@ def test_a_failing_step_fails_its_answers_and_no_later_one(shared, monkeypatch):
         return real(*words)
 
     monkeypatch.setattr(decoder, "read", breaks)
-    answer = shared.http.post("/v1/sessions/steady/completions",
-                              json={"prompt": "x", "max_tokens": 50})
+    answer = shared.http.post(
+        "/v1/sessions/steady/completions", json={"prompt": "x", "max_tokens": 50}
+    )
     error = refused(answer, 500)
     assert error["type"] == "server_error" and "0x7f" not in error["message"]
     monkeypatch.setattr(decoder, "read", real)
@@ -495,14 +633,19 @@ def test_keys():
         good = {"Authorization": "Bearer säcret".encode()}
         assert server.http.get("/health").status_code == 200
         assert server.http.get("/").status_code == 200
-        paths = ["/metrics", "/openapi.json", "/v1/models", "/v1/sessions", "/nowhere",
-                 "/v1/sessions/x"]
+        paths = [
+            "/metrics",
+            "/openapi.json",
+            "/v1/models",
+            "/v1/sessions",
+            "/nowhere",
+            "/v1/sessions/x",
+        ]
         for path in paths:
             assert refused(server.http.get(path), 401)["code"] == "invalid_api_key"
             assert server.http.get(path, headers=good).status_code in (200, 404)
         for bad in ("", "Bearer", "Bearer secre", "bearer säcret", "Basic säcret"):
-            answer = server.http.post(COMPLETIONS, json={}, headers={
-                "Authorization": bad.encode()})
+            answer = server.http.post(COMPLETIONS, json={}, headers={"Authorization": bad.encode()})
             refused(answer, 401)
             assert answer.headers["www-authenticate"] == "Bearer"
         schemes = server.http.get("/openapi.json", headers=good).json()
@@ -567,12 +710,28 @@ def test_a_client_that_goes_away_frees_its_slot_in_a_step(shared, stream, monkey
 
 def test_many_at_once_say_what_they_say_alone(alone):
     chance = random.Random(0)
-    bodies = [{"prompt": "word " * chance.randrange(1, 60), "max_tokens": chance.randrange(1, 50),
-               "seed": i, "temperature": chance.choice([0, 0.7, 1]),
-               "stream": bool(i % 2)} for i in range(40)]
-    want = [alone.generate_text(b["prompt"], max_new_tokens=b["max_tokens"], seed=b["seed"],
-                                temperature=b["temperature"], top_k=0) for b in bodies]
+    bodies = [
+        {
+            "prompt": "word " * chance.randrange(1, 60),
+            "max_tokens": chance.randrange(1, 50),
+            "seed": i,
+            "temperature": chance.choice([0, 0.7, 1]),
+            "stream": bool(i % 2),
+        }
+        for i in range(40)
+    ]
+    want = [
+        alone.generate_text(
+            b["prompt"],
+            max_new_tokens=b["max_tokens"],
+            seed=b["seed"],
+            temperature=b["temperature"],
+            top_k=0,
+        )
+        for b in bodies
+    ]
     with running(batch_size=16) as server:
+
         def ask(body: dict) -> str:
             if not body["stream"]:
                 return server.post(COMPLETIONS, **body)["choices"][0]["text"]
@@ -589,6 +748,7 @@ def test_many_at_once_say_what_they_say_alone(alone):
 
 def test_what_is_done_is_forgotten_without_the_garbage_collector(shared):
     """A state is half a megabyte: a few hundred that wait to be collected are a leak."""
+
     def answers() -> int:
         return sum(type(o) is Answer for o in gc.get_objects())
 
@@ -599,8 +759,9 @@ def test_what_is_done_is_forgotten_without_the_garbage_collector(shared):
         for stream in (False, True, False, True):
             got = shared.ai.completions.create(model=NAME, prompt="ab", max_tokens=5, stream=stream)
             list(got) if stream else None
-        with shared.http.stream("POST", COMPLETIONS, json={"prompt": "a", "stream": True,
-                                                           "max_tokens": 4096}) as answer:
+        with shared.http.stream(
+            "POST", COMPLETIONS, json={"prompt": "a", "stream": True, "max_tokens": 4096}
+        ) as answer:
             assert answer.status_code == 200
         shared.http.post(COMPLETIONS, json={"prompt": "a", "model": "none"})
         until(lambda: shared.busy() == 0 and shared.api.pending == 0)
@@ -610,8 +771,9 @@ def test_what_is_done_is_forgotten_without_the_garbage_collector(shared):
 
 
 def test_a_client_that_reads_slowly_holds_up_no_other(shared):
-    slow = shared.ai.completions.create(model=NAME, prompt="a", max_tokens=600, stream=True,
-                                        logprobs=20, logit_bias={"256": -100})
+    slow = shared.ai.completions.create(
+        model=NAME, prompt="a", max_tokens=600, stream=True, logprobs=20, logit_bias={"256": -100}
+    )
     quick = shared.ai.completions.create(model=NAME, prompt="b", max_tokens=5)
     assert quick.usage.completion_tokens <= 5
     assert sum(bool(part.choices[0].text) for part in slow) > 300
@@ -622,8 +784,9 @@ def test_a_client_that_reads_slowly_holds_up_no_other(shared):
 
 def session(server: Running, name: str, prompt: str = "", **body) -> str:
     """Go on in a session; its text."""
-    return server.post(f"/v1/sessions/{name}/completions", prompt=prompt, **body)[
-        "choices"][0]["text"]
+    return server.post(f"/v1/sessions/{name}/completions", prompt=prompt, **body)["choices"][0][
+        "text"
+    ]
 
 
 def test_a_session_is_that_of_the_library(shared, alone):
@@ -656,8 +819,14 @@ def test_fork_rollback_reset_delete(shared):
     refused(shared.http.post("/v1/sessions", json={"id": "two"}), 409, "id")
     refused(shared.http.post(path + "/fork", json={"id": "three"}), 409, "id")
     assert shared.http.delete(path).json()["deleted"]
-    for method, route in (("GET", ""), ("DELETE", ""), ("POST", "/fork"), ("POST", "/reset"),
-                          ("POST", "/rollback"), ("POST", "/stop")):
+    for method, route in (
+        ("GET", ""),
+        ("DELETE", ""),
+        ("POST", "/fork"),
+        ("POST", "/reset"),
+        ("POST", "/rollback"),
+        ("POST", "/stop"),
+    ):
         refused(shared.http.request(method, path + route), 404, "session_id")
     refused(shared.http.post(path + "/completions", json={"prompt": "a"}), 404, "session_id")
     refused(shared.http.post(path + "/save", json={"name": "x"}), 404, "session_id")
@@ -680,8 +849,10 @@ def test_save_and_load(shared, files):
         refused(shared.http.post("/v1/sessions", json={"load": bad}), 400, "load")
         refused(shared.http.post("/v1/sessions/four/save", json={"name": bad}), 400, "name")
     (files / "broken.safetensors").write_bytes(b"no session")
-    for path, body, param in (("", {"load": "broken"}, "load"), (
-            "/four/save", {"name": "broken", "overwrite": True}, "name")):
+    for path, body, param in (
+        ("", {"load": "broken"}, "load"),
+        ("/four/save", {"name": "broken", "overwrite": True}, "name"),
+    ):
         error = refused(shared.http.post(f"/v1/sessions{path}", json=body), 400, param)
         assert str(files) not in error["message"]
     assert (files / "broken.safetensors").read_bytes() == b"no session"
@@ -697,13 +868,21 @@ ENDLESS = {"max_tokens": 4096, "logit_bias": {"256": -100}}
 def test_a_session_answers_one_at_a_time_and_can_be_stopped(shared, alone):
     path, letters = "/v1/sessions/six", {"97": 100, "98": 100}
     shared.post("/v1/sessions", id="six", seed=3)
-    with shared.http.stream("POST", path + "/completions", json={
-            "prompt": "abc", "stream": True, **ENDLESS, "logit_bias": letters}) as answer:
+    with shared.http.stream(
+        "POST",
+        path + "/completions",
+        json={"prompt": "abc", "stream": True, **ENDLESS, "logit_bias": letters},
+    ) as answer:
         lines = answer.iter_lines()
         next(lines)
         assert shared.http.get(path).json()["answering"]
-        for route, body in (("completions", {"prompt": "x"}), ("fork", {}), ("reset", {}),
-                            ("rollback", {}), ("save", {"name": "six"})):
+        for route, body in (
+            ("completions", {"prompt": "x"}),
+            ("fork", {}),
+            ("reset", {}),
+            ("rollback", {}),
+            ("save", {"name": "six"}),
+        ):
             error = refused(shared.http.post(f"{path}/{route}", json=body), 409, "session_id")
             assert error["code"] == "session_busy"
         shared.post(path + "/stop")
@@ -712,15 +891,21 @@ def test_a_session_answers_one_at_a_time_and_can_be_stopped(shared, alone):
     info = events[-1]["session"]
     assert info["tokens"] == 3 + events[-1]["usage"]["completion_tokens"] and info["turns"] == 1
     twin = alone.create_session(seed=3)
-    alone.generate_text("abc", twin, max_new_tokens=info["tokens"] - 3,
-                        logit_bias={97: 100.0, 98: 100.0}, **PLAIN)
+    alone.generate_text(
+        "abc", twin, max_new_tokens=info["tokens"] - 3, logit_bias={97: 100.0, 98: 100.0}, **PLAIN
+    )
     assert session(shared, "six", "x", max_tokens=9) == alone.generate_text(
-        "x", twin, max_new_tokens=9, **PLAIN)
+        "x", twin, max_new_tokens=9, **PLAIN
+    )
 
 
 def test_a_session_that_waits_for_a_slot_is_busy_and_can_be_stopped():
-    with running(batch_size=1) as server, server.http.stream("POST", COMPLETIONS, json={
-            "prompt": "a", "stream": True, **ENDLESS}) as answer:
+    with (
+        running(batch_size=1) as server,
+        server.http.stream(
+            "POST", COMPLETIONS, json={"prompt": "a", "stream": True, **ENDLESS}
+        ) as answer,
+    ):
         lines = answer.iter_lines()
         next(lines)
         server.post("/v1/sessions", id="late")
@@ -728,8 +913,9 @@ def test_a_session_that_waits_for_a_slot_is_busy_and_can_be_stopped():
             path = "/v1/sessions/late"
             queued = pool.submit(server.http.post, f"{path}/completions", json={"prompt": "b"})
             until(lambda: server.api.engine.waiting)
-            refused(server.http.post(f"{path}/completions", json={"prompt": "c"}), 409,
-                    "session_id")
+            refused(
+                server.http.post(f"{path}/completions", json={"prompt": "c"}), 409, "session_id"
+            )
             refused(server.http.post(f"{path}/reset"), 409, "session_id")
             server.post(f"{path}/stop")
             refused(queued.result(), 409, "session_id")
@@ -742,8 +928,14 @@ def test_of_saves_at_one_time_under_one_name_one_is_kept(tmp_path):
             server.post("/v1/sessions", id=name)
             session(server, name, "a", max_tokens=1)
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            answers = [*pool.map(lambda i: server.http.post(
-                f"/v1/sessions/{('one', 'two')[i % 2]}/save", json={"name": "x"}), range(8))]
+            answers = [
+                *pool.map(
+                    lambda i: server.http.post(
+                        f"/v1/sessions/{('one', 'two')[i % 2]}/save", json={"name": "x"}
+                    ),
+                    range(8),
+                )
+            ]
         assert sorted(a.status_code for a in answers) == [200, *[409] * 7]
 
 
@@ -751,8 +943,9 @@ def test_a_client_that_does_not_read_loses_its_place(shared, monkeypatch):
     monkeypatch.setattr(serve.Mailbox, "LAG", 2)
     monkeypatch.setattr(serve.EventStream, "__call__", hold := HeldBack())
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(shared.http.post, COMPLETIONS, json={
-            "prompt": "a", "stream": True, **ENDLESS})
+        asked = pool.submit(
+            shared.http.post, COMPLETIONS, json={"prompt": "a", "stream": True, **ENDLESS}
+        )
         until(lambda: hold.reached and not shared.busy())
         hold.released.set()
         asked.exception()
@@ -782,8 +975,11 @@ def test_a_session_whose_client_goes_away_stands_where_it_stood(shared):
     shared.post("/v1/sessions/seven/fork", id="eight")
     chance = random.Random(0)
     for _ in range(20):
-        with shared.http.stream("POST", "/v1/sessions/seven/completions", json={
-                "prompt": "some more", "stream": True, **ENDLESS}) as answer:
+        with shared.http.stream(
+            "POST",
+            "/v1/sessions/seven/completions",
+            json={"prompt": "some more", "stream": True, **ENDLESS},
+        ) as answer:
             lines = answer.iter_lines()
             for _ in range(chance.randrange(12)):
                 next(lines)
@@ -791,14 +987,16 @@ def test_a_session_whose_client_goes_away_stands_where_it_stood(shared):
     now = shared.http.get("/v1/sessions/seven").json()
     assert {**now, "last_used": 0} == {**before, "last_used": 0}
     assert session(shared, "seven", "x", max_tokens=20) == session(
-        shared, "eight", "x", max_tokens=20)
+        shared, "eight", "x", max_tokens=20
+    )
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_engine_that_fails_says_so_to_all():
     with running() as server:
-        with server.http.stream("POST", COMPLETIONS, json={
-                "prompt": "a", "stream": True, **ENDLESS}) as answer:
+        with server.http.stream(
+            "POST", COMPLETIONS, json={"prompt": "a", "stream": True, **ENDLESS}
+        ) as answer:
             lines = answer.iter_lines()
             next(lines)
             server.api.engine.order(lambda: 1 / 0)
@@ -812,8 +1010,9 @@ def test_an_engine_that_fails_says_so_to_all():
 
 def test_deleting_a_session_ends_its_answer(shared):
     shared.post("/v1/sessions", id="nine")
-    with shared.http.stream("POST", "/v1/sessions/nine/completions", json={
-            "prompt": "abc", "stream": True, **ENDLESS}) as answer:
+    with shared.http.stream(
+        "POST", "/v1/sessions/nine/completions", json={"prompt": "abc", "stream": True, **ENDLESS}
+    ) as answer:
         lines = answer.iter_lines()
         next(lines)
         shared.http.delete("/v1/sessions/nine")
@@ -826,8 +1025,9 @@ def test_gates_travel_only_where_they_are_asked_for(shared, alone):
     shared.post("/v1/sessions", id="ten", seed=1)
     body = {"prompt": "abc", "max_tokens": 6, "logit_bias": {"256": -100, "97": 100}}
     got = shared.post("/v1/sessions/ten/completions", gates=True, **body)["choices"][0]
-    want = alone.answer("abc", seed=1, max_new_tokens=6, logit_bias={256: -100.0, 97: 100.0},
-                        **PLAIN)
+    want = alone.answer(
+        "abc", seed=1, max_new_tokens=6, logit_bias={256: -100.0, 97: 100.0}, **PLAIN
+    )
     true = [t for chunk in want for t in chunk.tokens]
     assert [t["id"] for t in got["tokens"]] == [t.id for t in true] == [97] * 6
     for mine, its in zip(got["tokens"], true, strict=True):
@@ -855,8 +1055,7 @@ def folder(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("model")
     (place / "tiny").mkdir()
     save_folder(place / "tiny", free_copy(wide()))
-    (place / "tiny" / "vocab.txt").write_text(
-        "\n".join([*serve.byte_alphabet(), EOS_TOKEN]) + "\n")
+    (place / "tiny" / "vocab.txt").write_text("\n".join([*serve.byte_alphabet(), EOS_TOKEN]) + "\n")
     return place
 
 
@@ -865,8 +1064,14 @@ def process(folder: Path, *words):
     """serve.py, as a user runs it; the process and its address."""
     command = [sys.executable, str(ROOT / "serve.py"), "--checkpoint", "tiny", "--port", "0"]
     command += words
-    child = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    child = subprocess.Popen(
+        command,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     try:
         said = child.stdout.readline()
         assert said.startswith("serving tiny at http://127.0.0.1:"), child.stderr.read()
@@ -883,10 +1088,18 @@ def test_sigterm_ends_what_runs_in_time_and_rolls_back_the_rest(folder):
             http.post("/v1/sessions", json={"id": name, "seed": 1})
             http.post(f"/v1/sessions/{name}/completions", json={"prompt": "ab", "max_tokens": 3})
         before = http.get("/v1/sessions/long").json()["tokens"]
-        with http.stream("POST", "/v1/sessions/long/completions", json={
-                "prompt": "c", "stream": True, **ENDLESS}) as endless, http.stream(
-                "POST", "/v1/sessions/short/completions", json={
-                    "prompt": "c", "stream": True, **ENDLESS, "max_tokens": 40}) as brief:
+        with (
+            http.stream(
+                "POST",
+                "/v1/sessions/long/completions",
+                json={"prompt": "c", "stream": True, **ENDLESS},
+            ) as endless,
+            http.stream(
+                "POST",
+                "/v1/sessions/short/completions",
+                json={"prompt": "c", "stream": True, **ENDLESS, "max_tokens": 40},
+            ) as brief,
+        ):
             lines, others = endless.iter_lines(), brief.iter_lines()
             next(lines), next(others)
             child.send_signal(signal.SIGTERM)
@@ -905,8 +1118,12 @@ def test_sigterm_ends_what_runs_in_time_and_rolls_back_the_rest(folder):
 
 
 def test_the_grace_is_for_who_runs_and_for_nobody_new():
-    with running(grace=20) as server, server.http.stream("POST", COMPLETIONS, json={
-            "prompt": "a", "stream": True, **ENDLESS, "max_tokens": 400}) as answer:
+    with (
+        running(grace=20) as server,
+        server.http.stream(
+            "POST", COMPLETIONS, json={"prompt": "a", "stream": True, **ENDLESS, "max_tokens": 400}
+        ) as answer,
+    ):
         lines = answer.iter_lines()
         next(lines)
         server.api.draining = True  # as its first act
@@ -916,12 +1133,18 @@ def test_the_grace_is_for_who_runs_and_for_nobody_new():
         assert [line for line in lines if line][-1] == "data: [DONE]"
 
 
-@pytest.mark.parametrize(("words", "fragment"), [
-    (["--port", "70000"], "--port"), (["--max_queue", "-1"], "--max_queue"),
-    (["--keep_sessions"], "--session_dir"), (["--checkpoint", "nothing.pt"], "nothing.pt"),
-    (["--dtype", "int3"], "--dtype"), (["--prot", "1"], "--port"),
-    (["--checkpoint", "tiny", "--session_dir", "tiny/vocab.txt"], "--session_dir"),
-])
+@pytest.mark.parametrize(
+    ("words", "fragment"),
+    [
+        (["--port", "70000"], "--port"),
+        (["--max_queue", "-1"], "--max_queue"),
+        (["--keep_sessions"], "--session_dir"),
+        (["--checkpoint", "nothing.pt"], "nothing.pt"),
+        (["--dtype", "int3"], "--dtype"),
+        (["--prot", "1"], "--port"),
+        (["--checkpoint", "tiny", "--session_dir", "tiny/vocab.txt"], "--session_dir"),
+    ],
+)
 def test_a_wrong_command_is_refused(folder, words, fragment):
     assert_refused(run_script("serve.py", *words, cwd=folder), fragment)
 
@@ -937,8 +1160,11 @@ def test_every_flag_is_explained(folder):
 def test_a_port_that_is_taken(folder):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert_refused(run_script("serve.py", "--checkpoint", "tiny", "--port", port, cwd=folder),
-                       "--port", str(port))
+        assert_refused(
+            run_script("serve.py", "--checkpoint", "tiny", "--port", port, cwd=folder),
+            "--port",
+            str(port),
+        )
 
 
 def test_a_missing_package_is_named(folder, tmp_path):
@@ -946,7 +1172,8 @@ def test_a_missing_package_is_named(folder, tmp_path):
         (tmp_path / f"{name}.py").write_text("raise ImportError")
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.util\nreal = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda n, p=None: None if n == 'fastapi' else real(n, p)\n")
+        "importlib.util.find_spec = lambda n, p=None: None if n == 'fastapi' else real(n, p)\n"
+    )
     done = run_script("serve.py", cwd=folder, env={"PYTHONPATH": str(tmp_path)})
     assert_refused(done, "fastapi: is not installed; pip install fastapi")
 
@@ -956,8 +1183,10 @@ def test_an_adapter_is_a_model_of_its_own(tmp_path):
     with running(adapters={"adapter": tmp_path / "lora"}) as server:
         names = [card.id for card in server.ai.models.list()]
         assert names == [NAME, f"{NAME}:adapter"]
-        got = {name: server.ai.completions.create(model=name, prompt="ab", seed=1, max_tokens=20)
-               for name in names}
+        got = {
+            name: server.ai.completions.create(model=name, prompt="ab", seed=1, max_tokens=20)
+            for name in names
+        }
         assert got[names[0]].choices[0].text != got[names[1]].choices[0].text
         usual = server.post(COMPLETIONS, prompt="ab", seed=1, max_tokens=20)
         assert usual["model"] == names[1]
@@ -965,7 +1194,8 @@ def test_an_adapter_is_a_model_of_its_own(tmp_path):
         library = server.api.server
         for name, adapter in zip(names, (None, "adapter"), strict=True):
             assert got[name].choices[0].text == library.generate_text(
-                "ab", seed=1, max_new_tokens=20, adapter=adapter, **PLAIN)
+                "ab", seed=1, max_new_tokens=20, adapter=adapter, **PLAIN
+            )
 
 
 PAGE = (ROOT / "page.html").read_text(encoding="utf-8")
@@ -978,8 +1208,8 @@ def test_the_page_is_served_alone(shared):
     assert "default-src 'none'" in policy and "unsafe" not in policy
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert not re.findall(r"https?:|//[a-z]|@import|\bsrc=|innerHTML|eval\(", PAGE)
-    labelled = set(re.findall(r'<label for="(\w+)"', PAGE))
-    assert labelled == set(re.findall(r'<(?:input|textarea) id="(\w+)"', PAGE))
+    labeled = set(re.findall(r'<label for="(\w+)"', PAGE))
+    assert labeled == set(re.findall(r'<(?:input|textarea) id="(\w+)"', PAGE))
 
 
 @pytest.mark.skipif(not shutil.which("node"), reason="node, which parses the script, is not here")
@@ -998,12 +1228,10 @@ def test_the_document_describes_the_routes(shared):
     assert body["required"] == ["prompt"] and body["additionalProperties"] is False
 
 
-
 # ------------------------------------------------------------------------------- other clients
 
 
-@pytest.mark.parametrize("phase", [
-    "fuzzing", pytest.param("coverage", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("phase", ["fuzzing", pytest.param("coverage", marks=pytest.mark.slow)])
 def test_schemathesis_finds_nothing(phase, tmp_path):
     """Random requests, good and bad, to every route; the document says what may come back.
 
@@ -1012,11 +1240,28 @@ def test_schemathesis_finds_nothing(phase, tmp_path):
     """
     with running(max_tokens=4, api_key="key", session_dir=str(tmp_path)) as server:
         done = subprocess.run(
-            [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()",
-             "run", server.url + "/openapi.json", "--header", "Authorization: Bearer key",
-             "--max-examples", "6", "--phases", phase, "--generation-deterministic",
-             "--exclude-checks", "positive_data_acceptance", "--no-color"],
-            cwd=tmp_path, capture_output=True, text=True, timeout=300)
+            [
+                sys.executable,
+                "-c",
+                "from schemathesis.cli import schemathesis; schemathesis()",
+                "run",
+                server.url + "/openapi.json",
+                "--header",
+                "Authorization: Bearer key",
+                "--max-examples",
+                "6",
+                "--phases",
+                phase,
+                "--generation-deterministic",
+                "--exclude-checks",
+                "positive_data_acceptance",
+                "--no-color",
+            ],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         until(lambda: server.api.pending == 0 and server.busy() == 0)
 
@@ -1036,34 +1281,59 @@ def test_lm_eval_finds_the_likelihoods_of_this_process(shared, tmp_path):
     ids = BYTES.encode("abc")  # the likeliest end of a text, so that a right guess is among them
     pairs.append(("abc", BYTES.decode([int(wide()(torch.tensor([ids]))[0, -1].argmax())])))
     TinyMambaHFTokenizer.of(BYTES).save_pretrained(tmp_path)
-    model = LocalCompletionsAPI(base_url=shared.url + COMPLETIONS, model=NAME, batch_size=4,
-                                tokenizer=str(tmp_path), max_retries=1,
-                                tokenizer_backend="huggingface")
-    got = model.loglikelihood([Instance("loglikelihood", {}, pair, i)
-                               for i, pair in enumerate(pairs)], disable_tqdm=True)
+    model = LocalCompletionsAPI(
+        base_url=shared.url + COMPLETIONS,
+        model=NAME,
+        batch_size=4,
+        tokenizer=str(tmp_path),
+        max_retries=1,
+        tokenizer_backend="huggingface",
+    )
+    got = model.loglikelihood(
+        [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)], disable_tqdm=True
+    )
     for (context, rest), (logprob, greedy) in zip(pairs, got, strict=True):
         before, after = BYTES.encode(context), BYTES.encode(rest)
         true = log_softmax([*before, *after])[len(before) - 1 : -1]
         assert logprob == pytest.approx(
-            float(true.gather(1, torch.tensor(after)[:, None]).sum()), abs=1e-3)
+            float(true.gather(1, torch.tensor(after)[:, None]).sum()), abs=1e-3
+        )
         assert greedy == (true.argmax(-1).tolist() == after)
 
 
 class Browser:
     """Headless Chromium, by WebDriver's own protocol."""
 
-    FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-             "--disable-background-networking", "--disable-component-update", "--disable-sync")
+    FLAGS = (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+    )
 
     def __init__(self, profile: Path):
-        self.driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE,
-                                       text=True)
+        self.driver = subprocess.Popen(
+            ["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True
+        )
         line = next(x for x in self.driver.stdout if "started successfully on port" in x)
         port = re.search(r"on port (\d+)", line)[1]
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
         options = {"args": [*self.FLAGS, f"--user-data-dir={profile}"]}
-        made = self.http.post("/session", json={"capabilities": {"alwaysMatch": {
-            "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}}})
+        made = self.http.post(
+            "/session",
+            json={
+                "capabilities": {
+                    "alwaysMatch": {
+                        "goog:chromeOptions": options,
+                        "goog:loggingPrefs": {"browser": "ALL"},
+                    }
+                }
+            },
+        )
         self.base = "/session/" + made.json()["value"]["sessionId"]
 
     def post(self, path: str, **body):
@@ -1076,9 +1346,19 @@ class Browser:
 
     def keys(self, *names: str) -> None:
         """Press all, then let go."""
-        self.post("/actions", actions=[{"type": "key", "id": "k", "actions": [
-            *({"type": "keyDown", "value": n} for n in names),
-            *({"type": "keyUp", "value": n} for n in reversed(names))]}])
+        self.post(
+            "/actions",
+            actions=[
+                {
+                    "type": "key",
+                    "id": "k",
+                    "actions": [
+                        *({"type": "keyDown", "value": n} for n in names),
+                        *({"type": "keyUp", "value": n} for n in reversed(names)),
+                    ],
+                }
+            ],
+        )
 
     def end(self) -> None:
         self.http.delete(self.base)
@@ -1092,8 +1372,10 @@ WAITS = "return document.getElementById('stop').disabled"
 COUNT = "return document.querySelectorAll('.card:first-child .token').length"
 
 
-@pytest.mark.skipif(not (shutil.which("chromedriver") and shutil.which("chromium")),
-                    reason="chromium and chromedriver, which show the page, are not here")
+@pytest.mark.skipif(
+    not (shutil.which("chromedriver") and shutil.which("chromium")),
+    reason="chromium and chromedriver, which show the page, are not here",
+)
 def test_the_page_in_a_browser(tmp_path):
     with running(api_key="key", max_tokens=4000) as server, contextlib.ExitStack() as stack:
         browser = Browser(tmp_path)
@@ -1101,35 +1383,44 @@ def test_the_page_in_a_browser(tmp_path):
         browser.post("/url", url=server.url + "/")
         problem = "return document.getElementById('problem').textContent"
         until(lambda: "API key" in browser.run(problem))
-        browser.run("const k = document.getElementById('key'); k.value = 'key';"
-                    "k.dispatchEvent(new Event('change'))")
+        browser.run(
+            "const k = document.getElementById('key'); k.value = 'key';"
+            "k.dispatchEvent(new Event('change'))"
+        )
         until(lambda: browser.run("return document.getElementById('model').textContent") == NAME)
-        browser.run("document.getElementById('max').value = 30;"
-                    "document.getElementById('prompt').focus()")
+        browser.run(
+            "document.getElementById('max').value = 30;document.getElementById('prompt').focus()"
+        )
         browser.keys(CONTROL, ENTER)
         until(lambda: browser.run(COUNT) > 3 and browser.run(WAITS))
         said = next(iter(server.api.server.sessions.values()))
         assert f"{said.now.position} tokens in a state of" in browser.run(
-            "return document.querySelector('.facts').textContent")
-        shades = browser.run("return [...document.querySelectorAll('.token')].map("
-                             "t => getComputedStyle(t).backgroundColor)")
+            "return document.querySelector('.facts').textContent"
+        )
+        shades = browser.run(
+            "return [...document.querySelectorAll('.token')].map("
+            "t => getComputedStyle(t).backgroundColor)"
+        )
         assert len(set(shades)) > 2
         browser.run("document.querySelector('.text').focus()")
         browser.keys(RIGHT)
         heat = browser.run("return document.getElementById('heat').innerText")
         assert "layer 2" in heat and "attention" in heat
-        browser.run("[...document.querySelectorAll('button')].find("
-                    "b => b.textContent == 'Fork').click()")
+        browser.run(
+            "[...document.querySelectorAll('button')].find(b => b.textContent == 'Fork').click()"
+        )
         until(lambda: browser.run("return document.querySelectorAll('.card').length") == 2)
         assert len(server.api.server.sessions) == 2
-        browser.run("document.getElementById('max').value = 4000;"
-                    "document.getElementById('both').click()")
+        browser.run(
+            "document.getElementById('max').value = 4000;document.getElementById('both').click()"
+        )
         until(lambda: server.busy() == 2)
         browser.keys(ESCAPE)
         until(lambda: server.busy() == 0 and browser.run(WAITS))
         assert browser.run(problem) == ""
-        texts = browser.run("return [...document.querySelectorAll('.text')].map("
-                            "t => t.textContent)")
+        texts = browser.run(
+            "return [...document.querySelectorAll('.text')].map(t => t.textContent)"
+        )
         assert len(texts) == 2 and all(len(t) > 5 for t in texts)
         browser.post("/window/rect", width=500, height=800)
         assert browser.run("return document.documentElement.scrollWidth <= innerWidth")

@@ -106,13 +106,22 @@ def by_transformers(logits, recent, c) -> np.ndarray:
 
 
 @examples(300)
-@given(seed=st.integers(0, 10**6), size=st.integers(2, 40), temperature=st.floats(0.05, 4),
-       top_k=st.integers(0, 50), top_p=st.floats(0.01, 1), min_p=st.floats(0, 1),
-       penalty=st.floats(0.5, 3), recent=st.lists(st.integers(0, 1), max_size=4))
+@given(
+    seed=st.integers(0, 10**6),
+    size=st.integers(2, 40),
+    temperature=st.floats(0.05, 4),
+    top_k=st.integers(0, 50),
+    top_p=st.floats(0.01, 1),
+    min_p=st.floats(0, 1),
+    penalty=st.floats(0.5, 3),
+    recent=st.lists(st.integers(0, 1), max_size=4),
+)
 def test_probabilities_equal_those_of_transformers(
-        seed, size, temperature, top_k, top_p, min_p, penalty, recent):
-    c = StreamingConfig(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                        repetition_penalty=penalty)
+    seed, size, temperature, top_k, top_p, min_p, penalty, recent
+):
+    c = StreamingConfig(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty
+    )
     logits = np.random.default_rng(seed).normal(0, 3, size)
     p = probabilities(logits, recent, c)
     assert p.sum() == pytest.approx(1.0) and (p >= 0).all()
@@ -122,14 +131,22 @@ def test_probabilities_equal_those_of_transformers(
 LOGITS = np.array([1.0, 3.0, -2.0, 2.5, 0.0], np.float32)
 
 
-@pytest.mark.parametrize(("words", "alive"), [
-    ({"temperature": 0.0}, {1}), ({"top_k": 1}, {1}), ({"top_p": 0.0}, {1}), ({"min_p": 1.0}, {1}),
-    ({"temperature": 1e-300}, {1}), ({"top_k": 99}, {0, 1, 2, 3, 4}), ({"top_k": 2}, {1, 3}),
-    ({"logit_bias": dict.fromkeys((0, 1, 3, 4), -math.inf)}, {2}),
-    ({"pad_token_id": 1}, {0, 2, 3, 4}),
-    ({"logit_bias": {2: 100.0}, "temperature": 0.0}, {2}),
-    ({"logit_bias": {1: -math.inf}, "temperature": 0.0}, {3}),
-])
+@pytest.mark.parametrize(
+    ("words", "alive"),
+    [
+        ({"temperature": 0.0}, {1}),
+        ({"top_k": 1}, {1}),
+        ({"top_p": 0.0}, {1}),
+        ({"min_p": 1.0}, {1}),
+        ({"temperature": 1e-300}, {1}),
+        ({"top_k": 99}, {0, 1, 2, 3, 4}),
+        ({"top_k": 2}, {1, 3}),
+        ({"logit_bias": dict.fromkeys((0, 1, 3, 4), -math.inf)}, {2}),
+        ({"pad_token_id": 1}, {0, 2, 3, 4}),
+        ({"logit_bias": {2: 100.0}, "temperature": 0.0}, {2}),
+        ({"logit_bias": {1: -math.inf}, "temperature": 0.0}, {3}),
+    ],
+)
 def test_corners_of_sampling(words, alive):
     p = probabilities(LOGITS, (), StreamingConfig(**{"temperature": 1.0, "top_k": 0, **words}))
     assert set(p.nonzero()[0]) == alive and p.sum() == pytest.approx(1.0)
@@ -159,19 +176,43 @@ def test_the_penalty_looks_back_on_the_window_only():
     assert max(ids.count(i) for i in ids) > 1
     plain = serve(repetition_penalty=1000.0, repetition_window=0)
     assert tokens_of(plain.answer([5, 6], as_ids=True)) == tokens_of(
-        serve().answer([5, 6], as_ids=True))
+        serve().answer([5, 6], as_ids=True)
+    )
 
 
-@pytest.mark.parametrize("field, value", [
-    ("temperature", -1.0), ("temperature", math.nan), ("temperature", "hot"), ("top_k", -1),
-    ("top_p", 1.5), ("min_p", -0.1), ("repetition_penalty", 0.0), ("repetition_window", 10**6),
-    ("max_new_tokens", -1), ("max_new_tokens", 2.5), ("stop", [""]), ("stop", "abc"),
-    ("stop_ids", [257]), ("logit_bias", {400: 1.0}), ("logit_bias", {1: math.nan}),
-    ("logit_bias", {1: math.inf}), ("seed", -1), ("logprobs", 300), ("batch_size", 0),
-    ("logit_bias", {1: 10**400}), ("logit_bias", [1]), ("stop_ids", 0), ("temperature", 10**400),
-    ("batch_size", 2),
-    ("state_buffer_size", 0), ("eos_token_id", 257), ("pad_token_id", -1), ("topk", 3),
-])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("temperature", -1.0),
+        ("temperature", math.nan),
+        ("temperature", "hot"),
+        ("top_k", -1),
+        ("top_p", 1.5),
+        ("min_p", -0.1),
+        ("repetition_penalty", 0.0),
+        ("repetition_window", 10**6),
+        ("max_new_tokens", -1),
+        ("max_new_tokens", 2.5),
+        ("stop", [""]),
+        ("stop", "abc"),
+        ("stop_ids", [257]),
+        ("logit_bias", {400: 1.0}),
+        ("logit_bias", {1: math.nan}),
+        ("logit_bias", {1: math.inf}),
+        ("seed", -1),
+        ("logprobs", 300),
+        ("batch_size", 0),
+        ("logit_bias", {1: 10**400}),
+        ("logit_bias", [1]),
+        ("stop_ids", 0),
+        ("temperature", 10**400),
+        ("batch_size", 2),
+        ("state_buffer_size", 0),
+        ("eos_token_id", 257),
+        ("pad_token_id", -1),
+        ("topk", 3),
+    ],
+)
 def test_bad_settings_are_refused_by_name_and_change_nothing(field, value):
     server = serve()
     session = server.create_session()
@@ -232,8 +273,11 @@ def test_bytes_that_are_no_character_are_left_out(data, cut):
 
 
 @examples(300)
-@given(text=st.text("abc", max_size=30), stops=st.lists(st.text("abc", min_size=1, max_size=4),
-       max_size=3), cut=st.integers(1, 4))
+@given(
+    text=st.text("abc", max_size=30),
+    stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
+    cut=st.integers(1, 4),
+)
 def test_stop_strings_end_the_text_and_never_leak(text, stops, cut):
     pieces = [text[i : i + cut].encode() for i in range(0, len(text), cut)]
     texts, stopped = streamed(Vocabulary(*pieces), range(len(pieces)), stops)
@@ -258,11 +302,16 @@ def test_100_random_sessions_stand_where_a_full_pass_ends():
         session, ids = server.create_session(), []
         for _ in range(dice.randint(1, 4)):
             prompt = some_ids(1, dice.randint(0 if ids else 1, 30), seed=dice.random()).tolist()[0]
-            settings = {"max_new_tokens": dice.randint(0, 20), "top_k": 40, "seed": number,
-                        "temperature": dice.choice([0.0, 1.0])}
+            settings = {
+                "max_new_tokens": dice.randint(0, 20),
+                "top_k": 40,
+                "seed": number,
+                "temperature": dice.choice([0.0, 1.0]),
+            }
             ids += prompt
             with contextlib.closing(
-                    server.answer(prompt, session, as_ids=True, **settings)) as answer:
+                server.answer(prompt, session, as_ids=True, **settings)
+            ) as answer:
                 for chunk in answer:
                     ids += [token.id for token in chunk.tokens]
                     if dice.random() < 0.1:
@@ -303,8 +352,13 @@ def test_a_stop_string_is_neither_given_out_nor_read():
 def test_a_stop_inside_of_a_token_leaves_what_is_before_it():
     pieces = [b"ab<", b"!>c", *(bytes([b]) for b in range(255))]
     tokenizer = Vocabulary(*pieces)
-    server = StreamingServer(free_copy(wide()), tokenizer=tokenizer, config=StreamingConfig(
-        temperature=0.0, stop=["<!>"], max_new_tokens=2, logit_bias={0: 1000.0}))
+    server = StreamingServer(
+        free_copy(wide()),
+        tokenizer=tokenizer,
+        config=StreamingConfig(
+            temperature=0.0, stop=["<!>"], max_new_tokens=2, logit_bias={0: 1000.0}
+        ),
+    )
     session = server.create_session()
     answer = server.answer("x", session)
     first = next(answer)
@@ -318,8 +372,11 @@ def test_a_stop_inside_of_a_token_leaves_what_is_before_it():
 
 def test_text_before_an_unfinished_character_is_read_as_it_was_given_out():
     tokenizer = Vocabulary(b"ab\xc3", *(bytes([b]) for b in range(256)))
-    server = StreamingServer(free_copy(wide()), tokenizer=tokenizer, config=StreamingConfig(
-        temperature=0.0, max_new_tokens=1, logit_bias={0: 1000.0}))
+    server = StreamingServer(
+        free_copy(wide()),
+        tokenizer=tokenizer,
+        config=StreamingConfig(temperature=0.0, max_new_tokens=1, logit_bias={0: 1000.0}),
+    )
     session = server.create_session()
     assert server.generate_text("x", session) == "ab"
     assert tokenizer.decode(server.find(session).now.recent) == "xab"
@@ -329,8 +386,12 @@ def test_words_go_on_in_context(tmp_path):
     """A tokenizer that begins every text with a space, and one with hidden tokens between."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    words = {word: i for i, word in enumerate(["<unk>", "\u2581hello", "\u2581a", "\u2581ac",
-                                               "c", "\u2581", "<s>", "\u2581b"])}
+    words = {
+        word: i
+        for i, word in enumerate(
+            ["<unk>", "\u2581hello", "\u2581a", "\u2581ac", "c", "\u2581", "<s>", "\u2581b"]
+        )
+    }
     library = Tokenizer(models.Unigram([(word, -1.0) for word in words], unk_id=0))
     library.pre_tokenizer, library.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     library.add_special_tokens(["<s>"])
@@ -440,8 +501,10 @@ def test_sessions_know_nothing_of_each_other():
     server = serve()
     alone = [serve().generate_text(p) for p in ("Hello, my name is", "The weather")]
     one, two = server.create_session(), server.create_session()
-    assert [server.generate_text("Hello, my name is", one),
-            server.generate_text("The weather", two)] == alone
+    assert [
+        server.generate_text("Hello, my name is", one),
+        server.generate_text("The weather", two),
+    ] == alone
     before = next_logits(server, two)
     server.reset_session(one)
     server.delete_session(one)
@@ -644,8 +707,9 @@ def test_one_bad_answer_does_not_disturb_the_others():
     with pytest.raises(UserError, match="every token is banned"):
         server.generate_text("Hello", session, logit_bias=dict.fromkeys(range(257), -math.inf))
     assert server.get_session_info(session)["position"] == 0
-    assert [t.id for t in first] + tokens_of(good) == tokens_of(serve(max_new_tokens=10).answer(
-        "Hello", as_ids=True))
+    assert [t.id for t in first] + tokens_of(good) == tokens_of(
+        serve(max_new_tokens=10).answer("Hello", as_ids=True)
+    )
     assert not server.decoder.answers
 
 
@@ -716,7 +780,8 @@ def test_an_interrupted_step_leaves_no_one_waiting(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         next(answer)
     assert tokens_of(server.answer("Hello", as_ids=True)) == tokens_of(
-        serve().answer("Hello", as_ids=True))
+        serve().answer("Hello", as_ids=True)
+    )
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one():
@@ -730,7 +795,8 @@ def test_a_short_prompt_does_not_wait_for_a_long_one():
 
 
 @pytest.mark.parametrize(
-    "prompt", [None, 5, b"abc", {1: 2}, {3}, [1.5], [True], [[1]], [257], [-1]])
+    "prompt", [None, 5, b"abc", {1: 2}, {3}, [1.5], [True], [[1]], [257], [-1]]
+)
 def test_prompts_are_text_or_ids(prompt):
     with pytest.raises(UserError, match="prompt"):
         serve().answer(prompt)
@@ -738,8 +804,10 @@ def test_prompts_are_text_or_ids(prompt):
 
 def test_arrays_and_tensors_are_ids_too():
     ids = BYTES.encode("Hello")
-    outs = [serve().generate_text(form) for form in (ids, tuple(ids), np.array(ids),
-                                                     torch.tensor(ids), "Hello")]
+    outs = [
+        serve().generate_text(form)
+        for form in (ids, tuple(ids), np.array(ids), torch.tensor(ids), "Hello")
+    ]
     assert len(set(outs)) == 1
     model = StreamingInference(free_copy(wide()), config=StreamingConfig(**GREEDY))
     firsts = set()
@@ -755,8 +823,14 @@ def test_arrays_and_tensors_are_ids_too():
 @pytest.mark.parametrize("document_mask", [False, True])
 def test_a_saved_session_goes_on_bit_for_bit(tmp_path, document_mask):
     eos = {"document_mask": True, "eos_id": 0} if document_mask else {}
-    server = serve(wide(**eos), temperature=1.0, top_k=0, repetition_penalty=1.3,
-                   logit_bias={65: 1.5}, stop=["zq"])
+    server = serve(
+        wide(**eos),
+        temperature=1.0,
+        top_k=0,
+        repetition_penalty=1.3,
+        logit_bias={65: 1.5},
+        stop=["zq"],
+    )
     session = server.create_session(seed=11)
     for prompt in ("Hello", "", "World"):
         server.generate_text(prompt, session)
@@ -765,11 +839,21 @@ def test_a_saved_session_goes_on_bit_for_bit(tmp_path, document_mask):
         old, new = server.find(session), server.find(again)
         assert torch.equal(next_logits(server, session), next_logits(server, again))
         assert (new.now.recent, new.seed, new.turns, new.config) == (
-            old.now.recent, old.seed, old.turns, old.config)
+            old.now.recent,
+            old.seed,
+            old.turns,
+            old.config,
+        )
         other = StreamingServer(server.model, tokenizer=BYTES)
         fresh = other.load_session(tmp_path / "s.safetensors", "mine")
-        texts = [place.generate_text("more", name, max_new_tokens=20) for place, name in
-                 ((server, server.fork_session(session)), (server, again), (other, fresh))]
+        texts = [
+            place.generate_text("more", name, max_new_tokens=20)
+            for place, name in (
+                (server, server.fork_session(session)),
+                (server, again),
+                (other, fresh),
+            )
+        ]
         assert texts[0] == texts[1] == texts[2]
 
 
@@ -831,28 +915,35 @@ def hostile(change) -> bytes:
     return save(tensors, {**notes, "checksum": digest([tensors, notes])})
 
 
-@pytest.mark.parametrize("change", [
-    lambda t, n: t.update(extra=torch.zeros(1)),
-    lambda t, n: t.pop("recent"),
-    lambda t, n: t.update(logits=torch.zeros(1, 10**7)),
-    lambda t, n: t.update(logits=t["logits"].double()),
-    lambda t, n: t.update(recent=t["recent"] + 258, position=t["position"] + 10**4),
-    lambda t, n: t.update(position=t["position"] - 5),
-    lambda t, n: t.update({k: v.repeat(2, *[1] * (v.dim() - 1)) for k, v in t.items()}),
-    lambda t, n: n.update(model="0" * 64),
-    lambda t, n: n.update(session={"seed": -1, "turns": 0, "config": {"logit_bias": None}}),
-    lambda t, n: n.update(session={"seed": 1, "turns": 0, "config": {"logit_bias": None, "x": 1}}),
-    lambda t, n: n.update(session={"seed": 1, "turns": 0, "config": {"logit_bias": {"a": 1}}}),
-    lambda t, n: n.update(session={"seed": 1, "turns": 0, "config": {"logit_bias": None,
-                                                                     "temperature": -1}}),
-    lambda t, n: n.update(session=[1, 2]),
-    lambda t, n: n.update(session={"seed": 1, "turns": -1, "config": {"logit_bias": None}}),
-    lambda t, n: n.update(session={"seed": 1, "turns": 0, "config": {"logit_bias": None,
-                                                                     "temperature": 10**400}}),
-    lambda t, n: t.update(logits=t["logits"] * math.nan),
-    lambda t, n: t.update(position=t["position"] + 2**62),
-    lambda t, n: n.update(format="tinymamba-state-1"),
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t, n: t.update(extra=torch.zeros(1)),
+        lambda t, n: t.pop("recent"),
+        lambda t, n: t.update(logits=torch.zeros(1, 10**7)),
+        lambda t, n: t.update(logits=t["logits"].double()),
+        lambda t, n: t.update(recent=t["recent"] + 258, position=t["position"] + 10**4),
+        lambda t, n: t.update(position=t["position"] - 5),
+        lambda t, n: t.update({k: v.repeat(2, *[1] * (v.dim() - 1)) for k, v in t.items()}),
+        lambda t, n: n.update(model="0" * 64),
+        lambda t, n: n.update(session={"seed": -1, "turns": 0, "config": {"logit_bias": None}}),
+        lambda t, n: n.update(
+            session={"seed": 1, "turns": 0, "config": {"logit_bias": None, "x": 1}}
+        ),
+        lambda t, n: n.update(session={"seed": 1, "turns": 0, "config": {"logit_bias": {"a": 1}}}),
+        lambda t, n: n.update(
+            session={"seed": 1, "turns": 0, "config": {"logit_bias": None, "temperature": -1}}
+        ),
+        lambda t, n: n.update(session=[1, 2]),
+        lambda t, n: n.update(session={"seed": 1, "turns": -1, "config": {"logit_bias": None}}),
+        lambda t, n: n.update(
+            session={"seed": 1, "turns": 0, "config": {"logit_bias": None, "temperature": 10**400}}
+        ),
+        lambda t, n: t.update(logits=t["logits"] * math.nan),
+        lambda t, n: t.update(position=t["position"] + 2**62),
+        lambda t, n: n.update(format="tinymamba-state-1"),
+    ],
+)
 def test_hostile_files_are_refused(tmp_path, change):
     (tmp_path / "s").write_bytes(hostile(change))
     server = serve()
@@ -864,8 +955,9 @@ def test_hostile_files_are_refused(tmp_path, change):
 def test_a_huge_tensor_in_a_file_is_refused_before_it_is_read(tmp_path):
     """A sparse file whose header is in order: 8 GB that must not be allocated."""
     path = tmp_path / "s"
-    header = json.dumps({"logits": {"dtype": "F32", "shape": [1, 2 * 10**9],
-                                    "data_offsets": [0, 8 * 10**9]}}).encode()
+    header = json.dumps(
+        {"logits": {"dtype": "F32", "shape": [1, 2 * 10**9], "data_offsets": [0, 8 * 10**9]}}
+    ).encode()
     with open(path, "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + 8 * 10**9)
@@ -876,8 +968,9 @@ def test_a_huge_tensor_in_a_file_is_refused_before_it_is_read(tmp_path):
 
 
 def test_deep_json_is_refused(tmp_path):
-    (tmp_path / "s").write_bytes(hostile(lambda t, n: None).replace(
-        b'\\"turns\\": 0', b'\\"turns\\": 0'))
+    (tmp_path / "s").write_bytes(
+        hostile(lambda t, n: None).replace(b'\\"turns\\": 0', b'\\"turns\\": 0')
+    )
     server = serve()
     assert server.load_session(tmp_path / "s")
     notes = {"model": server.fingerprint, "session": "[" * 100_000}
@@ -941,8 +1034,11 @@ def test_kill_9_while_saving_never_leaves_half_a_session(tmp_path, saved):
     dice = random.Random(0)
     process = None
     for _ in range(3):
-        process = subprocess.Popen([sys.executable, "-c", script, str(ROOT), str(ROOT / "tests")],
-                                   cwd=tmp_path, stdout=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, str(ROOT), str(ROOT / "tests")],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+        )
         process.stdout.readline()
         until = time.monotonic() + dice.uniform(0, 0.05)
         while time.monotonic() < until:
@@ -965,8 +1061,10 @@ def folder(tmp_path_factory) -> Path:
     model = TinyMambaModel(tiny_config(d_model=64, num_heads=2, tie_embeddings=False))
     with torch.no_grad():
         model.head.weight[128:] = 0.0  # so that the likeliest is always a character
-    save_checkpoint(folder / "tinymamba_model_latest.pt",
-                    {"model": model.state_dict(), "config": model.config.to_dict()})
+    save_checkpoint(
+        folder / "tinymamba_model_latest.pt",
+        {"model": model.state_dict(), "config": model.config.to_dict()},
+    )
     vocabulary = "\n".join([*byte_alphabet(), EOS_TOKEN])
     (folder / "vocab.txt").write_text(vocabulary + "\n", encoding="utf-8")
     return folder
@@ -977,8 +1075,14 @@ def run(folder: Path, *words, **how) -> subprocess.CompletedProcess:
 
 
 def test_the_command_of_the_readme(folder):
-    words = ["--checkpoint", "./tinymamba_model_latest.pt", "--prompt", "Once upon a time",
-             "--max_tokens", "100"]
+    words = [
+        "--checkpoint",
+        "./tinymamba_model_latest.pt",
+        "--prompt",
+        "Once upon a time",
+        "--max_tokens",
+        "100",
+    ]
     outs = [run(folder, *words, "--seed", 1, *more) for more in ([], ["--streaming"])]
     for done in outs:
         assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -990,19 +1094,46 @@ def test_the_snippet_of_the_readme(folder):
     code = re.search(r"```python\n(.*?)```", snippet, re.S)[1]
     assert 'device="cuda"' in code
     code += "\nprint(len(text1_continued))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 0
     assert torch.cuda.is_available() or "cuda is not here; using the cpu" in done.stderr
 
 
 def test_a_conversation_on_the_console(folder):
-    lines = ["Hello", "/stats", "World", "/save talk.safetensors", "/fork twin", "/sessions",
-             "/gates", "again", "/undo", "/reset", "/load talk.safetensors", "/use twin", "/what",
-             "/save", "/use nobody", "/help"]
-    done = run(folder, "--checkpoint", "tinymamba_model_latest.pt", "--interactive",
-               "--max_tokens", 8, input="\n".join(lines) + "\n")
+    lines = [
+        "Hello",
+        "/stats",
+        "World",
+        "/save talk.safetensors",
+        "/fork twin",
+        "/sessions",
+        "/gates",
+        "again",
+        "/undo",
+        "/reset",
+        "/load talk.safetensors",
+        "/use twin",
+        "/what",
+        "/save",
+        "/use nobody",
+        "/help",
+    ]
+    done = run(
+        folder,
+        "--checkpoint",
+        "tinymamba_model_latest.pt",
+        "--interactive",
+        "--max_tokens",
+        8,
+        input="\n".join(lines) + "\n",
+    )
     assert done.returncode == 0, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 3 and "/what" in errors[0] and "/save" in errors[1]
@@ -1036,8 +1167,16 @@ def test_output_that_no_one_reads_to_the_end(folder):
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(folder):
-    command = [sys.executable, "-u", str(ROOT / "streaming.py"), "--checkpoint",
-               "tinymamba_model_latest.pt", "--interactive", "--max_tokens", "100000000"]
+    command = [
+        sys.executable,
+        "-u",
+        str(ROOT / "streaming.py"),
+        "--checkpoint",
+        "tinymamba_model_latest.pt",
+        "--interactive",
+        "--max_tokens",
+        "100000000",
+    ]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, cwd=folder, **pipes)
     process.stdin.write(b"Hello\n")
@@ -1050,17 +1189,20 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(folder):
     assert b"Ctrl-D ends" in out and err == b""
 
 
-@pytest.mark.parametrize("words, fragments", [
-    (["--checkpoint", "nowhere.pt"], ["nowhere.pt", "no such checkpoint"]),
-    (["--temperature", "-1"], ["temperature"]),
-    (["--tokenizer", "nowhere.json"], ["nowhere.json"]),
-    (["--device", "cuda:77"], ["device"]),
-    (["--dtype", "float8"], ["--dtype"]),
-    (["--load_session", "vocab.txt"], ["vocab.txt"]),
-    (["--max_token", "3"], ["--max_token", "did you mean --max_tokens"]),
-    (["--prompt", "x", "--save_session", "/proc/nowhere/s"], ["/proc/nowhere/s"]),
-    (["--prompt", "x", "--save_session", "vocab.txt"], ["vocab.txt", "--force"]),
-])
+@pytest.mark.parametrize(
+    "words, fragments",
+    [
+        (["--checkpoint", "nowhere.pt"], ["nowhere.pt", "no such checkpoint"]),
+        (["--temperature", "-1"], ["temperature"]),
+        (["--tokenizer", "nowhere.json"], ["nowhere.json"]),
+        (["--device", "cuda:77"], ["device"]),
+        (["--dtype", "float8"], ["--dtype"]),
+        (["--load_session", "vocab.txt"], ["vocab.txt"]),
+        (["--max_token", "3"], ["--max_token", "did you mean --max_tokens"]),
+        (["--prompt", "x", "--save_session", "/proc/nowhere/s"], ["/proc/nowhere/s"]),
+        (["--prompt", "x", "--save_session", "vocab.txt"], ["vocab.txt", "--force"]),
+    ],
+)
 def test_bad_commands_are_refused_in_one_line(folder, words, fragments):
     assert_refused(run(folder, *words), *fragments)
 
@@ -1092,8 +1234,9 @@ def test_a_prompt_of_a_million_tokens_takes_constant_memory():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_keeps_its_state_in_float32(dtype):
-    server = StreamingServer(free_copy(wide()), tokenizer=BYTES, dtype=dtype,
-                             config=StreamingConfig(temperature=0.0))
+    server = StreamingServer(
+        free_copy(wide()), tokenizer=BYTES, dtype=dtype, config=StreamingConfig(temperature=0.0)
+    )
     session = server.create_session()
     server.generate_text("Hello", session, max_new_tokens=20)
     now = server.decoder.settle(server.find(session).now, None)
@@ -1155,8 +1298,9 @@ def test_answers_stepped_from_outside_are_what_they_are_alone():
 def test_no_step_is_taken_for_chunks_that_are_ready(monkeypatch):
     server = serve()
     answer = server.answer([1, 2, 3], logit_bias={0xC3: 100.0, 0: -100.0}, max_new_tokens=5)
-    monkeypatch.setattr(server.decoder, "wait", lambda answer: pytest.fail("waits")
-                        if answer.hungry() else None)
+    monkeypatch.setattr(
+        server.decoder, "wait", lambda answer: pytest.fail("waits") if answer.hungry() else None
+    )
     assert list(answer.ready_chunks()) == []
     for _ in range(4):  # half of a character each time
         server.decoder.step()
@@ -1208,8 +1352,9 @@ def test_many_short_prompts_are_read_a_few_at_a_time_and_none_waits_for_ever(mon
     """A pass over eight tokens costs as much as one over a hundred."""
     server = serve()
     answers = [server.answer(some_ids(1, 2000)[0].tolist(), max_new_tokens=1)]
-    answers += [server.answer(some_ids(1, 100, seed=n)[0].tolist(), max_new_tokens=1)
-                for n in range(30)]
+    answers += [
+        server.answer(some_ids(1, 100, seed=n)[0].tolist(), max_new_tokens=1) for n in range(30)
+    ]
     pieces, steps = server.decoder.pieces, 0
     while any(a.to_read for a in answers):
         now = pieces()

@@ -1,4 +1,4 @@
-"""Config, command line, optimiser, schedule and bad input of testv2.py.
+"""Config, command line, optimizer, schedule and bad input of testv2.py.
 
 The model has its own tests; training, resume, signals and processes are in test_training.py.
 """
@@ -236,7 +236,7 @@ def test_refusal_in_a_real_process(tmp_path):
     assert done.stdout == "" and not files_below(tmp_path)
 
 
-# ------------------------------------------------------------------------ optimiser and schedule
+# ------------------------------------------------------------------------ optimizer and schedule
 
 
 MATRIX = r"blocks\.\d+\.\w+\.(in_proj|out_proj|qkv)(\.down|\.up)?\.weight"

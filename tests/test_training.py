@@ -69,7 +69,7 @@ def losses(trainer: Trainer) -> list[float]:
 
 
 def after_step(trainer: Trainer, step: int, act) -> None:
-    """Call `act` once, in the middle of the given optimiser step of this run."""
+    """Call `act` once, in the middle of the given optimizer step of this run."""
     seen = []
 
     def hook(*_):

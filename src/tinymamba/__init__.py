@@ -31,6 +31,7 @@ HOMES = {name: module for module, names in {**NAMES, **OF_EXTRAS}.items() for na
 
 __all__ = ["__version__", *(name for names in NAMES.values() for name in names.split())]
 
+
 def __getattr__(name: str):
     if name in HOMES:
         value = getattr(importlib.import_module(f".{HOMES[name]}", __name__), name)
@@ -38,6 +39,7 @@ def __getattr__(name: str):
     if name in MODULES:
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *HOMES, *MODULES})

@@ -18,17 +18,27 @@ COMMANDS = {  # name: what it is called in the repository, what it does
     "push": ("hf_integration.py push", "put such a folder on the Hugging Face Hub"),
 }
 
+
 def usage() -> str:
     lines = [f"  {name:11}{text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join([
-        "usage: tinymamba COMMAND [--FLAG VALUE ...]", "",
-        "A small language model of a selective state space, attention and an MLP side by side.", "",
-        "commands:", *lines, "",
-        "tinymamba COMMAND --help lists its flags, tinymamba --version tells the version."])
+    return "\n".join(
+        [
+            "usage: tinymamba COMMAND [--FLAG VALUE ...]",
+            "",
+            "A small language model of a selective state space, attention and an MLP side by side.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "tinymamba COMMAND --help lists its flags, tinymamba --version tells the version.",
+        ]
+    )
+
 
 def refuse(field: str, problem: str, remedy: str) -> typing.NoReturn:
     print(f"error: {field}: {problem}; {remedy}", file=sys.stderr)
     sys.exit(2)
+
 
 def load(script: str):
     """The module of a script; a package that it lacks is named."""
@@ -38,6 +48,7 @@ def load(script: str):
     except ModuleNotFoundError as e:
         name = e.name or module
         refuse(name, "is not installed", f"pip install {name.partition('.')[0]}")
+
 
 def main() -> typing.NoReturn:
     name, *words = sys.argv[1:] or [""]
@@ -56,6 +67,7 @@ def main() -> typing.NoReturn:
     script, *first = COMMANDS[name][0].split()
     sys.argv = ["tinymamba" if first else f"tinymamba {name}", *first, *words]  # shown by --help
     load("testv2.py").run_cli(lambda: load(script).main([*first, *words]))
+
 
 if __name__ == "__main__":
     main()
