@@ -21,7 +21,7 @@ chaos: .venv/dev  ## break runs on purpose, a hundred times over: half an hour
 	OMP_NUM_THREADS=1 CHAOS=1 $(BIN)/python -m pytest -m 'not gpu' tests/test_reliability.py
 
 clean:  ## remove what can be made again
-	rm -rf .venv data/text build dist src/tinymamba.egg-info
+	rm -rf .venv data/text build dist *.egg-info
 
 data/text/train.bin: | .venv/core
 	$(BIN)/python data/prepare.py

@@ -51,28 +51,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from testv2 import (
-    DTYPES,
-    PRESETS,
-    CliParser,
-    Config,
-    StreamingTokenDataset,
-    TinyMambaModel,
-    UserError,
-    load_checkpoint,
-    load_model,
-    need,
-    open_tokenizer,
-    pick_amp_dtype,
-    pick_device,
-    read_sidecar,
-    replace_file,
-    require,
-    require_writable,
-    run_cli,
-    show,
-    why_no_compile,
-)
+from testv2 import PRESETS, Config, StreamingTokenDataset, TinyMambaModel, load_model, read_sidecar
+from tinymamba.checkpoint import atomic_write, load_checkpoint, require_writable
+from tinymamba.cli import DTYPES, CliParser, UserError, need, require, run_cli, show
+from tinymamba.runtime import pick_amp_dtype, pick_device, why_no_compile
+from tinymamba.tokenizer import open_tokenizer
 
 DEFAULT = {"d_model": 320, "n_layer": 5, "vocab_size": 4096, "num_heads": 5, "bias": False}
 TOLERANCE = 0.02  # share by which a peer's parameter count may differ
@@ -739,7 +722,7 @@ def plot(rows: list[dict], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.yaxis.set_major_formatter("{x:,.0f}")
     figure.legend(loc="outside right upper")
-    replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+    atomic_write(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
 def append_row(path: str, row: dict) -> None:
@@ -754,7 +737,7 @@ def write_results(results: dict, args: argparse.Namespace) -> None:
     add_ratios(results["rows"])
     for name, text in (("json", json.dumps(results, indent=1)), ("md", markdown(results))):
         write = functools.partial(lambda text, to: Path(to).write_text(text, "utf-8"), text)
-        replace_file(args.output_dir / f"results.{name}", write)
+        atomic_write(args.output_dir / f"results.{name}", write)
     for benchmark in MEASURES:
         path, rows = args.output_dir / f"{benchmark}.png", results["rows"]
         rows = [row for row in rows if row["benchmark"] == benchmark and row["status"] == "ok"]

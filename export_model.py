@@ -49,27 +49,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ssm_kernels import QuantizedLinear, pack
-from testv2 import (
-    CliParser,
-    LayerState,
-    ModelState,
-    TinyMambaModel,
-    copy_tokenizer,
-    describe_model,
-    load_model,
-    need,
-    new_folder,
-    open_tokenizer,
-    pick_device,
-    require,
-    require_writable,
-    run_cli,
-    save_checkpoint,
-    save_folder,
-    why_no_compile,
-    write_json,
-)
+from testv2 import LayerState, ModelState, TinyMambaModel, describe_model, load_model, save_folder
+from tinymamba.checkpoint import new_folder, require_writable, save_checkpoint, write_json
+from tinymamba.cli import CliParser, need, require, run_cli
+from tinymamba.kernels import QuantizedLinear, pack
+from tinymamba.runtime import pick_device, why_no_compile
+from tinymamba.tokenizer import copy_tokenizer, open_tokenizer
 
 # By how much values up to 1 may differ, and by what share larger ones; what share of the likeliest
 # tokens must be the same. A state holds sums over the whole text, in which what rounds differently

@@ -20,6 +20,7 @@ import importlib
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -41,37 +42,27 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import cached_file, is_tracing
 from transformers.utils.generic import can_return_tuple
 
-from ssm_kernels import QuantizedLinear
 from testv2 import (
-    EOS_NAMES,
     FOLDER_FIELDS,
     FOLDER_FORMAT,
-    CliParser,
     Config,
     LayerState,
     ModelState,
-    Piece,
-    SimpleTokenizer,
+    SequenceContext,
     TinyMambaBlock,
     TinyMambaModel,
-    UserError,
-    byte_tokenizer,
     describe_model,
     load_folder,
     load_model,
-    new_folder,
-    open_tokenizer,
     padding_last,
-    quantize_like,
-    replace_files,
-    require,
-    run_cli,
-    save_checkpoint,
     save_folder,
     stored_tensors,
     take_tokens,
-    write_json,
 )
+from tinymamba.checkpoint import new_folder, replace_files, save_checkpoint, write_json
+from tinymamba.cli import CliParser, UserError, require, run_cli
+from tinymamba.kernels import QuantizedLinear, quantize_like
+from tinymamba.tokenizer import EOS_NAMES, SimpleTokenizer, byte_tokenizer, open_tokenizer
 
 # ------------------------------------------------------------------------------ configuration
 
@@ -254,23 +245,25 @@ class Recorder:
             return self.note(self.hidden, x)
         return take_tokens(self.note(self.hidden, take_tokens(x, self.back)), self.order)
 
-    def attend(self, usual, q: Tensor, keys: Tensor, values: Tensor, piece: Piece) -> Tensor:
-        """What `usual`, LocalAttention's way to attend, gives; if asked to, by way of all weights.
+    def __call__(
+        self, usual: Callable, q: Tensor, keys: Tensor, values: Tensor, context: SequenceContext
+    ) -> Tensor:
+        """SequenceContext.attend: the result of `usual`, by way of all weights if they are wanted.
 
-        q (B, A, L, F), keys and values (B, A, W+L, F) -> (B, A, L, F).
+        q (b, a, l, f), keys and values (b, a, w+l, f) -> (b, a, l, f).
         """
         if not self.attentions:
-            return usual(q, keys, values, piece.mask)
-        L, W = q.shape[2], self.window
-        keys, values = keys[:, :, 1:], values[:, :, 1:]  # (B, A, W-1+L, F)
-        token = torch.arange(L, device=q.device)[:, None]
-        key = torch.arange(1 - W, L, device=q.device)
-        begin = 0 if piece.starts is None else piece.starts[:, None, :, None]
-        visible = (key <= token) & (key > token - W) & (key >= begin)  # (B, 1, L, W-1+L)
+            return usual(q, keys, values, context.mask)
+        length, cached = q.shape[2], self.window - 1
+        keys, values = keys[:, :, 1:], values[:, :, 1:]  # (b, a, w-1+l, f)
+        token = torch.arange(length, device=q.device)[:, None]
+        key = torch.arange(-cached, length, device=q.device)
+        begin = 0 if context.starts is None else context.starts[:, None, :, None]
+        visible = (key <= token) & (key >= token - cached) & (key >= begin)  # (b, 1, l, w-1+l)
         scores = (q @ keys.mT * q.shape[-1] ** -0.5).masked_fill(~visible, -torch.inf)
-        weights = scores.softmax(-1).to(values.dtype)[..., W - 1 - self.past :]
+        weights = scores.softmax(-1).to(values.dtype)[..., cached - self.past :]
         given = self.note(self.weights, self.reorder(weights, self.back))
-        return self.reorder(given, self.order) @ values[:, :, W - 1 - self.past :]
+        return self.reorder(given, self.order) @ values[:, :, cached - self.past :]
 
     def reorder(self, weights: Tensor, order: Tensor | None) -> Tensor:
         """Rows, and columns but for those of the past, of (B, A, L, past+L) in another order."""
@@ -285,10 +278,13 @@ class Recorder:
 class TinyMambaHFBlock(GradientCheckpointingLayer, TinyMambaBlock):
     """The native block, which the trainers of `transformers` can tell to keep no activations."""
 
-    def forward(self, x: Tensor, piece: Piece, past: LayerState | None):
-        if piece.recorder is not None:
-            x = piece.recorder.take(x)
-        return TinyMambaBlock.forward(self, x, piece, past)
+    def forward(
+        self, x: Tensor, context: SequenceContext, past: LayerState | None
+    ) -> tuple[Tensor, LayerState, Tensor]:
+        """As TinyMambaBlock.forward."""
+        if context.attend is not None:
+            x = context.attend.take(x)
+        return TinyMambaBlock.forward(self, x, context, past)
 
 
 class TinyMambaHFBackbone(TinyMambaModel):
@@ -626,12 +622,14 @@ AutoModelForCausalLM.register(TinyMambaConfig, TinyMambaHFModel, exist_ok=True)
 
 
 def write_code(folder: Path) -> None:
-    """Put the three files beside a model that make it; there they import each other."""
+    """Copy the code beside a model, as one flat folder whose files import each other."""
     here = Path(__file__).parent
+    package = here if (here / "cli.py").is_file() else here / "tinymamba"
+    modules = "|".join(name.removesuffix(".py") for name in CODE)
+    absolute = re.compile(rf"^( *)from (?:tinymamba\.)?({modules}) import", re.MULTILINE)
     for name in CODE:
-        text = (here / name).read_text(encoding="utf-8")
-        absolute = r"^from (?:tinymamba)?\.?(testv2|ssm_kernels) import"
-        text = re.sub(absolute, r"from .\1 import", text, flags=re.M)
+        file = here / name if (here / name).is_file() else package / name
+        text = absolute.sub(r"\1from .\2 import", file.read_text(encoding="utf-8"))
         (folder / name).write_text(text, encoding="utf-8")
 
 
@@ -686,7 +684,8 @@ def convert(
     replace_files(folder / "made", folder, OUTPUTS)
 
 
-CODE = ("hf_integration.py", "testv2.py", "ssm_kernels.py")
+CODE = ("hf_integration.py", "testv2.py")
+CODE += ("checkpoint.py", "cli.py", "kernels.py", "runtime.py", "tokenizer.py")
 OUTPUTS = (
     "model.safetensors",
     "config.json",

@@ -25,7 +25,6 @@ Hugging Face's package.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib.machinery
 import json
@@ -37,40 +36,44 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssm_kernels import QuantizedLinear
 from testv2 import (
     SHAPE_FIELDS,
-    CliParser,
     Config,
     LayerState,
     TinyMambaModel,
     Trainer,
-    UserError,
-    add_config_flags,
-    has_type,
-    load_checkpoint,
     load_model,
-    load_newest,
-    named_fields,
     prepare_default_data,
-    quantize_like,
-    read_all_tensors,
-    require,
-    require_plain_name,
-    require_spans,
-    require_writable,
     resumed_config,
-    run_cli,
+)
+from tinymamba.checkpoint import (
+    load_checkpoint,
+    load_newest,
+    read_all_tensors,
+    require_writable,
     save_checkpoint,
     sibling,
     write_json,
     write_tensors,
 )
+from tinymamba.cli import (
+    CliParser,
+    UserError,
+    add_flags,
+    check_fields,
+    given_fields,
+    require,
+    require_plain_name,
+    run_cli,
+)
+from tinymamba.kernels import QuantizedLinear, quantize_like
+from tinymamba.runtime import from_launcher
 
 METHODS = ("lora", "prefix", "state_offset", "full")
 BRANCHES = r"blocks\.\d+\.(ssm|attention|mlp)\.(in_proj|qkv|out_proj)(\.down|\.up)?"
@@ -80,47 +83,36 @@ BRANCHES = r"blocks\.\d+\.(ssm|attention|mlp)\.(in_proj|qkv|out_proj)(\.down|\.u
 
 @dataclass
 class AdapterConfig:
-    """What is learned beside the model."""
+    """The parameters that are trained beside the model."""
 
-    method: str = "lora"  # lora, prefix, state_offset
-    lora_rank: int = 8  # rank r of an update
-    lora_alpha: float = 16.0  # an update counts alpha / r times
-    lora_dropout: float = 0.0  # dropout rate on the input of an update
-    use_rslora: bool = False  # alpha / sqrt(r) instead (Kalajdzievski, arXiv 2312.03732)
-    use_dora: bool = False  # length and direction apart (Liu et al., arXiv 2402.09353)
-    target_modules: list[str] | None = None  # ends of names, or patterns; None: all projections
+    # Adapter
+    method: str = "lora"  # what to train; full trains every weight of the model
+    lora_rank: int = 8  # rank of a LoRA update
+    lora_alpha: float = 16.0  # a LoRA update is scaled by lora_alpha / lora_rank
+    lora_dropout: float = 0.0  # dropout rate on the input of a LoRA update
+    use_rslora: bool = False  # scale by lora_alpha / sqrt(lora_rank) (arXiv 2312.03732)
+    use_dora: bool = False  # train magnitude and direction separately (DoRA, arXiv 2402.09353)
+    target_modules: list[str] | None = None  # ends of names or patterns; None is all projections
     prefix_length: int = 16  # keys and values that every token sees, besides its window
 
+    CHOICES: ClassVar = {"method": METHODS}
+    LIMITS: ClassVar = {
+        "lora_rank": (1, math.inf),
+        "lora_alpha": (1e-9, math.inf),
+        "lora_dropout": (0, 0.9999),
+        "prefix_length": (1, math.inf),
+    }
+
     def validate(self) -> AdapterConfig:
-        """Refuse ill-typed and impossible values with a UserError; return self."""
-        spans = {
-            "lora_rank": (int, 1, math.inf),
-            "lora_alpha": (float, 1e-9, math.inf),
-            "lora_dropout": (float, 0, 0.9999),
-            "prefix_length": (int, 1, math.inf),
-            "use_rslora": (bool, False, True),
-            "use_dora": (bool, False, True),
-        }
-        require(
-            self.method in METHODS,
-            "method",
-            f"{self.method!r} is not a choice",
-            f"use one of {', '.join(METHODS)}",
-        )
-        require_spans(self, spans)
-        require(
-            has_type(self.target_modules, list[str] | None),
-            "target_modules",
-            f"{self.target_modules!r} is not legal",
-            "pass names, as in_proj",
-        )
+        """Reject ill-typed and impossible values with a UserError; return self."""
+        check_fields(self)
         return self
 
 
 # ------------------------------------------------------------------------------------ places
 
 
-class Switch:
+class AdapterState:
     """Which adapter of a model serves: one name for all rows of a batch, or one for each row."""
 
     def __init__(self, model: TinyMambaModel):
@@ -130,16 +122,16 @@ class Switch:
         self.merged: str | None = None
 
 
-class Place(nn.Module):
+class AdapterSlot(nn.Module):
     """The adapters of one place in a model, by name."""
 
-    def __init__(self, switch: Switch):
+    def __init__(self, state: AdapterState):
         super().__init__()
-        self.switch, self.adapters = switch, nn.ModuleDict()
+        self.state, self.adapters = state, nn.ModuleDict()
 
     def serving(self) -> Iterator[tuple[nn.Module, slice | list[int]]]:
         """Adapters that serve here, each with its rows."""
-        names = self.switch.names
+        names = self.state.names
         if names is None or isinstance(names, str):
             if names in self.adapters:
                 yield self.adapters[names], slice(None)
@@ -149,11 +141,11 @@ class Place(nn.Module):
                 yield self.adapters[name], [i for i, other in enumerate(names) if other == name]
 
 
-class LoRALinear(Place):
+class LoRALinear(AdapterSlot):
     """A linear layer whose weight W becomes W + s B A (Hu et al., arXiv 2106.09685, eq. 3)."""
 
-    def __init__(self, base_layer: nn.Linear | QuantizedLinear, switch: Switch):
-        super().__init__(switch)
+    def __init__(self, base_layer: nn.Linear | QuantizedLinear, state: AdapterState):
+        super().__init__(state)
         self.base_layer, self.kept = base_layer, None
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
 
@@ -219,7 +211,7 @@ class LoRA(nn.Module):
         return updated if self.magnitude is None else updated * self.lengths(weight)[:, None]
 
 
-class Sum(Place):
+class AdditiveSlot(AdapterSlot):
     """Adapters whose output is added to something of the model's."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -252,7 +244,7 @@ class Prefix(nn.Module):
         return (q @ keys.mT * q.shape[-1] ** -0.5).softmax(-1).to(q.dtype) @ values
 
 
-class Start(Place):
+class InitialStateSlot(AdapterSlot):
     """Adapters that give sessions a first state."""
 
     def forward(self, layers: list[LayerState]) -> list[LayerState]:
@@ -291,11 +283,11 @@ class StateOffset(nn.Module):
 # ------------------------------------------------------------------------------------ attaching
 
 
-def switch_of(model: TinyMambaModel) -> Switch:
-    """The model's switch; its first adapter brings it."""
-    if not hasattr(model, "adapter_switch"):
-        model.adapter_switch = Switch(model)
-    return model.adapter_switch
+def adapter_state(model: TinyMambaModel) -> AdapterState:
+    """The model's state; its first adapter brings it."""
+    if not hasattr(model, "adapter_state"):
+        model.adapter_state = AdapterState(model)
+    return model.adapter_state
 
 
 def linears(model: TinyMambaModel) -> dict[str, nn.Module]:
@@ -339,9 +331,9 @@ def attach(model: TinyMambaModel, config: AdapterConfig, name: str = "default") 
     config.validate()
     require(config.method != "full", "method", "full is no adapter", "train the model as it is")
     require_plain_name(name, "adapter")
-    switch = switch_of(model)
-    require(name not in switch.configs, "adapter", f"{name} is there already", "use another name")
-    require(not switch.merged, "adapter", f"{switch.merged} is merged", "unmerge_adapter first")
+    state = adapter_state(model)
+    require(name not in state.configs, "adapter", f"{name} is there already", "use another name")
+    require(not state.merged, "adapter", f"{state.merged} is merged", "unmerge_adapter first")
     found = targets(model, config.target_modules) if config.method == "lora" else []
     model.requires_grad_(False)
     device = model.embedding.weight.device
@@ -350,30 +342,32 @@ def attach(model: TinyMambaModel, config: AdapterConfig, name: str = "default") 
         for target in found:
             layer = model.get_submodule(target)
             if not isinstance(layer, LoRALinear):
-                layer = LoRALinear(layer, switch)
+                layer = LoRALinear(layer, state)
                 model.set_submodule(target, layer)
             layer.adapters[name] = LoRA(layer.base_layer, config)
     elif config.method == "prefix":
-        add_prefix(model, switch, config, name)
+        add_prefix(model, state, config, name)
     else:
         for block in model.blocks:
             ssm, c = block.ssm, model.config
-            ssm.offset = ssm.offset or Sum(switch)
+            ssm.offset = ssm.offset or AdditiveSlot(state)
             ssm.offset.adapters[name] = StateOffset(ssm.n_heads, c.ssm_head_dim, c.d_state)
     model.to(device)
-    switch.configs[name], switch.names = config, name
+    state.configs[name], state.names = config, name
     return model
 
 
-def add_prefix(model: TinyMambaModel, switch: Switch, config: AdapterConfig, name: str) -> None:
-    names, switch.names = switch.names, None  # first states are added to zeros
+def add_prefix(
+    model: TinyMambaModel, state: AdapterState, config: AdapterConfig, name: str
+) -> None:
+    names, state.names = state.names, None  # first states are added to zeros
     first = FirstState(model)
-    switch.names = names
-    model.start = model.start or Start(switch)
+    state.names = names
+    model.start = model.start or InitialStateSlot(state)
     model.start.adapters[name] = first
     for block in model.blocks:
         attention = block.attention
-        attention.prefix = attention.prefix or Sum(switch)
+        attention.prefix = attention.prefix or AdditiveSlot(state)
         attention.prefix.adapters[name] = Prefix(attention.n_heads, attention.head_dim, config)
 
 
@@ -419,16 +413,16 @@ def set_adapter(model: TinyMambaModel, names) -> None:
 
     Costs nothing: no weight is moved.
     """
-    switch = switch_of(model)
-    require(not switch.merged, "adapter", f"{switch.merged} is merged", "unmerge_adapter first")
+    state = adapter_state(model)
+    require(not state.merged, "adapter", f"{state.merged} is merged", "unmerge_adapter first")
     for name in [names] if names is None or isinstance(names, str) else names:
         require(
-            name is None or name in switch.configs,
+            name is None or name in state.configs,
             "adapter",
             f"there is no {name!r}",
-            f"there are {', '.join(switch.configs) or 'none'}",
+            f"there are {', '.join(state.configs) or 'none'}",
         )
-    switch.names = names if names is None or isinstance(names, str) else tuple(names)
+    state.names = names if names is None or isinstance(names, str) else tuple(names)
 
 
 # ------------------------------------------------------------------------------------ merging
@@ -437,13 +431,13 @@ def set_adapter(model: TinyMambaModel, names) -> None:
 @torch.no_grad()
 def merge_adapter(model: TinyMambaModel, name: str = "default") -> None:
     """Write a LoRA adapter into the weights; the old ones are kept for unmerge_adapter."""
-    switch = switch_of(model)
+    state = adapter_state(model)
     require_whole(model)
     require(
-        not switch.merged, "adapter", f"{switch.merged} is merged already", "unmerge_adapter first"
+        not state.merged, "adapter", f"{state.merged} is merged already", "unmerge_adapter first"
     )
-    require(name in switch.configs, "adapter", f"there is no {name!r}", "load it first")
-    method = switch.configs[name].method
+    require(name in state.configs, "adapter", f"there is no {name!r}", "load it first")
+    method = state.configs[name].method
     require(
         method == "lora",
         "adapter",
@@ -460,7 +454,7 @@ def merge_adapter(model: TinyMambaModel, name: str = "default") -> None:
     for layer in layers:
         layer.kept = layer.base_layer.weight.data
         layer.base_layer.weight.data = layer.adapters[name].weight(layer.kept)
-    switch.merged, switch.names = name, None
+    state.merged, state.names = name, None
 
 
 def require_whole(
@@ -474,12 +468,12 @@ def require_whole(
 
 def unmerge_adapter(model: TinyMambaModel) -> None:
     """Take back merge_adapter, bit for bit; the adapter serves again."""
-    switch = switch_of(model)
-    require(switch.merged, "adapter", "none is merged", "merge_adapter first")
+    state = adapter_state(model)
+    require(state.merged, "adapter", "none is merged", "merge_adapter first")
     for layer in model.modules():
         if isinstance(layer, LoRALinear) and layer.kept is not None:
             layer.base_layer.weight.data, layer.kept = layer.kept, None
-    switch.names, switch.merged = switch.merged, None
+    state.names, state.merged = state.merged, None
 
 
 def plain_weights(model: TinyMambaModel) -> dict[str, Tensor]:
@@ -516,7 +510,7 @@ FOREIGN = (
 
 def adapter_tensors(model: TinyMambaModel, name: str) -> dict[str, Tensor]:
     """Every tensor of an adapter, by its name in a file."""
-    found, mark, method = {}, f".adapters.{name}.", switch_of(model).configs[name].method
+    found, mark, method = {}, f".adapters.{name}.", adapter_state(model).configs[name].method
     for key, t in model.state_dict(keep_vars=True).items():
         place, _, part = key.partition(mark)
         if not part:
@@ -535,9 +529,9 @@ def save_adapter(
 
     `base`: the path of the base, as a note for readers.
     """
-    switch, folder = switch_of(model), Path(folder)
-    require(name in switch.configs, "adapter", f"there is no {name!r}", "attach it first")
-    config = switch.configs[name]
+    state, folder = adapter_state(model), Path(folder)
+    require(name in state.configs, "adapter", f"there is no {name!r}", "attach it first")
+    config = state.configs[name]
     if config.method == "lora":
         about = {
             "peft_type": "LORA",
@@ -558,7 +552,7 @@ def save_adapter(
         if config.method == "prefix":
             about["prefix_length"] = config.prefix_length
     require_writable(folder, "output_dir")
-    write_tensors(folder / WEIGHTS, adapter_tensors(model, name), {"base": switch.base})
+    write_tensors(folder / WEIGHTS, adapter_tensors(model, name), {"base": state.base})
     write_json(folder / ABOUT, about)
 
 
@@ -608,11 +602,11 @@ def load_adapter(model: TinyMambaModel, folder: str | Path, name: str = "default
 
     One of another base, or that does not fit, is a UserError, and leaves the model as it was.
     """
-    folder, switch = Path(folder), switch_of(model)
+    folder, state = Path(folder), adapter_state(model)
     config, tensors, notes = read_adapter(folder)
     path = str(folder / WEIGHTS)
     require(
-        notes.get("base", switch.base) == switch.base,
+        notes.get("base", state.base) == state.base,
         path,
         "belongs to another base",
         "use the checkpoint that it was trained on",
@@ -642,13 +636,13 @@ def load_adapter(model: TinyMambaModel, folder: str | Path, name: str = "default
             f"{config.lora_rank}",
             "train it with one rank",
         )
-    before, trained = switch.names, get_trainable_parameters(model)
+    before, trained = state.names, get_trainable_parameters(model)
     attach(model, config, name)
     try:
         fill(model, name, tensors, path)
     except UserError:
         detach(model, name)
-        switch.names = before
+        state.names = before
         for p in trained:
             p.requires_grad_(True)
         raise
@@ -674,12 +668,12 @@ def fill(model: TinyMambaModel, name: str, tensors: dict[str, Tensor], path: str
 
 def detach(model: TinyMambaModel, name: str) -> None:
     """Remove an adapter; the base serves."""
-    switch = switch_of(model)
-    for place in [m for m in model.modules() if isinstance(m, Place)]:
+    state = adapter_state(model)
+    for place in [m for m in model.modules() if isinstance(m, AdapterSlot)]:
         if name in place.adapters:
             del place.adapters[name]
-    del switch.configs[name]
-    switch.names = None
+    del state.configs[name]
+    state.names = None
 
 
 # ------------------------------------------------------------------------------------ training
@@ -746,7 +740,7 @@ class FineTuner(Trainer):
         if self.adapter.method == "full":
             return {}
         asked = dataclasses.asdict(self.adapter)
-        return {"adapter": {**asked, "base": switch_of(self.model).base}}
+        return {"adapter": {**asked, "base": adapter_state(self.model).base}}
 
     def state(self, val_loss: float | None = None) -> dict:
         return {**super().state(val_loss), **self.about()}
@@ -778,182 +772,121 @@ class FineTuner(Trainer):
 # ------------------------------------------------------------------------------------ main
 
 
-def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
-    """The command line, and the fields of Config that it names; `asked`: those of AdapterConfig."""
-    parser = CliParser(
-        usage="python peft.py --checkpoint FILE [--FLAG VALUE ...]",
-        description=__doc__.split("As a library")[0],
-    )
-    parser.add_argument(
-        "--checkpoint",
-        default="tinymamba_model_latest.pt",
-        metavar="FILE",
-        help="the base [tinymamba_model_latest.pt]",
-    )
-    parser.add_argument("--output_dir", default="./adapter", metavar="DIR", help="[./adapter]")
-    parser.add_argument("--adapter", metavar="DIR", help="an adapter to merge, instead of training")
-    parser.add_argument(
-        "--merge",
-        action="store_true",
-        help="write a plain checkpoint with the LoRA adapter in it, merged.pt",
-    )
-    parser.add_argument("--force", action="store_true", help="let it replace files of output_dir")
-    adapter = parser.add_argument_group("Adapter")
-    adapter.add_argument(
-        "--method", choices=METHODS, default=argparse.SUPPRESS, help=f"{', '.join(METHODS)} [lora]"
-    )
-    for name, kind, text in (
-        ("lora_rank", int, "rank of an update"),
-        ("lora_alpha", float, "an update counts alpha / rank times"),
-        ("lora_dropout", float, "dropout rate on the input of an update"),
-        ("prefix_length", int, "keys and values that every token sees"),
-    ):
-        adapter.add_argument(
-            f"--{name}",
-            type=kind,
-            default=argparse.SUPPRESS,
-            metavar=kind.__name__.upper(),
-            help=f"{text} [{getattr(AdapterConfig, name)}]",
-        )
-    for name, text in (
-        ("use_rslora", "alpha / sqrt(rank) instead"),
-        ("use_dora", "length and direction apart"),
-    ):
-        adapter.add_argument(f"--{name}", action="store_true", default=argparse.SUPPRESS, help=text)
-    adapter.add_argument(
-        "--target_modules",
-        nargs="+",
-        metavar="NAME",
-        default=argparse.SUPPRESS,
-        help="ends of names, or patterns [all projections of the branches]",
-    )
-    data = parser.add_argument_group("Short names")
-    for flag, name, kind in (
-        ("--train_data", "train_data_path", str),
-        ("--val_data", "val_data_path", str),
-        ("--steps", "max_steps", int),
-    ):
-        several = {} if kind is int else {"nargs": "+"}
-        data.add_argument(
-            flag,
-            dest=name,
-            type=kind,
-            default=argparse.SUPPRESS,
-            metavar=kind.__name__.upper(),
-            help=f"the same as --{name}",
-            **several,
-        )
-    add_config_flags(parser, {**FIRST, "lr": "by method", "optimizer": "adamw"}, NOT_FLAGS)
+@dataclass
+class Options:
+    """Files; Config and AdapterConfig have the rest of the command line."""
+
+    checkpoint: str = "tinymamba_model_latest.pt"  # the base model: a checkpoint or a folder
+    output_dir: str = "./adapter"  # folder to write to
+    adapter: str | None = None  # folder of an adapter to merge, instead of training
+    merge: bool = False  # write merged.pt, a plain checkpoint with the LoRA adapter in it
+    force: bool = False  # replace files in output_dir
+
+
+SHORT = {  # flags beside their longer names
+    "train_data_path": ("train_data_path", "train_data"),
+    "val_data_path": ("val_data_path", "val_data"),
+    "max_steps": ("max_steps", "steps"),
+}
+
+
+def parse(argv: list[str] | None) -> tuple[Options, dict, dict]:
+    """The command line: Options, and the fields of AdapterConfig and Config that were given."""
+    usage = "python peft.py --checkpoint FILE [--FLAG VALUE ...]"
+    parser = CliParser(usage=usage, description=str(__doc__).split("As a library")[0])
+    add_flags(parser, Options)
+    add_flags(parser, AdapterConfig)
+    defaults = {**FIRST, "lr": "by method", "optimizer": "adamw"}
+    add_flags(parser, Config, defaults, NOT_FLAGS, SHORT)
     args = parser.parse_args(argv)
-    args.asked = {
-        field.name: getattr(args, field.name)
-        for field in dataclasses.fields(AdapterConfig)
-        if hasattr(args, field.name)
-    }
-    args.method = args.asked.get("method", AdapterConfig.method)
-    return args, named_fields(vars(args))
+    options = Options(**given_fields(Options, args))
+    asked = given_fields(AdapterConfig, args)
+    for given in (options, AdapterConfig(**asked)):
+        check_fields(given, dashes="--")
+    return options, asked, given_fields(Config, args)
 
 
-def settings(args, named: dict, base: TinyMambaModel) -> Config:
-    """The Config of a run: the base's shape, what suits fine-tuning, and the flags over it."""
-    full = args.method == "full"
+def settings(options: Options, method: str, named: dict, base: TinyMambaModel) -> Config:
+    """The Config of a run: the base's shape, defaults of fine-tuning, and the flags over it."""
+    full, folder = method == "full", Path(options.output_dir)
     values = {name: getattr(base.config, name) for name in FROM_BASE}
-    optimizer = base.config.optimizer if full else "adamw"
-    values |= {
-        **FIRST,
-        "optimizer": optimizer,
-        "lr": RATES[args.method],
-        "log_dir": str(Path(args.output_dir) / "logs"),
-        "checkpoint_path": str(Path(args.output_dir) / checkpoint_name(args.method)),
-    }
-    values |= named
-    require(
-        full or values["optimizer"] == "adamw",
-        "optimizer",
-        "is for whole matrices",
-        "leave it out, or use --method full",
-    )
+    values |= {**FIRST, "optimizer": base.config.optimizer if full else "adamw"}
+    values |= {"lr": RATES[method], "log_dir": str(folder / "logs")}
+    values |= {"checkpoint_path": str(folder / checkpoint_name(method)), **named}
+    adamw, remedy = values["optimizer"] == "adamw", "leave it out, or use --method full"
+    require(full or adamw, "optimizer", "is for matrices of full size", remedy)
     return Config(**values).validate()
 
 
 def checkpoint_name(method: str) -> str:
+    """The file of a run's newest state."""
     return "tinymamba_model_latest.pt" if method == "full" else "adapter_latest.pt"
 
 
-def train(args, named: dict) -> int:
-    """A run of its own, or the rest of one."""
-    folder = Path(args.output_dir)
-    adapter, base = AdapterConfig(**args.asked).validate(), load_model(args.checkpoint)
-    if args.method == "full":
+def train(options: Options, asked: dict, named: dict) -> int:
+    """Start a run, or resume one; returns the exit code."""
+    folder, adapter = Path(options.output_dir), AdapterConfig(**asked).validate()
+    base = load_model(options.checkpoint)
+    if adapter.method == "full":
         require_whole(base, "only adapters can be trained on it", "use --method lora")
-    if args.merge:
+    if options.merge:
         require_whole(base)
-    config, saved = settings(args, named, base), None
+    config, saved = settings(options, adapter.method, named, base), None
     if config.resume:
-        saved = load_newest(config.checkpoint_path)
+        saved = load_newest(
+            config.checkpoint_path, print if from_launcher("RANK", 0) == 0 else None
+        )
         config = resumed_config(saved, {**named, "checkpoint_path": config.checkpoint_path})
         kept = {name: value for name, value in saved.get("adapter", {}).items() if name != "base"}
-        adapter = AdapterConfig(**{**kept, **args.asked}).validate()
-    if adapter.method == "lora":
-        targets(base, adapter.target_modules)  # refused before anything is touched
-    require(
-        not args.merge or adapter.method == "lora",
-        "--merge",
-        "is for --method lora",
-        "leave it out",
-    )
+        adapter = AdapterConfig(**{**kept, **asked}).validate()
+    lora = adapter.method == "lora"
+    if lora:
+        targets(base, adapter.target_modules)  # rejected before anything is written
+    require(not options.merge or lora, "--merge", "is for --method lora", "leave it out")
     there = [f for f in (WEIGHTS, ABOUT, "merged.pt") if (folder / f).exists()]
-    require(
-        args.force or config.resume or not there,
-        str(folder),
-        f"holds {', '.join(there)}",
-        "pass --force, --resume or another --output_dir",
-    )
+    free, remedy = not there, "pass --force, --resume or another --output_dir"
+    allowed = options.force or config.resume or free
+    require(allowed, str(folder), f"holds {', '.join(there)}", remedy)
     prepare_default_data(config, named)
     tuner = FineTuner(config, base, adapter, saved=saved)
     code = tuner.run()
     if code or not tuner.main or adapter.method == "full":
         return code
     tuner.take_best()
-    save_adapter(tuner.model, folder, base=args.checkpoint)
+    save_adapter(tuner.model, folder, base=options.checkpoint)
     size = (folder / WEIGHTS).stat().st_size
     print(f"{folder / WEIGHTS}: {size:,} bytes")
-    if args.merge:
+    if options.merge:
         write_merged(tuner.model, folder / "merged.pt")
     return 0
 
 
 def write_merged(model: TinyMambaModel, path: Path) -> None:
+    """Merge the active adapter and write a plain checkpoint."""
     merge_adapter(model)
     save_checkpoint(path, {"model": plain_weights(model), "config": model.config.to_dict()})
     print(f"{path}: the model with the adapter in it")
 
 
-def merge(args) -> int:
-    require(
-        args.merge,
-        "--adapter",
-        "is for --merge; a run begins from the base",
-        "pass --merge, or leave it out",
-    )
-    path = Path(args.output_dir) / "merged.pt"
-    require(
-        args.force or not path.exists(),
-        str(path),
-        "is there",
-        "pass --force or another --output_dir",
-    )
-    model = load_model(args.checkpoint)
+def merge(options: Options) -> int:
+    """Merge a saved adapter into its base; returns the exit code."""
+    problem, remedy = "is for --merge; a run starts from the base", "pass --merge, or leave it out"
+    require(options.merge, "--adapter", problem, remedy)
+    path = Path(options.output_dir) / "merged.pt"
+    free, remedy = options.force or not path.exists(), "pass --force or another --output_dir"
+    require(free, str(path), "exists", remedy)
+    model = load_model(options.checkpoint)
     require_whole(model)
-    load_adapter(model, args.adapter)
+    load_adapter(model, options.adapter)
     require_writable(path.parent, "output_dir")
     write_merged(model, path)
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, named = parse(argv)
-    return merge(args) if args.adapter else train(args, named)
+    """The command line; returns the exit code."""
+    options, asked, named = parse(argv)
+    return merge(options) if options.adapter else train(options, asked, named)
 
 
 # ---------------------------------------------------------------- beside Hugging Face's package

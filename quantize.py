@@ -37,27 +37,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ssm_kernels import to_bytes
 from testv2 import (
-    QUANTIZATION_FORMAT,
-    QUANTIZATION_MODES,
-    CliParser,
     ModelState,
     TinyMambaModel,
     TokenFile,
-    copy_tokenizer,
     find_documents,
     load_model,
-    new_folder,
-    open_tokenizer,
-    quantize_like,
-    replace_files,
-    require,
-    require_writable,
-    run_cli,
     save_folder,
-    widen,
+    upcast,
 )
+from tinymamba.checkpoint import new_folder, replace_files, require_writable
+from tinymamba.cli import CliParser, require, run_cli
+from tinymamba.kernels import QUANTIZATION_FORMAT, QUANTIZATION_MODES, quantize_like, to_bytes
+from tinymamba.tokenizer import copy_tokenizer, open_tokenizer
 
 PROJECTIONS = r"blocks\.\d+\.(ssm|attention|mlp)\.(in_proj|qkv|out_proj)(\.down|\.up)?"
 # Layers of a block in the order in which they read one another.
@@ -204,7 +196,7 @@ def correct_blocks(new: TinyMambaModel, old: TinyMambaModel, calibration: Tensor
     for ids in calibration.to(new.embedding.weight.device).split(ROWS):
         ends = new.find_ends(ids)
         starts, _ = find_documents(ids, ends, None, None)
-        piece = new.describe(ids, None, starts, None, ends is not None)
+        piece = new.make_context(ids, None, starts, None, ends is not None)
         pieces.append((new.embedding(ids), piece))
     for i, block in enumerate(new.blocks):
         left = [n for n in new.quantization["layers"] if n.startswith(f"blocks.{i}.")]
@@ -247,7 +239,7 @@ def refuse_unfit(model: TinyMambaModel, layers: dict[str, int], mode: str, size:
         not model.quantization, "checkpoint", "is quantized already", "use the one it was made from"
     )
     require(
-        not hasattr(model, "adapter_switch"),
+        not hasattr(model, "adapter_state"),
         "checkpoint",
         "has adapters",
         "quantize the base, and load them after",
@@ -315,7 +307,7 @@ def loss_of_rounded_state(model: TinyMambaModel, ids: Tensor) -> float:
     for t in range(ids.shape[1] - 1):
         logits, state = model.advance(ids[:, t : t + 1], state)
         state = rounded(state)
-        total += nn.functional.cross_entropy(widen(logits[:, 0]), ids[:, t + 1]).item()
+        total += nn.functional.cross_entropy(upcast(logits[:, 0]), ids[:, t + 1]).item()
     return total / (ids.shape[1] - 1)
 
 

@@ -50,18 +50,9 @@ from pathlib import Path as File
 from typing import Annotated, Any, Literal
 
 from streaming import MARK, Answer, StreamingConfig, StreamingServer, Token
-from testv2 import (
-    DTYPES,
-    CliParser,
-    SimpleTokenizer,
-    UserError,
-    byte_alphabet,
-    need,
-    require,
-    require_plain_name,
-    require_writable,
-    run_cli,
-)
+from tinymamba.checkpoint import require_writable
+from tinymamba.cli import DTYPES, CliParser, UserError, need, require, require_plain_name, run_cli
+from tinymamba.tokenizer import SimpleTokenizer, byte_alphabet
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 if __name__ == "__main__" and not all(map(importlib.util.find_spec, PACKAGES)):
@@ -399,7 +390,7 @@ class Engine(threading.Thread):
         self,
         server: StreamingServer,
         options: Options,
-        meters: Meters,
+        meters: Metrics,
         loop: asyncio.AbstractEventLoop,
     ):
         super().__init__(name="engine", daemon=True)
@@ -411,7 +402,7 @@ class Engine(threading.Thread):
     def run(self) -> None:
         try:
             while self.open:
-                self.obey()
+                self.handle_command()
                 self.begin()
                 if self.running:
                     self.step()
@@ -460,7 +451,7 @@ class Engine(threading.Thread):
 
     # In the thread ---------------------------------------------------------------------------
 
-    def obey(self) -> None:
+    def handle_command(self) -> None:
         """Do what was asked; with nothing else to do, wait for it."""
         idle = not self.running and not self.waiting
         with contextlib.suppress(queue.Empty):
@@ -832,7 +823,7 @@ class Options:
     grace: int = 10  # seconds that running answers get to end when the server is stopped
 
 
-class Meters:
+class Metrics:
     """What /metrics tells."""
 
     def __init__(self):
@@ -858,7 +849,7 @@ class Meters:
         prometheus.Gauge(f"tinymamba_{name}", text, registry=self.registry).set_function(value)
 
 
-class Guard:
+class Middleware:
     """What is asked before a request is read: its key, its size, and if there is room for it."""
 
     def __init__(self, app, api: Api):
@@ -963,7 +954,7 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-class Gone(Exception):
+class ClientDisconnected(Exception):
     """The client went away."""
 
 
@@ -1011,7 +1002,7 @@ class Call:
         for item in await self.mailbox.take():
             index, kind, value = item
             if kind == "gone":
-                raise Gone
+                raise ClientDisconnected
             if kind == "failed":
                 raise value
             if kind == "begun":
@@ -1111,7 +1102,7 @@ class Call:
             if usage or self.kind == "session":
                 yield event([], usage=self.usage(), **self.about)
             yield b"data: [DONE]\n\n"
-        except Gone:
+        except ClientDisconnected:
             return
         except Refusal as refusal:
             yield sse(refusal.body)
@@ -1149,7 +1140,7 @@ class Api:
 
     def __init__(self, server: StreamingServer, options: Options):
         require(server.tokenizer, "tokenizer", "none was found", "pass --tokenizer")
-        self.server, self.options, self.meters = server, options, Meters()
+        self.server, self.options, self.meters = server, options, Metrics()
         self.pending, self.draining, self.closed, self.engine = 0, False, False, None
         self.vocabulary = Vocabulary(server.tokenizer)
         path = getattr(server.tokenizer, "path", None)
@@ -1262,7 +1253,7 @@ class Api:
                 handed_over = True
                 return EventStream(call, call.events(writers, echoes))
             return await call.whole(writers, echoes)
-        except Gone:
+        except ClientDisconnected:
             return Response(status_code=499)  # nobody reads it
         finally:
             if not handed_over:
@@ -1546,7 +1537,7 @@ class Api:
         app.add_exception_handler(AnyHTTPException, http_error)
         app.add_exception_handler(UserError, lambda _, e: Refusal.of(e).response())
         app.add_exception_handler(Exception, lambda _, e: Refusal.of(e).response())
-        app.add_middleware(Guard, api=self)
+        app.add_middleware(Middleware, api=self)
         return app
 
     def router(self) -> APIRouter:

@@ -22,7 +22,6 @@ as one batch.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -42,30 +41,28 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from testv2 import (
+from testv2 import ModelState, TinyMambaModel, load_model
+from tinymamba.checkpoint import read_tensors, write_tensors
+from tinymamba.cli import (
     DTYPES,
     CliParser,
-    ModelState,
-    TinyMambaModel,
     UserError,
+    add_flags,
+    check_fields,
+    given_fields,
     has_type,
-    load_model,
-    open_tokenizer,
-    pick_device,
-    read_tensors,
     require,
     require_plain_name,
-    require_spans,
     run_cli,
-    why_no_compile,
-    write_tensors,
 )
+from tinymamba.runtime import pick_device, why_no_compile
+from tinymamba.tokenizer import open_tokenizer
 
 REMEMBERED = 512  # last tokens that a session knows by name, for the repetition penalty
 PIECE, SMALL_PIECE = 4096, 512  # tokens of a prompt that are read at once
@@ -100,53 +97,31 @@ class StreamingConfig:
     state_buffer_size: int = 8  # tokens of an answer that are made ahead of a slow reader
     optimize_memory: bool = False  # read prompts 512 tokens at a time, not 4096
 
+    LIMITS: ClassVar = {
+        **dict.fromkeys(("max_new_tokens", "temperature", "top_k"), (0, math.inf)),
+        **dict.fromkeys(("batch_size", "state_buffer_size"), (1, math.inf)),
+        **dict.fromkeys(("top_p", "min_p"), (0, 1)),
+        "repetition_penalty": (1e-3, 1e3),
+        "repetition_window": (0, REMEMBERED),
+        "seed": (0, 2**63 - 1),
+    }
+
     def validate(self, vocab_size: int) -> StreamingConfig:
-        """Refuse ill-typed and impossible values with a UserError; return self."""
-        spans = {
-            "max_new_tokens": (int, 0, math.inf),
-            "temperature": (float, 0, math.inf),
-            "top_k": (int, 0, math.inf),
-            "top_p": (float, 0, 1),
-            "min_p": (float, 0, 1),
-            "repetition_penalty": (float, 1e-3, 1e3),
-            "repetition_window": (int, 0, REMEMBERED),
-            "logprobs": (int | None, 0, vocab_size),
-            "batch_size": (int, 1, math.inf),
-            "prompt_logprobs": (int | None, 0, vocab_size),
-            "state_buffer_size": (int, 1, math.inf),
-            "reset_on_eos": (bool, False, True),
-            "optimize_memory": (bool, False, True),
-            "seed": (int | None, 0, 2**63 - 1),
-            "eos_token_id": (int | None, -1, vocab_size - 1),
-            "bos_token_id": (int | None, 0, vocab_size - 1),
-            "pad_token_id": (int | None, 0, vocab_size - 1),
-        }
-        require(
-            has_type(self.adapter, str | None),
-            "adapter",
-            f"{self.adapter!r} is not legal",
-            "pass a name",
-        )
-        require_spans(self, spans)
-        for name, kind in (("stop", list[str]), ("stop_ids", list[int])):
-            value = getattr(self, name)
-            legal = value is None or value == [] or (has_type(value, kind) and "" not in value)
-            require(legal, name, f"{value!r} is not legal", f"pass a {kind}, none of them empty")
-        bias = {} if self.logit_bias is None else self.logit_bias
-        require(
-            isinstance(bias, dict)
-            and all(has_type(b, float) or b == -math.inf for b in bias.values()),
-            "logit_bias",
-            f"{bias!r} is not legal",
-            "pass {id: number}, -inf for a token never drawn",
-        )
-        ids = [*(self.stop_ids or []), *bias]
-        require(
-            all(type(i) is int and 0 <= i < vocab_size for i in ids),
-            "stop_ids, logit_bias",
-            f"{ids} are not all ids",
-            f"they must be from 0 to {vocab_size - 1}",
-        )
+        """Reject ill-typed and impossible values with a UserError; return self."""
+        limits = dict.fromkeys(("logprobs", "prompt_logprobs"), (0, vocab_size))
+        limits |= dict.fromkeys(("bos_token_id", "pad_token_id"), (0, vocab_size - 1))
+        limits |= {"eos_token_id": (-1, vocab_size - 1)}
+        empty = [name for name in ("stop", "stop_ids") if getattr(self, name) == []]
+        check_fields(dataclasses.replace(self, **dict.fromkeys(empty)), limits)
+        require("" not in (self.stop or []), "stop", "has an empty string", "leave it out")
+        bias = self.logit_bias or {}
+        numbers = all(has_type(b, float) or b == -math.inf for b in bias.values())
+        remedy = "pass {id: number}, -inf for a token never drawn"
+        require(numbers, "logit_bias", f"{bias!r} is invalid", remedy)
+        for name, ids in (("stop_ids", self.stop_ids or []), ("logit_bias", bias)):
+            known = all(type(i) is int and 0 <= i < vocab_size for i in ids)
+            remedy = f"they must be from 0 to {vocab_size - 1}"
+            require(known, name, f"{[*ids]} are not all ids", remedy)
         return self
 
 
@@ -275,7 +250,7 @@ def extend(tokenizer, ids: list[int], text: str) -> list[int]:
 # ------------------------------------------------------------------------------------ decoding
 
 
-class Moment(NamedTuple):
+class Snapshot(NamedTuple):
     """A session at one instant. It is never changed, so that as many may share it as like."""
 
     state: ModelState  # of one row
@@ -288,7 +263,7 @@ class Moment(NamedTuple):
         """Tokens of the session so far."""
         return int(self.state.position[0]) + len(self.unread)
 
-    def followed_by(self, ids) -> Moment:
+    def followed_by(self, ids) -> Snapshot:
         if not ids:
             return self
         recent = (*self.recent, *ids)[-REMEMBERED:]
@@ -367,13 +342,13 @@ class Decoder:
         return scores
 
     def let_serve(self, adapters: list[str | None]) -> None:
-        if hasattr(self.model, "adapter_switch"):
+        if hasattr(self.model, "adapter_state"):
             from peft import set_adapter
 
             alike = len(set(adapters)) == 1
             set_adapter(self.model, adapters[0] if alike else adapters)
 
-    def settle(self, moment: Moment, adapter: str | None) -> Moment:
+    def settle(self, moment: Snapshot, adapter: str | None) -> Snapshot:
         """The same moment with nothing left to read."""
         state, logits, unread = moment.state, moment.logits, list(moment.unread)
         for at in range(0, len(unread), SMALL_PIECE):
@@ -496,7 +471,7 @@ class Answer:
     def __init__(
         self,
         decoder: Decoder,
-        moment: Moment,
+        moment: Snapshot,
         prompt: list[int],
         config: StreamingConfig,
         ends: set[int],
@@ -682,11 +657,11 @@ class Answer:
                 self.given, self.clean = self.given - count, self.clean - count
                 self.milestone = None
 
-    def live(self, state: ModelState) -> Moment:
+    def live(self, state: ModelState) -> Snapshot:
         """After all that was drawn."""
         if self.last is None:
-            return Moment(state, self.logits.copy(), self.recent, ())
-        return Moment(state, None, self.recent, (self.last,))
+            return Snapshot(state, self.logits.copy(), self.recent, ())
+        return Snapshot(state, None, self.recent, (self.last,))
 
     def close(self) -> None:
         """End it here: the session stands after what was given out."""
@@ -746,10 +721,10 @@ class Session:
     """One conversation. `before` is where it stood at the start of its last turn."""
 
     id: str
-    now: Moment
+    now: Snapshot
     config: StreamingConfig
     seed: int  # of its draws
-    before: Moment | None = None
+    before: Snapshot | None = None
     answer: Answer | None = None  # the one in hand
     turns: int = 0
     created: float = dataclasses.field(default_factory=time.time)
@@ -789,7 +764,7 @@ class StreamingServer:
             self.model, beside = load_model(model_path, device), [model_path]
         self.adapters = self.load_adapters(adapters or {}, compiled)
         self.model = self.model.to(device, dtype)
-        turn_weights(self.model)
+        column_major_weights(self.model)
         self.tokenizer = tokenizer = open_tokenizer(tokenizer, self.model, beside)
         self.vocab_size = self.model.config.vocab_size
         self.config = self.checked(config)
@@ -854,19 +829,19 @@ class StreamingServer:
         )
         return config
 
-    def nothing(self, config: StreamingConfig) -> Moment:
+    def nothing(self, config: StreamingConfig) -> Snapshot:
         """Before the first token."""
         return self.beginnings[config.adapter]
 
-    def begin(self, adapter: str | None) -> Moment:
+    def begin(self, adapter: str | None) -> Snapshot:
         """What a session begins with: an adapter may have a first state of its own."""
         self.decoder.let_serve([adapter])
-        return Moment(self.model.init_state(1), None, (), ())
+        return Snapshot(self.model.init_state(1), None, (), ())
 
     def add(
         self,
         session_id: str | None,
-        now: Moment,
+        now: Snapshot,
         config: StreamingConfig,
         seed: int,
         turns: int = 0,
@@ -962,7 +937,7 @@ class StreamingServer:
         )
         return list(ids)
 
-    def begun(self, ids: list[int], now: Moment, config: StreamingConfig) -> list[int]:
+    def begun(self, ids: list[int], now: Snapshot, config: StreamingConfig) -> list[int]:
         """The ids of a prompt, with what comes before the first of a session."""
         begin = config.bos_token_id
         if now.position > 0:
@@ -1083,7 +1058,7 @@ class StreamingServer:
 
     # Files -----------------------------------------------------------------------------------
 
-    def tensors(self, moment: Moment) -> dict[str, Tensor]:
+    def tensors(self, moment: Snapshot) -> dict[str, Tensor]:
         """All of a settled moment, in tensors of one row whose sizes never change."""
         logits = np.zeros(self.vocab_size, np.float32) if moment.logits is None else moment.logits
         blank = (-1,) * (REMEMBERED - len(moment.recent))
@@ -1117,7 +1092,7 @@ class StreamingServer:
 
     def load_session(self, path: str | Path, session_id: str | None = None) -> str:
         """A new session from a file that this very model has saved; its id."""
-        fresh = Moment(self.model.init_state(1), None, (), ())
+        fresh = Snapshot(self.model.init_state(1), None, (), ())
         tensors, notes = read_tensors(path, self.tensors(fresh), {"model": self.fingerprint}, 1)
         logits, recent = tensors.pop("logits")[0].numpy(), tensors.pop("recent")[0].tolist()
         state, recent = fresh.state.fill(tensors), tuple(i for i in recent if i >= 0)
@@ -1140,7 +1115,7 @@ class StreamingServer:
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
             raise UserError(str(path), f"is no session ({e})", "save it anew") from None
         require(sound, str(path), "is no session", "save it anew")
-        now = Moment(state, logits if position else None, recent, ())
+        now = Snapshot(state, logits if position else None, recent, ())
         return self.add(session_id, now, config, seed, turns).id
 
 
@@ -1164,7 +1139,7 @@ def usable_device(name: str) -> torch.device:
 
 
 @torch.no_grad()
-def turn_weights(model: TinyMambaModel) -> None:
+def column_major_weights(model: TinyMambaModel) -> None:
     """Lay wide float32 matrices out by columns, where it is a CPU that multiplies them.
 
     The product with the vector of one token reads them up to twice as fast so. A head that is the
@@ -1242,11 +1217,11 @@ class Console:
         "/stats, /help; Ctrl-C stops an answer, Ctrl-D ends"
     )
 
-    def __init__(self, server: StreamingServer, args):
+    def __init__(self, server: StreamingServer, args: Options, settings: dict):
         self.server, self.interactive = server, args.interactive
         self.streaming = args.streaming or args.interactive
-        self.gates, self.stats, self.settings = args.gates, args.stats, args.settings
-        config = server.configured(server.config, args.settings)
+        self.gates, self.stats, self.settings = args.gates, args.stats, settings
+        config = server.configured(server.config, settings)
         self.session = (
             server.load_session(args.load_session)
             if args.load_session
@@ -1338,91 +1313,60 @@ class Console:
             print(self.HELP)
 
 
-def parse(argv: list[str] | None):
-    parser = CliParser(
-        usage="python streaming.py --checkpoint FILE [--FLAG VALUE ...]",
-        description=__doc__.split("As a library")[0],
-    )
-    flags = [
-        ("--checkpoint", str, "tinymamba_model_latest.pt", "a checkpoint of testv2.py"),
-        ("--tokenizer", str, None, "tokenizer.json or vocab.txt; else beside the training data"),
-        ("--adapter", str, None, "folder of an adapter that peft.py made"),
-        ("--device", str, "auto", "auto, cpu, cuda, cuda:1 or mps"),
-        ("--dtype", str, "float32", "of the weights: float32, bfloat16 or float16"),
-        ("--prompt", str, "", "what to continue; empty begins a new text"),
-        ("--load_session", str, None, "go on with the session, and the settings, in this file"),
-        ("--save_session", str, None, "write the session to this file afterwards"),
-    ]
-    for flag, kind, default, text in flags:
-        shown = f" [{default}]" if default else ""
-        parser.add_argument(
-            flag, type=kind, default=default, help=text + shown, metavar=kind.__name__.upper()
-        )
-    settings = {
-        "max_tokens": ("max_new_tokens", int, "tokens of an answer"),
-        "temperature": ("temperature", float, "0 takes the likeliest token every time"),
-        "top_k": ("top_k", int, "draw among so many of the likeliest; 0 is all"),
-        "top_p": ("top_p", float, "draw among the fewest that have this much probability"),
-        "min_p": ("min_p", float, "leave out what has less than this share of the likeliest's"),
-        "repetition_penalty": ("repetition_penalty", float, "above 1 avoids recent tokens"),
-        "seed": ("seed", int, "the same seed gives the same text"),
-    }
-    for flag, (name, kind, text) in settings.items():
-        default = getattr(StreamingConfig, name)
-        parser.add_argument(
-            f"--{flag}",
-            type=kind,
-            dest=name,
-            default=argparse.SUPPRESS,
-            help=text + ("" if default is None else f" [{default}]"),
-            metavar=kind.__name__.upper(),
-        )
-    parser.add_argument(
-        "--stop",
-        nargs="+",
-        metavar="STR",
-        default=argparse.SUPPRESS,
-        help="strings that end an answer",
-    )
-    for flag, text in (
-        ("--streaming", "print text as it is made"),
-        ("--interactive", "turn after turn, with commands: /help lists them"),
-        ("--gates", "color text by the branch that carried it: SSM, attention or MLP"),
-        ("--stats", "time to the first text, tokens/s, size of the state"),
-        ("--compile", "compile the step of one token: a minute first, faster after"),
-        ("--force", "let --save_session replace a file"),
-    ):
-        parser.add_argument(flag, action="store_true", help=text)
+@dataclass
+class Options:
+    """The command line, besides the fields of StreamingConfig in SETTINGS."""
+
+    checkpoint: str = "tinymamba_model_latest.pt"  # a checkpoint of testv2.py, or a folder
+    tokenizer: str | None = None  # tokenizer.json or vocab.txt; else beside the training data
+    adapter: str | None = None  # folder of an adapter that peft.py made
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
+    dtype: torch.dtype = torch.float32  # dtype of the weights
+    prompt: str = ""  # what to continue; empty begins a new text
+    load_session: str | None = None  # continue the session in this file, with its settings
+    save_session: str | None = None  # write the session to this file afterwards
+    streaming: bool = False  # print text as it is generated
+    interactive: bool = False  # read prompts line by line, with commands: /help lists them
+    gates: bool = False  # color text by the branch that carried it: SSM, attention or MLP
+    stats: bool = False  # time to the first text, tokens/s, size of the state
+    compile: bool = False  # compile the step of one token: a minute first, faster after
+    force: bool = False  # let --save_session replace a file
+
+    CHOICES: ClassVar = {"dtype": tuple(DTYPES.values())}
+
+
+SETTINGS = {"max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
+SETTINGS |= {"seed", "stop"}
+
+
+def parse(argv: list[str] | None) -> tuple[Options, dict]:
+    """The command line: Options, and the fields of StreamingConfig that were given."""
+    usage = "python streaming.py --checkpoint FILE [--FLAG VALUE ...]"
+    parser = CliParser(usage=usage, description=str(__doc__).split("As a library")[0])
+    add_flags(parser, Options)
+    others = {field.name for field in dataclasses.fields(StreamingConfig)} - SETTINGS
+    add_flags(parser, StreamingConfig, None, others, {"max_new_tokens": ("max_tokens",)})
     args = parser.parse_args(argv)
-    names = {field.name for field in dataclasses.fields(StreamingConfig)} - {"adapter"}
-    args.settings = {name: getattr(args, name) for name in sorted(names) if hasattr(args, name)}
-    args.settings |= {"adapter": "default"} if args.adapter else {}
-    require(args.dtype in DTYPES, "--dtype", f"{args.dtype} is unknown", f"use {', '.join(DTYPES)}")
-    pick_device(args.device)
-    there = args.save_session and os.path.lexists(args.save_session)
-    require(
-        args.force or not there,
-        "--save_session",
-        f"{args.save_session} is there",
-        "pass --force or name another",
-    )
-    return args
+    options = Options(**given_fields(Options, args))
+    check_fields(options, dashes="--")
+    settings = given_fields(StreamingConfig, args)
+    if options.adapter:  # the folder's path, where StreamingConfig wants a name
+        settings["adapter"] = "default"
+    pick_device(options.device)
+    there = options.save_session and os.path.lexists(options.save_session)
+    problem, remedy = f"{options.save_session} exists", "pass --force or choose another"
+    require(options.force or not there, "--save_session", problem, remedy)
+    return options, settings
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+    args, settings = parse(argv)
     sys.stdout.reconfigure(errors="replace")  # a terminal need not know every character
     adapters = {"default": args.adapter} if args.adapter else {}
     server = StreamingServer(
-        args.checkpoint,
-        args.device,
-        None,
-        args.tokenizer,
-        DTYPES[args.dtype],
-        args.compile,
-        adapters,
+        args.checkpoint, args.device, None, args.tokenizer, args.dtype, args.compile, adapters
     )
-    console = Console(server, args)
+    console = Console(server, args, settings)
     if args.prompt or not args.interactive:
         console.say(args.prompt)
     if args.interactive:

@@ -37,15 +37,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from testv2 import (  # noqa: E402
-    CliParser,
-    UserError,
-    orthogonalize,
-    parse_as,
-    require,
-    run_cli,
-    sparsemax,
-)
+from testv2 import orthogonalize, sparsemax  # noqa: E402
+from tinymamba.cli import CliParser, UserError, parse_as, require, run_cli  # noqa: E402
 
 V = 256  # bytes
 VALIDATION = 2**18  # bytes

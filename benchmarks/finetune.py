@@ -29,15 +29,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark import append_row, peak_bytes  # noqa: E402
-from peft import (  # noqa: E402
-    METHODS,
-    AdapterConfig,
-    FineTuner,
-    get_trainable_parameters,
-    parse,
-    settings,
-)
-from testv2 import CliParser, find_tokenizer, generate, load_model, require, run_cli  # noqa: E402
+from peft import METHODS, AdapterConfig, FineTuner, get_trainable_parameters, parse, settings  # noqa: E402
+from testv2 import generate, load_model  # noqa: E402
+from tinymamba.cli import CliParser, require, run_cli  # noqa: E402
+from tinymamba.tokenizer import find_tokenizer  # noqa: E402
 
 ASKED = 64  # questions of lookup and format
 TASKS = ("style", "lookup", "format")

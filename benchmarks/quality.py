@@ -26,16 +26,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark import append_row  # noqa: E402
-from testv2 import (  # noqa: E402
-    CliParser,
-    Config,
-    TinyMambaModel,
-    TokenFile,
-    make_optimizer,
-    read_sidecar,
-    require,
-    run_cli,
-)
+from testv2 import Config, TinyMambaModel, TokenFile, make_optimizer, read_sidecar  # noqa: E402
+from tinymamba.cli import CliParser, require, run_cli  # noqa: E402
 
 # Shapes with equal numbers of parameters, within 2%: about 0.8M and 9.6M.
 SHAPES = {

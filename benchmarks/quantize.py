@@ -28,17 +28,9 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark import append_row, interleave, timed  # noqa: E402
 from quantize import mean_loss, quantize_model, read_blocks  # noqa: E402
-from ssm_kernels import QuantizedLinear  # noqa: E402
-from testv2 import (  # noqa: E402
-    PRESETS,
-    CliParser,
-    Config,
-    TinyMambaModel,
-    load_model,
-    require,
-    run_cli,
-    save_folder,
-)
+from testv2 import PRESETS, Config, TinyMambaModel, load_model, save_folder  # noqa: E402
+from tinymamba.cli import CliParser, require, run_cli  # noqa: E402
+from tinymamba.kernels import QuantizedLinear  # noqa: E402
 
 SCHEMES = {  # bits, mode, calibrated
     "int8 dynamic": (8, "dynamic", False),

@@ -20,7 +20,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark import interleave, timed  # noqa: E402
-from testv2 import DTYPES, CliParser, need, require, run_cli, selective_scan  # noqa: E402
+from testv2 import selective_scan  # noqa: E402
+from tinymamba.cli import DTYPES, CliParser, need, require, run_cli  # noqa: E402
 
 
 def ours(x, dt, A, B, C, D) -> Tensor:

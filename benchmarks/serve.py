@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmark import append_row  # noqa: E402
-from testv2 import CliParser, require, run_cli  # noqa: E402
+from tinymamba.cli import CliParser, require, run_cli  # noqa: E402
 
 TEXT = "import os\n\nclass Reader:\n    def read(self, path):\n        return open(path).read()\n"
 TEXT *= 8

@@ -28,16 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark import DEFAULT, PEERS, append_row, count, fit, interleave, timed  # noqa: E402
 from peft import apply_lora_to_model, set_adapter  # noqa: E402
 from streaming import StreamingConfig, StreamingServer  # noqa: E402
-from testv2 import (  # noqa: E402
-    DTYPES,
-    CliParser,
-    Config,
-    TinyMambaModel,
-    load_model,
-    pick_device,
-    require,
-    run_cli,
-)
+from testv2 import Config, TinyMambaModel, load_model  # noqa: E402
+from tinymamba.cli import DTYPES, CliParser, require, run_cli  # noqa: E402
+from tinymamba.runtime import pick_device  # noqa: E402
 
 BATCH, BLOCK = 8, 512  # texts of a training pass, and tokens of each
 GREEDY = StreamingConfig(temperature=0.0, eos_token_id=-1)

@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from testv2 import CliParser, Config, TinyMambaModel, make_optimizer, require, run_cli  # noqa: E402
+from testv2 import Config, TinyMambaModel, make_optimizer  # noqa: E402
+from tinymamba.cli import CliParser, require, run_cli  # noqa: E402
 
 VOCABULARY = {"mqar": 8192, "induction": 16, "parity": 3}
 STEPS = {"mqar": 3000, "induction": 3000, "parity": 3000}

@@ -31,16 +31,13 @@ from tqdm import tqdm
 
 if not __package__:  # a script, whose siblings are one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from testv2 import (
+from tinymamba.cli import CliParser, UserError, need, run_cli
+from tinymamba.tokenizer import (
     EOS_TOKEN,
-    CliParser,
     SimpleTokenizer,
-    UserError,
     byte_alphabet,
     byte_level,
     byte_tokenizer,
-    need,
-    run_cli,
 )
 
 OUTPUTS = ("train.bin", "val.bin", "train.json", "val.json", "vocab.txt", "tokenizer.json")

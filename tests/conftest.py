@@ -18,15 +18,9 @@ import torch
 from hypothesis import settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from testv2 import (
-    Config,
-    Piece,
-    RotaryEmbedding,
-    SimpleTokenizer,
-    TinyMambaModel,
-    main,
-    run_cli,
-)
+from testv2 import Config, RotaryEmbedding, SequenceContext, TinyMambaModel, main
+from tinymamba.cli import run_cli
+from tinymamba.tokenizer import SimpleTokenizer
 
 torch.set_num_threads(1)  # the models are tiny, and tests run side by side
 
@@ -120,10 +114,10 @@ def free_copy(module):
     return copy.deepcopy(module).requires_grad_(True)
 
 
-def piece_of(model, length: int, starts=None, lengths=None) -> Piece:
+def piece_of(model, length: int, starts=None, lengths=None) -> SequenceContext:
     """What the blocks are told of a piece; without more, of one document without padding."""
     ids = torch.zeros(1, length, dtype=torch.int64)
-    return model.describe(ids, None, starts, lengths, model.config.document_mask)
+    return model.make_context(ids, None, starts, lengths, model.config.document_mask)
 
 
 def some_ids(rows, length, vocab=257, seed=0):

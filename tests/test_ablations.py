@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, assert_refused, run_script
 
-from testv2 import UserError
+from tinymamba.cli import UserError
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import ablations

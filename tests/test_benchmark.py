@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from conftest import assert_refused, files_below, flags, run_script, tiny_config, write_tokens
 
 import benchmark
-from testv2 import PRESETS, Config, TinyMambaModel, UserError, load_model, run_cli, save_checkpoint
+from testv2 import PRESETS, Config, TinyMambaModel, load_model
+from tinymamba.checkpoint import save_checkpoint
+from tinymamba.cli import UserError, run_cli
 
 SMALL = {"d_model": 32, "n_layer": 2, "vocab_size": 257}
 QUICK = {"sequence_lengths": 16, "batch_sizes": 2, "warmup_iterations": 0, "test_iterations": 2,
@@ -342,7 +344,7 @@ BAD = [
     ({"benchmark_type": "speed"}, "--benchmark_type: invalid choice: 'speed'"),
     ({"batch_size": 1}, "--batch_size: unknown flag; did you mean --batch_sizes?"),
     ({"d_model": 40}, "d_model: 40 is no multiple of 32"),
-    ({"device": "tpu"}, "device: tpu is not here"),
+    ({"device": "tpu"}, "device: tpu is not available"),
     ({"benchmark_type": "perplexity"}, "benchmark_type: perplexity needs --tinymamba_checkpoint"),
     ({"tinymamba_checkpoint": "none.pt"}, "none.pt: no such checkpoint"),
 ]  # fmt: skip

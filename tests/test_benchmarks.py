@@ -16,14 +16,10 @@ import quality  # noqa: E402
 import scan  # noqa: E402
 import synthetic  # noqa: E402
 
-from testv2 import (  # noqa: E402
-    EOS_TOKEN,
-    SimpleTokenizer,
-    TinyMambaModel,
-    UserError,
-    byte_alphabet,
-    save_checkpoint,
-)
+from testv2 import TinyMambaModel  # noqa: E402
+from tinymamba.checkpoint import save_checkpoint  # noqa: E402
+from tinymamba.cli import UserError  # noqa: E402
+from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer, byte_alphabet  # noqa: E402
 
 
 def random() -> torch.Generator:

@@ -31,12 +31,12 @@ from testv2 import (
     RotaryEmbedding,
     TinyMambaModel,
     TokenAdaptiveGating,
-    UserError,
     apply_rotary_pos_emb,
     running_phase,
     selective_scan,
     sparsemax,
 )
+from tinymamba.cli import UserError
 
 
 def past_of(**parts) -> LayerState:
@@ -450,8 +450,8 @@ def test_both_ways_to_attend_equal_a_dense_softmax(monkeypatch, L, W, documents,
     want = dense_attention(q, keys, values, W, starts)
     slopes = gradients([want], [q, keys, values])
     given = None if first == 0 and not documents else starts
-    for attend, written_out in ((attention.attend, False), (attention.attend_written_out, True)):
-        monkeypatch.setattr(attention, "written_out", lambda *_, way=written_out: way)
+    for attend, written_out in ((attention.attend_fused, False), (attention.attend_plain, True)):
+        monkeypatch.setattr(attention, "is_plain", lambda *_, way=written_out: way)
         for starts_given in {None: [None, starts]}.get(given, [starts]):
             mask = attention.mask(L, starts_given, q.device)
             got = attend(q, keys, values, mask)
@@ -517,7 +517,7 @@ def test_windows_depend_neither_on_the_total_length_nor_on_other_rows():
 def test_attention_costs_the_same_for_every_token(monkeypatch, fused):
     model, sizes = wide(), {}
     for block in model.blocks:
-        monkeypatch.setattr(block.attention, "written_out", lambda *_: not fused)
+        monkeypatch.setattr(block.attention, "is_plain", lambda *_: not fused)
     for L in (512, 4096):
         with Census() as census:
             model.blocks[0].attention(torch.randn(1, L, 32), piece_of(model, L), None)

@@ -30,19 +30,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.utils.data import DataLoader
 
 from testv2 import (
-    EOS_NAMES,
+    MixtureSchedule,
     ShardedBatches,
-    Shares,
-    SimpleTokenizer,
     StreamingTokenDataset,
     TokenFile,
     Trainer,
-    UserError,
-    byte_alphabet,
-    find_tokenizer,
     permute,
     read_sidecar,
 )
+from tinymamba.cli import UserError
+from tinymamba.tokenizer import EOS_NAMES, SimpleTokenizer, byte_alphabet, find_tokenizer
 
 S = 4  # block_size of the small files
 FAR = 1_000_000  # token 0 of source k is k * FAR
@@ -202,7 +199,7 @@ def test_shares_hold_within_two_samples_at_any_number(sized, weights, n):
 def test_thousands_of_sources_hold_their_shares_too():
     rng = random.Random(0)
     weights = [rng.randint(500, 1000) for _ in range(3000)]
-    deal, total = Shares(weights).counts, sum(weights)
+    deal, total = MixtureSchedule(weights).counts, sum(weights)
     for n in (rng.randrange(10**9) for _ in range(50)):
         counts = deal(n)
         assert all(abs(counts[k] * total - n * w) <= 2 * total for k, w in enumerate(weights))
@@ -640,7 +637,7 @@ def test_no_source_at_all_is_refused():
 def test_a_sidecar_that_is_no_description_is_refused(tmp_path, text):
     (file,) = make(tmp_path, 5)
     (tmp_path / "0.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with refused(tmp_path / "0.json", "mend it or delete it"):
+    with refused(tmp_path / "0.json", "fix it or delete it"):
         StreamingTokenDataset(file, S)
     with refused(tmp_path / "0.json"):
         read_sidecar(str(file))
@@ -686,8 +683,8 @@ def test_a_sidecar_may_say_nothing_of_the_dtype_and_more_than_it(tmp_path):
     "weights, fragment",
     [
         ([0.5, -0.5], "-0.5"),
-        ([1, 0], "share 0"),
-        ([0, 0], "share 0"),
+        ([1, 0], "weight 0"),
+        ([0, 0], "weight 0"),
         ([float("nan"), 1], "nan"),
         ([float("inf"), 1], "inf"),
         ([1, 1, 1], "3 weights for 2 sources"),

@@ -43,16 +43,10 @@ from export_model import (
 )
 from onnx_generate import OnnxModel
 from quantize import quantize_model
-from ssm_kernels import QuantizedLinear
-from testv2 import (
-    SimpleTokenizer,
-    UserError,
-    byte_tokenizer,
-    find_tokenizer,
-    generate,
-    load_model,
-    save_folder,
-)
+from testv2 import generate, load_model, save_folder
+from tinymamba.cli import UserError
+from tinymamba.kernels import QuantizedLinear
+from tinymamba.tokenizer import SimpleTokenizer, byte_tokenizer, find_tokenizer
 
 LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 513)
 
@@ -411,7 +405,7 @@ def test_angles_go_round():
     (["--batch_size", "0"], "--batch_size: 0 is not legal"),
     (["--vocab_file", "none.json"], "none.json: no such file"),
     (["--checkpoint", "none.pt"], "none.pt: no such checkpoint"),
-    (["--device", "cuda:77"], "device: cuda:77 is not here"),
+    (["--device", "cuda:77"], "device: cuda:77 is not available"),
     (["--output_dir", "model/config.json"], "--output_dir: model/config.json cannot be made"),
 ], ids=str)  # fmt: skip
 def test_what_cannot_work_is_refused(folder, words, fragment):

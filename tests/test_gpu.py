@@ -19,7 +19,8 @@ from conftest import (
     wide,
 )
 
-from testv2 import TinyMambaModel, load_checkpoint, make_optimizer, orthogonalize, selective_scan
+from testv2 import TinyMambaModel, make_optimizer, orthogonalize, selective_scan
+from tinymamba.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.accelerator.current_accelerator() or torch.device("cpu")

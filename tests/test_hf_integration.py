@@ -54,18 +54,10 @@ from hf_integration import (
     read_cache,
 )
 from quantize import quantize_model
-from testv2 import (
-    ModelState,
-    SimpleTokenizer,
-    TinyMambaModel,
-    UserError,
-    generate,
-    load_checkpoint,
-    load_model,
-    run_cli,
-    save_checkpoint,
-    save_folder,
-)
+from testv2 import ModelState, TinyMambaModel, generate, load_model, save_folder
+from tinymamba.checkpoint import load_checkpoint, save_checkpoint
+from tinymamba.cli import UserError, run_cli
+from tinymamba.tokenizer import SimpleTokenizer
 
 SHAPES = {
     "plain": {}, "documents": DOCUMENTS, "no_window": {"window_size": 1},
@@ -427,7 +419,7 @@ def test_attention_weights_and_hidden_states_are_those_that_were_used():
     first = model.model.embedding(ids)
     close(out.hidden_states[0], first, 0)
     close(model.model.head(out.hidden_states[-1]), out.logits, 0)
-    x, piece = first[:1], native.describe(ids[:1], None, None, None)
+    x, piece = first[:1], native.make_context(ids[:1], None, None, None)
     for block, hidden in zip(native.blocks[:1], out.hidden_states[1:], strict=False):
         close(block(x, piece, None)[0], hidden[:1])
     step = model(ids[:, :1], past_key_values=plain.past_key_values, output_attentions=True)
@@ -571,7 +563,7 @@ def test_the_configuration_knows_both_sets_of_names():
     again = TinyMambaConfig.from_dict(json.loads(config.to_json_string()))
     assert again.to_dict() == config.to_dict()
     assert again.layer_types == ["hybrid_sliding"] * 3
-    with pytest.raises(ValueError, match="num_heads: 5 heads do not cut d_model=64"):
+    with pytest.raises(ValueError, match="num_heads: 5 heads do not divide d_model=64"):
         TinyMambaConfig(d_model=64, num_heads=5)
     assert TinyMambaForCausalLM is TinyMambaHFModel
 

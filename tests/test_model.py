@@ -24,14 +24,8 @@ from conftest import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from testv2 import (
-    LowRankProjection,
-    ModelState,
-    TinyMambaModel,
-    UserError,
-    generate,
-    make_optimizer,
-)
+from testv2 import LowRankProjection, ModelState, TinyMambaModel, generate, make_optimizer
+from tinymamba.cli import UserError
 
 LAW = pytest.mark.parametrize(
     ("double", "tolerance"), [(False, 1e-4), (True, 1e-9)], ids=["float32", "float64"]
@@ -63,7 +57,7 @@ def prefilled(model, ids):
 
 @st.composite
 def texts_in_pieces(draw):
-    """Piece sizes, and ids (2, L) with EOS in random and in awkward places."""
+    """SequenceContext sizes, and ids (2, L) with EOS in random and in awkward places."""
     sizes = draw(st.lists(st.sampled_from([0, 1, 1, 2, 3, 7, 8, 9, 17, 33]), min_size=1))
     sizes = [*sizes[:7], draw(st.integers(1, 20))]
     ends = [end - 1 for end in itertools.accumulate(sizes) if end]

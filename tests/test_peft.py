@@ -49,16 +49,10 @@ from peft import (
     unmerge_adapter,
 )
 from streaming import StreamingConfig, StreamingServer
-from testv2 import (
-    EOS_TOKEN,
-    SimpleTokenizer,
-    TinyMambaModel,
-    UserError,
-    byte_alphabet,
-    load_checkpoint,
-    load_model,
-    save_checkpoint,
-)
+from testv2 import TinyMambaModel, load_model
+from tinymamba.checkpoint import load_checkpoint, save_checkpoint
+from tinymamba.cli import UserError
+from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer, byte_alphabet
 
 IDS = some_ids(3, 37)
 PROJECTIONS = [
@@ -394,7 +388,7 @@ def test_files_that_do_not_fit_are_refused_and_leave_the_model_alone(tmp_path, c
     model = free_copy(wide())
     with pytest.raises(UserError, match=words):
         load_adapter(model, tmp_path)
-    assert torch.equal(model(IDS), wide()(IDS)) and model.adapter_switch.names is None
+    assert torch.equal(model(IDS), wide()(IDS)) and model.adapter_state.names is None
     assert all(p.requires_grad for p in model.parameters() if p.is_leaf)
     load_good = tmp_path / "good"
     save_adapter(adapted(AdapterConfig()), load_good)

@@ -20,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from testv2 import SimpleTokenizer, UserError
+from tinymamba.cli import UserError
+from tinymamba.tokenizer import SimpleTokenizer
 
 sys.path.insert(0, str(ROOT / "data"))
 import prepare

@@ -27,21 +27,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-import ssm_kernels
 from export_model import Graph
 from peft import apply_lora_to_model, merge_adapter, save_adapter
 from quantize import main, mean_loss, quantize_model, quantize_weight, read_blocks, report
-from ssm_kernels import QuantizedLinear, pack, to_bytes, unpack
 from streaming import StreamingServer
-from testv2 import (
-    TinyMambaModel,
-    UserError,
-    generate,
-    load_model,
-    run_cli,
-    save_checkpoint,
-    save_folder,
-)
+from testv2 import TinyMambaModel, generate, load_model, save_folder
+from tinymamba import kernels
+from tinymamba.checkpoint import save_checkpoint
+from tinymamba.cli import UserError, run_cli
+from tinymamba.kernels import QuantizedLinear, pack, to_bytes, unpack
 
 SIZE = 8  # inputs of a group
 SCHEMES = [(8, "dynamic"), (8, "weight_only"), (4, "dynamic"), (4, "weight_only")]
@@ -125,10 +119,10 @@ def test_an_input_that_is_never_there_does_no_harm():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", ["dynamic", "weight_only"])
 def test_every_path_gives_the_product_with_the_weight(mode, dtype, bytewise, monkeypatch):
-    if bytewise and not ssm_kernels.MULTIPLIES_BYTES:
+    if bytewise and not kernels.MULTIPLIES_BYTES:
         pytest.skip("this CPU has no instructions for it")
-    monkeypatch.setattr(ssm_kernels, "MULTIPLIES_BYTES", bytewise)
-    monkeypatch.setattr(ssm_kernels, "CACHE", 1000)  # several parts
+    monkeypatch.setattr(kernels, "MULTIPLIES_BYTES", bytewise)
+    monkeypatch.setattr(kernels, "CACHE", 1000)  # several parts
     for bias in (True, False):
         layer = some_layer(mode, bias=bias)
         for shape in ((1, 1, 96), (3, 5, 96), (50, 96), (96,), (0, 96), (2, 0, 96)):
@@ -540,7 +534,9 @@ def test_a_full_disk_leaves_the_folder_that_was_there(base, capsys, monkeypatch)
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("testv2.shutil.copyfile", full)  # of the tokenizer, which comes last
+    monkeypatch.setattr(
+        "tinymamba.tokenizer.shutil.copyfile", full
+    )  # of the tokenizer, which comes last
     assert_refused(command(capsys, *INT4[:2], "--output_dir", "out", "--force"), "No space left")
     assert files_below(base) == before
 

@@ -71,7 +71,7 @@ def make_gpt2_stand_in(folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from testv2 import EOS_TOKEN, byte_alphabet
+    from tinymamba.tokenizer import EOS_TOKEN, byte_alphabet
 
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(byte_alphabet())}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

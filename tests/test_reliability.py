@@ -24,16 +24,10 @@ from test_training import LATEST, STEP, after_step, brief_config, brief_flags, g
 from torch.utils._pytree import tree_leaves
 
 import testv2
-from testv2 import (
-    SimpleTokenizer,
-    Trainer,
-    UserError,
-    digest,
-    load_checkpoint,
-    load_newest,
-    save_checkpoint,
-    sibling,
-)
+from testv2 import Trainer
+from tinymamba.checkpoint import digest, load_checkpoint, load_newest, save_checkpoint, sibling
+from tinymamba.cli import UserError
+from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer, byte_alphabet
 
 CHAOS = "CHAOS" in os.environ
 PREVIOUS = sibling(LATEST, "previous")
@@ -558,7 +552,7 @@ def test_a_signal_to_any_process_at_any_moment_is_heeded_by_all(place, number):
             "batch_size": 2,
         }
     )
-    vocabulary = [*testv2.byte_alphabet(), testv2.EOS_TOKEN]
+    vocabulary = [*byte_alphabet(), EOS_TOKEN]
     Path("data/text/vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
     with two_ranks(*map(str, words)) as both:
         wait_for(both[0], "step 4/")

@@ -29,7 +29,9 @@ import streaming
 from peft import AdapterConfig, save_adapter
 from serve import Api, HttpServer, Options
 from streaming import Answer, StreamingConfig, StreamingServer
-from testv2 import EOS_TOKEN, SimpleTokenizer, UserError, save_folder
+from testv2 import save_folder
+from tinymamba.cli import UserError
+from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer
 
 BYTES = SimpleTokenizer()
 PLAIN = {"temperature": 1.0, "top_k": 0}  # OpenAI's own defaults

@@ -46,17 +46,10 @@ from streaming import (
     draw,
     probabilities,
 )
-from testv2 import (
-    EOS_TOKEN,
-    STATE_FORMAT,
-    SimpleTokenizer,
-    TinyMambaModel,
-    UserError,
-    byte_alphabet,
-    digest,
-    save_checkpoint,
-    write_tensors,
-)
+from testv2 import TinyMambaModel
+from tinymamba.checkpoint import STATE_FORMAT, digest, save_checkpoint, write_tensors
+from tinymamba.cli import UserError
+from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer, byte_alphabet
 
 GREEDY = {"temperature": 0.0}
 BYTES = SimpleTokenizer()
@@ -1015,7 +1008,7 @@ def test_the_session_of_another_model_is_refused(tmp_path, saved):
     (tmp_path / "s").write_bytes(saved[1])
     other = free_copy(wide())
     other.head.weight.data[0, 0] += 1e-3
-    with pytest.raises(UserError, match="no state of this model"):
+    with pytest.raises(UserError, match="not a state of this model"):
         serve(other).load_session(tmp_path / "s")
 
 

@@ -42,13 +42,12 @@ from testv2 import (
     MuonAdamW,
     TinyMambaModel,
     Trainer,
-    UserError,
     learning_rate,
-    load_checkpoint,
     make_optimizer,
     parse_command_line,
-    save_checkpoint,
 )
+from tinymamba.checkpoint import load_checkpoint, save_checkpoint
+from tinymamba.cli import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -563,7 +562,7 @@ def test_missing_checkpoint_is_refused(place):
 def test_a_checkpoint_of_the_first_release_is_refused(place, monkeypatch):
     """Its weights have other shapes and names."""
     with monkeypatch.context() as then:
-        then.setattr(testv2, "CHECKPOINT_FORMAT", 1)
+        then.setattr("tinymamba.checkpoint.CHECKPOINT_FORMAT", 1)
         save_checkpoint("old.pt", {"model": TinyMambaModel(tiny_config()).state_dict()})
     assert_refuses("--resume", "--checkpoint_path", "old.pt", naming=["old.pt", "format"])
 

@@ -35,12 +35,12 @@ from testv2 import (
     StreamingTokenDataset,
     TinyMambaModel,
     Trainer,
-    UserError,
-    digest,
-    load_checkpoint,
     load_model,
     make_optimizer,
 )
+from tinymamba.checkpoint import digest, load_checkpoint
+from tinymamba.cli import UserError
+from tinymamba.tokenizer import EOS_TOKEN, byte_alphabet
 
 LATEST, BEST = Path("tinymamba_model_latest.pt"), Path("tinymamba_model_best.pt")
 FLOAT32 = {"amp_dtype": torch.float32}
@@ -190,7 +190,7 @@ def plain_run(tmp_path_factory):
         tokens = path.stat().st_size // 4
         facts = {"dtype": "int32", "tokens": tokens, "bytes": VAL_BYTES * tokens}
         path.with_suffix(".json").write_text(json.dumps(facts))
-    vocabulary = [*testv2.byte_alphabet(), testv2.EOS_TOKEN]
+    vocabulary = [*byte_alphabet(), EOS_TOKEN]
     (text / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
     words = brief_flags(
         max_steps=12, lr=0.3, min_lr_ratio=1, dropout=0.1, enable_validation="true",

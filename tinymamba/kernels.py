@@ -1,15 +1,15 @@
-"""Hand-written passes, forward and backward, for what PyTorch's own are slow at.
+"""Hand-written forward and backward passes, where PyTorch's own are slow; quantized layers.
 
 `ChunkedScan` is the parallel form of `scan_sequential` in testv2.py, which is its reference,
-`DepthwiseConv` a causal convolution, and `QuantizedLinear` a linear layer of whole numbers. All are
-plain PyTorch, on every device. Timed with
+`DepthwiseConv` a causal convolution, and `QuantizedLinear` a linear layer of integer weights. All
+are plain PyTorch, on every device. Time them with
 
-    python benchmarks/scan.py
-    python benchmarks/quantize.py
+    python -m benchmarks.scan
+    python -m benchmarks.quantize
 
 Letters in the comments on shapes:
-    B batch      L length        D channels            H SSM heads  P SSM head width
-    N d_state    K d_conv        Q chunk_size          C chunks (L / Q)
+    b batch      l length        d channels            h SSM heads  p SSM head width
+    n d_state    k d_conv        q chunk_size          c chunks (l / q)
 """
 
 import math
@@ -24,11 +24,11 @@ from torch.autograd.function import once_differentiable
 
 
 class ChunkedScan(torch.autograd.Function):
-    """`selective_scan` in matrix products over chunks of Q tokens (arXiv 2405.21060, section 6).
+    """`selective_scan` in matrix products over chunks of q tokens (arXiv 2405.21060, section 6).
 
     A tile of chunks goes through all steps before the next one begins, so that what lies between
     the steps stays in the cache; the backward pass makes it again instead of reading it back.
-    Shapes are those of `selective_scan`, but states are (B, H, N, P).
+    Shapes are those of `selective_scan`, but states are (b, h, n, p).
     """
 
     @staticmethod
@@ -86,7 +86,7 @@ def count_blocks(length: int, size: int) -> int:
 
 
 def to_chunks(chunk_size: int, *tensors: Tensor) -> list[Tensor]:
-    """(B, L, ...) -> (B, C, Q, ...). Padding has dt 0 and decay 1, so it leaves the state alone."""
+    """(b, l, ...) -> (b, c, q, ...). Padding has dt 0 and decay 1, so it leaves the state alone."""
     length = tensors[0].shape[1]
     count = count_blocks(length, chunk_size)
     pad = count * chunk_size - length
@@ -96,7 +96,7 @@ def to_chunks(chunk_size: int, *tensors: Tensor) -> list[Tensor]:
 
 
 def tiles(x: Tensor) -> tuple[list[slice], list[slice]]:
-    """Rows and spans of chunks of x (B, C, Q, H, P) to take together: what fits a CPU's cache.
+    """Rows and spans of chunks of x (b, c, q, h, p) to take together: what fits a CPU's cache.
 
     Elsewhere, and where a compiler fuses the steps, the tiles are larger; the product that joins
     the states of a span grows with its square.
@@ -113,19 +113,19 @@ def tiles(x: Tensor) -> tuple[list[slice], list[slice]]:
 class Tile(NamedTuple):
     """What both passes need of one tile."""
 
-    between: Tensor  # (B, C, H, Q, Q) decay from token j to i, times dt_j
-    similarity: Tensor  # (B, C, 1, Q, Q) C_i . B_j
-    scores: Tensor  # (B, C, H, Q, Q) how much x_j adds to y_i
-    from_start: Tensor  # (B, C, H, Q, 1) decay since the chunk began
-    to_end: Tensor  # (B, C, H, Q, 1) decay until it ends, times dt
-    reads: Tensor  # (B, C, H, Q, N) C as the state before the chunk sees it
-    writes: Tensor  # (B, C, H, Q, N) B as the state after it does
-    states: Tensor  # (B, C+1, H, N, P) before each chunk, and after the last
+    between: Tensor  # (b, c, h, q, q) decay from token j to i, times dt_j
+    similarity: Tensor  # (b, c, 1, q, q) C_i . B_j
+    scores: Tensor  # (b, c, h, q, q) how much x_j adds to y_i
+    from_start: Tensor  # (b, c, h, q, 1) decay since the chunk began
+    to_end: Tensor  # (b, c, h, q, 1) decay until it ends, times dt
+    reads: Tensor  # (b, c, h, q, n) C as the state before the chunk sees it
+    writes: Tensor  # (b, c, h, q, n) B as the state after it does
+    states: Tensor  # (b, c+1, h, n, p) before each chunk, and after the last
 
 
 def describe(x, dt, log_decay, B, C, D, state) -> Tile:
-    """x (B, C, H, Q, P), dt and log_decay (B, C, H, Q), B and C (B, C, 1, Q, N)."""
-    total = log_decay.cumsum(-1)  # (B, C, H, Q)
+    """x (b, c, h, q, p), dt and log_decay (b, c, h, q), B and C (b, c, 1, q, n)."""
+    total = log_decay.cumsum(-1)  # (b, c, h, q)
     between = total[..., :, None] - total[..., None, :]
     future = torch.full_like(between[0, 0, 0], -math.inf).triu(1)
     between = torch.minimum(between, future).exp_().mul_(dt[..., None, :]).to(x.dtype)
@@ -143,12 +143,12 @@ def describe(x, dt, log_decay, B, C, D, state) -> Tile:
 
 
 def heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """(B, C, Q, H, ...) -> (B, C, H, Q, ...)."""
+    """(b, c, q, h, ...) -> (b, c, h, q, ...)."""
     return tuple(t.transpose(2, 3).contiguous() for t in tensors)
 
 
 def tile_forward(x, dt, log_decay, B, C, D, state):
-    """One tile: x (B, C, Q, H, P), dt and log_decay (B, C, Q, H), B and C (B, C, Q, N)."""
+    """One tile: x (b, c, q, h, p), dt and log_decay (b, c, q, h), B and C (b, c, q, n)."""
     x, dt, log_decay = heads_first(x, dt, log_decay)
     t = describe(x, dt, log_decay, B[:, :, None], C[:, :, None], D, state)
     y = t.scores @ x + t.reads @ t.states[:, :-1].to(x.dtype)
@@ -162,24 +162,24 @@ def tile_backward(x, dt, log_decay, B, C, D, state, dy, dlast):
     t = describe(x, dt, log_decay, B, C, D, state)
 
     # dstates[:, c] is the gradient of the state before chunk c: `carry`, backwards in time.
-    dread_states = (t.reads.mT @ dy).to(state.dtype).flip(1)  # (B, C, H, N, P)
-    last_decay = log_decay.sum(-1).flip(1)  # (B, C, H)
-    dstates = carry(last_decay, dread_states, dlast).flip(1)  # (B, C+1, H, N, P)
+    dread_states = (t.reads.mT @ dy).to(state.dtype).flip(1)  # (b, c, h, n, p)
+    last_decay = log_decay.sum(-1).flip(1)  # (b, c, h)
+    dstates = carry(last_decay, dread_states, dlast).flip(1)  # (b, c+1, h, n, p)
     after = dstates[:, 1:].to(x.dtype)
     dx = t.scores.mT @ dy + t.writes @ after
 
-    dscores = dy @ x.mT  # (B, C, H, Q, Q)
+    dscores = dy @ x.mT  # (b, c, h, q, q)
     dD = dscores.diagonal(dim1=-2, dim2=-1).sum((0, 1, 3), dtype=D.dtype)
     dscores = dscores.mul_(t.between)
-    dsimilarity = dscores.sum(2, keepdim=True)  # (B, C, 1, Q, Q)
-    dreads = (dy @ t.states[:, :-1].to(x.dtype).mT).to(dt.dtype)  # (B, C, H, Q, N)
+    dsimilarity = dscores.sum(2, keepdim=True)  # (b, c, 1, q, q)
+    dreads = (dy @ t.states[:, :-1].to(x.dtype).mT).to(dt.dtype)  # (b, c, h, q, n)
     dwrites = (x @ after.mT).to(dt.dtype)
     dC = dsimilarity @ B + (dreads * t.from_start).sum(2, keepdim=True)
     dB = dsimilarity.mT @ C + (dwrites * t.to_end).sum(2, keepdim=True)
 
     # Every decay is the exponential of a sum of logarithms, so its gradient is value * gradient.
     weight = dscores.mul_(t.similarity)
-    read = weight.sum(-1, dtype=dt.dtype) + (dreads * t.reads).sum(-1)  # (B, C, H, Q)
+    read = weight.sum(-1, dtype=dt.dtype) + (dreads * t.reads).sum(-1)  # (b, c, h, q)
     written = weight.sum(-2, dtype=dt.dtype) + (dwrites * t.writes).sum(-1)
     dtotal = read - written
     dtotal[..., -1] += (dstates[:, 1:] * t.states[:, 1:]).sum((-2, -1))
@@ -190,16 +190,16 @@ def tile_backward(x, dt, log_decay, B, C, D, state, dy, dlast):
 
 
 def carry(log_decay: Tensor, written: Tensor, state: Tensor) -> Tensor:
-    """States between chunks, (B, C+1, H, N, P): before the first chunk, then after each one.
+    """States between chunks, (b, c+1, h, n, p): before the first chunk, then after each one.
 
-    log_decay (B, C, H) over each whole chunk, written (B, C, H, N, P), state (B, H, N, P).
+    log_decay (b, c, h) over each whole chunk, written (b, c, h, n, p), state (b, h, n, p).
     A chunk may decay by thousands, so sums are taken from j to i and never subtracted.
     """
-    steps = F.pad(log_decay, (0, 0, 1, 0)).mT[..., None]  # (B, H, C+1, 1)
+    steps = F.pad(log_decay, (0, 0, 1, 0)).mT[..., None]  # (b, h, c+1, 1)
     steps = steps.expand(-1, -1, -1, steps.shape[2])
-    sums = steps.masked_fill(~lower_triangle(steps, -1), 0.0).cumsum(2)  # (B, H, C+1, C+1)
+    sums = steps.masked_fill(~lower_triangle(steps, -1), 0.0).cumsum(2)  # (b, h, c+1, c+1)
     decay = sums.masked_fill(~lower_triangle(sums), -math.inf).exp()
-    sources = torch.cat((state[:, None], written), dim=1).transpose(1, 2)  # (B, H, C+1, N, P)
+    sources = torch.cat((state[:, None], written), dim=1).transpose(1, 2)  # (b, h, c+1, n, p)
     return (decay @ sources.flatten(3)).view_as(sources).transpose(1, 2)
 
 
@@ -208,11 +208,19 @@ def lower_triangle(x: Tensor, diagonal: int = 0) -> Tensor:
     return torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).tril(diagonal)
 
 
+def running_max(x: Tensor) -> Tensor:
+    """Cumulative maximum of x (b, l). ONNX has no cummax, so a graph uses an (l, l) table."""
+    if not is_writing_graph():
+        return x.cummax(dim=1).values
+    table = x[:, None].expand(-1, x.shape[1], -1)  # (b, l, l)
+    return table.masked_fill(~lower_triangle(table), torch.iinfo(x.dtype).min).amax(-1)
+
+
 # ------------------------------------------------------------------------------------ convolution
 
 
 class DepthwiseConv(torch.autograd.Function):
-    """history (B, K-1+L, D) and weight (D, K) -> (B, L, D). PyTorch's own backward pass of such a
+    """history (b, k-1+l, d) and weight (d, k) -> (b, l, d). PyTorch's own backward pass of such a
     convolution takes seven times as long on a CPU when one long row comes instead of several."""
 
     @staticmethod
@@ -280,6 +288,14 @@ class QuantizedLinear(nn.Module):
         learning = torch.is_grad_enabled() and x.requires_grad
         product = QuantizedProduct.apply if learning else quantized_product
         return product(x, self.codes, self.scale, self.bias, self.dynamic)
+
+    def pack(self) -> Tensor:
+        """The codes as files hold them: uint8 (out, in/2) for 4 bits, int8 (out, in) for 8."""
+        return self.codes if self.bits == 8 else pack(self.codes, self.factors)
+
+    def unpack(self, packed: Tensor, factors: Tensor | None) -> Tensor:
+        """The opposite of `pack`, with the factors that lie beside `packed` in its file."""
+        return packed if factors is None else unpack(packed, factors)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, dynamic={self.dynamic}"
@@ -355,3 +371,36 @@ def unpack(packed: Tensor, factors: Tensor) -> Tensor:
     numbers = torch.stack((packed & 15, packed >> 4), dim=2).flatten(1).to(torch.int8) - 8
     size = numbers.shape[1] // factors.shape[1]
     return (numbers.unflatten(1, (-1, size)) * factors[..., None]).flatten(1)
+
+
+QUANTIZATION_FORMAT = 1
+QUANTIZATION_MODES = ("dynamic", "weight_only")
+
+
+def quantize_like(model: nn.Module, scheme: dict) -> None:
+    """Replace the linear layers that a scheme names by empty quantized ones.
+
+    `scheme` is what config.json holds as "quantization"; one that does not fit is a ValueError.
+    """
+    version, mode, size = (scheme[name] for name in ("version", "mode", "group_size"))
+    if version != QUANTIZATION_FORMAT or mode not in QUANTIZATION_MODES:
+        raise ValueError(f"quantization of version {version} and mode {mode!r} is unknown")
+    if type(size) is not int or size < 2 or size % 2:
+        raise ValueError(f"groups of {size!r} are invalid")
+    for name, bits in scheme["layers"].items():
+        layer = model.get_submodule(name)
+        cut = bits == 8 or layer.in_features % size == 0
+        if not isinstance(layer, nn.Linear) or bits not in (4, 8) or not cut:
+            raise ValueError(f"{name} cannot be quantized to {bits} bits in groups of {size}")
+        model.set_submodule(
+            name,
+            QuantizedLinear(
+                layer.in_features, layer.out_features, layer.bias is not None, bits, mode, size
+            ),
+        )
+    model.quantization = scheme
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """The quantized layers by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}

@@ -1,4 +1,4 @@
-"""The scan: `ssm_kernels.py` against the recurrence, the loop by hand, and finite differences."""
+"""The scan of `tinymamba/kernels.py` against the recurrence, a loop and finite differences."""
 
 import itertools
 import math
@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from conftest import Census, close
 
-from ssm_kernels import ChunkedScan
 from testv2 import selective_scan
+from tinymamba.kernels import ChunkedScan
 
 METHODS = pytest.mark.parametrize("method", ["chunked", "sequential"])
 

@@ -1,0 +1,341 @@
+"""Files that survive: atomic writes, checksums, tensor files, checkpoints and model folders.
+
+A file is written under a temporary name, flushed, and renamed; a checksum over its content finds
+every flipped bit. Only tensors and plain values are read, so no code in a file is ever run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import glob
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinymamba.cli import UserError, require
+
+# ----------------------------------------------------------------------------------- writing
+
+
+def digest(value: Any) -> str:
+    """SHA-256 over nested dicts and lists of tensors and plain values."""
+    h = hashlib.sha256()
+
+    def feed(v: Any) -> None:
+        if isinstance(v, Tensor):
+            h.update(f"{v.dtype}{tuple(v.shape)}".encode())
+            h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        elif isinstance(v, dict):
+            feed([[str(k), v[k]] for k in sorted(v, key=str)])
+        elif isinstance(v, list | tuple):
+            h.update(b"[%d" % len(v))
+            for item in v:
+                feed(item)
+        else:
+            h.update(f"{type(v).__name__} {v!r};".encode())
+
+    feed(value)
+    return h.hexdigest()
+
+
+WRITING = threading.Lock()  # two writers of one file would share its temporary name
+
+
+def atomic_write(
+    path: str | Path, write: Callable[[str], object], previous: Path | None = None
+) -> None:
+    """Let `write(temporary name)` make the file, then rename it into place, and flush to disk.
+
+    An older file at `path` becomes `previous`, if that is given.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        if os.path.lexists(path) and not path.is_file():
+            raise OSError("something other than a plain file is there")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with WRITING:
+            write(str(temporary))
+            with open(temporary, "rb+") as f:
+                os.fsync(f.fileno())
+            if previous and path.exists():
+                os.replace(path, previous)
+            os.replace(temporary, path)
+        if os.name == "posix":  # the rename is on disk once the folder is
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except (OSError, RuntimeError, ValueError) as e:  # torch reports a full disk as a RuntimeError
+        with contextlib.suppress(OSError, ValueError):
+            temporary.unlink()
+        remedy = "free space or choose another path"
+        raise UserError(str(path), f"cannot be written ({e})", remedy) from e
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write plain values as indented JSON."""
+    text = json.dumps(value, indent=2) + "\n"
+    atomic_write(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+# ------------------------------------------------------------------------------ tensor files
+
+STATE_FORMAT = "tinymamba-state-2"
+
+
+def write_tensors(path: str | Path, tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
+    """Write a safetensors file with a checksum over the tensors and the notes."""
+    from safetensors.torch import save
+
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    notes = {"format": STATE_FORMAT, **notes}
+    said = {**notes, "checksum": digest([tensors, notes])}
+    atomic_write(path, lambda temporary: Path(temporary).write_bytes(save(tensors, said)))
+
+
+def read_tensors(
+    path: str | Path, like: dict[str, Tensor], notes: dict[str, str], rows: int | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and notes of such a file, whose notes must include `notes`.
+
+    Names, dtypes and shapes must be those of `like`. The number of rows is `rows`, or any if that
+    is None. All this is checked before a tensor is read; a file that differs is a UserError.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    name, remedy = str(path), "save it again"
+    try:
+        with safe_open(path, framework="pt") as file:
+            said = file.metadata() or {}
+            wanted = {**notes, "format": STATE_FORMAT}
+            require(
+                all(said.get(k) == v for k, v in wanted.items()),
+                name,
+                "is not a state of this model",
+                "load the model that it belongs to",
+            )
+            slices = {n: file.get_slice(n) for n in file.keys()}  # noqa: SIM118
+            known = slices.keys() == like.keys()
+            rows = rows or (slices["position"].get_shape()[0] if known else 1)
+            for n, t in like.items() if known else ():
+                known = known and slices[n].get_shape() == [rows, *t.shape[1:]]
+                known = known and slices[n][:0].dtype == t.dtype
+            require(known, name, "has other tensors than a state of this model", remedy)
+            tensors = {n: file.get_tensor(n) for n in like}
+    except (SafetensorError, OSError) as e:
+        raise UserError(name, f"cannot be read ({e})", remedy) from None
+    checksum = said.pop("checksum", None)
+    require(checksum == digest([tensors, said]), name, "is damaged", remedy)
+    return tensors, said
+
+
+def read_all_tensors(
+    path: str | Path, remedy: str, unsigned: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and notes of a safetensors file of any content; a damaged one is a UserError.
+
+    A file without a checksum is accepted only if all its names begin with `unsigned`: other
+    libraries write none.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+            notes = file.metadata() or {}
+    except (SafetensorError, OSError) as e:
+        raise UserError(str(path), f"cannot be read ({e})", remedy) from None
+    checksum = notes.pop("checksum", None)
+    if checksum is None and unsigned is not None:
+        sound = all(name.startswith(unsigned) for name in tensors)
+    else:
+        sound = checksum == digest([tensors, notes])
+    require(sound, str(path), "is damaged", remedy)
+    return tensors, notes
+
+
+# ------------------------------------------------------------------------------- checkpoints
+
+CHECKPOINT_FORMAT = 3
+
+
+def save_checkpoint(path: str | Path, state: dict, previous: Path | None = None) -> None:
+    """Write `state` (tensors and plain values) with a checksum, and read it back.
+
+    Only then does it replace the file at `path`, which becomes `previous`, if that is given.
+    """
+    state = {**state, "format_version": CHECKPOINT_FORMAT}
+    state["checksum"] = digest(state)
+
+    def write(temporary: str) -> None:
+        torch.save(state, temporary)
+        load_checkpoint(temporary)
+
+    atomic_write(path, write, previous)
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Read a checkpoint onto the CPU; a missing, damaged or foreign file is a UserError."""
+    name, remedy = str(path), "use a checkpoint that testv2.py saved"
+    require(Path(path).is_file(), name, "no such checkpoint", "train one, or check the path")
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(name, "is damaged, or holds code, which is never run", remedy) from None
+    except Exception as e:  # what a damaged pickle raises depends on where it is damaged
+        raise UserError(name, f"is damaged ({type(e).__name__})", remedy) from e
+    require(
+        isinstance(state, dict) and state.get("format_version") == CHECKPOINT_FORMAT,
+        name,
+        f"is not a TinyMamba checkpoint of format {CHECKPOINT_FORMAT}",
+        remedy,
+    )
+    require(
+        state.pop("checksum", None) == digest(state),
+        name,
+        "is damaged: its checksum is wrong",
+        remedy,
+    )
+    return state
+
+
+def run_files(path: str | Path) -> list[Path]:
+    """The checkpoints of the run that saves to `path`: that file, then the others, newest first."""
+    path = Path(path)
+    stem = glob.escape(path.stem.removesuffix("_latest"))
+    others = {
+        sibling(path, "previous"),
+        sibling(path, "best"),
+        *path.parent.glob(f"{stem}_step*{glob.escape(path.suffix)}"),
+    }
+    others = [f for f in others if f.is_file() and f != path]
+    return [path, *sorted(others, key=lambda f: f.stat().st_mtime, reverse=True)]
+
+
+def load_newest(path: str | Path, say: Callable[[str], object] | None = print) -> dict:
+    """The checkpoint at `path`, or if that is damaged or gone the newest good one of its run.
+
+    Damaged files are renamed, so that no save takes them for good ones, and `say` reports it.
+    Without `say` nothing is renamed: of several processes, only one should do it.
+    """
+    damaged: dict[Path, UserError] = {}
+    for file in run_files(path):
+        try:
+            saved = load_checkpoint(file)
+        except UserError as e:
+            damaged[file] = e
+            continue
+        for other, error in damaged.items() if say else ():
+            say(f"warning: {error}: going on from {file}")
+            move_aside(other, ".damaged", say)
+        return saved
+    raise next(iter(damaged.values()))
+
+
+class BackgroundWriter:
+    """Writes checkpoints one after another, in a thread of its own if `background`."""
+
+    def __init__(self, background: bool):
+        self.background, self.pool = background, ThreadPoolExecutor(1)
+        self.pending: Future | None = None
+
+    def write(self, path: str | Path, state: dict, previous: Path | None = None) -> None:
+        """Save one file: now, or in the background from a copy of `state`."""
+        self.finish()
+        if not self.background:
+            save_checkpoint(path, state, previous)
+            return
+        self.pending = self.pool.submit(save_checkpoint, path, copy.deepcopy(state), previous)
+
+    def finish(self) -> None:
+        """Wait for the write in progress; its error is raised here."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            pending.result()
+
+    def close(self) -> None:
+        """End the thread."""
+        self.pool.shutdown()
+
+
+def sibling(path: str | Path, tag: str) -> Path:
+    """The name of a related checkpoint: x_latest.pt -> x_tag.pt."""
+    path = Path(path)
+    return path.with_name(f"{path.stem.removesuffix('_latest')}_{tag}{path.suffix}")
+
+
+def move_aside(path: Path, mark: str = "", say: Callable[[str], object] = print) -> None:
+    """Rename a file to path.1, path.2, ..., with the mark before the number: nothing is lost."""
+    if path.exists():
+        number = next(n for n in range(1, 1 << 30) if not Path(f"{path}{mark}.{n}").exists())
+        path.rename(f"{path}{mark}.{number}")
+        say(f"{path}{'' if mark else ' of an earlier run'} is now {path}{mark}.{number}")
+
+
+# ----------------------------------------------------------------------------------- folders
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The file of weights, or the shards that `transformers` has split it into."""
+    index = path.with_name(f"{path.name}.index.json")
+    if path.is_file() or not index.is_file():
+        return [path]
+    try:
+        names = {Path(name).name for name in json.loads(index.read_bytes())["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(str(index), f"cannot be read ({e})", "export the model again") from None
+    return [path.with_name(name) for name in sorted(names)]
+
+
+def require_writable(folder: Path, field: str) -> None:
+    """Create the folder if it is missing; reject one that cannot be created or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        problem = f"{folder} cannot be created ({e.strerror})"
+        raise UserError(field, problem, "choose another") from e
+    require(os.access(folder, os.W_OK), field, f"{folder} cannot be written to", "choose another")
+
+
+def replace_files(made: Path, folder: Path, names: tuple[str, ...]) -> None:
+    """Move files from `made` to `folder`, delete those that `made` lacks, and remove `made`."""
+    for name in names:
+        if (made / name).exists():
+            (made / name).replace(folder / name)
+        else:  # the tokenizer of another model must not stay
+            (folder / name).unlink(missing_ok=True)
+    made.rmdir()
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder to fill; it replaces `folder` on success, and is removed otherwise."""
+    temporary = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}."))
+        temporary.chmod(0o755)
+        yield temporary
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    except OSError as e:
+        remedy = "free space or choose another path"
+        raise UserError(str(folder), f"cannot be written ({e})", remedy) from e
+    finally:
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,256 @@
+"""What every command line shares: errors of three parts, flags from a dataclass, checks of fields.
+
+A dataclass is the whole command line. The comment beside a field is its help text, a comment line
+above fields is the heading of their group, and the class attributes `LIMITS` and `CHOICES` say
+which values are valid:
+
+    @dataclass
+    class Options:
+        # Output
+        output_dir: Path = Path("out")  # folder to write to
+        bits: int = 8  # bits of a weight
+        force: bool = False  # replace what is there
+
+        CHOICES: ClassVar = {"bits": (8, 4)}
+
+    options = parse_flags(Options, argv, "python quantize.py [--FLAG VALUE ...]", __doc__)
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import importlib
+import inspect
+import math
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+# ------------------------------------------------------------------------------------ errors
+
+
+class UserError(Exception):
+    """An error the user can fix: which field or file, what is wrong, what to do."""
+
+    def __init__(self, field: str, problem: str = "", remedy: str = ""):
+        super().__init__(field, problem, remedy)
+
+    def __str__(self) -> str:
+        field, problem, remedy = self.args
+        if problem:
+            return f"{field}: {problem}; {remedy}"
+        # A DataLoader worker's error comes as one text: a traceback, and last the error itself.
+        return field.strip().split("\n")[-1].partition("UserError: ")[2] or field
+
+
+def require(holds: object, field: str, problem: str, remedy: str) -> None:
+    """Raise a UserError unless `holds`."""
+    if not holds:
+        raise UserError(field, problem, remedy)
+
+
+def require_plain_name(name: object, field: str) -> None:
+    """Reject what could not be part of a path or of another name."""
+    require(
+        isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name),
+        field,
+        f"{name!r} is not a plain name",
+        "use up to 64 letters, digits, - and _",
+    )
+
+
+def need(module: str) -> types.ModuleType:
+    """Import an optional package; a UserError with the pip line if it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise UserError(package, "is not installed", f"pip install {package}") from None
+
+
+def run_cli(main: Callable[[], int | None]) -> typing.NoReturn:
+    """Exit with what `main()` returns; a UserError becomes one line on stderr and exit code 2."""
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader closed the pipe, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+class CliParser(argparse.ArgumentParser):
+    """Argparse with exact flag names, [defaults] in --help and errors of one line."""
+
+    def __init__(self, **kwargs: Any):
+        wide = functools.partial(
+            argparse.RawDescriptionHelpFormatter, max_help_position=42, width=110
+        )
+        super().__init__(allow_abbrev=False, formatter_class=wide, **kwargs)
+
+    def error(self, message: str) -> typing.NoReturn:
+        """Print one line in three parts, with the nearest flag for an unknown one; exit code 2."""
+        message = re.sub(r"^argument (--[\w-]+)[^:]*: ", r"\1: ", message)
+        if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
+            near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
+            hint = f"did you mean {near[0]}?" if near else "--help lists every flag"
+            message = f"{unknown[1]}: unknown flag; {hint}"
+        message += "" if "; " in message else "; --help lists every flag"
+        self.exit(2, f"error: {message}\n")
+
+
+# ------------------------------------------------------------------------------------ fields
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+WORDS: dict[Any, dict[str, Any]] = {
+    bool: {"true": True, "1": True, "false": False, "0": False},
+    torch.dtype: DTYPES,
+}
+Options = TypeVar("Options")
+
+
+def show(value: object) -> str:
+    """A value as the user would type it."""
+    return str(value).removeprefix("torch.")
+
+
+def has_type(value: object, hint: Any) -> bool:
+    """Is `value` of the annotated type? Whole numbers count as floats, booleans as neither."""
+    options = typing.get_args(hint)
+    if typing.get_origin(hint) is list:
+        return isinstance(value, list) and bool(value) and all(has_type(v, *options) for v in value)
+    if typing.get_origin(hint) is dict:
+        return isinstance(value, dict)
+    if options:
+        return any(has_type(value, option) for option in options)
+    if hint is float:
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return isinstance(value, Path) if hint is Path else type(value) is hint
+
+
+def check_fields(holder: Any, limits: dict | None = None, dashes: str = "") -> None:
+    """Reject a field of a wrong type, or outside the LIMITS and CHOICES of its class.
+
+    `limits` are more of them; `dashes` come before a field's name in the message.
+    """
+    cls, hints = type(holder), typing.get_type_hints(type(holder))
+    limits = {**getattr(cls, "LIMITS", {}), **(limits or {})}
+    choices = getattr(cls, "CHOICES", {})
+    for field in dataclasses.fields(holder):
+        name, value, hint = dashes + field.name, getattr(holder, field.name), hints[field.name]
+        remedy = f"the default is {show(field.default)}"
+        require(has_type(value, hint), name, f"{value!r} is not {field.type}", remedy)
+        if value is None:
+            continue
+        if field.name in limits:
+            low, high = limits[field.name]
+            span = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            require(low <= value <= high, name, f"{value} is out of range", f"it must be {span}")
+        for each in value if isinstance(value, list) else [value]:
+            valid = choices.get(field.name, (each,))
+            listed = ", ".join(map(show, valid))
+            require(each in valid, name, f"{show(each)} is not a choice", f"use one of {listed}")
+
+
+# ------------------------------------------------------------------------------------- flags
+
+
+def parse_as(hint: Any, text: str) -> Any:
+    """The value of type `hint` that the text of a flag stands for."""
+    words = WORDS.get(hint)
+    try:
+        return hint(text) if words is None else words[text.lower()]
+    except (ValueError, KeyError):
+        valid = hint.__name__ if words is None else "one of " + ", ".join(words)
+        raise argparse.ArgumentTypeError(f"{text!r} is invalid; pass {valid}") from None
+
+
+def describe_fields(cls: type) -> dict[str, tuple[str, str]]:
+    """The group and the help text of every field that has a comment beside it."""
+    found, group = {}, ""
+    for line in inspect.getsource(cls).split("\n"):
+        if title := re.match(r"    # (\w.*)$", line):
+            group = title[1]
+        elif field := re.match(r"    (\w+): .*?  # (.*)$", line):
+            found[field[1]] = group, field[2]
+    return found
+
+
+def element_type(hint: Any) -> tuple[Any, bool]:
+    """The type of one word of a flag, and whether the flag takes several."""
+    options = typing.get_args(hint) if not isinstance(hint, type) else (hint,)
+    options = (hint,) if typing.get_origin(hint) is list else options
+    lists = [option for option in options if typing.get_origin(option) is list]
+    if lists:
+        return typing.get_args(lists[0])[0], True
+    return next(option for option in options if option is not types.NoneType), False
+
+
+def add_flags(
+    parser: argparse.ArgumentParser,
+    cls: type,
+    defaults: dict | None = None,
+    leave_out: Collection[str] = (),
+    spelling: dict[str, tuple[str, ...]] | None = None,
+) -> None:
+    """Add one flag for every described field of a dataclass; only flags that are given are set.
+
+    `defaults` are shown in place of the class's own; `spelling` names the flags of some fields.
+    """
+    groups: dict[str, Any] = {"": parser}
+    hints, choices = typing.get_type_hints(cls), getattr(cls, "CHOICES", {})
+    for name, (title, text) in describe_fields(cls).items():
+        if name in leave_out:
+            continue
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        kind, several = element_type(hints[name])
+        if name in choices:
+            text += f": {', '.join(map(show, choices[name]))}"
+        text += f" [{show((defaults or {}).get(name, getattr(cls, name)))}]"
+        count = {"nargs": "?", "const": True} if kind is bool else {}
+        groups[title].add_argument(
+            *(f"--{flag}" for flag in (spelling or {}).get(name, (name,))),
+            dest=name,
+            type=functools.partial(parse_as, kind),
+            default=argparse.SUPPRESS,
+            metavar=kind.__name__.upper(),
+            help=text.replace("%", "%%"),
+            **({"nargs": "+"} if several else count),
+        )
+
+
+def given_fields(cls: type, args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a dataclass that flags have set; one word for a field that takes one or many
+    is that word."""
+    hints, given = typing.get_type_hints(cls), vars(args)
+    names = [field.name for field in dataclasses.fields(cls) if field.name in given]
+    values = {name: given[name] for name in names}
+    for name, value in values.items():
+        alone = isinstance(value, list) and len(value) == 1 and has_type(value[0], hints[name])
+        values[name] = value[0] if alone else value
+    return values
+
+
+def parse_flags(
+    cls: type[Options], argv: list[str] | None, usage: str, description: str | None
+) -> Options:
+    """The dataclass that a command line gives, checked; see the head of this file."""
+    parser = CliParser(usage=usage, description=description)
+    add_flags(parser, cls)
+    options = cls(**given_fields(cls, parser.parse_args(argv)))
+    check_fields(options, dashes="--")
+    return options

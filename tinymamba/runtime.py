@@ -1,0 +1,313 @@
+"""The surroundings of a run: launcher, device and dtype, other processes, signals, logs, profile.
+
+Nothing here knows the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import typing
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from socket import gethostname
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tinymamba.cli import UserError, need, require
+
+# ---------------------------------------------------------------------------------- hardware
+
+
+def from_launcher(name: str, default: int) -> int:
+    """An environment variable of torchrun or torch.distributed.launch: RANK, WORLD_SIZE, ..."""
+    return int(os.environ.get(name, default))
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of that name, or the fastest for "auto"; a UserError if it is not available."""
+    mps = torch.backends.mps.is_available()
+    have = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, present in have.items() if present)
+    known = re.fullmatch(r"cuda(:\d+)?|mps|cpu", name) and have[name.split(":")[0]]
+    available = ", ".join(kind for kind, present in have.items() if present)
+    require(known, "device", f"{name} is not available", f"use auto, {available}")
+    device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
+    require(
+        device.type != "cuda" or device.index < torch.cuda.device_count(),
+        "device",
+        f"{device} is not available",
+        f"there are {torch.cuda.device_count()} GPUs",
+    )
+    return device
+
+
+def pick_amp_dtype(wanted: torch.dtype, device: torch.device) -> torch.dtype:
+    """The autocast dtype that the hardware is fast in; float32 means no autocast."""
+    if device.type == "cuda" and wanted == torch.bfloat16:
+        return wanted if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return wanted if wanted == torch.bfloat16 and fast else torch.float32
+    return wanted
+
+
+def why_no_compile(device: torch.device) -> str | None:
+    """Why torch.compile cannot work on this device, as far as that is known beforehand."""
+    if device.type == "mps":
+        return "it is experimental on Apple GPUs"
+    compilers = (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")
+    missing = device.type == "cpu" and not any(map(shutil.which, compilers))
+    return "no C++ compiler was found" if missing else None
+
+
+# ---------------------------------------------------------------------------- other processes
+
+
+def join_process_group(device: torch.device, timeout: float) -> Watchdog:
+    """Set up the process group that the launcher asks for, watched with `timeout` in seconds."""
+    store, rank, world = next(dist.rendezvous("env://"))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world
+    )
+    # Its destructor would join a thread that may be waiting for the interpreter: a deadlock.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
+    return Watchdog(store, rank, world, timeout)
+
+
+def all_reduce(
+    values: list[float], device: torch.device, op: Any = dist.ReduceOp.SUM
+) -> list[float]:
+    """Each value summed (or reduced by `op`) over all processes; alone, the values themselves."""
+    if not dist.is_initialized():
+        return values
+    t = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(t, op)
+    return t.tolist()
+
+
+def full_tensor(t: Any) -> Any:
+    """A tensor that is sharded over the processes (FSDP), assembled; anything else unchanged."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def shard_like(t: Tensor, like: Tensor) -> Tensor:
+    """This process's shard of a full tensor, sharded as `like` is."""
+    if not hasattr(like, "device_mesh") or t.shape != like.shape:
+        return t
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None)
+
+
+class Watchdog:
+    """Ends this process when another one has failed or stopped sending heartbeats, and names it.
+
+    A thread of every process increments a counter in the shared store once a second. The counter
+    of a dead, stopped or disconnected process stands still, while the others wait for it inside a
+    collective operation that may take half an hour to time out.
+    """
+
+    def __init__(self, store: Any, rank: int, world: int, timeout: float):
+        self.store, self.rank, self.world, self.timeout = store.clone(), rank, world, timeout
+        self.store.set_timeout(timedelta(seconds=timeout))
+        self.over = threading.Event()
+        self.heard: dict[int, tuple[str, float]] = {}  # rank: its last message, and since when
+        self.say("alive 0")
+        self.store.set(f"name {rank}", f"rank {rank} (process {os.getpid()} on {gethostname()})")
+        dist.barrier()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread.start()
+
+    def say(self, text: str) -> None:
+        """Leave a message for the other processes."""
+        self.store.set(f"rank {self.rank}", text)
+
+    def watch(self) -> None:
+        """Send a heartbeat and check the others, once a second."""
+        beat = 0
+        while not self.over.wait(1.0):
+            beat += 1
+            try:
+                self.say(f"alive {beat}")
+                for other in range(self.world):
+                    self.listen(other)
+            except dist.DistError as e:
+                self.end(f"the store shared by the processes is gone ({e})")
+
+    def listen(self, other: int) -> None:
+        """Read the message of a process; end this one if it failed or shows no heartbeat."""
+        said, now = self.store.get(f"rank {other}").decode(), time.monotonic()
+        before, since = self.heard.get(other, ("", now))
+        since = since if said == before else now
+        self.heard[other] = said, since
+        if other == self.rank or said == "done":
+            return
+        if said.startswith("failed"):
+            self.end(f"{self.name(other)} {said}")
+        if now - since > self.timeout:
+            self.end(f"{self.name(other)} has been silent for {self.timeout} seconds")
+
+    def name(self, other: int) -> str:
+        """Rank, process id and host."""
+        return self.store.get(f"name {other}").decode()
+
+    def end(self, why: str) -> None:
+        """Print one line and exit with code 2, whatever the main thread is doing."""
+        print(f"error: {why}; fix that and pass --resume", file=sys.stderr, flush=True)
+        with contextlib.suppress(dist.DistError):
+            self.say("ended")
+        os._exit(2)  # the main thread may wait for ever
+
+    def blame(self, error: Exception) -> typing.NoReturn:
+        """After a failed collective operation: wait for the message of the process that failed."""
+        self.timeout = min(self.timeout, 5.0)
+        self.thread.join(3 * self.timeout)
+        raise UserError("WORLD_SIZE", f"the processes lost touch ({error})", "see their messages")
+
+    def close(self, error: BaseException | None) -> None:
+        """Tell the others how this process ended, and wait until they can have read it."""
+        self.over.set()
+        self.thread.join()
+        why = str(error) if isinstance(error, UserError) else repr(error)
+        until = time.monotonic() + min(self.timeout, 5.0)
+        with contextlib.suppress(dist.DistError):
+            self.say(f"failed ({why})" if error else "done")
+            while self.rank == 0 and self.others_go_on() and time.monotonic() < until:
+                time.sleep(0.02)
+
+    def others_go_on(self) -> bool:
+        """Whether any other process is still running."""
+        said = (self.store.get(f"rank {other}").decode() for other in range(1, self.world))
+        return any(text.startswith("alive") for text in said)
+
+
+class Signals:
+    """While entered, notes signals instead of dying of them: SIGTERM, SIGINT, and SIGUSR1."""
+
+    NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")  # Windows lacks the last
+
+    def __init__(self) -> None:
+        self.stop = 0  # the number of the last SIGTERM or SIGINT
+        self.saves_asked = 0  # how many SIGUSR1 have come
+        self.before: dict[int, Any] = {}
+
+    def note(self, number: int, frame: object) -> None:
+        """The handler."""
+        if number == getattr(signal, "SIGUSR1", None):
+            self.saves_asked += 1
+        else:
+            self.stop = number
+
+    def __enter__(self) -> Signals:
+        numbers = [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]
+        self.before = {number: signal.signal(number, self.note) for number in numbers}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+# -------------------------------------------------------------------------- logs and profile
+
+
+class Logger:
+    """TensorBoard, W&B and the console; silent on all ranks but the first."""
+
+    def __init__(self, folder: Path, active: bool, first_step: int, wandb: dict | None = None):
+        """`wandb` holds arguments of wandb.init, or is None to log without it."""
+        self.active, self.board, self.wandb = active, None, None
+        if not active:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        if wandb is not None:
+            self.wandb = self.start_wandb(folder, wandb)
+        self.board = SummaryWriter(str(folder), purge_step=first_step + 1)
+
+    @staticmethod
+    def start_wandb(folder: Path, arguments: dict) -> Any:
+        """A run of Weights & Biases; a UserError if it cannot start."""
+        try:
+            import wandb
+        except ModuleNotFoundError as e:
+            raise UserError("use_wandb", str(e), "pip install wandb") from None
+        try:
+            return wandb.init(dir=str(folder), **arguments)
+        except wandb.Error as e:
+            remedy = "wandb login, or set WANDB_MODE=offline"
+            raise UserError("use_wandb", str(e).split("\n")[0], remedy) from None
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        if self.active:
+            from tqdm import tqdm
+
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def record(self, values: dict[str, float], step: int) -> None:
+        """Log numbers by name."""
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(values, step=step)
+
+    def record_text(self, name: str, text: str, step: int) -> None:
+        """Log a text to TensorBoard."""
+        if self.board is not None:
+            self.board.add_text(name, text, step)
+
+    def close(self) -> None:
+        """Flush what was logged."""
+        if self.board is not None:
+            self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def plot_losses(history: dict[str, list], path: Path) -> None:
+    """Draw training and validation loss over the steps into a PNG."""
+    figure = need("matplotlib.figure").Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for name, marker in (("train", ""), ("val", "o")):
+        if history[name]:
+            axes.plot(*zip(*history[name], strict=True), label=name, marker=marker, markersize=4)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
+
+
+def profile_steps(
+    step: Callable[[], object],
+    device: torch.device,
+    trace: Path | None,
+    say: Callable[[str], object],
+) -> None:
+    """Run two steps to warm up, then three under torch.profiler: a table, and a trace file."""
+    for _ in range(2):
+        step()
+    with torch.profiler.profile() as profiler:
+        for _ in range(3):
+            step()
+    column = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    say(profiler.key_averages().table(sort_by=column, row_limit=20))
+    if trace:
+        profiler.export_chrome_trace(str(trace))
+        say(f"trace in {trace}: open it in chrome://tracing or ui.perfetto.dev")
