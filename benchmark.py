@@ -77,7 +77,7 @@ OUTPUTS = ("results.json", "results.md", *(f"{name}.png" for name in MEASURES))
 class Contestant:
     """A model behind the calls that are timed. It is built when first used.
 
-    ids are (B, L) of int64; `call` is the model or its compiled form.
+    ids are (b, l) of int64; `call` is the model or its compiled form.
     """
 
     def __init__(self, make, device: torch.device, facts: dict):
@@ -109,7 +109,7 @@ class TinyMamba(Contestant):
         return self.model.advance(ids, self.model.init_state(len(ids)), last_only=True)[1]
 
     def step(self, token: Tensor, state):
-        """The state after one token (B, 1) more, whose logits are made too."""
+        """The state after one token (b, 1) more, whose logits are made too."""
         return self.model.advance(token, state)[1]
 
 

@@ -18,11 +18,11 @@ Each format is a folder of its own below --output_dir, with config.json and the 
 With --quantize, pytorch and onnx become pytorch_int8, onnx_int4 and so on, by way of quantize.py.
 
 Every graph is a function of ids and the state's tensors to logits after the last token and the
-state's tensors: prefill takes ids (B, L) of any L >= 1, step ids (B, 1). The state begins as zeros;
+state's tensors: prefill takes ids (b, l) of any l >= 1, step ids (b, 1). The state begins as zeros;
 their shapes stand in config.json. Compiled graphs want contiguous tensors.
 
 Letters in the comments on shapes:
-    B batch      L length      V vocabulary
+    B batch      l length      v vocabulary
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Graph(nn.Module):
         self.programs: dict[str, torch.export.ExportedProgram] = {}
 
     def prefill(self, ids: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """ids (B, L) and those of ModelState.tensors() -> logits (B, V) and the same after it."""
+        """ids (b, l) and those of ModelState.tensors() -> logits (b, v) and the same after it."""
         per_layer = len(LayerState._fields)
         layers = [
             LayerState(*tensors[i : i + per_layer]) for i in range(0, len(tensors) - 2, per_layer)
@@ -120,7 +120,7 @@ def examples(graph: Graph, args) -> dict[str, tuple[Tensor, ...]]:
 
 
 def random_ids(graph: Graph, batch: int, length: int, seed: int = 0) -> Tensor:
-    """(B, L), the same ones for the same arguments."""
+    """(b, l), the same ones for the same arguments."""
     ids = torch.randint(
         0, graph.model.config.vocab_size, (batch, length), generator=torch.manual_seed(seed)
     )
@@ -251,7 +251,7 @@ class OnnxEmbedding(nn.Module):
         self.register_buffer("scale", head.scales[:, :1])
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids (B, L) -> (B, L, D)."""
+        """ids (b, l) -> (b, l, d)."""
         return ((self.rows[ids].float() - 128) * self.scale[ids])[..., : self.width]
 
 
@@ -394,7 +394,7 @@ class Runner:
 
     @torch.no_grad()
     def advance(self, ids: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """ids (B, L) -> logits (B, V) after the last, and the state."""
+        """ids (b, l) -> logits (b, v) after the last, and the state."""
         graph = self.step if ids.shape[1] == 1 else self.prefill
         # Compiled graphs take the layout of memory for granted.
         inputs = (t.to(self.device).contiguous() for t in (ids, *state))

@@ -153,14 +153,14 @@ def read_cache(cache: Cache, model: TinyMambaModel, batch: int, more: int = 0) -
         )
     if not cache.has_previous_state(0):
         return model.init_state(batch)
-    where = cache.get_conv_state(0, WHERE).squeeze(-1)  # (B, 2)
+    where = cache.get_conv_state(0, WHERE).squeeze(-1)  # (b, 2)
     if where.shape[0] != batch:
         raise ValueError(f"past_key_values: is of {where.shape[0]} texts, the input of {batch}")
     layers = []
     for i in range(len(model.blocks)):
-        tail = cache.get_conv_state(i, CONV)[:, :, : K - 1].mT  # (B, K-1, D)
-        phase = cache.get_conv_state(i, PHASE).squeeze(-1)  # (B, N/2)
-        ssm = cache.get_recurrent_state(i)  # (B, H, P, N)
+        tail = cache.get_conv_state(i, CONV)[:, :, : K - 1].mT  # (b, k-1, d)
+        phase = cache.get_conv_state(i, PHASE).squeeze(-1)  # (b, n/2)
+        ssm = cache.get_recurrent_state(i)  # (b, h, p, n)
         keys, values = (
             last_keys(t, cache.get_seq_length(i), W - 1)
             for t in (cache.layers[i].keys, cache.layers[i].values)
@@ -170,7 +170,7 @@ def read_cache(cache: Cache, model: TinyMambaModel, batch: int, more: int = 0) -
 
 
 def last_keys(cached: Tensor, read: int, count: int) -> Tensor:
-    """The last `count` of cached (B, A, M, F) after `read` tokens; what is before them is hidden.
+    """The last `count` of cached (b, a, m, f) after `read` tokens; what is before them is hidden.
 
     A static cache has places that are still empty behind those that were filled.
     """
@@ -183,9 +183,9 @@ def last_keys(cached: Tensor, read: int, count: int) -> Tensor:
 
 def write_cache(cache: Cache, state: ModelState, length: int, padded: bool) -> None:
     """Give `cache` the state after `length` more tokens."""
-    where = torch.stack((state.position, state.document_start), dim=1)[..., None]  # (B, 2, 1)
+    where = torch.stack((state.position, state.document_start), dim=1)[..., None]  # (b, 2, 1)
     for i, layer in enumerate(state.layers):
-        tail = layer.conv.mT  # (B, D, K-1)
+        tail = layer.conv.mT  # (b, d, k-1)
         cache.update_conv_state(tail if tail.shape[2] else F.pad(tail, (1, 0)), i, CONV)
         cache.update_conv_state(layer.phase[..., None], i, PHASE)
         cache.update_conv_state(where, i, WHERE)
@@ -194,8 +194,8 @@ def write_cache(cache: Cache, state: ModelState, length: int, padded: bool) -> N
 
 
 def write_keys(cache: Cache, layer: LayerState, i: int, length: int, padded: bool) -> None:
-    """Append the keys and values of `length` tokens, of which only the last W-1 are there."""
-    tails = layer.keys, layer.values  # (B, A, W-1, F)
+    """Append the keys and values of `length` tokens, of which only the last w-1 are there."""
+    tails = layer.keys, layer.values  # (b, a, w-1, f)
     count = tails[0].shape[2]
     if length > count:
         tails = tuple(F.pad(t, (0, 0, length - count, 0)) for t in tails)
@@ -223,7 +223,7 @@ HUB_ARGUMENTS = (
 class Recorder:
     """Takes down what the blocks are given and, if asked to, how their attention weighs.
 
-    Weights are (B, A, L, keys), with the keys of the last W-1 tokens before the piece first, as far
+    Weights are (b, a, l, keys), with the keys of the last w-1 tokens before the piece first, as far
     as there were any.
     """
 
@@ -266,12 +266,12 @@ class Recorder:
         return self.reorder(given, self.order) @ values[:, :, cached - self.past :]
 
     def reorder(self, weights: Tensor, order: Tensor | None) -> Tensor:
-        """Rows, and columns but for those of the past, of (B, A, L, past+L) in another order."""
+        """Rows, and columns but for those of the past, of (b, a, l, past+l) in another order."""
         if order is None:
             return weights
         past = torch.arange(self.past, device=order.device).expand(len(order), -1)
         columns = torch.cat((past, order + self.past), dim=1)
-        rows = take_tokens(weights.transpose(1, 2), order)  # (B, L, A, past+L)
+        rows = take_tokens(weights.transpose(1, 2), order)  # (b, l, a, past+l)
         return take_tokens(rows.transpose(1, 3), columns).permute(0, 2, 3, 1)
 
 
@@ -303,7 +303,7 @@ class TinyMambaHFBackbone(TinyMambaModel):
         output_hidden_states: bool = False,
         **ignored,
     ) -> BaseModelOutputWithPast:
-        """As TinyMambaHFModel.forward; gives last_hidden_state (B, L, D)."""
+        """As TinyMambaHFModel.forward; gives last_hidden_state (b, l, d)."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: pass exactly one of them")
         if inputs_embeds is not None and self.config.document_mask:
@@ -456,7 +456,7 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
     def create_masks_for_generate(
         config, inputs_embeds, attention_mask, past_key_values=None, **kwargs
     ):
-        """The padding among the tokens to be read, (B, L) or None: blocks need no other mask."""
+        """The padding among the tokens to be read, (b, l) or None: blocks need no other mask."""
         return this_piece(attention_mask, *inputs_embeds.shape[:2])
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args) -> None:
@@ -482,12 +482,12 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """input_ids (B, L) or inputs_embeds (B, L, D) -> logits (B, L, V).
+        """input_ids (b, l) or inputs_embeds (b, l, d) -> logits (b, l, v).
 
-        attention_mask (B, L), or with the tokens in past_key_values before them, is 0 at padding.
-        position_ids (B, L) that do not go up by one from a token to the next begin a new document
+        attention_mask (b, l), or with the tokens in past_key_values before them, is 0 at padding.
+        position_ids (b, l) that do not go up by one from a token to the next begin a new document
         there, which sees nothing of the one before. In a compiled step of one token, neither is
-        looked at: the token is of the text. labels (B, L) are shifted here; kwargs go to
+        looked at: the token is of the text. labels (b, l) are shifted here; kwargs go to
         the loss. logits_to_keep is how many of the last logits to make, or which.
         """
         if use_cache is None:
@@ -547,7 +547,7 @@ def this_piece(attention_mask: Tensor | None, batch: int, length: int) -> Tensor
 
 
 def part_documents(position_ids: Tensor | None, padding: Tensor | None, state: ModelState | None):
-    """Where positions start anew: tokens (B, L) after which they do, or None; the state, parted.
+    """Where positions start anew: tokens (b, l) after which they do, or None; the state, parted.
 
     A piece that begins with position 0 begins a document, whatever was read before.
     """
@@ -557,7 +557,7 @@ def part_documents(position_ids: Tensor | None, padding: Tensor | None, state: M
     if padding is not None:
         order, back, lengths = padding_last(padding)
         places = position_ids.expand_as(order).gather(1, order)
-    jumps = places[:, 1:] != places[:, :-1] + 1  # (B, L-1)
+    jumps = places[:, 1:] != places[:, :-1] + 1  # (b, l-1)
     if padding is not None:
         index = torch.arange(1, order.shape[1], device=order.device)
         jumps = jumps & (index < lengths[:, None])

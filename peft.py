@@ -168,7 +168,7 @@ class LoRALinear(AdapterSlot):
         return self.base_layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, ..., in) -> (B, ..., out)."""
+        """x (b, ..., in) -> (b, ..., out)."""
         y = self.base_layer(x)
         for adapter, rows in self.serving():
             if rows == slice(None):
@@ -239,7 +239,7 @@ class Prefix(nn.Module):
         self.values = nn.Parameter(torch.zeros(heads, config.prefix_length, width))
 
     def forward(self, q: Tensor) -> Tensor:
-        """q (B, A, L, F), before RoPE -> (B, A, L, F)."""
+        """q (b, a, l, f), before RoPE -> (b, a, l, f)."""
         keys, values = (t.to(q.dtype) for t in (self.keys, self.values))
         return (q @ keys.mT * q.shape[-1] ** -0.5).softmax(-1).to(q.dtype) @ values
 
@@ -264,8 +264,8 @@ class FirstState(nn.Module):
     def __init__(self, model: TinyMambaModel):
         super().__init__()
         layers = model.init_state(1).layers
-        self.conv = nn.Parameter(torch.stack([layer.conv[0] for layer in layers]))  # (n, K-1, D)
-        self.ssm = nn.Parameter(torch.stack([layer.ssm[0] for layer in layers]))  # (n, H, P, N)
+        self.conv = nn.Parameter(torch.stack([layer.conv[0] for layer in layers]))  # (n, k-1, d)
+        self.ssm = nn.Parameter(torch.stack([layer.ssm[0] for layer in layers]))  # (n, h, p, n)
 
 
 class StateOffset(nn.Module):
@@ -276,7 +276,7 @@ class StateOffset(nn.Module):
         self.offset = nn.Parameter(torch.zeros(heads, width, d_state))
 
     def forward(self, C: Tensor) -> Tensor:
-        """C (B, L, N), before it turns -> (B, L, H, P)."""
+        """C (b, l, n), before it turns -> (b, l, h, p)."""
         return torch.einsum("bln,hpn->blhp", C, self.offset.to(C.dtype))
 
 

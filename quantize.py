@@ -144,7 +144,7 @@ def quantize_model(
 ) -> TinyMambaModel:
     """A new model of quantized layers; the given one stays as it is.
 
-    calibration: ids (rows, L) for GPTQ; None rounds to the nearest. `layers`: other layers than
+    calibration: ids (rows, l) for GPTQ; None rounds to the nearest. `layers`: other layers than
     the usual ones, with their bits.
     """
     layers = layer_bits(model, bits) if layers is None else layers
@@ -285,7 +285,7 @@ def refuse_unfit(model: TinyMambaModel, layers: dict[str, int], mode: str, size:
 
 @torch.no_grad()
 def mean_loss(model: TinyMambaModel, ids: Tensor) -> float:
-    """Nats a token over rows of ids (rows, L)."""
+    """Nats a token over rows of ids (rows, l)."""
     total = sum(
         model.loss(part[:, :-1], part[:, 1:]).item() * len(part) for part in ids.split(ROWS)
     )
@@ -334,7 +334,7 @@ def parts_of(model: TinyMambaModel) -> tuple[dict[str, list[str]], dict[str, lis
 
 
 def report(model: TinyMambaModel, bits: int, mode: str, size: int, ids: Tensor) -> Iterator[dict]:
-    """For each part of the model alone, what quantizing it costs on ids (rows, L)."""
+    """For each part of the model alone, what quantizing it costs on ids (rows, l)."""
     refuse_unfit(model, layer_bits(model, bits), mode, size)
     base = mean_loss(model, ids)
     linear, other = parts_of(model)

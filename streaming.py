@@ -129,7 +129,7 @@ class StreamingConfig:
 
 
 def probabilities(logits: np.ndarray, recent, config: StreamingConfig) -> np.ndarray:
-    """What the next token is drawn from: logits (V,) -> float64 (V,) of sum 1.
+    """What the next token is drawn from: logits (v,) -> float64 (v,) of sum 1.
 
     In this order, as in transformers: bias, penalty of what is `recent` (Keskar et al., arXiv
     1909.05858, section 4.1), temperature, top-k, top-p (Holtzman et al., arXiv 1904.09751), min-p
@@ -165,7 +165,7 @@ def probabilities(logits: np.ndarray, recent, config: StreamingConfig) -> np.nda
 
 
 def draw(p: np.ndarray, seed: int, position: int) -> int:
-    """An id by probabilities (V,): a pure function of them, the seed and the place in the text."""
+    """An id by probabilities (v,): a pure function of them, the seed and the place in the text."""
     digest = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=8).digest()
     share = (int.from_bytes(digest, "big") >> 11) / 2**53  # uniform in [0, 1)
     total = np.cumsum(p)
@@ -254,7 +254,7 @@ class Snapshot(NamedTuple):
     """A session at one instant. It is never changed, so that as many may share it as like."""
 
     state: ModelState  # of one row
-    logits: np.ndarray | None  # (V,) float32, of the token after the state; None before any token
+    logits: np.ndarray | None  # (v,) float32, of the token after the state; None before any token
     recent: tuple[int, ...]  # the last REMEMBERED tokens
     unread: tuple[int, ...]  # tokens that the state has yet to read
 
@@ -314,27 +314,27 @@ class Decoder:
         adapters: list[str | None],
         asked: tuple[list[int], int] | None = None,
     ):
-        """ids (B, L) -> logits (B, V) of the last column, its gates (n_layer, B, 3), new state.
+        """ids (b, l) -> logits (b, v) of the last column, its gates (n_layer, b, 3), new state.
 
-        `adapters`: the one of each row. `asked`: ids (at most L) that follow the first, second, ...
+        `adapters`: the one of each row. `asked`: ids (at most l) that follow the first, second, ...
         of a single row, and how many alternatives to name with each; they come last, as tokens.
         """
         run = self.one_token if len(ids[0]) == 1 else self.model.run
         with self.reading:
             self.let_serve(adapters)
             hidden, state, gates = run(torch.tensor(ids, device=self.device), state)
-        logits = self.model.head(hidden[:, -1]).float()  # (B, V)
+        logits = self.model.head(hidden[:, -1]).float()  # (b, v)
         if len(ids[0]) > 1:
             state = state.clone()  # of a long piece, it is a small view
         scores = self.score(hidden[0], *asked) if asked else []
         return logits.cpu().numpy(), gates[:, :, -1].float().cpu().numpy(), state, scores
 
     def score(self, hidden: Tensor, ids: list[int], count: int) -> list[Token]:
-        """What the model makes of ids after each of hidden (L, D), in parts: V may be large."""
+        """What the model makes of ids after each of hidden (l, d), in parts: v may be large."""
         scores = []
         for at in range(0, len(ids), 64):
             part = ids[at : at + 64]
-            logits = self.model.head(hidden[at : at + len(part)]).float().cpu().numpy()  # (64, V)
+            logits = self.model.head(hidden[at : at + len(part)]).float().cpu().numpy()  # (64, v)
             scores += [
                 Token(i, *likelihoods(row, i, count), None)
                 for row, i in zip(logits, part, strict=True)
@@ -543,7 +543,7 @@ class Answer:
             self.begin(logits[0], gates[:, 0])
 
     def begin(self, logits: np.ndarray, gates: np.ndarray | None) -> None:
-        """The prompt is read: logits (V,) are of the first token."""
+        """The prompt is read: logits (v,) are of the first token."""
         self.start = self.start._replace(state=self.state, logits=logits, unread=())
         self.logits = logits
         if self.config.max_new_tokens == 0:
@@ -552,7 +552,7 @@ class Answer:
             self.draw(logits, gates)
 
     def draw(self, logits: np.ndarray, gates: np.ndarray | None) -> None:
-        """Take the next token by its logits (V,)."""
+        """Take the next token by its logits (v,)."""
         c = self.config
         window = self.recent[len(self.recent) - min(len(self.recent), c.repetition_window) :]
         self.logits, self.last = logits, None
@@ -701,7 +701,7 @@ class Answer:
 
 
 def likelihoods(logits: np.ndarray, token: int, count: int | None):
-    """The logprob of a token and the `count` likeliest ids with theirs, from logits (V,)."""
+    """The logprob of a token and the `count` likeliest ids with theirs, from logits (v,)."""
     if count is None:
         return None, []
     x = logits.astype(np.float64)

@@ -15,9 +15,9 @@ Parameters and operations come in the order of the script that made the first 36
 machine and libraries the first 20 losses were the same bits.
 
 Letters in the comments on shapes:
-    B batch      L length        D d_model             E inner, the SSM's width
-    H SSM heads  P SSM head width (E = H * P)          N d_state     K width of a convolution
-    A attention heads            F attention head width (D = A * F)  V vocabulary
+    B batch      l length        D d_model             e inner, the SSM's width
+    h SSM heads  p SSM head width (e = h * p)          n d_state     k width of a convolution
+    A attention heads            F attention head width (D = A * F)  v vocabulary
 """
 
 import argparse
@@ -83,8 +83,8 @@ class Settings:
     rank: int = 0  # of the branches' matrices, as products of two; 0 is full rank
 
     # Convolution
-    block_conv: int = 4  # width K of the residual convolution on the block's input; 0 is none
-    ssm_conv: int = 0  # width K of Mamba-2's convolution over x, B, C; 0 is none
+    block_conv: int = 4  # width k of the residual convolution on the block's input; 0 is none
+    ssm_conv: int = 0  # width k of Mamba-2's convolution over x, B, C; 0 is none
 
     # State space
     ssm_silu: bool = False  # SiLU on x, B, C
@@ -106,9 +106,9 @@ class Settings:
     # Size
     d_model: int = 128  # D
     n_layer: int = 3  # blocks
-    inner: int = 256  # E
-    ssm_head_dim: int = 64  # P
-    d_state: int = 16  # N
+    inner: int = 256  # e
+    ssm_head_dim: int = 64  # p
+    d_state: int = 16  # n
     num_heads: int = 2  # A
     window_size: int = 64  # a token attends to itself and window_size-1 tokens before it
     hidden: int = 0  # width of the MLP; 0 takes what gives `parameters`, in steps of 8
@@ -124,7 +124,7 @@ class Settings:
     warmup: int = 100  # steps
     steps: int = 2000
     batch_size: int = 12  # blocks of a step
-    block_size: int = 64  # L in training and validation
+    block_size: int = 64  # l in training and validation
 
     def validate(self) -> "Settings":
         """Refuse what cannot be built with a UserError; return self."""
@@ -239,9 +239,9 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def causal_conv(x: Tensor, weight: Tensor) -> Tensor:
-    """Depthwise: x (B, L, D), weight (D, K), the last column for the token itself."""
+    """Depthwise: x (b, l, d), weight (d, k), the last column for the token itself."""
     length, width = x.shape[1], weight.shape[1]
-    padded = F.pad(x, (0, 0, width - 1, 0))  # (B, K-1+L, D)
+    padded = F.pad(x, (0, 0, width - 1, 0))  # (b, k-1+l, d)
     return sum(padded[:, i : i + length] * weight[:, i] for i in range(width))
 
 
@@ -262,7 +262,7 @@ def linear(d_in: int, d_out: int, s: Settings) -> nn.Module:
 
 
 class SSM(nn.Module):
-    """Mamba-2's branch (arXiv 2405.21060) as one L x L matrix product, and its rivals."""
+    """Mamba-2's branch (arXiv 2405.21060) as one l x l matrix product, and its rivals."""
 
     def __init__(self, s: Settings):
         super().__init__()
@@ -292,23 +292,23 @@ class SSM(nn.Module):
         self.out_proj = linear(s.inner, s.d_model, s)
 
     def forward(self, u: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
+        """(b, l, d) -> (b, l, d)."""
         s = self.s
         x, b, c = self.inputs(u)
-        dt = F.softplus(self.dt_proj(u) + self.dt_bias)  # (B, L, H)
+        dt = F.softplus(self.dt_proj(u) + self.dt_bias)  # (b, l, h)
         log_decay = -self.A_log.exp() * dt
         if s.rot != "none":
-            angle = self.angles(u)[:, :, None]  # (B, L, 1, N/2)
+            angle = self.angles(u)[:, :, None]  # (b, l, 1, n/2)
             cos, sin = angle.cos(), angle.sin()
             b, c = turn(b, cos, sin), turn(c, cos, sin)
         if s.delta:
             b, c = F.normalize(b, dim=-1), F.normalize(c, dim=-1)
-        total = log_decay.cumsum(1).transpose(1, 2)  # (B, H, L)
-        between = (total[..., :, None] - total[..., None, :]).clamp(max=0)  # (B, H, L, L)
+        total = log_decay.cumsum(1).transpose(1, 2)  # (b, h, l)
+        between = (total[..., :, None] - total[..., None, :]).clamp(max=0)  # (b, h, l, l)
         decay = between.masked_fill(~lower_triangle(u.shape[1]), -math.inf).exp()
-        x, b, c = (t.transpose(1, 2) for t in (x, b, c))  # (B, H, L, P), (B, 1, L, N)
+        x, b, c = (t.transpose(1, 2) for t in (x, b, c))  # (b, h, l, p), (b, 1, l, n)
         mix = self.delta_rule if s.delta else self.trapezoid if s.trapezoid else self.euler
-        y = mix(u, x, b, c, dt, decay).transpose(1, 2).flatten(2)  # (B, L, E)
+        y = mix(u, x, b, c, dt, decay).transpose(1, 2).flatten(2)  # (b, l, e)
         if s.z_gate:
             y = y * F.silu(self.z_proj(u))
         if s.ssm_norm or not s.z_gate:
@@ -316,7 +316,7 @@ class SSM(nn.Module):
         return self.out_proj(y)
 
     def inputs(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, L, H, P), B and C (B, L, 1, N)."""
+        """x (b, l, h, p), B and C (b, l, 1, n)."""
         s = self.s
         xbc = torch.cat((self.x_proj(u), self.bc_proj(u)), -1)
         if s.ssm_conv:
@@ -332,7 +332,7 @@ class SSM(nn.Module):
         return x.unflatten(2, (self.heads, -1)), b, c
 
     def angles(self, u: Tensor) -> Tensor:
-        """By how much the state has turned since the first token: (B, L, N/2)."""
+        """By how much the state has turned since the first token: (b, l, n/2)."""
         raw = self.angle_proj(u)
         if self.s.angle_float32:
             raw = raw.float()
@@ -346,25 +346,25 @@ class SSM(nn.Module):
 
     def euler(self, u, x, b, c, dt, decay) -> Tensor:
         """h_t = a_t h_{t-1} + dt_t x_t B_t: the step of Mamba-2."""
-        write = dt.transpose(1, 2)[..., None]  # (B, H, L, 1)
+        write = dt.transpose(1, 2)[..., None]  # (b, h, l, 1)
         return (c @ b.mT * decay) @ (write * x) + self.D[:, None, None] * x
 
     def trapezoid(self, u, x, b, c, dt, decay) -> Tensor:
         """h_t = a_t h_{t-1} + (1 - s_t) dt_t a_t x_{t-1} B_{t-1} + s_t dt_t x_t B_t."""
-        read = c @ b.mT  # (B, 1, L, L)
-        share = torch.sigmoid(self.share_proj(u))  # (B, L, H)
+        read = c @ b.mT  # (b, 1, l, l)
+        share = torch.sigmoid(self.share_proj(u))  # (b, l, h)
         later = F.pad(((1 - share) * dt)[:, 1:], (0, 0, 0, 1))  # written one token later
-        write = (share * dt + later).transpose(1, 2)[..., None]  # (B, H, L, 1)
+        write = (share * dt + later).transpose(1, 2)[..., None]  # (b, h, l, 1)
         later = later.transpose(1, 2)[..., None]
-        itself = (c * b).sum(-1, keepdim=True)  # (B, 1, L, 1)
+        itself = (c * b).sum(-1, keepdim=True)  # (b, 1, l, 1)
         return (read * decay) @ (write * x) + (self.D[:, None, None] - later * itself) * x
 
     def delta_rule(self, u, x, b, c, dt, decay) -> Tensor:
         """h_t = a_t h_{t-1} (1 - beta_t B_t B_t^T) + beta_t x_t B_t, beta from 0 to 2."""
-        read = c @ b.mT  # (B, 1, L, L)
-        beta = (2 * torch.sigmoid(self.beta_proj(u))).transpose(1, 2)[..., None]  # (B, H, L, 1)
-        system = torch.eye(u.shape[1]) + (beta * (b @ b.mT) * decay).tril(-1)  # (B, H, L, L)
-        written = torch.linalg.solve_triangular(system, beta * x, upper=False)  # (B, H, L, P)
+        read = c @ b.mT  # (b, 1, l, l)
+        beta = (2 * torch.sigmoid(self.beta_proj(u))).transpose(1, 2)[..., None]  # (b, h, l, 1)
+        system = torch.eye(u.shape[1]) + (beta * (b @ b.mT) * decay).tril(-1)  # (b, h, l, l)
+        written = torch.linalg.solve_triangular(system, beta * x, upper=False)  # (b, h, l, p)
         return (read * decay) @ written + self.D[:, None, None] * x
 
 
@@ -378,7 +378,7 @@ class Attention(nn.Module):
             linear(s.d_model, s.d_model, s) for _ in range(4)
         )
         frequency = 10000.0 ** (-torch.arange(0, width, 2) / width)
-        angle = torch.arange(length)[:, None] * frequency  # (L, F/2)
+        angle = torch.arange(length)[:, None] * frequency  # (l, f/2)
         self.cos, self.sin = angle.cos(), angle.sin()
         seen = lower_triangle(length) & ~lower_triangle(length).tril(-s.window_size)
         self.mask = torch.zeros(length, length).masked_fill(~seen, -math.inf)
@@ -395,7 +395,7 @@ class Attention(nn.Module):
             self.value_embedding = nn.Embedding(V, s.d_model)
 
     def forward(self, u: Tensor, values: list[Tensor], ids: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D); `values` takes the first block's values to the later ones."""
+        """(b, l, d) -> (b, l, d); `values` takes the first block's values to the later ones."""
         s = self.s
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (p(u).unflatten(2, (s.num_heads, -1)).transpose(1, 2) for p in projections)
@@ -407,14 +407,14 @@ class Attention(nn.Module):
             values.append(v)
         if s.qk_norm:
             q, k = rms(q, self.q_norm), rms(k, self.k_norm)
-        q, k = (turn(t, self.cos, self.sin) for t in (q, k))  # (B, A, L, F)
-        scores = q @ k.mT * q.shape[-1] ** -0.5 + self.mask  # (B, A, L, L)
+        q, k = (turn(t, self.cos, self.sin) for t in (q, k))  # (b, a, l, f)
+        scores = q @ k.mT * q.shape[-1] ** -0.5 + self.mask  # (b, a, l, l)
         if s.sink:
             nothing = self.sink.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
             share = torch.cat((scores, nothing), -1).softmax(-1)[..., :-1]
         else:
             share = scores.softmax(-1)
-        y = share @ v  # (B, A, L, F)
+        y = share @ v  # (b, a, l, f)
         if s.head_gate:
             y = y * 2 * torch.sigmoid(self.head_gate(u)).transpose(1, 2)[..., None]
         return self.out_proj(y.transpose(1, 2).flatten(2))
@@ -435,7 +435,7 @@ class MLP(nn.Module):
 
 
 def branch_weights(logits: Tensor, gate: str) -> Tensor:
-    """(B, L, 3) -> (B, L, 3)."""
+    """(b, l, 3) -> (b, l, 3)."""
     if gate == "sigmoid":
         return 2 * logits.sigmoid()
     if gate == "sparsemax":
@@ -470,7 +470,7 @@ class Block(nn.Module):
             self.conv = uniform(len(self.groups), s.d_model, s.block_conv, bound=bound)
 
     def forward(self, x: Tensor, embedded: Tensor, values: list[Tensor], ids: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
+        """(b, l, d) -> (b, l, d)."""
         s = self.s
         if s.x0:
             x = self.stream_mix[0] * x + self.stream_mix[1] * embedded
@@ -492,7 +492,7 @@ class Block(nn.Module):
         return v + causal_conv(v, self.conv[place]) if self.s.block_conv else v
 
     def weights(self, u: Tensor) -> list:
-        """What each branch's output is multiplied by: three numbers, or three of (B, L, 1)."""
+        """What each branch's output is multiplied by: three numbers, or three of (b, l, 1)."""
         if self.s.gate == "none":
             return [1.0, 1.0, 1.0]
         weights = branch_weights(self.gate(u), self.s.gate) * self.s.gate_scale
@@ -542,7 +542,7 @@ class Model(nn.Module):
                 nn.init.zeros_(block.gate.weight)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(B, L) -> (B, L, V)."""
+        """(b, l) -> (b, l, v)."""
         x = self.embedding(ids)
         if self.s.bigrams:
             pairs = V * F.pad(ids[:, :-1], (1, 0)) + ids
@@ -676,7 +676,7 @@ def train(model: nn.Module, data: Tensor, s: Settings, seed: int) -> list[float]
     model.train()
     for step in range(s.steps):
         begin = torch.randint(len(data) - s.block_size - 1, (s.batch_size, 1), generator=random)
-        window = data[begin + torch.arange(s.block_size + 1)]  # (B, L+1)
+        window = data[begin + torch.arange(s.block_size + 1)]  # (b, l+1)
         for group, peak in zip(every, peaks, strict=True):
             group["lr"] = peak * rate(step, s)
         with torch.autocast("cpu", torch.bfloat16):

@@ -92,7 +92,7 @@ def build(task: str, name: str) -> torch.nn.Module:
 
 
 def logits_of(model, ids: torch.Tensor) -> torch.Tensor:
-    """(B, L) -> (B, L, V), float32."""
+    """(b, l) -> (b, l, v), float32."""
     with torch.autocast("cpu", torch.bfloat16):
         out = model(ids)
     return (out if isinstance(out, torch.Tensor) else out.logits).float()

@@ -39,8 +39,8 @@ def mambapy(x, dt, A, B, C, D) -> Tensor:
     pscan = need("mambapy.pscan").pscan
     P = x.shape[-1]
     dt, A, D = dt.repeat_interleave(P, 2), A.repeat_interleave(P), D.repeat_interleave(P)
-    flat = x.flatten(2)  # (B, L, E)
-    decay = torch.exp(dt * A)[..., None].expand(*dt.shape, B.shape[-1])  # (B, L, E, N)
+    flat = x.flatten(2)  # (b, l, e)
+    decay = torch.exp(dt * A)[..., None].expand(*dt.shape, B.shape[-1])  # (b, l, e, n)
     written = dt[..., None] * B[:, :, None] * flat[..., None]
     y = (pscan(decay, written) @ C.to(written.dtype)[..., None]).squeeze(3) + D * flat
     return y.unflatten(2, x.shape[2:])
@@ -50,7 +50,7 @@ SCANS = {"ours": ours, "mamba2": mamba2, "mambapy": mambapy}
 
 
 def draw(args, batch: int, length: int) -> list[Tensor]:
-    """x (B, L, H, P), dt (B, L, H), A (H,), B and C (B, L, N), D (H,), as leaves of a graph."""
+    """x (b, l, h, p), dt (b, l, h), A (h,), B and C (b, l, n), D (h,), as leaves of a graph."""
     g = torch.Generator().manual_seed(0)
     H, P, N = args.heads, args.head_dim, args.d_state
 

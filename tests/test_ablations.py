@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, assert_refused, run_script
+from helpers import ROOT, assert_refused, run_script
 
 from tinymamba.cli import UserError
 
@@ -62,7 +62,7 @@ def test_a_step_is_finite_and_no_output_knows_later_bytes(changes):
     ids = torch.randint(256, (2, 12))
     other = torch.cat((ids[:, :7], (ids[:, 7:] + 1) % 256), 1)
     with torch.no_grad():
-        change = (model(ids) - model(other)).abs().amax((0, 2))  # (L,)
+        change = (model(ids) - model(other)).abs().amax((0, 2))  # (l,)
     assert change[:7].max() < 1e-4 < 1e-2 < change[7:].min()
 
 
@@ -80,7 +80,7 @@ def test_the_matrix_form_is_the_recurrence(step):
 
     state, last, outputs = torch.zeros(2, 2, 8, 4), torch.zeros(2, 2, 8, 4), []
     for t in range(9):
-        write = x[:, :, t, :, None] * b[:, :, t, None]  # (B, H, P, N)
+        write = x[:, :, t, :, None] * b[:, :, t, None]  # (b, h, p, n)
         a, step_size = log_decay[:, t, :, None, None].exp(), dt[:, t, :, None, None]
         if step == "euler":
             state = a * state + step_size * write

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_refused, files_below, flags, run_script, tiny_config, write_tokens
+from helpers import assert_refused, files_below, flags, run_script, tiny_config, write_tokens
 
 import benchmark
 from testv2 import PRESETS, Config, TinyMambaModel, load_model

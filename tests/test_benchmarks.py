@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_refused, run_script, tiny_config
+from helpers import ROOT, assert_refused, run_script, tiny_config
 
 sys.path.append(str(ROOT / "benchmarks"))  # behind the root: some names are in both
 import finetune  # noqa: E402

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import (
+from helpers import (
     EOS,
     GATES,
     Census,
@@ -70,7 +70,7 @@ def angle_by_hand(a):
 def ssm_by_hand(ssm, u, past, begins):
     """Token by token, with a state of complex numbers that every token turns and nothing else.
 
-    begins (B, L) tells where a document begins. Our states are kept as if never turned.
+    begins (b, l) tells where a document begins. Our states are kept as if never turned.
     """
     z, x, B, C, dt = ssm.in_proj(u).split(ssm.sizes, dim=-1)
     angle = ssm.angle_proj(u)
@@ -330,7 +330,7 @@ def test_a_fresh_document_does_not_depend_on_the_phase_at_its_begin():
 
 
 def conv_by_hand(weight, u, tail, starts):
-    """u plus its K last values, tap by tap; a tap before `starts` is zero."""
+    """u plus its k last values, tap by tap; a tap before `starts` is zero."""
     (batch, L, _), K = u.shape, weight.shape[1]
     rows = []
     for b, t in itertools.product(range(batch), range(L)):
@@ -405,7 +405,7 @@ def naive_attention(attention, u, W, theta=10000.0):
     t = torch.arange(L)
     angles = t[:, None] * theta ** (-torch.arange(0, width, 2) / width)
     turn = torch.polar(torch.ones_like(angles), angles)
-    q, k = (torch.complex(*x.chunk(2, -1)) * turn for x in (q, k))  # (B, A, L, F/2)
+    q, k = (torch.complex(*x.chunk(2, -1)) * turn for x in (q, k))  # (b, a, l, f/2)
     scores = (q[..., :, None, :] * k[..., None, :, :].conj()).real.sum(-1) * width**-0.5
     gap = t[:, None] - t
     scores = scores.masked_fill((gap < 0) | (gap >= W), -math.inf)
@@ -429,7 +429,7 @@ def test_attention_equals_a_full_softmax_with_a_band_mask(L, W, fused):
 
 
 def dense_attention(q, keys, values, W, starts):
-    """Softmax over all keys, those of position -W to L-1, where a band and the document allow."""
+    """Softmax over all keys, those of position -w to l-1, where a band and the document allow."""
     token, key = torch.arange(q.shape[2])[:, None], torch.arange(-W, q.shape[2])
     visible = (key <= token) & (key > token - W) & (key >= starts[:, None, :, None])
     scores = (q @ keys.mT) * q.shape[-1] ** -0.5

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, free_port
+from helpers import ROOT, free_port
 from test_package import COMMANDS, build
 
 from setup import package_files

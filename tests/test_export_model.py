@@ -13,7 +13,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
-from conftest import (
+from helpers import (
     DOCUMENTS,
     ROOT,
     assert_refused,

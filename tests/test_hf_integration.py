@@ -16,7 +16,7 @@ import openai
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
+from helpers import (
     DOCUMENTS,
     EOS,
     GATES,

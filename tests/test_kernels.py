@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Census, close
+from helpers import Census, close
 
 from testv2 import selective_scan
 from tinymamba.kernels import ChunkedScan
@@ -285,7 +285,7 @@ def test_scan_does_not_mix_state_channels(method):
     bumped = state.clone()
     bumped[1, 0, 3, 2] += 1.0  # row 1, head 0, channel 3, state 2
     (y, end), (y2, end2) = (selective_scan(*inputs, s, None, method, 16) for s in (state, bumped))
-    moved = (y != y2).any(1)  # (B, H, P)
+    moved = (y != y2).any(1)  # (b, h, p)
     assert moved.nonzero().tolist() == [[1, 0, 3]]
     assert (end != end2).nonzero().tolist() in ([], [[1, 0, 3, 2]])
     x2 = inputs[0].clone()

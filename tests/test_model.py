@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
+from helpers import (
     DOCUMENTS,
     EOS,
     GATES,
@@ -57,7 +57,7 @@ def prefilled(model, ids):
 
 @st.composite
 def texts_in_pieces(draw):
-    """SequenceContext sizes, and ids (2, L) with EOS in random and in awkward places."""
+    """SequenceContext sizes, and ids (2, l) with EOS in random and in awkward places."""
     sizes = draw(st.lists(st.sampled_from([0, 1, 1, 2, 3, 7, 8, 9, 17, 33]), min_size=1))
     sizes = [*sizes[:7], draw(st.integers(1, 20))]
     ends = [end - 1 for end in itertools.accumulate(sizes) if end]
@@ -168,7 +168,7 @@ def test_gradients_flow_through_a_split_as_through_one_pass():
 
 
 def padding(kind, rows, L):
-    """attention_mask (rows, L), different in each row; every row has a real token."""
+    """attention_mask (rows, l), different in each row; every row has a real token."""
     index, count = torch.arange(L), torch.arange(rows)[:, None] * 5 + 2
     if kind == "left":
         return (index >= count).long()
@@ -706,7 +706,7 @@ def test_low_rank_covers_every_projection_of_the_branches():
         kinds = [type(m) for m in branch.children() if isinstance(m, LowRankProjection)]
         assert len(kinds) == 2
         full = [name for name, m in branch.named_children() if isinstance(m, torch.nn.Linear)]
-        assert full == (["angle_proj"] if branch is block.ssm else [])  # N/2 rows: nothing to save
+        assert full == (["angle_proj"] if branch is block.ssm else [])  # n/2 rows: nothing to save
 
 
 @pytest.mark.parametrize("low_rank", [0, 4])

@@ -14,7 +14,7 @@ from email import message_from_bytes
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_refused, files_below, flags, free_port, write_tokens
+from helpers import ROOT, assert_refused, files_below, flags, free_port, write_tokens
 
 import setup
 from setup import installed_commands, names_in, package_files, relative

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
+from helpers import (
     DOCUMENTS,
     assert_refused,
     close,

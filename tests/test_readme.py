@@ -15,7 +15,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, flags, free_port, run_script, write_tokens
+from helpers import ROOT, flags, free_port, run_script, write_tokens
 from test_container import SERVICES
 from test_package import COMMANDS as INSTALLED_COMMANDS
 from test_package import EXTRAS

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_refused, assert_refuses, call, free_port, tiny_config
+from helpers import ROOT, assert_refused, assert_refuses, call, free_port, tiny_config
 from test_training import LATEST, STEP, after_step, brief_config, brief_flags, go_on
 from torch.utils._pytree import tree_leaves
 

@@ -21,7 +21,7 @@ import httpx
 import openai
 import pytest
 import torch
-from conftest import ROOT, assert_refused, close, free_copy, run_script, wide
+from helpers import ROOT, assert_refused, close, free_copy, run_script, wide
 from test_peft import adapted
 
 import serve
@@ -207,7 +207,7 @@ def test_ids_and_text_are_the_same_prompt(shared):
 
 
 def log_softmax(ids: list[int]) -> torch.Tensor:
-    """(L, V) of the model itself."""
+    """(l, v) of the model itself."""
     return wide()(torch.tensor([ids]))[0].double().log_softmax(-1)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (
+from helpers import (
     ROOT,
     assert_refused,
     close,
@@ -66,7 +66,7 @@ def tokens_of(answer: Answer) -> list[int]:
 
 
 def next_logits(server: StreamingServer, session: str) -> torch.Tensor:
-    """What the model would say next in a session, (V,)."""
+    """What the model would say next in a session, (v,)."""
     return torch.from_numpy(server.decoder.settle(server.find(session).now, None).logits)
 
 

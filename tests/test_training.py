@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (
+from helpers import (
     BRIEF,
     ROOT,
     TINY,
@@ -478,7 +478,7 @@ def test_new_run_moves_every_checkpoint_of_an_earlier_one_aside(place):
     first, second = call(*words), files_below(place)
     assert first.returncode == 0 and " of an earlier run" not in first.stdout
     models = {name: raw for name, raw in second.items() if name.endswith(".pt")}
-    assert len(models) == 4  # latest, best, and two of step N
+    assert len(models) == 4  # latest, best, and two of step n
     out = call(*words, "--seed", 2).stdout
     after = files_below(place)
     assert f"{LATEST}.1" in out and f"{BEST}.1" in out

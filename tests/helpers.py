@@ -1,0 +1,232 @@
+"""What the tests share: small models and data, and a way to run a script as a user does."""
+
+import contextlib
+import copy
+import functools
+import io
+import math
+import os
+import socket
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from testv2 import Config, RotaryEmbedding, SequenceContext, TinyMambaModel, main
+from tinymamba.cli import run_cli
+from tinymamba.tokenizer import SimpleTokenizer
+
+torch.set_num_threads(1)  # the models are tiny, and tests run side by side
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = {
+    "d_model": 32,
+    "n_layer": 2,
+    "vocab_size": 257,
+    "dropout": 0.0,
+    "num_heads": 2,
+    "ssm_head_dim": 8,
+    "d_state": 8,
+    "window_size": 8,
+    "chunk_size": 16,
+    "block_size": 32,
+    "batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "use_compile": False,
+    "device": "cpu",
+    "warmup_steps": 2,
+}
+GATES = ("softmax", "top_k", "sparsemax")
+EOS = 0
+DOCUMENTS = {"document_mask": True, "eos_id": EOS}
+BRIEF = {"generate_samples": False, "enable_validation": False, "log_interval": 1}
+
+
+def tiny_config(**changes) -> Config:
+    return Config(**{**TINY, **changes}).validate()
+
+
+def examples(count: int):
+    """How many examples hypothesis tries, the same ones every time."""
+    return settings(max_examples=count, deadline=None, derandomize=True, database=None)
+
+
+# ------------------------------------------------------------------------------------- models
+
+
+class ExactRotary(RotaryEmbedding):
+    """RoPE in float64: the rounding of float32 tables would hide what is tested."""
+
+    def forward(self, positions):
+        pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float64)
+        angles = positions.double()[..., None] * self.theta ** (-pairs / self.head_dim)
+        return angles.cos(), angles.sin()
+
+
+@functools.cache
+def wide(double=False, **changes) -> TinyMambaModel:
+    """A model whose weights are far from their first values, so that every mistake shows.
+
+    Shared between tests: copy it before changing it.
+    """
+    torch.manual_seed(1)
+    model = TinyMambaModel(tiny_config(**changes))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("A_log"):
+                p.uniform_(-2.0, 2.7)
+            elif name.endswith("dt_bias"):
+                p.uniform_(-4.0, 0.5)
+            elif name.endswith(("norm.weight", ".D")):
+                p.normal_(1.0, 0.3)
+            elif name.endswith("residual_scale"):
+                p.normal_(0.7, 0.1)
+            elif "controller" in name:
+                p.normal_(0.0, 0.5)
+            elif name.endswith("conv.weight"):
+                p.normal_(0.0, 0.25)
+            elif "angle_proj" in name:
+                p.normal_(0.0, 0.3)  # most angles are not 0
+            elif ".ssm.in_proj" in name and ".down" not in name:
+                p.normal_(0.0, 0.1)  # its parts are multiplied: more would drown the other branches
+            else:
+                p.normal_(0.0, 0.2)
+    model.eval().requires_grad_(False)
+    if double:
+        model.double().rotary = ExactRotary(model.rotary.head_dim, model.rotary.theta)
+    return model
+
+
+def free_copy(module):
+    """A copy that may be changed and trained."""
+    return copy.deepcopy(module).requires_grad_(True)
+
+
+def piece_of(model, length: int, starts=None, lengths=None) -> SequenceContext:
+    """What the blocks are told of a piece; without more, of one document without padding."""
+    ids = torch.zeros(1, length, dtype=torch.int64)
+    return model.make_context(ids, None, starts, lengths, model.config.document_mask)
+
+
+def some_ids(rows, length, vocab=257, seed=0):
+    """Random ids without EOS."""
+    return torch.randint(1, vocab, (rows, length), generator=torch.manual_seed(seed))
+
+
+def close(got, want, tolerance, scale=None):
+    """|got - want| <= tolerance * scale: the largest |want|, at least 1e-3, unless it is given."""
+    assert got.shape == want.shape
+    assert torch.isfinite(got).all()
+    if want.numel() == 0:
+        return
+    scale = max(want.abs().max().item(), 1e-3) if scale is None else scale
+    error = (got - want).abs().max().item()
+    assert error <= tolerance * scale, f"off by {error:.3g} at scale {scale:.3g}"
+
+
+def close_angles(got, want, tolerance):
+    """The same for angles in half turns, of which 0 and 2 are the same."""
+    got, want = (torch.polar(torch.ones_like(t), math.pi * t) for t in (got, want))
+    turn = got - want
+    close(turn.abs(), torch.zeros_like(turn.abs()), tolerance, scale=1.0)
+
+
+class Census(TorchDispatchMode):
+    """Counts the tensor operations run under it, and the numbers in the largest result."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.largest = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.operations += 1
+        for t in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(t, torch.Tensor) and t.layout == torch.strided:
+                self.largest = max(self.largest, t.untyped_storage().nbytes() // t.element_size())
+        return out
+
+
+# --------------------------------------------------------------------- commands and their data
+
+
+def flags(**values) -> list[str]:
+    """{"d_model": 32} -> ["--d_model", "32"]; lists give several words."""
+    words = []
+    for name, value in values.items():
+        words.append(f"--{name}")
+        words += [str(v) for v in (value if isinstance(value, list) else [value])]
+    return words
+
+
+def run_script(
+    script: str,
+    *words,
+    cwd: Path,
+    env: dict | None = None,
+    timeout: float = 300,
+    input: str | None = None,
+):
+    """Run a script of the repository in `cwd` as a user would; the CompletedProcess, as text."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    command = [sys.executable, str(ROOT / script), *map(str, words)]
+    return subprocess.run(
+        command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, input=input
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def assert_refused(done, *fragments: str) -> None:
+    """One line on stderr that begins with "error: " and holds every fragment; exit code 2."""
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2, done.stderr
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    for fragment in fragments:
+        assert fragment in lines[0]
+
+
+def call(*words) -> subprocess.CompletedProcess:
+    """testv2.py with these words on the command line, in this process; warnings go to stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        caught = stack.enter_context(warnings.catch_warnings(record=True))
+        ended = stack.enter_context(pytest.raises(SystemExit))
+        run_cli(lambda: main([str(word) for word in words]))
+    shown = [w for w in caught if not issubclass(w.category, DeprecationWarning | FutureWarning)]
+    err.write("".join(f"{w.category.__name__}: {w.message}\n" for w in shown))
+    return subprocess.CompletedProcess(words, ended.value.code, out.getvalue(), err.getvalue())
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def assert_refuses(*words, naming=()) -> str:
+    """The command is refused in one line with every fragment, and no file changes; the line."""
+    before = files_below(Path.cwd())
+    done = call(*words)
+    assert_refused(done, *naming)
+    assert files_below(Path.cwd()) == before
+    return done.stderr.strip()
+
+
+def write_tokens(path: Path, text_or_ids, dtype=np.int32) -> Path:
+    """A .bin of the ids given, or of the bytes of a text."""
+    ids = text_or_ids
+    if isinstance(ids, str):
+        ids = SimpleTokenizer().encode(ids)
+    np.asarray(ids, dtype=dtype).tofile(path)
+    return path
