@@ -298,7 +298,7 @@ class Decoder:
     """
 
     def __init__(self, model: TinyMambaModel, batch_size: int, compiled: bool = False):
-        self.model, self.turn = model.requires_grad_(False).eval(), threading.Condition()
+        self.model, self.condition = model.requires_grad_(False).eval(), threading.Condition()
         self.batch_size, self.reading = batch_size, threading.Lock()
         self.device, self.busy = model.embedding.weight.device, False
         self.one_token = torch.compile(model.run) if compiled else model.run
@@ -361,33 +361,33 @@ class Decoder:
         while answer.hungry():
             lead = False
             try:
-                with self.turn:
+                with self.condition:
                     while answer.hungry() and self.busy:
-                        self.turn.wait()
+                        self.condition.wait()
                     if answer.hungry():
                         lead = self.busy = True
                 if lead:
                     self.step()
             finally:
                 if lead:
-                    with self.turn:
+                    with self.condition:
                         self.busy = False
-                        self.turn.notify_all()
+                        self.condition.notify_all()
 
     def step(self) -> None:
         """Read on in the prompts, up to a piece, and draw a token of every answer with room."""
-        with self.turn:
+        with self.condition:
             prompts, ready = self.pieces(), self.gather(self.ready())
             tokens, state = [[a.last] for a in ready], self.state
         for answer, piece in prompts:
             read = self.read(
                 [piece], answer.state, [answer.config.adapter], answer.asked(len(piece))
             )
-            with self.turn:
+            with self.condition:
                 answer.has_read(len(piece), *read)
         if ready:
             logits, gates, state, _ = self.read(tokens, state, [a.config.adapter for a in ready])
-            with self.turn:
+            with self.condition:
                 self.hand_out(ready, logits, gates, state)
 
     def pieces(self) -> list[tuple[Answer, list[int]]]:
@@ -590,15 +590,15 @@ class Answer:
 
     def stop(self) -> None:
         """End it here, from another thread than the one that reads it."""
-        with self.decoder.turn:
+        with self.decoder.condition:
             self.over = True
             self.queue.clear()
-            self.decoder.turn.notify_all()
+            self.decoder.condition.notify_all()
 
     def next_token(self) -> Token | None:
         """The next token, or None at the end; makes it if no other thread has."""
         self.decoder.wait(self)
-        with self.decoder.turn:
+        with self.decoder.condition:
             if self.queue:
                 self.given += 1
                 return self.queue.popleft()
@@ -650,7 +650,7 @@ class Answer:
 
     def rebase(self) -> None:
         """Give up the first part of a long answer once its reader has all of it."""
-        with self.decoder.turn:
+        with self.decoder.condition:
             if self.milestone and self.clean >= self.milestone[0]:
                 count, self.start = self.milestone
                 del self.ids[:count]
@@ -674,12 +674,12 @@ class Answer:
 
     def abandon(self) -> None:
         """End it as if it had never been asked for: the session stands where it stood before."""
-        with self.decoder.turn:
+        with self.decoder.condition:
             self.undone = True
         self.close()
 
     def settle(self) -> None:
-        with self.decoder.turn:
+        with self.decoder.condition:
             if not self.open:
                 return
             self.open = False
@@ -769,7 +769,7 @@ class StreamingServer:
         self.vocab_size = self.model.config.vocab_size
         self.config = self.checked(config)
         self.decoder = Decoder(self.model, config.batch_size, compiled)
-        self.turn, self.sessions = self.decoder.turn, {}
+        self.condition, self.sessions = self.decoder.condition, {}
         self.beginnings = {name: self.begin(name) for name in (None, *self.adapters)}
         known = getattr(tokenizer, "__len__", lambda: 0)()
         require(
@@ -854,7 +854,7 @@ class StreamingServer:
             f"{seed!r} is not legal",
             "it must be from 0 to 2^63 - 1",
         )
-        with self.turn:
+        with self.condition:
             require(name not in self.sessions, "session_id", f"{name} is taken", "use another")
             self.sessions[name] = Session(name, now, config, seed, turns=turns)
             return self.sessions[name]
@@ -885,7 +885,7 @@ class StreamingServer:
         """
         require(as_ids or self.tokenizer, "tokenizer", "none was found", "pass one, or ids")
         ids = self.encode(prompt)
-        with self.turn:
+        with self.condition:
             session = self.find(session_id) if session_id is not None else None
             config = self.configured(session.config if session else self.config, settings)
             if settings.get("seed") is None and session:
@@ -992,7 +992,7 @@ class StreamingServer:
 
     def get_session_info(self, session_id: str) -> dict:
         """Plain values: tokens read, turns, bytes of the state, and more."""
-        with self.turn:
+        with self.condition:
             s = self.find(session_id, idle=False)
             return {
                 "session_id": s.id,
@@ -1007,14 +1007,14 @@ class StreamingServer:
 
     def reset_session(self, session_id: str) -> None:
         """Forget everything but the name and the seed."""
-        with self.turn:
+        with self.condition:
             session = self.find(session_id)
             session.now, session.before = self.nothing(session.config), None
             session.turns, session.used = 0, time.time()
 
     def rollback(self, session_id: str) -> None:
         """Undo the last turn: its prompt and its answer."""
-        with self.turn:
+        with self.condition:
             session = self.find(session_id)
             require(
                 session.before,
@@ -1029,7 +1029,7 @@ class StreamingServer:
         self, session_id: str, new_id: str | None = None, seed: int | None = None
     ) -> str:
         """A second session that stands where this one does; its id. Nothing is copied."""
-        with self.turn:
+        with self.condition:
             old = self.find(session_id)
             seed = old.seed if seed is None else seed
             fork = self.add(new_id, old.now, old.config, seed, old.turns)
@@ -1038,7 +1038,7 @@ class StreamingServer:
 
     def delete_session(self, session_id: str) -> None:
         """Forget it, and end its answer."""
-        with self.turn:
+        with self.condition:
             session = self.find(session_id, idle=False)
             del self.sessions[session_id]
             if session.answer:
@@ -1046,7 +1046,7 @@ class StreamingServer:
 
     def cleanup_old_sessions(self, max_age_seconds: float = 3600) -> int:
         """Delete the sessions that were not used for so long, but for those that are answering."""
-        with self.turn:
+        with self.condition:
             old = [
                 s.id
                 for s in self.sessions.values()
@@ -1079,7 +1079,7 @@ class StreamingServer:
             "is there, and no session",
             "name another file",
         )
-        with self.turn:
+        with self.condition:
             session = self.find(session_id)
             session.now = now = self.decoder.settle(session.now, session.config.adapter)
             about = {
