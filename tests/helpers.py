@@ -9,16 +9,20 @@ import os
 import socket
 import subprocess
 import sys
+import tomllib
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from peft import AdapterConfig, adapter_tensors, attach
 from testv2 import Config, RotaryEmbedding, SequenceContext, TinyMambaModel, main
+from tinymamba.__main__ import COMMANDS  # noqa: F401
 from tinymamba.cli import run_cli
 from tinymamba.tokenizer import SimpleTokenizer
 
@@ -106,6 +110,22 @@ def wide(double=False, **changes) -> TinyMambaModel:
 def free_copy(module):
     """A copy that may be changed and trained."""
     return copy.deepcopy(module).requires_grad_(True)
+
+
+def adapted(config: AdapterConfig, stirred=True, name="default", **changes) -> TinyMambaModel:
+    """A model with an adapter; its weights are far from their first values if `stirred`."""
+    model = attach(free_copy(wide(**changes)), config, name)
+    if stirred:
+        stir(model, name)
+    return model.eval()
+
+
+def stir(model: TinyMambaModel, name: str, seed: int = 5) -> None:
+    """Add noise to all tensors of an adapter."""
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in adapter_tensors(model, name).values():
+            tensor += 0.2 * torch.randn(tensor.shape, generator=random)
 
 
 def piece_of(model, length: int, starts=None, lengths=None) -> SequenceContext:
@@ -230,3 +250,24 @@ def write_tokens(path: Path, text_or_ids, dtype=np.int32) -> Path:
         ids = SimpleTokenizer().encode(ids)
     np.asarray(ids, dtype=dtype).tofile(path)
     return path
+
+
+# --------------------------------------------------------------------- the package and its image
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+SERVICES = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"]
+OFFLINE = {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def build(tree: Path, *what: str) -> None:
+    """Run `python -m build` on a copy of the repository, without network."""
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", *what],
+        cwd=tree,
+        env={**os.environ, **OFFLINE, "SOURCE_DATE_EPOCH": "1750000000"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
