@@ -46,6 +46,8 @@ TINY = {
     "device": "cpu",
     "warmup_steps": 2,
 }
+POSIX = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals, limits or a shell")
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 GATES = ("softmax", "top_k", "sparsemax")
 EOS = 0
 DOCUMENTS = {"document_mask": True, "eos_id": EOS}
@@ -155,6 +157,13 @@ def close_angles(got, want, tolerance):
     got, want = (torch.polar(torch.ones_like(t), math.pi * t) for t in (got, want))
     turn = got - want
     close(turn.abs(), torch.zeros_like(turn.abs()), tolerance, scale=1.0)
+
+
+def most_memory() -> int:
+    """The most bytes this process has held so far; the test is skipped where that is unknown."""
+    resource = pytest.importorskip("resource")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Census(TorchDispatchMode):
