@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from helpers import write_tokens
+from helpers import make_tokenizers, train_bpe, write_tokens
+
+from tinymamba.tokenizer import EOS_TOKEN
 
 
 @pytest.fixture(autouse=True)
@@ -28,3 +30,15 @@ def place(data, monkeypatch):
     """A fresh working folder with data, where a plain run looks for it."""
     monkeypatch.chdir(data)
     return data
+
+
+@pytest.fixture(scope="session")
+def bpe():
+    """A trained byte-level BPE tokenizer of the library `tokenizers`."""
+    return train_bpe(EOS_TOKEN)
+
+
+@pytest.fixture(scope="session")
+def tokenizers(tmp_path_factory, bpe):
+    """One SimpleTokenizer of every kind: bytes, gpt2, words, byte tokens, json."""
+    return make_tokenizers(tmp_path_factory.mktemp("tokenizers"), bpe)

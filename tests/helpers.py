@@ -24,7 +24,7 @@ from peft import AdapterConfig, adapter_tensors, attach
 from testv2 import Config, RotaryEmbedding, SequenceContext, TinyMambaModel, main
 from tinymamba.__main__ import COMMANDS  # noqa: F401
 from tinymamba.cli import run_cli
-from tinymamba.tokenizer import SimpleTokenizer
+from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer, byte_level
 
 torch.set_num_threads(1)  # the models are tiny, and tests run side by side
 
@@ -225,18 +225,27 @@ def assert_refused(done, *fragments: str) -> None:
         assert fragment in lines[0]
 
 
-def call(*words) -> subprocess.CompletedProcess:
-    """testv2.py with these words on the command line, in this process; warnings go to stderr."""
+def run_main(main, *words, cwd: Path | None = None, input: str = "") -> subprocess.CompletedProcess:
+    """Run the `main(argv)` of a script in this process, as run_cli would: much faster than a
+    process, and the same CompletedProcess. Warnings go to stderr."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.chdir(cwd or Path.cwd()))
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr(sys, "stdin", io.StringIO(input))
         caught = stack.enter_context(warnings.catch_warnings(record=True))
         ended = stack.enter_context(pytest.raises(SystemExit))
         run_cli(lambda: main([str(word) for word in words]))
     shown = [w for w in caught if not issubclass(w.category, DeprecationWarning | FutureWarning)]
     err.write("".join(f"{w.category.__name__}: {w.message}\n" for w in shown))
     return subprocess.CompletedProcess(words, ended.value.code, out.getvalue(), err.getvalue())
+
+
+def call(*words) -> subprocess.CompletedProcess:
+    """testv2.py with these words on the command line, in this process."""
+    return run_main(main, *words)
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
@@ -280,3 +289,45 @@ def build(tree: Path, *what: str) -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------------------------- tokenizers
+
+CORPUS = [
+    "the theme of the other: 12 plus 30 is 42.\n",
+    "  and so on, und so weiter, für Köln\n",
+] * 9
+WORDS = ["the", " ", "theme", "th", "e", "word", "é", "日本"]
+
+
+def train_bpe(*special: str):
+    """A small byte-level BPE tokenizer of the library `tokenizers`; special tokens come first."""
+    from tokenizers import models, pre_tokenizers, trainers
+
+    bpe = byte_level(models.BPE())
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(CORPUS, trainer)
+    return bpe
+
+
+def write_vocab(path: Path, lines: list[str]) -> Path:
+    """A vocab.txt of one token per line."""
+    path.write_bytes("".join(f"{line}\n" for line in lines).encode())
+    return path
+
+
+def make_tokenizers(folder: Path, bpe) -> dict[str, SimpleTokenizer]:
+    """One tokenizer of every kind by name; their files are in `folder`."""
+    bpe.save(str(folder / "tokenizer.json"))
+    in_order = sorted(bpe.get_vocab(), key=bpe.get_vocab().get)
+    byte_tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *WORDS]
+    return {
+        "bytes": SimpleTokenizer(),
+        "gpt2": SimpleTokenizer(write_vocab(folder / "gpt2.txt", in_order)),
+        "words": SimpleTokenizer(write_vocab(folder / "words.txt", [*WORDS, EOS_TOKEN])),
+        "byte tokens": SimpleTokenizer(write_vocab(folder / "byte_tokens.txt", byte_tokens)),
+        "json": SimpleTokenizer(folder / "tokenizer.json"),
+    }

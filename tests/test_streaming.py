@@ -33,7 +33,6 @@ from helpers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from test_data import bpe, tokenizers  # noqa: F401
 
 import streaming
 from streaming import (
@@ -249,7 +248,7 @@ def streamed(tokenizer, ids, stops=()) -> tuple[list[str], bool]:
 @pytest.mark.parametrize("kind", ["bytes", "gpt2", "words", "byte tokens", "json"])
 @examples(40)
 @given(text=st.text(max_size=30) | st.sampled_from(["日本語🙂", "e\u0301 שלום", "a\ufffdb"]))
-def test_streamed_text_is_the_text_in_whole_characters(tokenizers, kind, text):  # noqa: F811
+def test_streamed_text_is_the_text_in_whole_characters(tokenizers, kind, text):
     tokenizer = tokenizers[kind]
     texts, _ = streamed(tokenizer, tokenizer.encode(text))
     assert "".join(texts) == text.replace(MARK, "")
