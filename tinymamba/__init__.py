@@ -1,38 +1,47 @@
-"""TinyMamba, a hybrid small language model, as an installed package.
+"""TinyMamba, a hybrid small language model, as a package.
 
     from tinymamba import Config, StreamingServer, TinyMambaModel, load_model
     from tinymamba.quantize import quantize_model
 
 Each script of the repository is a module here: tinymamba.testv2, tinymamba.data.prepare and so on.
-A module is imported when something of it is first asked for, so that `import tinymamba` is free.
+A module is imported when one of its names is first used, so `import tinymamba` costs nothing.
 """
 
 import importlib
+from pathlib import Path
+from typing import Any
 
 __version__ = "0.1.0"
 
 NAMES = {
-    "testv2": "Config LowRankProjection MambaSSM ModelState RMSNorm RotaryEmbedding SimpleTokenizer"
+    "cli": "UserError",
+    "tokenizer": "SimpleTokenizer find_tokenizer",
+    "checkpoint": "load_checkpoint save_checkpoint",
+    "testv2": "Config LowRankProjection MambaSSM ModelState RMSNorm RotaryEmbedding"
     " StreamingTokenDataset SwiGLU TinyMambaBlock TinyMambaModel TokenAdaptiveGating Trainer"
-    " UserError apply_rotary_pos_emb find_tokenizer generate load_checkpoint load_model"
-    " save_checkpoint save_folder selective_scan",
+    " apply_rotary_pos_emb generate load_model save_folder selective_scan",
     "streaming": "StreamingConfig StreamingInference StreamingServer",
     "peft": "AdapterConfig LoRALinear apply_lora_to_model apply_prefix_tuning_to_model"
     " apply_state_offset_to_model get_trainable_parameters load_adapter merge_adapter save_adapter"
     " set_adapter",
     "quantize": "quantize_model",
 }
-OF_EXTRAS = {  # what `import *` leaves out, as it needs more packages
+OF_EXTRAS = {  # not in `import *`: they need more packages
     "onnx_generate": "OnnxModel",
     "hf_integration": "TinyMambaConfig TinyMambaHFModel TinyMambaHFTokenizer",
 }
-MODULES = {*NAMES, *OF_EXTRAS, "benchmark", "data", "export_model", "serve", "ssm_kernels"}
+MODULES = {*NAMES, *OF_EXTRAS, "benchmark", "data", "export_model", "kernels", "runtime", "serve"}
 HOMES = {name: module for module, names in {**NAMES, **OF_EXTRAS}.items() for name in names.split()}
 
 __all__ = ["__version__", *(name for names in NAMES.values() for name in names.split())]
 
+if not Path(__file__).with_name("testv2.py").is_file():  # a checkout: scripts are one folder up
+    from tinymamba import checkout
 
-def __getattr__(name: str):
+    checkout.install()
+
+
+def __getattr__(name: str) -> Any:
     if name in HOMES:
         value = getattr(importlib.import_module(f".{HOMES[name]}", __name__), name)
         return globals().setdefault(name, value)

@@ -66,7 +66,7 @@ def main() -> typing.NoReturn:
         refuse(name or "COMMAND", "unknown command" if name else "is missing", hint)
     script, *first = COMMANDS[name][0].split()
     sys.argv = ["tinymamba" if first else f"tinymamba {name}", *first, *words]  # shown by --help
-    load("testv2.py").run_cli(lambda: load(script).main([*first, *words]))
+    load("cli.py").run_cli(lambda: load(script).main([*first, *words]))
 
 
 if __name__ == "__main__":
