@@ -80,13 +80,13 @@ from tinymamba.kernels import (
     QuantizedLinear,
     count_blocks,
     depthwise,
+    dequantize,
     is_writing_graph,
     lower_triangle,
     quantize_like,
     quantized_layers,
     running_max,
     scan_in_one_tile,
-    whole_weight,
 )
 from tinymamba.runtime import (
     Logger,
@@ -356,15 +356,14 @@ def projection(d_in: int, parts: list[int], config: Config) -> nn.Module:
 
     Its rank is config.low_rank. The optimizer treats the rows of each part as a separate matrix.
     """
-    if config.low_rank:
-        linear = LowRankProjection(d_in, sum(parts), config.low_rank, config.bias)
-    else:
-        linear = nn.Linear(d_in, sum(parts), bias=config.bias)
+    d_out, rank, bias = sum(parts), config.low_rank, config.bias
+    kind: Any = functools.partial(LowRankProjection, rank=rank) if rank else nn.Linear
+    linear = kind(d_in, d_out, bias=bias)
     last_layer(linear).parts = parts
     return linear
 
 
-def last_layer(projection: nn.Module) -> nn.Linear:
+def last_layer(projection: Any) -> Any:
     """The linear layer that gives a projection's outputs."""
     return projection.up if isinstance(projection, LowRankProjection) else projection
 
@@ -461,7 +460,7 @@ class SequenceContext(NamedTuple):
     cos: Tensor  # RoPE: (l, f/2), or (b, 1, l, f/2) if rows are at different positions
     sin: Tensor  # the same
     mask: Tensor  # of attention, see LocalAttention.mask
-    starts: Tensor | None = None  # (b, l) index at which each token's document begins
+    starts: Any = None  # (b, l) or None: index at which each token's document begins
     lengths: Tensor | None = None  # (b,) tokens of each row, which padding follows
     packed: bool = False  # documents may begin inside the call, at `starts`
     attend: Callable | None = None  # called in place of LocalAttention's own, with that first
@@ -786,7 +785,7 @@ class TinyMambaModel(nn.Module):
         require(config.eos_id >= 0 or not config.document_mask, "eos_id", problem, remedy)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(self.BLOCK(config) for _ in range(config.n_layer))
+        self.blocks: Any = nn.ModuleList(self.BLOCK(config) for _ in range(config.n_layer))
         self.rotary = RotaryEmbedding(config.d_model // config.num_heads, config.rope_theta)
         self.norm = RMSNorm(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -831,8 +830,8 @@ class TinyMambaModel(nn.Module):
             raise ValueError(f"ids has {ids.shape[0]} rows, the state {state.position.shape[0]}")
         if ids.shape[1] == 0:
             return self.head(self.embedding(ids)), state.clone()
-        hidden, state, _ = self.run(ids, state, attention_mask)
-        return self.head(hidden[:, -1:] if last_only else hidden), state
+        hidden, new_state, _ = self.run(ids, state, attention_mask)
+        return self.head(hidden[:, -1:] if last_only else hidden), new_state
 
     def run(
         self,
@@ -842,7 +841,7 @@ class TinyMambaModel(nn.Module):
         embedded: Tensor | None = None,
         ends: Tensor | None = None,
         attend: Callable | None = None,
-    ) -> tuple[Tensor, ModelState | None, Tensor]:
+    ) -> tuple[Tensor, Any, Tensor]:
         """Embedding to last norm: hidden (b, l, d), new state (None if none was given), gates.
 
         embedded (b, l, d) replaces the embeddings of ids (b, l). ends (b, l) of bool are tokens
@@ -854,31 +853,33 @@ class TinyMambaModel(nn.Module):
             raise ValueError(f"ids {tuple(ids.shape)} must hold a token, and attention_mask fit")
         x = self.embedding(ids) if embedded is None else embedded
         found, given = self.find_ends(ids), ends is not None
-        ends = ends if found is None else found | ends if given else found
+        if found is not None:
+            ends = found if ends is None else found | ends
         if attention_mask is not None:  # move padding to the end, where causality hides it
             order, back, lengths = padding_last(attention_mask)
             x = take_tokens(x, order)
             ends = None if ends is None else ends.gather(1, order)
-        stateful = state is not None
-        if self.start is not None and not stateful:
-            state = self.init_state(ids.shape[0])
-        starts, document = find_documents(ids, ends, state, lengths)
-        context = self.make_context(ids, state, starts, lengths, ends is not None)
+        past = state
+        if self.start is not None and state is None:
+            past = self.init_state(ids.shape[0])
+        starts, document = find_documents(ids, ends, past, lengths)
+        context = self.make_context(ids, past, starts, lengths, ends is not None)
         context = context._replace(attend=attend)
         x, layers, gates = self.dropout(x), [], []
         for i, block in enumerate(self.blocks):
+            call: Callable = block
             if self.config.checkpoint_activations and self.training:
-                block = functools.partial(recompute_in_backward, block, use_reentrant=False)
-            x, layer, weights = block(x, context, None if state is None else state.layers[i])
+                call = functools.partial(recompute_in_backward, block, use_reentrant=False)
+            x, layer, weights = call(x, context, None if past is None else past.layers[i])
             layers.append(layer)
             gates.append(weights)
         x = self.norm(x)
         if back is not None:
             x, *gates = (take_tokens(t, back) for t in (x, *gates))
-        if stateful:
+        if state is not None:
             state = state.after(layers, document, ids.shape[1] if lengths is None else lengths)
             state = state.forget_inputs() if given else state  # document_mask checks ages itself
-        return x, state if stateful else None, torch.stack(gates)
+        return x, state, torch.stack(gates)
 
     def find_ends(self, ids: Tensor) -> Tensor | None:
         """Which of ids (b, l) end a document; None without document_mask."""
@@ -897,7 +898,8 @@ class TinyMambaModel(nn.Module):
         if state is not None:
             positions = positions + state.position[:, None, None]  # (b, 1, l)
         mask = self.blocks[0].attention.mask(ids.shape[1], starts, ids.device)
-        return SequenceContext(*self.rotary(positions), mask, starts, lengths, packed)
+        cos, sin = self.rotary(positions)
+        return SequenceContext(cos, sin, mask, starts, lengths, packed)
 
     def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean loss; logits are computed LOSS_CHUNK tokens at a time, and again in the backward."""
@@ -962,7 +964,7 @@ def take_tokens(x: Tensor, order: Tensor) -> Tensor:
 
 def find_documents(
     ids: Tensor, ends: Tensor | None, state: ModelState | None, lengths: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Any]:
     """The index at which the document of each token begins (b, l), and of the next one (b,).
 
     None stands for 0 everywhere.
@@ -1152,7 +1154,7 @@ class TokenFile:
     """The raw ids of one .bin file, memory-mapped and never read as a whole."""
 
     def __init__(self, path: str | Path, data_dtype: str = "auto"):
-        self.path, self.tokens = str(path), None
+        self.path, self.tokens = str(path), None  # type: str, np.ndarray | None
         remedy = "make it with python data/prepare.py"
         require(Path(path).is_file(), self.path, "no such file", remedy)
         facts = read_sidecar(self.path)
@@ -1379,7 +1381,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     MOMENTUM = 0.95
 
-    def __init__(self, matrices: dict[nn.Parameter, list[int]], others: list, config: Config):
+    def __init__(self, matrices: dict[Tensor, list[int]], others: list, config: Config):
         """`matrices` maps each to the rows of its parts."""
         self.rows = list(matrices.values())
         betas = (config.beta1, config.beta2)
@@ -1401,7 +1403,8 @@ class MuonAdamW(torch.optim.Optimizer):
         """One update; `closure`, if given, computes the loss anew."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         self.adamw.step()
-        group, same_shape, updates = self.param_groups[0], {}, {}
+        group, updates = self.param_groups[0], {}
+        same_shape: dict[torch.Size, list[Tensor]] = {}
         for p, rows in zip(group["params"], self.rows, strict=True):
             if p.grad is None:
                 continue
@@ -1542,7 +1545,8 @@ def load_folder(folder: Path) -> TinyMambaModel:
             quantize_like(model, config["quantization"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
         raise UserError(str(path), f"cannot be read ({e})", remedy) from None
-    path, tensors = folder / "model.safetensors", {}
+    path = folder / "model.safetensors"
+    tensors: dict[str, Tensor] = {}
     for file in weight_files(path):
         tensors |= read_all_tensors(file, remedy, unsigned="model.")[0]
     tensors = {name.removeprefix("model."): t for name, t in tensors.items()}
@@ -1559,9 +1563,9 @@ def fill_model(model: TinyMambaModel, tensors: dict[str, Tensor]) -> None:
         packed, factors = tensors[f"{name}.codes"], tensors.get(f"{name}.factors")
         tensors[f"{name}.codes"] = layer.unpack(packed, factors)
     if model.config.tie_embeddings and isinstance(model.head, QuantizedLinear):
-        tensors["embedding.weight"] = whole_weight(tensors["head.codes"], tensors["head.scale"])
+        tensors["embedding.weight"] = dequantize(tensors["head.codes"], tensors["head.scale"])
     elif model.config.tie_embeddings:
-        tensors["head.weight"] = tensors.get("embedding.weight")
+        tensors["head.weight"] = tensors["embedding.weight"]
     model.load_state_dict(tensors)
 
 
@@ -1638,7 +1642,7 @@ class Trainer:
             self.watchdog = join_process_group(self.device, config.rank_timeout)
         torch.manual_seed(config.seed)
         torch.set_float32_matmul_precision("high")
-        self.model = self.build().to(self.device)
+        self.model: Any = self.build().to(self.device)
         self.fsdp = config.parallel == "fsdp" and self.world > 1
         if self.fsdp:
             self.shard()
@@ -1654,7 +1658,7 @@ class Trainer:
             "folder": config.wandb_run_name or time.strftime("%Y%m%d-%H%M%S"),
         }  # fmt: skip
         self.resumed = saved is not None
-        if self.resumed:
+        if saved is not None:
             self.restore(saved)
         left = config.num_epochs * len(self.train_data) - self.samples
         self.total_steps = config.max_steps or self.step + max(0, left // self.samples_per_step)
@@ -1666,8 +1670,8 @@ class Trainer:
         if self.main:
             require_writable(Path(path).parent, "checkpoint_path")
             require_writable(self.folder, "log_dir")
-        wandb = {"project": config.wandb_project, "name": config.wandb_run_name or None}
-        wandb = {**wandb, "config": config.to_dict()} if config.use_wandb else None
+        names = {"project": config.wandb_project, "name": config.wandb_run_name or None}
+        wandb = {**names, "config": config.to_dict()} if config.use_wandb else None
         self.log = Logger(self.folder, self.main, self.step, wandb)
         self.forward = self.wrap(config.use_compile)
 
@@ -1700,7 +1704,8 @@ class Trainer:
             c.train_data_path, c.block_size, c.train_data_weights, shuffle=True, **kind
         )
         self.fingerprint = self.train_data.fingerprint()
-        self.val_data, self.bytes_per_token = None, None
+        self.val_data: Any = None
+        self.bytes_per_token: float | None = None
         if c.enable_validation:
             self.val_data = StreamingTokenDataset(c.val_data_path, c.block_size, **kind)
             facts = [read_sidecar(f.path) for f in self.val_data.files]
@@ -1708,7 +1713,7 @@ class Trainer:
                 tokens = sum(f["tokens"] for f in facts)
                 self.bytes_per_token = sum(f["bytes"] for f in facts) / tokens
         first = self.train_data.files[0].path
-        self.tokenizer = tokenizer or find_tokenizer(first)
+        self.tokenizer: Any = tokenizer or find_tokenizer(first)
         if c.eos_id < 0:
             eos = read_sidecar(first).get("eos_id", getattr(self.tokenizer, "eos_token_id", None))
             c.eos_id = -1 if eos is None else eos
@@ -1717,11 +1722,10 @@ class Trainer:
 
     def wrap(self, compiled: bool) -> Any:
         """The model as the training step calls it: compiled, and data-parallel with DDP."""
-        model, reason = self.model, why_no_compile(self.device)
-        if compiled and reason:
+        reason = why_no_compile(self.device) if compiled else None
+        if reason:
             self.log.say(f"torch.compile is off: {reason}")
-        elif compiled:
-            model = torch.compile(model)
+        model: Any = torch.compile(self.model) if compiled and not reason else self.model
         if self.world == 1 or self.fsdp:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
@@ -1736,8 +1740,8 @@ class Trainer:
         """This rank's batches of the samples first .. last-1, on the device."""
         c, pinned = self.config, self.device.type == "cuda"
         plan = ShardedBatches(first, last, c.batch_size, self.rank, self.world)
-        how = {"batch_sampler": plan, "num_workers": c.num_workers, "pin_memory": pinned}
-        for x, y in torch.utils.data.DataLoader(data, **how):
+        loader = functools.partial(torch.utils.data.DataLoader, data, batch_sampler=plan)
+        for x, y in loader(num_workers=c.num_workers, pin_memory=pinned):
             yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
     def train_step(self, batches: Iterator) -> tuple[float, float]:
@@ -1828,7 +1832,8 @@ class Trainer:
 
         Bits per byte use the bytes per token of the whole file. None if a signal ended it early.
         """
-        c, last, total, count, values = self.config, len(self.val_data), 0.0, 0, {}
+        c, last, total, count = self.config, len(self.val_data), 0.0, 0.0
+        values: dict[str, float] = {}
         if c.validation_steps:
             last = min(last, c.validation_steps * c.batch_size * self.world)
         self.model.eval()
@@ -2077,7 +2082,7 @@ class Trainer:
     def check_signals(self) -> bool:
         """Save if any process was asked to; return whether any was asked to stop."""
         asked = self.signals.saves_asked
-        mine = [self.signals.stop, asked > self.saves_done]
+        mine = [float(self.signals.stop), float(asked > self.saves_done)]
         found = all_reduce(mine, self.device, dist.ReduceOp.MAX)
         self.stopped_by, self.saves_done = int(found[0]), asked
         if found[1]:
@@ -2158,15 +2163,14 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[Config, dict, boo
 
 def prepare_default_data(config: Config, named: dict) -> None:
     """Prepare the built-in corpus if the user named no data and the default is missing."""
-    path = Path(Config.train_data_path)
+    path = Path(str(Config.train_data_path))
     chosen = "train_data_path" in named or config.train_data_path != Config.train_data_path
     if chosen or path.exists():
         return
-    problem = "no such file"
-    remedy = "run python data/prepare.py once, then launch"
-    require(from_launcher("WORLD_SIZE", 1) == 1, str(path), problem, remedy)
+    alone, remedy = from_launcher("WORLD_SIZE", 1) == 1, "run python data/prepare.py, then launch"
+    require(alone, str(path), "no such file", remedy)
     print(f"{path} is missing: preparing the built-in corpus", flush=True)
-    script = [Path(__file__).parent / "data" / "prepare.py"]
+    script = [str(Path(__file__).parent / "data" / "prepare.py")]
     if __package__:
         script = ["-m", f"{__package__}.data.prepare"]
     done = subprocess.run([sys.executable, *script, "--output_dir", path.parent], check=False)

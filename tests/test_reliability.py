@@ -155,7 +155,7 @@ def test_the_one_before_is_kept_and_used_when_the_newest_is_damaged(place):
     LATEST.write_bytes(LATEST.read_bytes()[:-100])
     done = call("--resume", "--max_steps", 8)
     assert done.returncode == 0, done.stderr
-    assert f"{LATEST}: is damaged" in done.stdout and f"going on from {PREVIOUS}" in done.stdout
+    assert f"{LATEST}: is damaged" in done.stdout and f"continuing from {PREVIOUS}" in done.stdout
     assert load_checkpoint(LATEST)["global_step"] == 8
     assert load_checkpoint(PREVIOUS)["global_step"] == 6
     assert Path(f"{LATEST}.damaged.1").exists()
@@ -173,7 +173,7 @@ def test_a_run_whose_newest_file_is_gone_goes_on_from_the_one_before(place):
     assert call(*brief_flags(max_steps=4, checkpoint_interval=2)).returncode == 0
     LATEST.unlink()
     done = call("--resume", "--max_steps", 5)
-    assert done.returncode == 0 and f"going on from {PREVIOUS}" in done.stdout, done.stderr
+    assert done.returncode == 0 and f"continuing from {PREVIOUS}" in done.stdout, done.stderr
 
 
 def test_without_a_good_file_there_is_an_error_and_no_new_start(place):

@@ -741,7 +741,7 @@ def test_a_damaged_best_checkpoint_is_passed_over_for_a_good_one(place):
         path.write_bytes(b"damaged")
     done = call("--resume", "--max_steps", 3)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("warning: ") == 2 and "going on from" in done.stdout
+    assert done.stdout.count("warning: ") == 2 and "continuing from" in done.stdout
 
 
 def test_an_error_in_a_worker_is_one_line(place):

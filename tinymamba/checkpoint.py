@@ -37,7 +37,7 @@ def digest(value: Any) -> str:
     def feed(v: Any) -> None:
         if isinstance(v, Tensor):
             h.update(f"{v.dtype}{tuple(v.shape)}".encode())
-            h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         elif isinstance(v, dict):
             feed([[str(k), v[k]] for k in sorted(v, key=str)])
         elif isinstance(v, list | tuple):
@@ -222,8 +222,8 @@ def run_files(path: str | Path) -> list[Path]:
         sibling(path, "best"),
         *path.parent.glob(f"{stem}_step*{glob.escape(path.suffix)}"),
     }
-    others = [f for f in others if f.is_file() and f != path]
-    return [path, *sorted(others, key=lambda f: f.stat().st_mtime, reverse=True)]
+    there = [f for f in others if f.is_file() and f != path]
+    return [path, *sorted(there, key=lambda f: f.stat().st_mtime, reverse=True)]
 
 
 def load_newest(path: str | Path, say: Callable[[str], object] | None = print) -> dict:
@@ -239,9 +239,10 @@ def load_newest(path: str | Path, say: Callable[[str], object] | None = print) -
         except UserError as e:
             damaged[file] = e
             continue
-        for other, error in damaged.items() if say else ():
-            say(f"warning: {error}: going on from {file}")
-            move_aside(other, ".damaged", say)
+        if say:
+            for other, error in damaged.items():
+                say(f"warning: {error}: continuing from {file}")
+                move_aside(other, ".damaged", say)
         return saved
     raise next(iter(damaged.values()))
 

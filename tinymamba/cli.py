@@ -127,7 +127,7 @@ def show(value: object) -> str:
     return str(value).removeprefix("torch.")
 
 
-def has_type(value: object, hint: Any) -> bool:
+def has_type(value: Any, hint: Any) -> bool:
     """Is `value` of the annotated type? Whole numbers count as floats, booleans as neither."""
     options = typing.get_args(hint)
     if typing.get_origin(hint) is list:

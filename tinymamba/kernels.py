@@ -13,7 +13,7 @@ Letters in the comments on shapes:
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,8 @@ from torch.autograd.function import once_differentiable
 class ChunkedScan(torch.autograd.Function):
     """`selective_scan` in matrix products over chunks of q tokens (arXiv 2405.21060, section 6).
 
-    A tile of chunks goes through all steps before the next one begins, so that what lies between
-    the steps stays in the cache; the backward pass makes it again instead of reading it back.
+    One tile of chunks goes through all steps before the next tile, so that the intermediate values
+    stay in the cache; the backward pass recomputes them instead of reading them from memory.
     Shapes are those of `selective_scan`, but states are (b, h, n, p).
     """
 
@@ -68,25 +68,28 @@ class ChunkedScan(torch.autograd.Function):
 
 
 def scan_in_one_tile(x, dt, log_decay, B, C, D, state, chunk_size) -> tuple[Tensor, Tensor]:
-    """The forward pass of ChunkedScan without a loop over tiles: a graph for every length."""
-    inputs = to_chunks(chunk_size, x, dt, log_decay, B, C)
-    y, last = tile_forward(*inputs, D, state)
-    return y.flatten(1, 2)[:, : x.shape[1]], last
+    """The forward pass of ChunkedScan without a loop over tiles: one graph for every length."""
+    length = x.shape[1]
+    x, dt, log_decay, B, C = to_chunks(chunk_size, x, dt, log_decay, B, C)
+    y, last = tile_forward(x, dt, log_decay, B, C, D, state)
+    return y.flatten(1, 2)[:, :length], last
 
 
 def is_writing_graph() -> bool:
-    """Whether torch.export or torch.jit.trace makes a graph that must fit inputs of any length."""
+    """Whether torch.export or torch.jit.trace records a graph for inputs of any length."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def count_blocks(length: int, size: int) -> int:
-    """How many blocks of a size hold a length. In a graph they are two at least: one would be taken
-    for a constant."""
+    """How many blocks of a size hold a length; at least two while a graph is recorded.
+
+    torch.export would take a single block for a constant.
+    """
     return (length + size - 1) // size + (1 if is_writing_graph() else 0)
 
 
 def to_chunks(chunk_size: int, *tensors: Tensor) -> list[Tensor]:
-    """(b, l, ...) -> (b, c, q, ...). Padding has dt 0 and decay 1, so it leaves the state alone."""
+    """(b, l, ...) -> (b, c, q, ...), padded with zeros, which leave the state as it is."""
     length = tensors[0].shape[1]
     count = count_blocks(length, chunk_size)
     pad = count * chunk_size - length
@@ -96,10 +99,10 @@ def to_chunks(chunk_size: int, *tensors: Tensor) -> list[Tensor]:
 
 
 def tiles(x: Tensor) -> tuple[list[slice], list[slice]]:
-    """Rows and spans of chunks of x (b, c, q, h, p) to take together: what fits a CPU's cache.
+    """Slices of rows and of chunks of x (b, c, q, h, p) that make up the tiles.
 
-    Elsewhere, and where a compiler fuses the steps, the tiles are larger; the product that joins
-    the states of a span grows with its square.
+    On a CPU a tile fits the cache. On other devices, and when compiled, it has up to 64 chunks: the
+    product that connects the states of a tile grows with the square of that number.
     """
     batch, chunks, size = x.shape[:3]
     span, row = 64, batch
@@ -111,27 +114,30 @@ def tiles(x: Tensor) -> tuple[list[slice], list[slice]]:
 
 
 class Tile(NamedTuple):
-    """What both passes need of one tile."""
+    """Intermediate values of one tile that both passes need."""
 
     between: Tensor  # (b, c, h, q, q) decay from token j to i, times dt_j
     similarity: Tensor  # (b, c, 1, q, q) C_i . B_j
-    scores: Tensor  # (b, c, h, q, q) how much x_j adds to y_i
-    from_start: Tensor  # (b, c, h, q, 1) decay since the chunk began
-    to_end: Tensor  # (b, c, h, q, 1) decay until it ends, times dt
-    reads: Tensor  # (b, c, h, q, n) C as the state before the chunk sees it
-    writes: Tensor  # (b, c, h, q, n) B as the state after it does
+    scores: Tensor  # (b, c, h, q, q) factor of x_j in y_i
+    from_start: Tensor  # (b, c, h, q, 1) decay since the start of the chunk
+    to_end: Tensor  # (b, c, h, q, 1) decay until its end, times dt
+    reads: Tensor  # (b, c, h, q, n) C times from_start: reads the state before the chunk
+    writes: Tensor  # (b, c, h, q, n) B times to_end: writes the state after the chunk
     states: Tensor  # (b, c+1, h, n, p) before each chunk, and after the last
 
 
-def describe(x, dt, log_decay, B, C, D, state) -> Tile:
-    """x (b, c, h, q, p), dt and log_decay (b, c, h, q), B and C (b, c, 1, q, n)."""
+def make_tile(x, dt, log_decay, B, C, D, state) -> Tile:
+    """The intermediate values of a tile.
+
+    x (b, c, h, q, p), dt and log_decay (b, c, h, q), B and C (b, c, 1, q, n).
+    """
     total = log_decay.cumsum(-1)  # (b, c, h, q)
     between = total[..., :, None] - total[..., None, :]
     future = torch.full_like(between[0, 0, 0], -math.inf).triu(1)
     between = torch.minimum(between, future).exp_().mul_(dt[..., None, :]).to(x.dtype)
     similarity = C @ B.mT
     scores = similarity * between
-    if is_writing_graph():  # it may hold no view that is written to
+    if is_writing_graph():  # export allows no in-place write to a view
         scores = scores + D[:, None, None] * torch.eye(scores.shape[-1], device=D.device)
     else:
         scores.diagonal(dim1=-2, dim2=-1).add_(D[:, None])
@@ -147,19 +153,22 @@ def heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.transpose(2, 3).contiguous() for t in tensors)
 
 
-def tile_forward(x, dt, log_decay, B, C, D, state):
-    """One tile: x (b, c, q, h, p), dt and log_decay (b, c, q, h), B and C (b, c, q, n)."""
+def tile_forward(x, dt, log_decay, B, C, D, state) -> tuple[Tensor, Tensor]:
+    """The y and the last state of one tile.
+
+    x (b, c, q, h, p), dt and log_decay (b, c, q, h), B and C (b, c, q, n).
+    """
     x, dt, log_decay = heads_first(x, dt, log_decay)
-    t = describe(x, dt, log_decay, B[:, :, None], C[:, :, None], D, state)
+    t = make_tile(x, dt, log_decay, B[:, :, None], C[:, :, None], D, state)
     y = t.scores @ x + t.reads @ t.states[:, :-1].to(x.dtype)
     return y.transpose(2, 3), t.states[:, -1]
 
 
-def tile_backward(x, dt, log_decay, B, C, D, state, dy, dlast):
+def tile_backward(x, dt, log_decay, B, C, D, state, dy, dlast) -> tuple[Tensor, ...]:
     """The gradients of a tile's inputs, in their order, from those of y and the last state."""
     x, dt, log_decay, dy = heads_first(x, dt, log_decay, dy)
     B, C = B[:, :, None], C[:, :, None]
-    t = describe(x, dt, log_decay, B, C, D, state)
+    t = make_tile(x, dt, log_decay, B, C, D, state)
 
     # dstates[:, c] is the gradient of the state before chunk c: `carry`, backwards in time.
     dread_states = (t.reads.mT @ dy).to(state.dtype).flip(1)  # (b, c, h, n, p)
@@ -192,8 +201,9 @@ def tile_backward(x, dt, log_decay, B, C, D, state, dy, dlast):
 def carry(log_decay: Tensor, written: Tensor, state: Tensor) -> Tensor:
     """States between chunks, (b, c+1, h, n, p): before the first chunk, then after each one.
 
-    log_decay (b, c, h) over each whole chunk, written (b, c, h, n, p), state (b, h, n, p).
-    A chunk may decay by thousands, so sums are taken from j to i and never subtracted.
+    log_decay (b, c, h) is the sum over each chunk; written (b, c, h, n, p), state (b, h, n, p).
+    The sum over a chunk can be in the thousands, so sums from chunk j to i are added up one by one:
+    a difference of two cumulative sums would lose all digits.
     """
     steps = F.pad(log_decay, (0, 0, 1, 0)).mT[..., None]  # (b, h, c+1, 1)
     steps = steps.expand(-1, -1, -1, steps.shape[2])
@@ -220,8 +230,10 @@ def running_max(x: Tensor) -> Tensor:
 
 
 class DepthwiseConv(torch.autograd.Function):
-    """history (b, k-1+l, d) and weight (d, k) -> (b, l, d). PyTorch's own backward pass of such a
-    convolution takes seven times as long on a CPU when one long row comes instead of several."""
+    """Causal depthwise convolution: history (b, k-1+l, d) and weight (d, k) -> (b, l, d).
+
+    PyTorch's own backward pass takes seven times as long on a CPU for one long row as for several.
+    """
 
     @staticmethod
     def forward(ctx, history: Tensor, weight: Tensor) -> Tensor:
@@ -231,34 +243,40 @@ class DepthwiseConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
-        (history, weight), L = ctx.saved_tensors, dy.shape[1]
-        K, wide = weight.shape[1], torch.promote_types(dy.dtype, torch.float32)
-        dtaps = [(dy * history[:, k : k + L]).sum((0, 1), dtype=wide) for k in range(K)]
-        dhistory = depthwise(F.pad(dy, (0, 0, K - 1, K - 1)), weight.flip(1))
+        history, weight = ctx.saved_tensors
+        length, width = dy.shape[1], weight.shape[1]
+        wide = torch.promote_types(dy.dtype, torch.float32)
+        taps = (history[:, k : k + length] for k in range(width))
+        dtaps = [(dy * tap).sum((0, 1), dtype=wide) for tap in taps]
+        dhistory = depthwise(F.pad(dy, (0, 0, width - 1, width - 1)), weight.flip(1))
         return dhistory, torch.stack(dtaps, dim=1).to(weight.dtype)
 
 
 def depthwise(x: Tensor, weight: Tensor) -> Tensor:
-    """As of an image one pixel high, whose channels lie in memory as the library likes them."""
+    """Depthwise conv2d on a height-1 image in channels-last layout, the fast path."""
     return F.conv2d(x.mT.unsqueeze(2), weight[:, None, None], groups=len(weight)).squeeze(2).mT
 
 
 # ------------------------------------------------------------------------------ quantization
 
-FEW_ROWS = 32  # above, weights are made whole where activations are not to be rounded to a byte
-CACHE = 1 << 20  # bytes of codes that a CPU's core keeps at hand
-# Without these instructions a CPU is slow at products of bytes, or rounds their sums.
+FEW_ROWS = 32  # with more rows, weight_only layers multiply by the dequantized weight
+CACHE = 1 << 20  # bytes of codes that fit the cache of a CPU core
+# Without VNNI instructions int8 products are slow on a CPU, or their sums are rounded.
 MULTIPLIES_BYTES = getattr(torch.cpu, "_is_vnni_supported", lambda: False)()
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer whose weight (out, in) is codes * scale: whole numbers, a scale for each row.
+    """A linear layer with the weight (out, in) codes * scale: int8 codes, and a scale per row.
 
-    Of 8 bits, a code is any number from -127 to 127. Of 4 bits, it is one from -8 to 7 times the
-    factor of its group, again a whole number within a byte (as in QServe, arXiv 2405.04532), so
-    that products of bytes serve both; files hold the 4 bits. In mode `dynamic` an activation
-    is rounded to a byte, with a scale for each token; in mode `weight_only` it is not.
+    With 8 bits a code is from -127 to 127. With 4 bits it is a number from -8 to 7 times the
+    integer factor of its group, which fits a byte again (as in QServe, arXiv 2405.04532): int8
+    products serve both, and files hold the 4 bits. In mode `dynamic` activations are rounded to
+    int8 with a scale per token; in mode `weight_only` they are not.
     """
+
+    codes: Tensor  # (out, in) int8
+    scale: Tensor  # (out,) float32
+    factors: Tensor  # (out, groups) int8, only with 4 bits
 
     def __init__(self, d_in: int, d_out: int, bias: bool, bits: int, mode: str, group_size: int):
         super().__init__()
@@ -274,17 +292,17 @@ class QuantizedLinear(nn.Module):
     def _apply(self, fn, recurse=True):
         scale = self.scale
         super()._apply(fn, recurse)
-        if self.scale.dtype != scale.dtype:  # float32 in a model of any type
+        if self.scale.dtype != scale.dtype:  # float32 in a model of any dtype
             self.scale = scale.to(self.scale.device)
         return self
 
     @property
     def weight(self) -> Tensor:
-        """(out, in) of float32, as it counts."""
-        return whole_weight(self.codes, self.scale)
+        """The dequantized weight (out, in), float32."""
+        return dequantize(self.codes, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out), of the type of x."""
+        """x (..., in) -> (..., out), in the dtype of x."""
         learning = torch.is_grad_enabled() and x.requires_grad
         product = QuantizedProduct.apply if learning else quantized_product
         return product(x, self.codes, self.scale, self.bias, self.dynamic)
@@ -302,9 +320,9 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedProduct(torch.autograd.Function):
-    """`quantized_product` that keeps no whole weight for its backward pass.
+    """`quantized_product` that keeps no dequantized weight for its backward pass.
 
-    To the gradient, rounding an activation is nothing.
+    The gradient ignores the rounding of activations (straight-through).
     """
 
     @staticmethod
@@ -316,11 +334,12 @@ class QuantizedProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        dx = dy @ whole_weight(*ctx.saved_tensors).to(dy.dtype)
+        dx = dy @ dequantize(*ctx.saved_tensors).to(dy.dtype)
         return dx.to(ctx.dtype), None, None, None, None
 
 
-def whole_weight(codes: Tensor, scale: Tensor) -> Tensor:
+def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
+    """Codes (out, in) and scales (out,) -> the weight (out, in), float32."""
     return codes.float() * scale[:, None]
 
 
@@ -329,19 +348,19 @@ def quantized_product(
 ) -> Tensor:
     """x (..., in) times the transpose of codes * scale (out, in), plus bias (out,): (..., out)."""
     rows = x.numel() // x.shape[-1]
-    bytewise = MULTIPLIES_BYTES and x.device.type == "cpu" and not is_writing_graph()
-    if not bytewise or rows == 0 or not (dynamic or rows <= FEW_ROWS):
+    int8 = MULTIPLIES_BYTES and x.device.type == "cpu" and not is_writing_graph()
+    if not int8 or rows == 0 or not (dynamic or rows <= FEW_ROWS):
         if dynamic:
             steps, step = to_bytes(x.float())
             x = (steps * step).to(x.dtype)
-        weight = whole_weight(codes, scale).to(x.dtype)
+        weight = dequantize(codes, scale).to(x.dtype)
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     wide = x.reshape(rows, -1).float()
     steps, step = to_bytes(wide)
     first = steps.to(torch.int8)
     if dynamic:
         y = torch._int_mm(first, codes.t())  # (rows, out)
-    else:  # what rounding left is a second byte, and the cache still has the codes
+    else:  # a second int8 holds the rounding error; the codes are still in the cache
         rest = (wide / step).sub_(steps).mul_(254).round_().to(torch.int8)
         parts = codes.t().split(max(1, CACHE // codes.shape[1]), dim=1)
         y = torch.cat(
@@ -353,7 +372,7 @@ def quantized_product(
 
 
 def to_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (..., in) in whole steps from -127 to 127, and the step (..., 1) of each row."""
+    """x (..., in) as integers from -127 to 127, and their step size (..., 1) per row."""
     step = torch.linalg.vector_norm(x, math.inf, -1, keepdim=True).clamp(min=1e-30) / 127
     return (x / step).round(), step
 
@@ -377,7 +396,7 @@ QUANTIZATION_FORMAT = 1
 QUANTIZATION_MODES = ("dynamic", "weight_only")
 
 
-def quantize_like(model: nn.Module, scheme: dict) -> None:
+def quantize_like(model: Any, scheme: dict) -> None:
     """Replace the linear layers that a scheme names by empty quantized ones.
 
     `scheme` is what config.json holds as "quantization"; one that does not fit is a ValueError.
@@ -389,15 +408,12 @@ def quantize_like(model: nn.Module, scheme: dict) -> None:
         raise ValueError(f"groups of {size!r} are invalid")
     for name, bits in scheme["layers"].items():
         layer = model.get_submodule(name)
-        cut = bits == 8 or layer.in_features % size == 0
-        if not isinstance(layer, nn.Linear) or bits not in (4, 8) or not cut:
+        fits = bits == 8 or layer.in_features % size == 0
+        if not isinstance(layer, nn.Linear) or bits not in (4, 8) or not fits:
             raise ValueError(f"{name} cannot be quantized to {bits} bits in groups of {size}")
-        model.set_submodule(
-            name,
-            QuantizedLinear(
-                layer.in_features, layer.out_features, layer.bias is not None, bits, mode, size
-            ),
-        )
+        sizes = layer.in_features, layer.out_features
+        quantized = QuantizedLinear(*sizes, layer.bias is not None, bits, mode, size)
+        model.set_submodule(name, quantized)
     model.quantization = scheme
 
 

@@ -104,7 +104,7 @@ def full_tensor(t: Any) -> Any:
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
-def shard_like(t: Tensor, like: Tensor) -> Tensor:
+def shard_like(t: Tensor, like: Any) -> Tensor:
     """This process's shard of a full tensor, sharded as `like` is."""
     if not hasattr(like, "device_mesh") or t.shape != like.shape:
         return t

@@ -72,7 +72,9 @@ class SimpleTokenizer:
     def _read_vocabulary(self, tokens: list[str]) -> None:
         byte_of = {c: b for b, c in enumerate(byte_alphabet())}
         gpt2_notation = set(byte_of) <= set(tokens)  # else a token is literal text
-        self.pieces, self.special, self.ids = [], {}, {}
+        self.pieces: list[bytes] = []
+        self.special: dict[str, int] = {}
+        self.ids: dict[bytes, int] = {}
         for i, token in enumerate(tokens):
             piece = token.encode()
             if escaped := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token):
@@ -155,7 +157,7 @@ def open_tokenizer(given: Any, model: nn.Module, beside: list) -> Any:
     model's training data; None if there is none."""
     if given is not None:
         return SimpleTokenizer(given) if isinstance(given, str | Path) else given
-    data = model.config.train_data_path
+    data: Any = model.config.train_data_path
     beside = [*beside, *([data] if isinstance(data, str) else data)]
     return next(filter(None, (find_tokenizer(str(path)) for path in beside)), None)
 
