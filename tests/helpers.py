@@ -6,6 +6,8 @@ import functools
 import io
 import math
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -21,8 +23,9 @@ from hypothesis import settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft import AdapterConfig, adapter_tensors, attach
-from testv2 import Config, RotaryEmbedding, SequenceContext, TinyMambaModel, main
+from testv2 import Config, RotaryEmbedding, SequenceContext, TinyMambaModel, Trainer, main
 from tinymamba.__main__ import COMMANDS  # noqa: F401
+from tinymamba.checkpoint import load_checkpoint
 from tinymamba.cli import run_cli
 from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer, byte_level
 
@@ -180,6 +183,42 @@ class Census(TorchDispatchMode):
             if isinstance(t, torch.Tensor) and t.layout == torch.strided:
                 self.largest = max(self.largest, t.untyped_storage().nbytes() // t.element_size())
         return out
+
+
+# ------------------------------------------------------------------------------ training runs
+
+LATEST = Path("tinymamba_model_latest.pt")
+STEP = re.compile(r"^step (\d+)/(\d+) \| loss (\S+) .*$", re.M)
+
+
+def brief_config(**changes) -> Config:
+    return tiny_config(**{"amp_dtype": torch.float32, **BRIEF, **changes})
+
+
+def brief_flags(**changes) -> list[str]:
+    return flags(**{**TINY, **BRIEF, "amp_dtype": "float32", **changes})
+
+
+def after_step(trainer: Trainer, step: int, act) -> None:
+    """Call `act` once, in the middle of the given optimizer step of this run."""
+    seen = []
+
+    def hook(*_):
+        seen.append(1)
+        if len(seen) == step:
+            act()
+
+    trainer.optimizer.register_step_post_hook(hook)
+
+
+def go_on(stop_after: int | None = None) -> Trainer:
+    """Resume as main does, and stop in the middle of that step of this run."""
+    saved = load_checkpoint(LATEST)
+    trainer = Trainer(Config.from_dict(saved["config"]), saved=saved)
+    if stop_after:
+        after_step(trainer, stop_after, lambda: signal.raise_signal(signal.SIGINT))
+    assert trainer.run() == (130 if stop_after else 0)
+    return trainer
 
 
 # --------------------------------------------------------------------- commands and their data

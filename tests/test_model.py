@@ -401,14 +401,21 @@ def test_gradients_under_autocast_are_finite_and_near_float32():
     assert F.cosine_similarity(flat_got, flat_want, dim=0) > 0.99
 
 
-def test_two_hundred_layers_train_without_divergence():
+@pytest.mark.parametrize(
+    "steps, share",
+    [
+        (12, 0.83),  # of the first loss; 0.78, without the DeepNet scaling 0.88
+        pytest.param(50, 0.15, marks=pytest.mark.slow),  # 0.08; without the scaling 0.22
+    ],
+)
+def test_two_hundred_layers_train_without_divergence(steps, share):
     shape = {"d_model": 8, "num_heads": 1, "ssm_head_dim": 8, "d_state": 2, "expand_factor": 1}
     rest = {"window_size": 4, "d_conv": 1, "vocab_size": 8, "bias": False, "lr": 1e-2}
     model = TinyMambaModel(tiny_config(n_layer=200, **shape, **rest))
     optimizer = make_optimizer(model, model.config)
     ids = torch.arange(3)[:, None] + torch.arange(13)  # counting, modulo 8
     losses = []
-    for _ in range(50):
+    for _ in range(steps):
         loss = model.loss(ids[:, :-1] % 8, ids[:, 1:] % 8)
         optimizer.zero_grad()
         loss.backward()
@@ -417,7 +424,7 @@ def test_two_hundred_layers_train_without_divergence():
     assert np.isfinite(losses).all()
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert max(losses) < losses[0] + 0.1
-    assert np.mean(losses[-5:]) < 0.15 * losses[0]  # 0.08; without the DeepNet scaling 0.22
+    assert np.mean(losses[-steps // 10 :]) < share * losses[0]
 
 
 # ---------------------------------------------------------------------------- initialization

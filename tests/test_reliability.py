@@ -9,7 +9,6 @@ import errno
 import os
 import random
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -19,8 +18,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, assert_refused, assert_refuses, call, free_port, tiny_config
-from test_training import LATEST, STEP, after_step, brief_config, brief_flags, go_on
+from helpers import (
+    LATEST,
+    LINUX,
+    POSIX,
+    ROOT,
+    STEP,
+    after_step,
+    assert_refused,
+    assert_refuses,
+    brief_config,
+    brief_flags,
+    call,
+    free_port,
+    go_on,
+    most_memory,
+    tiny_config,
+)
 from torch.utils._pytree import tree_leaves
 
 import testv2
@@ -98,26 +112,30 @@ def go_on_until(number: int) -> int:
     return trainer.run()
 
 
+STOPS = [(1, 2), (3, 4), (6, 7), (7, 8), (9, 1), (11, 5)]
+
+
 @pytest.mark.parametrize("amp", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("first, second", [(1, 2), (3, 4), (6, 7), (7, 8), (9, 1), (11, 5)])
-def test_stopped_twice_anywhere_is_bitwise_never_stopped(place, monkeypatch, amp, first, second):
+def test_stopped_twice_anywhere_is_bitwise_never_stopped(place, monkeypatch, amp):
     """Float16 brings the GradScaler, whose first steps overflow."""
     monkeypatch.setattr(testv2, "pick_amp_dtype", lambda *_: amp)
     (place / "data/text/more.bin").write_bytes((place / "data/text/train.bin").read_bytes()[:4000])
     config = brief_config(**EVERYTHING, wandb_run_name="run")
-    whole = Trainer(config)
-    assert whole.run() == 0
+    assert Trainer(config).run() == 0
     expected = load_checkpoint(LATEST)
-    trainer = Trainer(config)
-    stop_in_forward(trainer, first)
-    assert trainer.run() == 143
-    assert go_on_until(second) == 143
-    assert go_on_until(0) == 0
-    got = load_checkpoint(LATEST)
-    for part in ("model", "optimizer", "scaler", "global_step", "tokens_seen", "val_loss", "data"):
-        assert digest(got[part]) == digest(expected[part]), part
-    for part in ("history", "best", "bad_validations", "bad_steps", "skipped", "norm"):
-        assert got["progress"][part] == expected["progress"][part], part
+    share = (torch.float32, torch.bfloat16, torch.float16).index(amp)
+    for first, second in STOPS if CHAOS else STOPS[share::3]:
+        trainer = Trainer(config)
+        stop_in_forward(trainer, first)
+        assert trainer.run() == 143
+        assert go_on_until(second) == 143
+        assert go_on_until(0) == 0
+        got = load_checkpoint(LATEST)
+        for part in ("model", "optimizer", "scaler", "global_step", "tokens_seen", "val_loss"):
+            assert digest(got[part]) == digest(expected[part]), (first, second, part)
+        assert got["data"] == expected["data"]
+        for part in ("history", "best", "bad_validations", "bad_steps", "skipped", "norm"):
+            assert got["progress"][part] == expected["progress"][part], (first, second, part)
 
 
 # ------------------------------------------------------------------------------ damaged files
@@ -186,6 +204,7 @@ def test_without_a_good_file_there_is_an_error_and_no_new_start(place):
 # ------------------------------------------------------------------------------------ kill -9
 
 
+@POSIX
 def test_kill_9_at_any_moment_loses_at_most_one_save_interval(place):
     """Half of the kills wait until a file is being written."""
     size = {"d_model": 128, "num_heads": 4, "vocab_size": 4096, "checkpoint_interval": 1}
@@ -221,9 +240,12 @@ def test_kill_9_at_any_moment_loses_at_most_one_save_interval(place):
 # ---------------------------------------------------------------------------------- full disks
 
 
+@POSIX
 def test_a_full_disk_ends_the_run_in_one_line_and_keeps_the_last_checkpoint(place):
     assert call(*brief_flags(max_steps=2)).returncode == 0
     good = LATEST.read_bytes()
+
+    resource = pytest.importorskip("resource")
 
     def limit() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -236,6 +258,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_keeps_the_last_checkpoint(plac
     assert call("--resume", "--max_steps", 4).returncode == 0
 
 
+@LINUX
 @pytest.mark.slow
 def test_a_full_file_system_keeps_the_last_checkpoint(place):
     disk = place / "disk"
@@ -333,27 +356,26 @@ def raise_in(trainer: Trainer, phase: str, number: int, monkeypatch) -> None:
         monkeypatch.setattr(torch, "save", lambda *a: (act(), save(*a)))
 
 
-@pytest.mark.parametrize("phase", ["training", "validation", "generation", "saving"])
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_a_signal_in_any_phase_and_the_run_that_goes_on(place, phase, name, monkeypatch):
-    whole = Trainer(brief_config(max_steps=6, **PHASES))
-    assert whole.run() == 0
-    expected = load_checkpoint(LATEST)
-    trainer = Trainer(brief_config(max_steps=6, checkpoint_interval=2, **PHASES), SimpleTokenizer())
-    number = getattr(signal, name)
-    with monkeypatch.context() as patch:
-        raise_in(trainer, phase, number, patch)
-        code = trainer.run()
-    if name == "SIGUSR1":
-        assert code == 0 and trainer.step == 6
-    else:
-        assert code == 128 + number and trainer.step <= 3
-        assert load_checkpoint(LATEST)["global_step"] == trainer.step
-        trainer = go_on()
-    got = load_checkpoint(LATEST)
-    for part in ("model", "optimizer", "val_loss"):
-        assert digest(got[part]) == digest(expected[part]), part
-    assert got["progress"]["history"] == expected["progress"]["history"]
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", pytest.param("SIGUSR1", marks=POSIX)])
+def test_a_signal_in_any_phase_and_the_run_that_goes_on(place, name, monkeypatch):
+    assert Trainer(brief_config(max_steps=6, **PHASES)).run() == 0
+    expected, number = load_checkpoint(LATEST), getattr(signal, name)
+    config = brief_config(max_steps=6, checkpoint_interval=2, **PHASES)
+    for phase in ("training", "validation", "generation", "saving"):
+        trainer = Trainer(config, SimpleTokenizer())
+        with monkeypatch.context() as patch:
+            raise_in(trainer, phase, number, patch)
+            code = trainer.run()
+        if name == "SIGUSR1":
+            assert code == 0 and trainer.step == 6, phase
+        else:
+            assert code == 128 + number and trainer.step <= 3, phase
+            assert load_checkpoint(LATEST)["global_step"] == trainer.step
+            trainer = go_on()
+        got = load_checkpoint(LATEST)
+        for part in ("model", "optimizer", "val_loss"):
+            assert digest(got[part]) == digest(expected[part]), (phase, part)
+        assert got["progress"]["history"] == expected["progress"]["history"], phase
 
 
 def test_a_signal_in_validation_does_not_wait_for_its_end(place):
@@ -444,6 +466,7 @@ def test_harmless_settings_may_change(stopped):
     assert call("--resume", *words).returncode == 0
 
 
+@POSIX
 @pytest.mark.parametrize("workers", [0, 2])
 def test_data_cut_during_a_run_saves_and_ends_it_in_one_line(place, workers):
     trainer = Trainer(brief_config(max_steps=10**4, num_workers=workers))
@@ -453,17 +476,18 @@ def test_data_cut_during_a_run_saves_and_ends_it_in_one_line(place, workers):
     assert load_checkpoint(LATEST)["global_step"] == trainer.step >= 3
 
 
+@POSIX
 def test_a_sparse_file_of_40_gigabytes_is_read_at_once(place):
     path = Path("data/text/train.bin")
     os.truncate(path, 40 * 10**9 // 4 * 4)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = most_memory()
     start = time.perf_counter()
     data = testv2.StreamingTokenDataset(path, 32, shuffle=True)
     x, y = data[10**9]
     seconds = time.perf_counter() - start
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    grown = most_memory() - before
     assert x.shape == y.shape == (32,) and seconds < 1.0
-    assert grown < 64 * 1024, f"{grown} kB"
+    assert grown < 64 * 1024**2, f"{grown:,} bytes"
 
 
 # ------------------------------------------------------------------------------ secrets
@@ -504,6 +528,7 @@ def wait_for(process: subprocess.Popen, beginning: str) -> None:
     assert any(line.startswith(beginning) for line in process.stdout), process.stderr.read()
 
 
+@POSIX
 @pytest.mark.parametrize("how", ["SIGSTOP", "SIGKILL"])
 def test_a_process_that_is_dead_or_hangs_ends_the_others_by_name(place, how):
     words = brief_flags(max_steps=10**6, rank_timeout=3, batch_size=2)
@@ -518,13 +543,14 @@ def test_a_process_that_is_dead_or_hangs_ends_the_others_by_name(place, how):
     )
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", [pytest.param(0, marks=LINUX), pytest.param(1, marks=POSIX)])
 def test_an_error_of_one_process_ends_the_other_with_its_words(place, failing):
     """The writer's disk is full, or the data of the other are gone."""
     words = brief_flags(max_steps=10**6, batch_size=2, checkpoint_interval=10**6, rank_timeout=30)
     with two_ranks(*words) as both:
         wait_for(both[0], "step 3/")
         if failing == 0:
+            resource = pytest.importorskip("resource")
             resource.prlimit(both[0].pid, resource.RLIMIT_FSIZE, (4096, 4096))
             both[0].send_signal(signal.SIGUSR1)
         else:
@@ -538,6 +564,7 @@ def test_an_error_of_one_process_ends_the_other_with_its_words(place, failing):
         assert f"rank 0 (process {both[0].pid} on " in other, other
 
 
+@POSIX
 @pytest.mark.parametrize("number", range(times(3, 50)))
 def test_a_signal_to_any_process_at_any_moment_is_heeded_by_all(place, number):
     dice = random.Random(number)
@@ -607,6 +634,7 @@ def losses() -> list[float]:
     return [loss for _, loss in load_checkpoint(LATEST)["progress"]["history"]["train"]]
 
 
+@POSIX
 def test_cut_parameters_train_as_whole_ones_and_checkpoints_fit_both(place):
     """FSDP on two processes, then one process, then two again: as one process all the time."""
     call(*brief_flags(**STEPS), "--max_steps", 3)
@@ -654,9 +682,10 @@ def test_compiled_autocast_and_recomputed_on_two_processes(place, parallel):
     assert losses() == pytest.approx(eager, abs=2e-2) and len(eager) == 3
 
 
-SHARES = [(2, 2)] if not CHAOS else [(1, 2), (1, 4), (2, 0), (2, 2), (2, 4), (4, 0), (4, 2), (4, 4)]
+SHARES = [(1, 2), (1, 4), (2, 0), (2, 2), (2, 4), (4, 0), (4, 2), (4, 4)]
 
 
+@pytest.mark.skipif(not CHAOS, reason="the two nodes below show it for two ranks and two workers")
 @pytest.mark.parametrize("ranks, workers", SHARES)
 def test_any_number_of_processes_and_workers_gives_the_same_losses(place, ranks, workers):
     call(*brief_flags(**STEPS))
@@ -665,10 +694,11 @@ def test_any_number_of_processes_and_workers_gives_the_same_losses(place, ranks,
     assert len(expected) == 6 and losses() == pytest.approx(expected, abs=1e-5)
 
 
+@POSIX
 def test_two_nodes_train_as_one(place):
     call(*brief_flags(**STEPS))
     expected = losses()
-    launch(2, *brief_flags(**{**STEPS, "batch_size": 2}), nodes=2)
+    launch(2, *brief_flags(**{**STEPS, "batch_size": 2, "num_workers": 2}), nodes=2)
     assert len(expected) == 6 and losses() == pytest.approx(expected, abs=1e-5)
 
 

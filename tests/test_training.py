@@ -14,15 +14,19 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
-    BRIEF,
+    LATEST,
+    POSIX,
     ROOT,
-    TINY,
+    STEP,
+    after_step,
     assert_refused,
     assert_refuses,
+    brief_config,
+    brief_flags,
     call,
     files_below,
-    flags,
     free_port,
+    go_on,
     run_script,
     tiny_config,
     write_tokens,
@@ -40,20 +44,11 @@ from testv2 import (
 )
 from tinymamba.checkpoint import digest, load_checkpoint
 from tinymamba.cli import UserError
+from tinymamba.runtime import Signals
 from tinymamba.tokenizer import EOS_TOKEN, byte_alphabet
 
-LATEST, BEST = Path("tinymamba_model_latest.pt"), Path("tinymamba_model_best.pt")
-FLOAT32 = {"amp_dtype": torch.float32}
-STEP = re.compile(r"^step (\d+)/(\d+) \| loss (\S+) .*$", re.M)
+BEST = Path("tinymamba_model_best.pt")
 VALIDATION = re.compile(r"^validation at step (\d+): (\S+) nats(?:, (\S+) bits per byte)?", re.M)
-
-
-def brief_config(**changes) -> Config:
-    return tiny_config(**{**FLOAT32, **BRIEF, **changes})
-
-
-def brief_flags(**changes) -> list[str]:
-    return flags(**{**TINY, **BRIEF, "amp_dtype": "float32", **changes})
 
 
 def scalars(log_dir: Path) -> dict[str, dict[int, float]]:
@@ -66,18 +61,6 @@ def scalars(log_dir: Path) -> dict[str, dict[int, float]]:
 
 def losses(trainer: Trainer) -> list[float]:
     return [loss for _, loss in trainer.progress["history"]["train"]]
-
-
-def after_step(trainer: Trainer, step: int, act) -> None:
-    """Call `act` once, in the middle of the given optimizer step of this run."""
-    seen = []
-
-    def hook(*_):
-        seen.append(1)
-        if len(seen) == step:
-            act()
-
-    trainer.optimizer.register_step_post_hook(hook)
 
 
 # ---------------------------------------------------------------------------------- learning
@@ -378,16 +361,6 @@ TWO_SOURCES = {
 }  # fmt: skip
 
 
-def go_on(stop_after: int | None = None) -> Trainer:
-    """Resume as main does, and stop in the middle of that step of this run."""
-    saved = load_checkpoint(LATEST)
-    trainer = Trainer(Config.from_dict(saved["config"]), saved=saved)
-    if stop_after:
-        after_step(trainer, stop_after, lambda: signal.raise_signal(signal.SIGINT))
-    assert trainer.run() == (130 if stop_after else 0)
-    return trainer
-
-
 def test_a_run_resumed_twice_is_bitwise_the_uninterrupted_one(place):
     whole = Trainer(brief_config(**TWO_SOURCES, log_dir="whole"))
     assert whole.run() == 0
@@ -569,6 +542,7 @@ def end(process: subprocess.Popen) -> tuple[int, str]:
     return process.returncode, out
 
 
+@POSIX
 def test_sigusr1_saves_and_goes_on_and_sigterm_saves_and_ends(start):
     process = start()
     read_until(process, "step 3/")
@@ -583,6 +557,7 @@ def test_sigusr1_saves_and_goes_on_and_sigterm_saves_and_ends(start):
     assert load_checkpoint(LATEST)["global_step"] == steps[-1]
 
 
+@POSIX
 def test_sigint_saves_and_ends_and_no_compiler_is_no_obstacle(place, start):
     process = start(use_compile="true")
     assert re.search(r"torch.compile is off: .*C\+\+", read_until(process, "step 2/"))
@@ -595,6 +570,7 @@ def test_sigint_saves_and_ends_and_no_compiler_is_no_obstacle(place, start):
     assert done.returncode == 0 and f"step {step + 1}/{step + 1} " in done.stdout, done.stderr
 
 
+@POSIX
 def test_sigusr1_does_not_make_sigterm_forgotten(place):
     trainer = Trainer(brief_config(max_steps=6))
     after_step(
@@ -604,7 +580,7 @@ def test_sigusr1_does_not_make_sigterm_forgotten(place):
 
 
 def test_handlers_of_the_caller_are_put_back(place):
-    names = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    names = [getattr(signal, name) for name in Signals.NAMES if hasattr(signal, name)]
     before = [signal.getsignal(name) for name in names]
     Trainer(brief_config(max_steps=1)).run()
     assert [signal.getsignal(name) for name in names] == before
@@ -679,7 +655,11 @@ TOGETHER = {  # stops early after step 3: of 9, so that the rate has far to go
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("launcher", ["torch.distributed.launch", "torch.distributed.run"])
+@POSIX
+@pytest.mark.parametrize(
+    "launcher",
+    ["torch.distributed.launch", pytest.param("torch.distributed.run", marks=pytest.mark.slow)],
+)
 def test_two_processes_train_as_one_with_twice_the_batch(place, monkeypatch, launcher):
     one = call(*brief_flags(**TOGETHER))
     command = [sys.executable, "-m", launcher, "--nproc_per_node=2", f"--master_port={free_port()}"]

@@ -88,7 +88,7 @@ def atomic_write(
 def write_json(path: str | Path, value: Any) -> None:
     """Write plain values as indented JSON."""
     text = json.dumps(value, indent=2) + "\n"
-    atomic_write(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    atomic_write(path, lambda temporary: Path(temporary).write_bytes(text.encode()))
 
 
 # ------------------------------------------------------------------------------ tensor files
@@ -134,7 +134,7 @@ def read_tensors(
                 known = known and slices[n].get_shape() == [rows, *t.shape[1:]]
                 known = known and slices[n][:0].dtype == t.dtype
             require(known, name, "has other tensors than a state of this model", remedy)
-            tensors = {n: file.get_tensor(n) for n in like}
+            tensors = {n: file.get_tensor(n).clone() for n in like}  # the file may be replaced
     except (SafetensorError, OSError) as e:
         raise UserError(name, f"cannot be read ({e})", remedy) from None
     checksum = said.pop("checksum", None)

@@ -80,6 +80,8 @@ def need(module: str) -> types.ModuleType:
 
 def run_cli(main: Callable[[], int | None]) -> typing.NoReturn:
     """Exit with what `main()` returns; a UserError becomes one line on stderr and exit code 2."""
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack characters that a model writes
+        sys.stdout.reconfigure(errors="replace")
     try:
         sys.exit(main())
     except KeyboardInterrupt:
