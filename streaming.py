@@ -13,11 +13,11 @@ As a library:
     for text in server.generate_stream("Once upon a time", session_id=session, max_new_tokens=50):
         print(text, end="", flush=True)
 
-A session has read exactly the prompts that it was given and the text that it gave out: if a stream
-is closed early, the session stands where the reader stopped, and a stop string is not part of it.
-Its state never grows, so that a step costs the same after 10 tokens or a million, and a fork or a
-rollback costs nothing. Answers that are asked for at the same time, from any threads, are decoded
-as one batch.
+A session contains exactly the prompts it was given and the text it returned. If a stream is closed
+early, the session ends where the reader stopped; a stop string is never part of it. The state of a
+session has a constant size: a step costs the same after 10 tokens as after a million, and a fork
+or a rollback copies nothing. Answers requested at the same time, from any threads, are decoded as
+one batch.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -38,10 +39,10 @@ import time
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -64,63 +65,66 @@ from tinymamba.cli import (
 from tinymamba.runtime import pick_device, why_no_compile
 from tinymamba.tokenizer import open_tokenizer
 
-REMEMBERED = 512  # last tokens that a session knows by name, for the repetition penalty
-PIECE, SMALL_PIECE = 4096, 512  # tokens of a prompt that are read at once
-REBASE = 1024  # tokens of an answer after which its first state is given up
+RECENT = 512  # last tokens a session keeps, for the repetition penalty
+CONTEXT = 8  # last tokens a tokenizer may need to decode the next ones
+PREFILL = 4096  # prompt tokens read in one step
+SMALL_PREFILL = 512  # the same while there are other answers, which wait for the step
+MIN_SHARE = 128  # least prompt tokens read at once; fewer would take as long
+MAX_REPLAY = 1024  # tokens of an answer after which its start moves forward
 
 # ------------------------------------------------------------------------------------ config
 
 
 @dataclass
 class StreamingConfig:
-    """How to generate. Every method that generates takes any of these as keywords, too."""
+    """How to generate. Every method that generates also takes these fields as keywords."""
 
-    max_new_tokens: int = 100  # tokens of an answer; 0 reads the prompt only
-    temperature: float = 0.8  # 0 takes the likeliest token every time
-    top_k: int = 50  # draw among so many of the likeliest tokens; 0 is all
-    top_p: float = 1.0  # draw among the fewest tokens that have this much probability together
-    min_p: float = 0.0  # leave out what has less than this share of the likeliest's probability
-    repetition_penalty: float = 1.0  # above 1, tokens of the window become less likely
-    repetition_window: int = 64  # tokens, of prompt and answer, that the penalty looks back on
+    max_new_tokens: int = 100  # most tokens of an answer; 0 only reads the prompt
+    temperature: float = 0.8  # 0 always takes the most likely token
+    top_k: int = 50  # sample from this many of the most likely tokens; 0 means all
+    top_p: float = 1.0  # sample from the fewest tokens whose probabilities reach this sum
+    min_p: float = 0.0  # drop tokens with less than this fraction of the highest probability
+    repetition_penalty: float = 1.0  # above 1, tokens in the window become less likely
+    repetition_window: int = 64  # last tokens, prompt included, that the penalty applies to
     logit_bias: dict[int, float] | None = None  # added to the logits of these ids; -inf bans one
-    stop: list[str] | None = None  # strings that end an answer, and are not part of it
-    stop_ids: list[int] | None = None  # ids that do, besides eos_token_id
-    seed: int | None = None  # of the draws; None takes the session's own
-    logprobs: int | None = None  # name so many likeliest alternatives with every token
-    prompt_logprobs: int | None = None  # the same for the tokens of the prompt: Answer.scores
-    adapter: str | None = None  # which of the server's adapters answers; None is the model itself
-    reset_on_eos: bool = False  # an answer that ends with eos ends its session's memory as well
-    eos_token_id: int | None = None  # None takes the model's or tokenizer's, -1 none
-    bos_token_id: int | None = None  # begins every session; None begins only those without a prompt
-    pad_token_id: int | None = None  # is never drawn
-    batch_size: int = 64  # answers that are decoded together at most; the server's, for all
-    state_buffer_size: int = 8  # tokens of an answer that are made ahead of a slow reader
-    optimize_memory: bool = False  # read prompts 512 tokens at a time, not 4096
+    stop: list[str] | None = None  # strings that end an answer; they are not part of it
+    stop_ids: list[int] | None = None  # ids that end an answer, besides eos_token_id
+    seed: int | None = None  # random seed of the answer; None takes the session's
+    logprobs: int | None = None  # list this many alternatives with every token
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens, in Answer.scores
+    adapter: str | None = None  # name of one of the server's adapters; None uses none
+    reset_on_eos: bool = False  # clear the session after an answer that ends with eos
+    eos_token_id: int | None = None  # None takes the model's or the tokenizer's; -1 means none
+    bos_token_id: int | None = None  # first token of a session; None: eos, if the prompt is empty
+    pad_token_id: int | None = None  # is never sampled
+    batch_size: int = 64  # most answers decoded together; can only be set for a whole server
+    state_buffer_size: int = 8  # most tokens generated ahead of a slow reader
+    optimize_memory: bool = False  # read prompts 512 tokens at a time, not 4,096
 
     LIMITS: ClassVar = {
         **dict.fromkeys(("max_new_tokens", "temperature", "top_k"), (0, math.inf)),
         **dict.fromkeys(("batch_size", "state_buffer_size"), (1, math.inf)),
         **dict.fromkeys(("top_p", "min_p"), (0, 1)),
         "repetition_penalty": (1e-3, 1e3),
-        "repetition_window": (0, REMEMBERED),
+        "repetition_window": (0, RECENT),
         "seed": (0, 2**63 - 1),
     }
 
     def validate(self, vocab_size: int) -> StreamingConfig:
-        """Reject ill-typed and impossible values with a UserError; return self."""
-        limits = dict.fromkeys(("logprobs", "prompt_logprobs"), (0, vocab_size))
+        """Reject wrong types and impossible values with a UserError; return self."""
+        limits: dict = dict.fromkeys(("logprobs", "prompt_logprobs"), (0, vocab_size))
         limits |= dict.fromkeys(("bos_token_id", "pad_token_id"), (0, vocab_size - 1))
         limits |= {"eos_token_id": (-1, vocab_size - 1)}
         empty = [name for name in ("stop", "stop_ids") if getattr(self, name) == []]
         check_fields(dataclasses.replace(self, **dict.fromkeys(empty)), limits)
-        require("" not in (self.stop or []), "stop", "has an empty string", "leave it out")
+        require("" not in (self.stop or []), "stop", "has an empty string", "remove it")
         bias = self.logit_bias or {}
         numbers = all(has_type(b, float) or b == -math.inf for b in bias.values())
-        remedy = "pass {id: number}, -inf for a token never drawn"
+        remedy = "pass {id: number}; -inf bans an id"
         require(numbers, "logit_bias", f"{bias!r} is invalid", remedy)
         for name, ids in (("stop_ids", self.stop_ids or []), ("logit_bias", bias)):
             known = all(type(i) is int and 0 <= i < vocab_size for i in ids)
-            remedy = f"they must be from 0 to {vocab_size - 1}"
+            remedy = f"ids are whole numbers from 0 to {vocab_size - 1}"
             require(known, name, f"{[*ids]} are not all ids", remedy)
         return self
 
@@ -128,10 +132,10 @@ class StreamingConfig:
 # ------------------------------------------------------------------------------------ sampling
 
 
-def probabilities(logits: np.ndarray, recent, config: StreamingConfig) -> np.ndarray:
-    """What the next token is drawn from: logits (v,) -> float64 (v,) of sum 1.
+def probabilities(logits: np.ndarray, recent: Sequence[int], config: StreamingConfig) -> np.ndarray:
+    """Logits (v,) -> float64 probabilities (v,) of the next token, after all settings.
 
-    In this order, as in transformers: bias, penalty of what is `recent` (Keskar et al., arXiv
+    Applied in the order of transformers: bias, penalty on the `recent` ids (Keskar et al., arXiv
     1909.05858, section 4.1), temperature, top-k, top-p (Holtzman et al., arXiv 1904.09751), min-p
     (Nguyen et al., arXiv 2407.01082).
     """
@@ -142,12 +146,11 @@ def probabilities(logits: np.ndarray, recent, config: StreamingConfig) -> np.nda
         x[config.pad_token_id] = -np.inf
     if config.repetition_penalty != 1.0 and recent:
         seen = np.unique(recent)
-        x[seen] = np.where(
-            x[seen] > 0, x[seen] / config.repetition_penalty, x[seen] * config.repetition_penalty
-        )
+        penalty = config.repetition_penalty
+        x[seen] = np.where(x[seen] > 0, x[seen] / penalty, x[seen] * penalty)
     best = int(x.argmax())
     require(x[best] < np.inf, "logits", "are not finite", "use another checkpoint")
-    require(x[best] > -np.inf, "logit_bias", "every token is banned", "leave at least one")
+    require(x[best] > -np.inf, "logit_bias", "every token is banned", "allow at least one")
     if config.temperature == 0 or config.top_k == 1:
         return np.eye(1, len(x), best)[0]
     x = (x - x[best]) / config.temperature
@@ -158,550 +161,28 @@ def probabilities(logits: np.ndarray, recent, config: StreamingConfig) -> np.nda
     if config.top_p < 1.0:
         alive = p.nonzero()[0]
         order = alive[np.argsort(-p[alive], kind="stable")]
-        before = np.cumsum(p[order]) - p[order]  # probability of all likelier tokens
+        before = np.cumsum(p[order]) - p[order]  # total probability of all more likely tokens
         p[order[1:][before[1:] >= config.top_p]] = 0.0
     p[p < config.min_p * p[best]] = 0.0
     return p / p.sum()
 
 
 def draw(p: np.ndarray, seed: int, position: int) -> int:
-    """An id by probabilities (v,): a pure function of them, the seed and the place in the text."""
+    """Sample an id from probabilities (v,): a pure function of them, the seed and the position."""
     digest = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=8).digest()
-    share = (int.from_bytes(digest, "big") >> 11) / 2**53  # uniform in [0, 1)
+    uniform = (int.from_bytes(digest, "big") >> 11) / 2**53  # in [0, 1)
     total = np.cumsum(p)
-    return min(
-        int(np.searchsorted(total, share * total[-1], side="right")), int(p.nonzero()[0][-1])
-    )
+    sampled = int(np.searchsorted(total, uniform * total[-1], side="right"))
+    return min(sampled, int(p.nonzero()[0][-1]))
 
 
-# ------------------------------------------------------------------------------------ text
+def top_logprobs(
+    logits: np.ndarray, token: int, count: int | None
+) -> tuple[float | None, list[tuple[int, float]]]:
+    """The log-probability of a token, and the `count` most likely ids with theirs.
 
-MARK = "\ufffd"  # what a tokenizer gives for bytes that are no character
-
-
-class TextStream:
-    """Ids in, text out: in whole characters, and nothing of what may become a stop string."""
-
-    def __init__(self, tokenizer, context: list[int], stops: list[str]):
-        """`context`: ids before, which some tokenizers need to know what the next ones read as."""
-        self.tokenizer, self.context, self.stops = tokenizer, context, stops
-        self.held, self.shown = [], ""  # ids up to an unfinished character; the text before it
-        self.waiting, self.stopped = "", False  # text that may become a stop string
-
-    def holds(self) -> bool:
-        return bool(self.held or self.waiting)
-
-    def push(self, token: int) -> str:
-        """The text that is certain once `token` is known. `stopped` says if a stop ended it."""
-        self.held.append(token)
-        known = self.tokenizer.decode(self.context)
-        text = self.tokenizer.decode(self.context + self.held)[len(known) :]
-        certain = text.rstrip(MARK)
-        self.waiting += certain[len(self.shown) :].replace(MARK, "")
-        self.shown = certain
-        if not text.endswith(MARK) or len(self.held) == 8:  # more than any character needs
-            kept = self.held[-3:] if text.endswith(MARK) else []
-            while kept and self.tokenizer.decode(kept).strip(MARK):
-                kept = kept[1:]
-            done = self.held[: len(self.held) - len(kept)]
-            self.context = done if text else self.context + done  # hidden tokens have no text
-            self.held, self.shown = kept, ""
-        return self.release()
-
-    def release(self) -> str:
-        """What of the waiting text can no longer become a stop string."""
-        found = [at for stop in self.stops if (at := self.waiting.find(stop)) >= 0]
-        if found:
-            text, self.waiting, self.stopped = self.waiting[: min(found)], "", True
-            return text
-        longest = len(self.waiting)
-        sizes = [
-            n
-            for stop in self.stops
-            for n in range(1, min(len(stop), longest + 1))
-            if self.waiting.endswith(stop[:n])
-        ]
-        certain = len(self.waiting) - max(sizes, default=0)
-        text, self.waiting = self.waiting[:certain], self.waiting[certain:]
-        return text
-
-    def finish(self) -> str:
-        """The text still held back, at the end of an answer; part of a character is left out."""
-        text, self.waiting = self.waiting, ""
-        return text
-
-
-def extend(tokenizer, ids: list[int], text: str) -> list[int]:
-    """The ids, and those of a text that goes on where they end."""
-    if not text:
-        return ids
-    before = tokenizer.decode(ids[-8:])
-    alone, both = tokenizer.encode(before), tokenizer.encode(before + text)
-    same = next(
-        (n for n, (a, b) in enumerate(zip(alone, both, strict=False)) if a != b),
-        min(len(alone), len(both)),
-    )
-    changed = alone[same:]  # tokens that the text makes longer
-    if ids[len(ids) - len(changed) :] == changed:
-        return ids[: len(ids) - len(changed)] + both[same:]
-    return ids + tokenizer.encode(text)
-
-
-# ------------------------------------------------------------------------------------ decoding
-
-
-class Snapshot(NamedTuple):
-    """A session at one instant. It is never changed, so that as many may share it as like."""
-
-    state: ModelState  # of one row
-    logits: np.ndarray | None  # (v,) float32, of the token after the state; None before any token
-    recent: tuple[int, ...]  # the last REMEMBERED tokens
-    unread: tuple[int, ...]  # tokens that the state has yet to read
-
-    @property
-    def position(self) -> int:
-        """Tokens of the session so far."""
-        return int(self.state.position[0]) + len(self.unread)
-
-    def followed_by(self, ids) -> Snapshot:
-        if not ids:
-            return self
-        recent = (*self.recent, *ids)[-REMEMBERED:]
-        return self._replace(logits=None, recent=recent, unread=(*self.unread, *ids))
-
-
-class Token(NamedTuple):
-    """A token that was drawn, or one of a prompt."""
-
-    id: int
-    logprob: float | None  # in nats, by the model alone; None unless `logprobs` asks for it
-    top: list[tuple[int, float]]  # the likeliest ids and their logprobs, as many as it asks for
-    gates: np.ndarray | None  # (n_layer, 3) weights of SSM, attention, MLP where it was predicted
-
-
-class Chunk(NamedTuple):
-    """Text that is certain, and the tokens drawn since the last chunk."""
-
-    text: str
-    tokens: list[Token]
-
-
-NOTHING = Chunk("", [])  # there is no more without another step
-
-
-class Decoder:
-    """Reads prompts and draws tokens for all open answers, as one batch.
-
-    There is no thread of its own: of those that wait for a token, one takes a `step`, which goes on
-    with every answer that has room. Answers join and leave between any two steps. The lock is held
-    only between computations, which never change what they are given.
+    Logits are (v,). A `count` of None asks for neither. Equally likely ids are sorted by id.
     """
-
-    def __init__(self, model: TinyMambaModel, batch_size: int, compiled: bool = False):
-        self.model, self.condition = model.requires_grad_(False).eval(), threading.Condition()
-        self.batch_size, self.reading = batch_size, threading.Lock()
-        self.device, self.busy = model.embedding.weight.device, False
-        self.one_token = torch.compile(model.run) if compiled else model.run
-        self.answers: list[Answer] = []  # open ones
-        self.members: list[Answer] = []  # those that have the rows of `state`
-        self.state: ModelState | None = None
-
-    @torch.inference_mode()
-    def read(
-        self,
-        ids: list[list[int]],
-        state: ModelState,
-        adapters: list[str | None],
-        asked: tuple[list[int], int] | None = None,
-    ):
-        """ids (b, l) -> logits (b, v) of the last column, its gates (n_layer, b, 3), new state.
-
-        `adapters`: the one of each row. `asked`: ids (at most l) that follow the first, second, ...
-        of a single row, and how many alternatives to name with each; they come last, as tokens.
-        """
-        run = self.one_token if len(ids[0]) == 1 else self.model.run
-        with self.reading:
-            self.let_serve(adapters)
-            hidden, state, gates = run(torch.tensor(ids, device=self.device), state)
-        logits = self.model.head(hidden[:, -1]).float()  # (b, v)
-        if len(ids[0]) > 1:
-            state = state.clone()  # of a long piece, it is a small view
-        scores = self.score(hidden[0], *asked) if asked else []
-        return logits.cpu().numpy(), gates[:, :, -1].float().cpu().numpy(), state, scores
-
-    def score(self, hidden: Tensor, ids: list[int], count: int) -> list[Token]:
-        """What the model makes of ids after each of hidden (l, d), in parts: v may be large."""
-        scores = []
-        for at in range(0, len(ids), 64):
-            part = ids[at : at + 64]
-            logits = self.model.head(hidden[at : at + len(part)]).float().cpu().numpy()  # (64, v)
-            scores += [
-                Token(i, *likelihoods(row, i, count), None)
-                for row, i in zip(logits, part, strict=True)
-            ]
-        return scores
-
-    def let_serve(self, adapters: list[str | None]) -> None:
-        if hasattr(self.model, "adapter_state"):
-            from peft import set_adapter
-
-            alike = len(set(adapters)) == 1
-            set_adapter(self.model, adapters[0] if alike else adapters)
-
-    def settle(self, moment: Snapshot, adapter: str | None) -> Snapshot:
-        """The same moment with nothing left to read."""
-        state, logits, unread = moment.state, moment.logits, list(moment.unread)
-        for at in range(0, len(unread), SMALL_PIECE):
-            piece = unread[at : at + SMALL_PIECE]
-            (logits,), _, state, _ = self.read([piece], state, [adapter])
-        return moment._replace(state=state, logits=logits, unread=())
-
-    def wait(self, answer: Answer) -> None:
-        """Until it has a token or is over, see that steps are taken."""
-        while answer.hungry():
-            lead = False
-            try:
-                with self.condition:
-                    while answer.hungry() and self.busy:
-                        self.condition.wait()
-                    if answer.hungry():
-                        lead = self.busy = True
-                if lead:
-                    self.step()
-            finally:
-                if lead:
-                    with self.condition:
-                        self.busy = False
-                        self.condition.notify_all()
-
-    def step(self) -> None:
-        """Read on in the prompts, up to a piece, and draw a token of every answer with room."""
-        with self.condition:
-            prompts, ready = self.pieces(), self.gather(self.ready())
-            tokens, state = [[a.last] for a in ready], self.state
-        for answer, piece in prompts:
-            read = self.read(
-                [piece], answer.state, [answer.config.adapter], answer.asked(len(piece))
-            )
-            with self.condition:
-                answer.has_read(len(piece), *read)
-        if ready:
-            logits, gates, state, _ = self.read(tokens, state, [a.config.adapter for a in ready])
-            with self.condition:
-                self.hand_out(ready, logits, gates, state)
-
-    def pieces(self) -> list[tuple[Answer, list[int]]]:
-        """What of which prompts to read next: little, where others wait for it.
-
-        To equal shares, but to none of less than 128 tokens, as a pass over a few costs as much:
-        the one that has waited longest comes first, then the shortest.
-        """
-        left, pieces = SMALL_PIECE if len(self.answers) > 1 else PIECE, []
-        waiting = [a for a in self.answers if a.to_read and not a.over]
-        waiting = waiting[:1] + sorted(waiting[1:], key=lambda a: len(a.to_read))
-        chosen = sorted(waiting[: left // 128], key=lambda a: len(a.to_read))
-        for number, answer in enumerate(chosen):
-            share = left // (len(chosen) - number)
-            piece = answer.to_read[
-                : min(share, SMALL_PIECE) if answer.config.optimize_memory else share
-            ]
-            pieces += [(answer, piece)] if piece else []
-            left -= len(piece)
-        return pieces
-
-    def ready(self) -> list[Answer]:
-        """The answers of the next step: members as long as they have room, then others."""
-        inside = [a for a in self.members if a.has_room(a.config.state_buffer_size)]
-        known = set(map(id, inside))
-        others = (
-            a
-            for a in self.answers
-            if id(a) not in known and a.has_room((a.config.state_buffer_size + 1) // 2)
-        )
-        return [*inside, *others][: self.batch_size]
-
-    def gather(self, ready: list[Answer]) -> list[Answer]:
-        """Make `state` the rows of these answers."""
-        if ready and ready != self.members:
-            chosen, row_of = set(map(id, ready)), {}
-            for row, answer in enumerate(self.members):
-                if answer.state is None and id(answer) in chosen:
-                    row_of[id(answer)] = row
-                elif answer.state is None:
-                    answer.state = self.state_of(answer)
-            stay = [a for a in ready if id(a) in row_of]  # their rows are copied at once
-            join = [a for a in ready if id(a) not in row_of]
-            parts = [self.state.select([row_of[id(a)] for a in stay])] if stay else []
-            self.state = ModelState.join([*parts, *(a.state for a in join)])
-            self.members = ready = [*stay, *join]
-            for answer in ready:
-                answer.state = None
-        return ready
-
-    def hand_out(
-        self, ready: list[Answer], logits: np.ndarray, gates: np.ndarray, state: ModelState
-    ) -> None:
-        if self.members:  # or all were closed meanwhile
-            self.state = state
-        for row, answer in enumerate(ready):
-            if answer.open:
-                answer.draw(logits[row], gates[:, row])
-
-    def state_of(self, answer: Answer) -> ModelState:
-        if answer.state is not None:
-            return answer.state
-        return self.state.select([self.members.index(answer)])
-
-    def leave(self, answer: Answer) -> ModelState:
-        """Close an answer; its state."""
-        answer.state = self.state_of(answer)
-        self.answers.remove(answer)
-        if not self.answers:
-            self.members, self.state = [], None
-        return answer.state
-
-
-class Answer:
-    """One answer of a session, as it is made: an iterator of Chunk; close it, or read to the end.
-
-    After that `moment` is where the session stands, and `finish_reason` is "stop", "length", or
-    None if it was closed early.
-    """
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        moment: Snapshot,
-        prompt: list[int],
-        config: StreamingConfig,
-        ends: set[int],
-        tokenizer=None,
-        done=None,
-    ):
-        """`ends`: ids that end it. Without a tokenizer, chunks have tokens and no text.
-
-        `done` is called with the answer when it is over.
-        """
-        self.decoder, self.config, self.ends, self.done = decoder, config, ends, done
-        self.origin, self.prompt_tokens = moment, len(prompt)
-        self.moment = self.start = moment.followed_by(prompt)  # `start` will have read the prompt
-        self.state, self.to_read, self.logits = moment.state, list(self.moment.unread), None
-        self.recent, self.position = self.moment.recent, self.moment.position
-        self.ids, self.queue, self.last = [], deque(), None  # drawn since `start`; not given out
-        self.given = self.clean = 0  # of the ids: given out; given out with all of their text
-        self.since, self.milestone = "", None  # text given out after the clean ones; see `rebase`
-        self.drawn, self.over, self.open = 0, False, True
-        self.waits, self.undone = True, False  # see `ready_chunks` and `abandon`
-        self.closing: Token | None = None  # the one of `ends` that ended it; it is not given out
-        self.scored: list[Token] = []
-        if self.to_read and config.prompt_logprobs is not None:
-            first, logits = self.to_read[0], moment.logits
-            known = (
-                (None, []) if logits is None else likelihoods(logits, first, config.prompt_logprobs)
-            )
-            self.scored.append(Token(first, *known, None))
-        self.error = self.finish_reason = self.ended_by = None
-        self.tokenizer, self.chunks = tokenizer, self.make_chunks()
-        self.stream = TextStream(tokenizer, list(self.recent[-8:]), config.stop or [])
-        if not self.to_read:
-            self.begin(moment.logits, None)
-        decoder.answers.append(self)
-
-    def __iter__(self) -> Iterator[Chunk]:
-        return self
-
-    def __next__(self) -> Chunk:
-        return next(self.chunks)
-
-    @property
-    def scores(self) -> list[Token]:
-        """The prompt's tokens, once it is read, each with what the model made of it.
-
-        The first of a text has no logprob. There are none unless `prompt_logprobs` asks for them.
-        """
-        return self.scored[len(self.scored) - self.prompt_tokens :]
-
-    def asked(self, count: int) -> tuple[list[int], int] | None:
-        """Of the tokens that follow the next `count`, see Decoder.read."""
-        alternatives = self.config.prompt_logprobs
-        return None if alternatives is None else (self.to_read[1 : count + 1], alternatives)
-
-    def has_read(
-        self,
-        count: int,
-        logits: np.ndarray,
-        gates: np.ndarray,
-        state: ModelState,
-        scores: list[Token],
-    ) -> None:
-        """So many more tokens of the prompt."""
-        if not self.open:
-            return
-        self.scored += scores
-        self.state, self.to_read = state, self.to_read[count:]
-        if not self.to_read:
-            self.begin(logits[0], gates[:, 0])
-
-    def begin(self, logits: np.ndarray, gates: np.ndarray | None) -> None:
-        """The prompt is read: logits (v,) are of the first token."""
-        self.start = self.start._replace(state=self.state, logits=logits, unread=())
-        self.logits = logits
-        if self.config.max_new_tokens == 0:
-            self.end("length")
-        else:
-            self.draw(logits, gates)
-
-    def draw(self, logits: np.ndarray, gates: np.ndarray | None) -> None:
-        """Take the next token by its logits (v,)."""
-        c = self.config
-        window = self.recent[len(self.recent) - min(len(self.recent), c.repetition_window) :]
-        self.logits, self.last = logits, None
-        if self.over:  # stopped meanwhile
-            return
-        try:
-            token = draw(probabilities(logits, window, c), c.seed, self.position)
-        except Exception as e:  # of this answer alone: its reader is to hear of it, no other
-            self.error = e
-            self.end(None)
-            return
-        if token in self.ends:
-            self.ended_by = token
-            self.closing = Token(token, *likelihoods(logits, token, c.logprobs), None)
-            self.end("stop")
-            return
-        self.last, self.position, self.drawn = token, self.position + 1, self.drawn + 1
-        self.recent = (*self.recent, token)[-REMEMBERED:]
-        self.ids.append(token)
-        gates = None if gates is None else gates.copy()
-        self.queue.append(Token(token, *likelihoods(logits, token, c.logprobs), gates))
-        if self.milestone is None and len(self.ids) >= REBASE:
-            self.milestone = len(self.ids), self.live(self.decoder.state_of(self))
-        if self.drawn == c.max_new_tokens:
-            self.end("length")
-
-    def end(self, reason: str | None) -> None:
-        self.finish_reason, self.over = reason, True
-
-    def has_room(self, most: int) -> bool:
-        return self.open and not self.over and self.last is not None and len(self.queue) < most
-
-    def hungry(self) -> bool:
-        return self.open and not self.over and not self.queue
-
-    def stop(self) -> None:
-        """End it here, from another thread than the one that reads it."""
-        with self.decoder.condition:
-            self.over = True
-            self.queue.clear()
-            self.decoder.condition.notify_all()
-
-    def next_token(self) -> Token | None:
-        """The next token, or None at the end; makes it if no other thread has."""
-        self.decoder.wait(self)
-        with self.decoder.condition:
-            if self.queue:
-                self.given += 1
-                return self.queue.popleft()
-        if self.error:
-            raise self.error
-        return None
-
-    def ready_chunks(self) -> Iterator[Chunk]:
-        """The chunks that need no further step: for who takes the steps, and reads this answer."""
-        self.waits = False
-        for chunk in self.chunks:
-            if chunk is NOTHING:
-                return
-            yield chunk
-
-    def make_chunks(self) -> Iterator[Chunk]:
-        tokens, text = [], ""
-        try:
-            while True:
-                while not self.waits and self.hungry():
-                    yield NOTHING
-                token = self.next_token()
-                if token is None:
-                    break
-                tokens.append(token)
-                text = self.text_after(token.id)
-                if self.stream.stopped:
-                    self.finish_reason = "stop"
-                    break
-                if text or not self.tokenizer:
-                    yield Chunk(text, tokens)
-                    tokens, text = [], ""
-                    self.rebase()
-            if not self.stream.stopped:
-                text, self.since = self.stream.finish(), self.stream.shown.replace(MARK, "")
-                self.clean = self.given - len(self.stream.held)
-            if text or tokens:
-                yield Chunk(text, tokens)
-        finally:
-            self.settle()
-
-    def text_after(self, token: int) -> str:
-        text = self.stream.push(token) if self.tokenizer else ""
-        if self.stream.holds() or self.stream.stopped:
-            self.since += text
-        else:
-            self.clean, self.since = self.given, ""
-        return text
-
-    def rebase(self) -> None:
-        """Give up the first part of a long answer once its reader has all of it."""
-        with self.decoder.condition:
-            if self.milestone and self.clean >= self.milestone[0]:
-                count, self.start = self.milestone
-                del self.ids[:count]
-                self.given, self.clean = self.given - count, self.clean - count
-                self.milestone = None
-
-    def live(self, state: ModelState) -> Snapshot:
-        """After all that was drawn."""
-        if self.last is None:
-            return Snapshot(state, self.logits.copy(), self.recent, ())
-        return Snapshot(state, None, self.recent, (self.last,))
-
-    def close(self) -> None:
-        """End it here: the session stands after what was given out."""
-        try:
-            self.chunks.close()
-        except ValueError:  # another thread is waiting for its next chunk, and will settle it
-            self.stop()
-        else:
-            self.settle()
-
-    def abandon(self) -> None:
-        """End it as if it had never been asked for: the session stands where it stood before."""
-        with self.decoder.condition:
-            self.undone = True
-        self.close()
-
-    def settle(self) -> None:
-        with self.decoder.condition:
-            if not self.open:
-                return
-            self.open = False
-            state = self.decoder.leave(self)
-            try:
-                if self.given < len(self.ids):  # made ahead, and never given out
-                    self.ended_by = None
-                    self.finish_reason = "stop" if self.stream.stopped else None
-                if self.error or self.undone:
-                    self.moment = self.origin
-                elif not self.to_read and self.clean == len(self.ids) and not self.since:
-                    self.moment = self.live(state)
-                elif not self.to_read:
-                    read = extend(self.tokenizer, self.ids[: self.clean], self.since)
-                    self.moment = self.start.followed_by(read)
-            finally:
-                if self.done:
-                    self.done(self)
-
-
-def likelihoods(logits: np.ndarray, token: int, count: int | None):
-    """The logprob of a token and the `count` likeliest ids with theirs, from logits (v,)."""
     if count is None:
         return None, []
     x = logits.astype(np.float64)
@@ -713,19 +194,592 @@ def likelihoods(logits: np.ndarray, token: int, count: int | None):
     return float(x[token]), [(int(i), float(x[i])) for i in top]
 
 
+# ------------------------------------------------------------------------------------ text
+
+MARK = "\ufffd"  # U+FFFD, which tokenizers return for bytes that are not a character
+
+
+class TextStream:
+    """Decodes ids one by one: returns whole characters only, and no part of a stop string."""
+
+    def __init__(self, tokenizer: Any, context: list[int], stops: list[str]):
+        """`context`: the ids before; some tokenizers decode an id differently after other ids."""
+        self.tokenizer, self.context, self.stops = tokenizer, context, stops
+        self.pending: list[int] = []  # ids since the last one that ended with a whole character
+        self.pending_text = ""  # the whole characters in `pending`
+        self.held, self.stopped = "", False  # `held`: text that may be the start of a stop string
+
+    def push(self, token: int) -> str:
+        """The text that is certain after one more id; `stopped` says if a stop string ended it."""
+        self.pending.append(token)
+        before = self.tokenizer.decode(self.context)
+        text = self.tokenizer.decode(self.context + self.pending)[len(before) :]
+        certain = text.rstrip(MARK)
+        self.held += certain[len(self.pending_text) :].replace(MARK, "")
+        self.pending_text = certain
+        if not text.endswith(MARK) or len(self.pending) == 8:  # no character needs so many ids
+            self.drop_pending(text)
+        return self.release()
+
+    def drop_pending(self, text: str) -> None:
+        """Move the pending ids to the context, except the last ones if they begin a character."""
+        kept = self.pending[-3:] if text.endswith(MARK) else []
+        while kept and self.tokenizer.decode(kept).strip(MARK):
+            kept = kept[1:]
+        done = self.pending[: len(self.pending) - len(kept)]
+        self.context = done if text else self.context + done  # special tokens have no text
+        self.pending, self.pending_text = kept, ""
+
+    def release(self) -> str:
+        """The part of the held text that cannot become a stop string any more."""
+        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        if found:
+            text, self.held, self.stopped = self.held[: min(found)], "", True
+            return text
+        longest = len(self.held)
+        starts = [
+            n
+            for stop in self.stops
+            for n in range(1, min(len(stop), longest + 1))
+            if self.held.endswith(stop[:n])
+        ]
+        certain = longest - max(starts, default=0)
+        text, self.held = self.held[:certain], self.held[certain:]
+        return text
+
+    def finish(self) -> str:
+        """The held text, at the end of an answer; an incomplete character is left out."""
+        text, self.held = self.held, ""
+        return text
+
+    def is_clean(self) -> bool:
+        """Is all text of all ids returned?"""
+        return not (self.pending or self.held or self.stopped)
+
+
+def append_text(tokenizer: Any, ids: list[int], text: str) -> list[int]:
+    """`ids` and then the ids of `text`, encoded as a continuation of theirs."""
+    if not text:
+        return ids
+    before = tokenizer.decode(ids[-CONTEXT:])
+    alone, both = tokenizer.encode(before), tokenizer.encode(before + text)
+    pairs = enumerate(zip(alone, both, strict=False))
+    same = next((n for n, (a, b) in pairs if a != b), min(len(alone), len(both)))
+    merged = alone[same:]  # last ids of `before`, which the text changes
+    if ids[len(ids) - len(merged) :] == merged:
+        return ids[: len(ids) - len(merged)] + both[same:]
+    return ids + tokenizer.encode(text)
+
+
+# ------------------------------------------------------------------------------------ decoding
+
+
+class Snapshot(NamedTuple):
+    """Immutable snapshot of a session; any number of sessions may share it."""
+
+    state: ModelState  # of one row
+    logits: np.ndarray | None  # (v,) float32 after all tokens; None if the state has not read them
+    recent: tuple[int, ...]  # the last RECENT tokens
+    unread: tuple[int, ...]  # tokens that the state has not read yet
+
+    @property
+    def position(self) -> int:
+        """Number of tokens, unread ones included."""
+        return int(self.state.position[0]) + len(self.unread)
+
+    def followed_by(self, ids: list[int]) -> Snapshot:
+        """The snapshot after more tokens, which the state has not read yet."""
+        if not ids:
+            return self
+        recent = (*self.recent, *ids)[-RECENT:]
+        return self._replace(logits=None, recent=recent, unread=(*self.unread, *ids))
+
+
+class Token(NamedTuple):
+    """A generated token, or a token of a prompt."""
+
+    id: int
+    logprob: float | None  # natural log, from the model's own logits; None unless asked for
+    top: list[tuple[int, float]]  # the most likely ids with their logprobs, as many as asked for
+    gates: np.ndarray | None  # (n_layer, 3) weights of SSM, attention, MLP when it was predicted
+
+
+class Chunk(NamedTuple):
+    """Text that is certain, and the tokens generated since the last chunk."""
+
+    text: str
+    tokens: list[Token]
+
+
+NOT_READY = Chunk("", [])  # the next chunk needs another step
+
+
+class Decoder:
+    """Reads prompts and generates tokens for all open answers, as one batch.
+
+    It has no thread of its own: one of the threads that wait for a token runs `step`, which
+    advances every answer that has room. Answers join and leave between any two steps. The lock of
+    `condition` is never held during a computation, and no computation changes its inputs.
+    """
+
+    def __init__(self, model: TinyMambaModel, batch_size: int, compiled: bool = False):
+        self.model, self.batch_size = model.requires_grad_(False).eval(), batch_size
+        self.device = model.embedding.weight.device
+        self.run_one_token = torch.compile(model.run) if compiled else model.run
+        self.condition, self.model_lock = threading.Condition(), threading.Lock()
+        self.stepping = False  # whether a thread is in `step`
+        self.answers: list[Answer] = []  # all open ones
+        self.batch: list[Answer] = []  # those whose states are the rows of `batch_state`
+        self.batch_state: ModelState | None = None
+
+    def wait(self, answer: Answer) -> None:
+        """Wait until the answer has a token or is over; take steps unless another thread does."""
+        while answer.needs_token():
+            leads = False
+            try:
+                with self.condition:
+                    while answer.needs_token() and self.stepping:
+                        self.condition.wait()
+                    if answer.needs_token():
+                        leads = self.stepping = True
+                if leads:
+                    self.step()
+            finally:
+                if leads:
+                    with self.condition:
+                        self.stepping = False
+                        self.condition.notify_all()
+
+    def step(self) -> None:
+        """Read the next part of the prompts, then generate a token of every answer with room."""
+        with self.condition:
+            prompts, batch = self.plan_prompts(), self.form_batch(self.choose_batch())
+            tokens, state = [[a.last] for a in batch], self.batch_state
+        for answer, ids in prompts:
+            adapters, scored = [answer.config.adapter], answer.to_score(len(ids))
+            read = self.read([ids], answer.state, adapters, scored)
+            with self.condition:
+                answer.has_read(len(ids), *read)
+        if batch:
+            logits, gates, state, _ = self.read(tokens, state, [a.config.adapter for a in batch])
+            with self.condition:
+                self.draw_tokens(batch, logits, gates, state)
+
+    # Which answers take part -----------------------------------------------------------------
+
+    def plan_prompts(self) -> list[tuple[Answer, list[int]]]:
+        """The part of each prompt to read next; little if there are other answers.
+
+        The answer that waits longest comes first, then those with the fewest tokens left. They
+        share the tokens of a step equally, but none gets less than MIN_SHARE.
+        """
+        left = SMALL_PREFILL if len(self.answers) > 1 else PREFILL
+        parts = []
+        waiting = [a for a in self.answers if a.to_read and not a.over]
+        waiting = waiting[:1] + sorted(waiting[1:], key=lambda a: len(a.to_read))
+        chosen = sorted(waiting[: left // MIN_SHARE], key=lambda a: len(a.to_read))
+        for number, answer in enumerate(chosen):
+            share = left // (len(chosen) - number)
+            most = min(share, SMALL_PREFILL) if answer.config.optimize_memory else share
+            ids = answer.to_read[:most]
+            parts.append((answer, ids))
+            left -= len(ids)
+        return parts
+
+    def choose_batch(self) -> list[Answer]:
+        """The answers of the next step: those in the batch until their buffers are full, then
+        others whose buffers are at most half full."""
+        inside = [a for a in self.batch if a.has_room(a.config.state_buffer_size)]
+        known = set(map(id, inside))
+        others = (
+            a
+            for a in self.answers
+            if id(a) not in known and a.has_room((a.config.state_buffer_size + 1) // 2)
+        )
+        return [*inside, *others][: self.batch_size]
+
+    def form_batch(self, chosen: list[Answer]) -> list[Answer]:
+        """Make these answers the batch, and their states the rows of `batch_state`; in row order.
+
+        An answer that leaves takes its state with it.
+        """
+        if not chosen or chosen == self.batch:
+            return chosen
+        ids, row_of = set(map(id, chosen)), {}
+        for row, answer in enumerate(self.batch):
+            if answer.state is None and id(answer) in ids:
+                row_of[id(answer)] = row
+            elif answer.state is None:
+                answer.state = self.state_of(answer)
+        stay = [a for a in chosen if id(a) in row_of]  # one copy for all of their rows
+        join = [a for a in chosen if id(a) not in row_of]
+        parts = [self.batch_state.select([row_of[id(a)] for a in stay])] if stay else []
+        self.batch_state = ModelState.join([*parts, *(a.state for a in join)])
+        self.batch = [*stay, *join]
+        for answer in self.batch:
+            answer.state = None
+        return self.batch
+
+    def draw_tokens(
+        self, batch: list[Answer], logits: np.ndarray, gates: np.ndarray, state: ModelState
+    ) -> None:
+        """Give each answer its row of the results of a step."""
+        if self.batch:  # otherwise all answers were closed during the step
+            self.batch_state = state
+        for row, answer in enumerate(batch):
+            if answer.open:
+                answer.draw(logits[row], gates[:, row])
+
+    def state_of(self, answer: Answer) -> ModelState:
+        """The state of one answer, in the batch or not."""
+        if answer.state is not None:
+            return answer.state
+        return self.batch_state.select([self.batch.index(answer)])
+
+    def remove(self, answer: Answer) -> ModelState:
+        """Remove an answer that is closed; returns its state."""
+        answer.state = self.state_of(answer)
+        self.answers.remove(answer)
+        if not self.answers:
+            self.batch, self.batch_state = [], None
+        return answer.state
+
+    # Model calls -----------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def read(
+        self,
+        ids: list[list[int]],
+        state: ModelState,
+        adapters: list[str | None],
+        scored: tuple[list[int], int] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, ModelState, list[Token]]:
+        """ids (b, l) -> logits (b, v) and gates (n_layer, b, 3) of the last column, new state.
+
+        `adapters`: one for each row. `scored`: for a single row, the ids (at most l) that follow
+        its first, second, ... id, and a number of alternatives; returned last, as tokens.
+        """
+        run = self.run_one_token if len(ids[0]) == 1 else self.model.run
+        with self.model_lock:
+            self.select_adapters(adapters)
+            hidden, state, gates = run(torch.tensor(ids, device=self.device), state)
+        logits = self.model.head(hidden[:, -1]).float()  # (b, v)
+        if len(ids[0]) > 1:
+            state = state.clone()  # it is a small view of tensors of length l
+        scores = self.score(hidden[0], *scored) if scored else []
+        return logits.cpu().numpy(), gates[:, :, -1].float().cpu().numpy(), state, scores
+
+    def score(self, hidden: Tensor, ids: list[int], count: int) -> list[Token]:
+        """The ids with their logprobs after each of hidden (l, d); 64 at a time, as v is large."""
+        scores = []
+        for at in range(0, len(ids), 64):
+            part = ids[at : at + 64]
+            logits = self.model.head(hidden[at : at + len(part)]).float().cpu().numpy()  # (64, v)
+            scores += [
+                Token(i, *top_logprobs(row, i, count), None)
+                for row, i in zip(logits, part, strict=True)
+            ]
+        return scores
+
+    def select_adapters(self, adapters: list[str | None]) -> None:
+        """Use the adapter of each row in the next run of the model."""
+        if hasattr(self.model, "adapter_state"):
+            from peft import set_adapter
+
+            same = len(set(adapters)) == 1
+            set_adapter(self.model, adapters[0] if same else adapters)
+
+    def read_unread(self, snapshot: Snapshot, adapter: str | None) -> Snapshot:
+        """The same snapshot after its state has read all tokens."""
+        state, logits, unread = snapshot.state, snapshot.logits, list(snapshot.unread)
+        for at in range(0, len(unread), SMALL_PREFILL):
+            ids = unread[at : at + SMALL_PREFILL]
+            (logits,), _, state, _ = self.read([ids], state, [adapter])
+        return snapshot._replace(state=state, logits=logits, unread=())
+
+
+class Answer:
+    """One answer while it is generated: an iterator of Chunk. Read it to the end, or close it.
+
+    Then `final` is the snapshot that the session continues from, and `finish_reason` is "stop",
+    "length", or None if the answer was closed early.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        origin: Snapshot,
+        prompt: list[int],
+        config: StreamingConfig,
+        end_ids: set[int],
+        tokenizer: Any = None,
+        on_end: Callable[[Answer], None] | None = None,
+    ):
+        """Answer a prompt that follows `origin`. `on_end` is called when the answer is over.
+
+        `end_ids` end the answer. Without a tokenizer, chunks have tokens and no text.
+        """
+        self.decoder, self.config, self.end_ids, self.on_end = decoder, config, end_ids, on_end
+        self.origin, self.prompt_tokens = origin, len(prompt)
+        self.start = self.final = origin.followed_by(prompt)  # `start`: what `ids` follow
+        # Generation: what the decoder reads and draws.
+        self.state, self.to_read, self.logits = origin.state, list(self.start.unread), None
+        self.recent, self.position = self.start.recent, self.start.position
+        self.ids: list[int] = []  # all tokens drawn since `start`
+        self.queue: deque[Token] = deque()  # those that are not given out yet
+        self.last: int | None = None  # the last one, which the state has not read
+        self.drawn, self.over, self.open = 0, False, True  # `over`: no more tokens are drawn
+        self.next_start: tuple[int, Snapshot] | None = None  # see `move_start`
+        self.closing: Token | None = None  # the token of `end_ids` that ended it; not given out
+        self.scored = self.score_first(origin.logits)
+        self.error: Exception | None = None
+        self.finish_reason: str | None = None
+        # Reading: what the reader has.
+        self.given = 0  # tokens of `ids` that are given out
+        self.clean = 0  # those of them whose text is complete and given out
+        self.partial_text = ""  # text given out after the clean ones
+        self.blocking, self.abandoned = True, False  # see `ready_chunks` and `abandon`
+        self.tokenizer, self.chunks = tokenizer, self.make_chunks()
+        self.stream = TextStream(tokenizer, list(self.recent[-CONTEXT:]), config.stop or [])
+        if not self.to_read:
+            self.begin(origin.logits, None)
+        decoder.answers.append(self)
+
+    def score_first(self, logits: np.ndarray | None) -> list[Token]:
+        """The prompt's first token with its logprob, if asked for: no later read returns it."""
+        count = self.config.prompt_logprobs
+        if not self.to_read or count is None:
+            return []
+        first = self.to_read[0]
+        known = (None, []) if logits is None else top_logprobs(logits, first, count)
+        return [Token(first, *known, None)]
+
+    @property
+    def scores(self) -> list[Token]:
+        """The prompt's tokens with their logprobs, once they are read, if `prompt_logprobs` is set.
+
+        The first token of a session has no logprob.
+        """
+        return self.scored[len(self.scored) - self.prompt_tokens :]
+
+    @property
+    def ended_by(self) -> int | None:
+        """The id that ended the answer, if one did."""
+        return self.closing.id if self.closing else None
+
+    # Read by its user ------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self
+
+    def __next__(self) -> Chunk:
+        return next(self.chunks)
+
+    def ready_chunks(self) -> Iterator[Chunk]:
+        """The chunks that need no further step: for a user who calls `Decoder.step` itself."""
+        self.blocking = False
+        for chunk in self.chunks:
+            if chunk is NOT_READY:
+                return
+            yield chunk
+
+    def make_chunks(self) -> Iterator[Chunk]:
+        """The generator behind the iterator; at its end the answer is closed."""
+        tokens, text = [], ""
+        try:
+            while True:
+                while not self.blocking and self.needs_token():
+                    yield NOT_READY
+                token = self.next_token()
+                if token is None:
+                    break
+                tokens.append(token)
+                text = self.text_after(token.id)
+                if self.stream.stopped:
+                    self.finish_reason = "stop"
+                    break
+                if text or not self.tokenizer:
+                    yield Chunk(text, tokens)
+                    tokens, text = [], ""
+                    self.move_start()
+            if not self.stream.stopped:
+                text = self.stream.finish()
+                self.partial_text = self.stream.pending_text.replace(MARK, "")
+                self.clean = self.given - len(self.stream.pending)
+            if text or tokens:
+                yield Chunk(text, tokens)
+        finally:
+            self.finalize()
+
+    def next_token(self) -> Token | None:
+        """Wait for the next token; None at the end."""
+        self.decoder.wait(self)
+        with self.decoder.condition:
+            if self.queue:
+                self.given += 1
+                return self.queue.popleft()
+        if self.error:
+            raise self.error
+        return None
+
+    def text_after(self, token: int) -> str:
+        """The text that is certain after one more token."""
+        text = self.stream.push(token) if self.tokenizer else ""
+        if self.stream.is_clean():
+            self.clean, self.partial_text = self.given, ""
+        else:
+            self.partial_text += text
+        return text
+
+    def move_start(self) -> None:
+        """Drop the first part of a long answer once its reader has all of it.
+
+        So `ids` stays short, and closing the answer reads few tokens again.
+        """
+        with self.decoder.condition:
+            if self.next_start and self.clean >= self.next_start[0]:
+                count, self.start = self.next_start
+                del self.ids[:count]
+                self.given, self.clean = self.given - count, self.clean - count
+                self.next_start = None
+
+    # Ended by its user -----------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """End the answer from any thread; its reader gets no more tokens."""
+        with self.decoder.condition:
+            self.over = True
+            self.queue.clear()
+            self.decoder.condition.notify_all()
+
+    def close(self) -> None:
+        """End the answer: the session continues after what was given out."""
+        try:
+            self.chunks.close()
+        except ValueError:  # another thread waits inside the generator, and will finalize
+            self.stop()
+        else:
+            self.finalize()
+
+    def abandon(self) -> None:
+        """End the answer and undo it: the session stays as it was before the prompt."""
+        with self.decoder.condition:
+            self.abandoned = True
+        self.close()
+
+    def finalize(self) -> None:
+        """Leave the decoder, set `final`, and call `on_end`; a second call does nothing."""
+        with self.decoder.condition:
+            if not self.open:
+                return
+            self.open = False
+            state = self.decoder.remove(self)
+            try:
+                if self.given < len(self.ids):  # some were generated ahead and never given out
+                    self.closing = None
+                    self.finish_reason = "stop" if self.stream.stopped else None
+                if self.error or self.abandoned:
+                    self.final = self.origin
+                elif not self.to_read and self.clean == len(self.ids) and not self.partial_text:
+                    self.final = self.snapshot(state)
+                elif not self.to_read:
+                    ids = append_text(self.tokenizer, self.ids[: self.clean], self.partial_text)
+                    self.final = self.start.followed_by(ids)
+            finally:
+                if self.on_end:
+                    self.on_end(self)
+
+    # Called by the decoder -------------------------------------------------------------------
+
+    def needs_token(self) -> bool:
+        """Would a reader have to wait?"""
+        return self.open and not self.over and not self.queue
+
+    def has_room(self, most: int) -> bool:
+        """May another token be drawn, with fewer than `most` in the queue?"""
+        return self.open and not self.over and self.last is not None and len(self.queue) < most
+
+    def to_score(self, count: int) -> tuple[list[int], int] | None:
+        """The `scored` argument of Decoder.read for the next `count` tokens of the prompt."""
+        alternatives = self.config.prompt_logprobs
+        return None if alternatives is None else (self.to_read[1 : count + 1], alternatives)
+
+    def has_read(
+        self,
+        count: int,
+        logits: np.ndarray,
+        gates: np.ndarray,
+        state: ModelState,
+        scores: list[Token],
+    ) -> None:
+        """Take the results of reading `count` more tokens of the prompt."""
+        if not self.open:
+            return
+        self.scored += scores
+        self.state, self.to_read = state, self.to_read[count:]
+        if not self.to_read:
+            self.begin(logits[0], gates[:, 0])
+
+    def begin(self, logits: np.ndarray, gates: np.ndarray | None) -> None:
+        """Draw the first token by logits (v,), now that the prompt is read."""
+        self.start = self.start._replace(state=self.state, logits=logits, unread=())
+        self.logits = logits
+        if self.config.max_new_tokens == 0:
+            self.end("length")
+        else:
+            self.draw(logits, gates)
+
+    def draw(self, logits: np.ndarray, gates: np.ndarray | None) -> None:
+        """Draw the next token by logits (v,)."""
+        c = self.config
+        window = self.recent[len(self.recent) - min(len(self.recent), c.repetition_window) :]
+        self.logits, self.last = logits, None
+        if self.over:  # it was stopped during the step
+            return
+        try:
+            token = draw(probabilities(logits, window, c), c.seed, self.position)
+        except Exception as e:  # raised in this answer's reader only, not in the thread that steps
+            self.error = e
+            self.end(None)
+            return
+        if token in self.end_ids:
+            self.closing = Token(token, *top_logprobs(logits, token, c.logprobs), None)
+            self.end("stop")
+            return
+        self.last, self.position, self.drawn = token, self.position + 1, self.drawn + 1
+        self.recent = (*self.recent, token)[-RECENT:]
+        self.ids.append(token)
+        gates = None if gates is None else gates.copy()
+        self.queue.append(Token(token, *top_logprobs(logits, token, c.logprobs), gates))
+        if self.next_start is None and len(self.ids) >= MAX_REPLAY:
+            self.next_start = len(self.ids), self.snapshot(self.decoder.state_of(self))
+        if self.drawn == c.max_new_tokens:
+            self.end("length")
+
+    def end(self, reason: str | None) -> None:
+        """Draw no more tokens."""
+        self.finish_reason, self.over = reason, True
+
+    def snapshot(self, state: ModelState) -> Snapshot:
+        """The snapshot after all tokens drawn so far, of which `state` may lack the last."""
+        if self.last is None:
+            return Snapshot(state, self.logits.copy(), self.recent, ())
+        return Snapshot(state, None, self.recent, (self.last,))
+
+
 # ------------------------------------------------------------------------------------ sessions
 
 
 @dataclass
 class Session:
-    """One conversation. `before` is where it stood at the start of its last turn."""
+    """One conversation: where it stands, and where it stood before its last turn."""
 
     id: str
     now: Snapshot
     config: StreamingConfig
-    seed: int  # of its draws
-    before: Snapshot | None = None
-    answer: Answer | None = None  # the one in hand
+    seed: int  # random seed of its answers
+    before: Snapshot | None = None  # what a rollback returns to
+    answer: Answer | None = None  # the one that is being generated
     turns: int = 0
     created: float = dataclasses.field(default_factory=time.time)
     used: float = dataclasses.field(default_factory=time.time)
@@ -734,59 +788,55 @@ class Session:
 class StreamingServer:
     """Sessions of one model, for any number of threads.
 
-    `model_path`: a checkpoint, or a model, which is moved, put into eval mode and frozen.
-    `config`: defaults of every session. `tokenizer`: a tokenizer.json or vocab.txt, or an object
-    with encode and decode; None looks beside the checkpoint and beside its training data. `dtype`:
-    of weights and activations; states stay float32. `compiled`: compile the step of one token,
-    which takes a while and makes it faster. `adapters`: folders of peft.py by name, of which every
-    session and answer may choose one; they are decoded in one batch.
+    model_path   a checkpoint, or a model, which is moved, set to eval mode and frozen
+    config       defaults of every session
+    tokenizer    tokenizer.json, vocab.txt, or an object with encode and decode; None looks beside
+                 the checkpoint and its training data
+    dtype        of weights and activations; states are always float32
+    compiled     compile the model for one token: slow to start, faster afterwards
+    adapters     folders written by peft.py, by name; each session and answer may choose one, and
+                 all are decoded in one batch
 
-    Prompts are text or lists of ids. What is wrong raises a UserError, and changes nothing. Part of
-    a character at the end of an answer is neither given out nor read.
+    Prompts are text or lists of ids. Invalid arguments raise a UserError and change nothing. An
+    incomplete character at the end of an answer is left out of its text and of the session.
     """
 
     def __init__(
         self,
-        model_path,
+        model_path: str | Path | TinyMambaModel,
         device: str = "auto",
         config: StreamingConfig | None = None,
-        tokenizer=None,
+        tokenizer: Any = None,
         dtype: torch.dtype = torch.float32,
         compiled: bool = False,
         adapters: dict[str, str | Path] | None = None,
     ):
-        device, config = usable_device(str(device)), config or StreamingConfig()
-        problem = why_no_compile(device) if compiled else None
-        require(not problem, "compile", f"{problem}", "leave it out")
+        target, config = usable_device(str(device)), config or StreamingConfig()
+        problem = why_no_compile(target) if compiled else None
+        require(not problem, "compile", f"{problem}", "do without it")
         if isinstance(model_path, TinyMambaModel):
             self.model, beside = model_path, []
         else:
-            self.model, beside = load_model(model_path, device), [model_path]
+            self.model, beside = load_model(model_path, target), [model_path]
         self.adapters = self.load_adapters(adapters or {}, compiled)
-        self.model = self.model.to(device, dtype)
+        self.model = self.model.to(target, dtype)
         column_major_weights(self.model)
-        self.tokenizer = tokenizer = open_tokenizer(tokenizer, self.model, beside)
+        self.tokenizer = open_tokenizer(tokenizer, self.model, beside)
         self.vocab_size = self.model.config.vocab_size
         self.config = self.checked(config)
         self.decoder = Decoder(self.model, config.batch_size, compiled)
-        self.condition, self.sessions = self.decoder.condition, {}
-        self.beginnings = {name: self.begin(name) for name in (None, *self.adapters)}
-        known = getattr(tokenizer, "__len__", lambda: 0)()
-        require(
-            known <= self.vocab_size,
-            "tokenizer",
-            f"has {known} ids, the model {self.vocab_size}",
-            "pass the one that the model was trained with",
-        )
+        self.condition = self.decoder.condition
+        self.sessions: dict[str, Session] = {}
+        self.initial = {name: self.make_initial(name) for name in (None, *self.adapters)}
+        known = getattr(self.tokenizer, "__len__", lambda: 0)()
+        problem = f"has {known} ids, but the model {self.vocab_size}"
+        remedy = "pass the tokenizer that the model was trained with"
+        require(known <= self.vocab_size, "tokenizer", problem, remedy)
 
     def load_adapters(self, folders: dict[str, str | Path], compiled: bool) -> list[str]:
-        """Give them to the model; their names."""
-        require(
-            not compiled or len(folders) <= 1,
-            "compile",
-            "every mix of adapters would be compiled anew",
-            "load one, or merge it",
-        )
+        """Attach the adapters to the model; returns their names."""
+        problem, remedy = "each mix of adapters would be compiled again", "load one, or merge it"
+        require(not compiled or len(folders) <= 1, "compile", problem, remedy)
         if folders:
             from peft import load_adapter
 
@@ -796,79 +846,29 @@ class StreamingServer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
+        """The hash that ties saved sessions to this model."""
         return self.model.fingerprint()
 
-    def create_session(
-        self,
-        session_id: str | None = None,
-        seed: int | None = None,
-        config: StreamingConfig | None = None,
+    # Generation ------------------------------------------------------------------------------
+
+    def generate_text(
+        self, prompt: str | list[int], session_id: str | None = None, **settings: Any
     ) -> str:
-        """A new session, of a name of its own if none is given; its id.
+        """The whole answer to a prompt, as text."""
+        return "".join(self.generate_stream(prompt, session_id, **settings))
 
-        With a `seed`, the same prompts give the same answers again.
+    def generate_stream(
+        self, prompt: str | list[int], session_id: str | None = None, **settings: Any
+    ) -> Iterator[str]:
+        """The answer to a prompt, text by text.
+
+        If it is closed early, the session continues after the text that was given out. Invalid
+        arguments raise when the first text is requested.
         """
-        config = self.checked(self.config if config is None else config)
-        seed = config.seed if seed is None else seed
-        seed = secrets.randbits(63) if seed is None else seed
-        return self.add(session_id, self.nothing(config), config, seed).id
-
-    def checked(self, config: StreamingConfig) -> StreamingConfig:
-        require(
-            isinstance(config, StreamingConfig),
-            "config",
-            f"is a {type(config).__name__}",
-            "pass a StreamingConfig",
-        )
-        config.validate(self.vocab_size)
-        require(
-            config.adapter is None or config.adapter in self.adapters,
-            "adapter",
-            f"there is no {config.adapter!r}",
-            f"there are {', '.join(self.adapters) or 'none'}",
-        )
-        return config
-
-    def nothing(self, config: StreamingConfig) -> Snapshot:
-        """Before the first token."""
-        return self.beginnings[config.adapter]
-
-    def begin(self, adapter: str | None) -> Snapshot:
-        """What a session begins with: an adapter may have a first state of its own."""
-        self.decoder.let_serve([adapter])
-        return Snapshot(self.model.init_state(1), None, (), ())
-
-    def add(
-        self,
-        session_id: str | None,
-        now: Snapshot,
-        config: StreamingConfig,
-        seed: int,
-        turns: int = 0,
-    ) -> Session:
-        name = uuid.uuid4().hex if session_id is None else session_id
-        require_plain_name(name, "session_id")
-        require(
-            has_type(seed, int) and 0 <= seed < 2**63,
-            "seed",
-            f"{seed!r} is not legal",
-            "it must be from 0 to 2^63 - 1",
-        )
-        with self.condition:
-            require(name not in self.sessions, "session_id", f"{name} is taken", "use another")
-            self.sessions[name] = Session(name, now, config, seed, turns=turns)
-            return self.sessions[name]
-
-    def find(self, session_id: str, idle: bool = True) -> Session:
-        session = self.sessions.get(session_id) if isinstance(session_id, str) else None
-        require(session, "session_id", f"there is no session {session_id!r}", "create it first")
-        require(
-            not idle or not session.answer,
-            "session_id",
-            f"{session_id} is answering",
-            "wait until it has, or close its stream",
-        )
-        return session
+        with contextlib.closing(self.answer(prompt, session_id, **settings)) as answer:
+            for chunk in answer:
+                if chunk.text:
+                    yield chunk.text
 
     def answer(
         self,
@@ -876,12 +876,12 @@ class StreamingServer:
         session_id: str | None = None,
         *,
         as_ids: bool = False,
-        **settings,
+        **settings: Any,
     ) -> Answer:
-        """Begin an answer; see Answer. `settings` are fields of StreamingConfig.
+        """Start an answer; `settings` are fields of StreamingConfig.
 
-        Without a session it is made in one of its own, which ends with it. `as_ids` needs no
-        tokenizer: chunks have tokens, no text, and every token counts as given out.
+        Without a session, it is generated in a temporary one. `as_ids` needs no tokenizer: chunks
+        have tokens and no text, and every token counts as given out.
         """
         require(as_ids or self.tokenizer, "tokenizer", "none was found", "pass one, or ids")
         ids = self.encode(prompt)
@@ -892,67 +892,55 @@ class StreamingServer:
                 config.seed = session.seed
             elif config.seed is None:
                 config.seed = secrets.randbits(63)
-            now = session.now if session else self.nothing(config)
+            now = session.now if session else self.initial[config.adapter]
             answer = Answer(
                 self.decoder,
                 now,
-                self.begun(ids, now, config),
+                self.with_first_token(ids, now, config),
                 config,
-                self.ends(config),
+                {self.eos_id(config), *(config.stop_ids or ())},
                 None if as_ids else self.tokenizer,
-                functools.partial(self.settle, session) if session else None,
+                functools.partial(self.end_turn, session) if session else None,
             )
             if session:
                 session.answer = answer
             return answer
 
-    def configured(self, config: StreamingConfig, settings: dict) -> StreamingConfig:
-        fields = {field.name for field in dataclasses.fields(StreamingConfig)}
-        for name in settings:
-            require(name in fields, name, "is no setting", f"use {', '.join(sorted(fields))}")
-        require(
-            "batch_size" not in settings,
-            "batch_size",
-            "is the server's, for all answers",
-            "set it in the server's config",
-        )
-        return self.checked(dataclasses.replace(config, **settings))
+    def end_turn(self, session: Session, answer: Answer) -> None:
+        """Continue the session from where its answer ended."""
+        session.now, session.answer, session.used = answer.final, None, time.time()
+        if answer.error or answer.abandoned:
+            return
+        session.before, session.turns = answer.origin, session.turns + 1
+        if answer.config.reset_on_eos and answer.ended_by == self.eos_id(answer.config):
+            session.now = self.initial[session.config.adapter]
 
-    def encode(self, prompt: str | list[int]) -> list[int]:
+    def encode(self, prompt: str | Sequence[int] | np.ndarray | Tensor) -> list[int]:
+        """The ids of a prompt; anything but text or valid ids is a UserError."""
         if isinstance(prompt, str):
             require(self.tokenizer, "tokenizer", "none was found", "pass one, or a prompt of ids")
             prompt = self.tokenizer.encode(prompt)
         ids = prompt.tolist() if isinstance(prompt, np.ndarray | Tensor) else prompt
-        require(
-            isinstance(ids, list | tuple) and all(type(i) is int for i in ids),
-            "prompt",
-            f"of {type(prompt).__name__} is neither text nor ids",
-            "pass one of them",
-        )
-        require(
-            min(ids, default=0) >= 0 and max(ids, default=0) < self.vocab_size,
-            "prompt",
-            "has ids out of the vocabulary",
-            f"they must be from 0 to {self.vocab_size - 1}",
-        )
+        valid = isinstance(ids, list | tuple) and all(type(i) is int for i in ids)
+        problem = "is neither text nor a list of ids, which are whole numbers"
+        require(valid, "prompt", problem, "pass one of them")
+        valid = min(ids, default=0) >= 0 and max(ids, default=0) < self.vocab_size
+        remedy = f"ids are from 0 to {self.vocab_size - 1}"
+        require(valid, "prompt", "has ids outside the vocabulary", remedy)
         return list(ids)
 
-    def begun(self, ids: list[int], now: Snapshot, config: StreamingConfig) -> list[int]:
-        """The ids of a prompt, with what comes before the first of a session."""
-        begin = config.bos_token_id
+    def with_first_token(self, ids: list[int], now: Snapshot, config: StreamingConfig) -> list[int]:
+        """The ids of a prompt; in a new session, after the token that begins it."""
         if now.position > 0:
             return ids
-        if begin is None and not ids:
-            begin = self.eos_of(config)
-            require(
-                begin >= 0,
-                "prompt",
-                "is empty, and no token begins a text",
-                "say something, or set bos_token_id",
-            )
-        return ids if begin is None else [begin, *ids]
+        first = config.bos_token_id
+        if first is None and not ids:
+            first = self.eos_id(config)
+            problem = "is empty, and the model has no bos or eos to begin with"
+            require(first >= 0, "prompt", problem, "pass some text, or set bos_token_id")
+        return ids if first is None else [first, *ids]
 
-    def eos_of(self, config: StreamingConfig) -> int:
+    def eos_id(self, config: StreamingConfig) -> int:
         """The id that ends a text, or -1."""
         if config.eos_token_id is not None:
             return config.eos_token_id
@@ -961,37 +949,77 @@ class StreamingServer:
         eos = getattr(self.tokenizer, "eos_token_id", None)
         return -1 if eos is None else eos
 
-    def ends(self, config: StreamingConfig) -> set[int]:
-        return {self.eos_of(config), *(config.stop_ids or ())}
+    def configured(self, config: StreamingConfig, settings: dict[str, Any]) -> StreamingConfig:
+        """A copy of the config with these settings; an invalid one is a UserError."""
+        fields = sorted(field.name for field in dataclasses.fields(StreamingConfig))
+        for name in settings:
+            require(name in fields, name, "is not a setting", f"use {', '.join(fields)}")
+        problem, remedy = "applies to all answers of a server", "set it in the server's config"
+        require("batch_size" not in settings, "batch_size", problem, remedy)
+        return self.checked(dataclasses.replace(config, **settings))
 
-    def settle(self, session: Session, answer: Answer) -> None:
-        """An answer of the session is over."""
-        session.now, session.answer, session.used = answer.moment, None, time.time()
-        if answer.error or answer.undone:
-            return
-        session.before, session.turns = answer.origin, session.turns + 1
-        if answer.config.reset_on_eos and answer.ended_by == self.eos_of(answer.config):
-            session.now = self.nothing(session.config)
+    def checked(self, config: StreamingConfig) -> StreamingConfig:
+        """The config itself; an invalid one is a UserError."""
+        problem = f"is a {type(config).__name__}"
+        require(isinstance(config, StreamingConfig), "config", problem, "pass a StreamingConfig")
+        config.validate(self.vocab_size)
+        known = config.adapter is None or config.adapter in self.adapters
+        remedy = f"there are {', '.join(self.adapters) or 'none'}"
+        require(known, "adapter", f"there is no {config.adapter!r}", remedy)
+        return config
 
-    def generate_stream(
-        self, prompt: str | list[int], session_id: str | None = None, **settings
-    ) -> Iterator[str]:
-        """Text as it is made; closed early, the session stands after what was given out.
+    # Sessions --------------------------------------------------------------------------------
 
-        What is wrong with the arguments is said when the first text is asked for.
-        """
-        with contextlib.closing(self.answer(prompt, session_id, **settings)) as answer:
-            for chunk in answer:
-                if chunk.text:
-                    yield chunk.text
-
-    def generate_text(
-        self, prompt: str | list[int], session_id: str | None = None, **settings
+    def create_session(
+        self,
+        session_id: str | None = None,
+        seed: int | None = None,
+        config: StreamingConfig | None = None,
     ) -> str:
-        return "".join(self.generate_stream(prompt, session_id, **settings))
+        """Create a session, under a random name if none is given; returns its id.
 
-    def get_session_info(self, session_id: str) -> dict:
-        """Plain values: tokens read, turns, bytes of the state, and more."""
+        With a `seed`, the same prompts give the same answers again.
+        """
+        config = self.checked(self.config if config is None else config)
+        seed = config.seed if seed is None else seed
+        seed = secrets.randbits(63) if seed is None else seed
+        return self.add(session_id, self.initial[config.adapter], config, seed).id
+
+    def make_initial(self, adapter: str | None) -> Snapshot:
+        """The snapshot before any token; an adapter may bring its own initial state."""
+        self.decoder.select_adapters([adapter])
+        return Snapshot(self.model.init_state(1), None, (), ())
+
+    def add(
+        self,
+        session_id: str | None,
+        now: Snapshot,
+        config: StreamingConfig,
+        seed: int,
+        turns: int = 0,
+    ) -> Session:
+        """Add a session to the server."""
+        name = uuid.uuid4().hex if session_id is None else session_id
+        require_plain_name(name, "session_id")
+        valid = has_type(seed, int) and 0 <= seed < 2**63
+        require(valid, "seed", f"{seed!r} is invalid", "it must be from 0 to 2^63 - 1")
+        with self.condition:
+            require(name not in self.sessions, "session_id", f"{name} is taken", "use another")
+            self.sessions[name] = Session(name, now, config, seed, turns=turns)
+            return self.sessions[name]
+
+    def find(self, session_id: str, idle: bool = True) -> Session:
+        """The session of this id, which must not be answering if `idle`."""
+        session = self.sessions.get(session_id) if isinstance(session_id, str) else None
+        if session is None:
+            problem = f"there is no session {session_id!r}"
+            raise UserError("session_id", problem, "create it first")
+        problem, remedy = f"{session_id} is answering", "wait until it is done, or close its stream"
+        require(not idle or not session.answer, "session_id", problem, remedy)
+        return session
+
+    def get_session_info(self, session_id: str) -> dict[str, Any]:
+        """Plain values: number of tokens and turns, bytes of the state, and more."""
         with self.condition:
             s = self.find(session_id, idle=False)
             return {
@@ -1005,30 +1033,13 @@ class StreamingServer:
                 "answering": s.answer is not None,
             }
 
-    def reset_session(self, session_id: str) -> None:
-        """Forget everything but the name and the seed."""
-        with self.condition:
-            session = self.find(session_id)
-            session.now, session.before = self.nothing(session.config), None
-            session.turns, session.used = 0, time.time()
-
-    def rollback(self, session_id: str) -> None:
-        """Undo the last turn: its prompt and its answer."""
-        with self.condition:
-            session = self.find(session_id)
-            require(
-                session.before,
-                "session_id",
-                f"{session_id} has no turn to undo",
-                "one turn can be undone, once",
-            )
-            session.now, session.before = session.before, None
-            session.turns -= 1
-
     def fork_session(
         self, session_id: str, new_id: str | None = None, seed: int | None = None
     ) -> str:
-        """A second session that stands where this one does; its id. Nothing is copied."""
+        """Create a session that continues from where this one stands; returns its id.
+
+        Nothing is copied: both share one snapshot.
+        """
         with self.condition:
             old = self.find(session_id)
             seed = old.seed if seed is None else seed
@@ -1036,8 +1047,25 @@ class StreamingServer:
             fork.before = old.before
             return fork.id
 
+    def rollback(self, session_id: str) -> None:
+        """Undo the last turn: its prompt and its answer."""
+        with self.condition:
+            session = self.find(session_id)
+            if session.before is None:
+                problem = f"{session_id} has no turn to undo"
+                raise UserError("session_id", problem, "only the last turn can be undone, once")
+            session.now, session.before = session.before, None
+            session.turns -= 1
+
+    def reset_session(self, session_id: str) -> None:
+        """Forget everything but the name, the settings and the seed."""
+        with self.condition:
+            session = self.find(session_id)
+            session.now, session.before = self.initial[session.config.adapter], None
+            session.turns, session.used = 0, time.time()
+
     def delete_session(self, session_id: str) -> None:
-        """Forget it, and end its answer."""
+        """Delete the session, and stop its answer."""
         with self.condition:
             session = self.find(session_id, idle=False)
             del self.sessions[session_id]
@@ -1045,7 +1073,7 @@ class StreamingServer:
                 session.answer.stop()
 
     def cleanup_old_sessions(self, max_age_seconds: float = 3600) -> int:
-        """Delete the sessions that were not used for so long, but for those that are answering."""
+        """Delete sessions unused for longer than this, unless they are answering; their number."""
         with self.condition:
             old = [
                 s.id
@@ -1058,45 +1086,41 @@ class StreamingServer:
 
     # Files -----------------------------------------------------------------------------------
 
-    def tensors(self, moment: Snapshot) -> dict[str, Tensor]:
-        """All of a settled moment, in tensors of one row whose sizes never change."""
-        logits = np.zeros(self.vocab_size, np.float32) if moment.logits is None else moment.logits
-        blank = (-1,) * (REMEMBERED - len(moment.recent))
+    def tensors(self, now: Snapshot) -> dict[str, Tensor]:
+        """A snapshot without unread tokens as tensors of one row, whose sizes never change."""
+        logits = np.zeros(self.vocab_size, np.float32) if now.logits is None else now.logits
+        blank = (-1,) * (RECENT - len(now.recent))
         return {
-            **moment.state.tensors(),
+            **now.state.tensors(),
             "logits": torch.from_numpy(logits)[None],
-            "recent": torch.tensor([[*blank, *moment.recent]]),
+            "recent": torch.tensor([[*blank, *now.recent]]),
         }
 
     def save_session(self, session_id: str, path: str | Path) -> None:
-        """Write a safetensors file; its size does not depend on how much the session has read.
+        """Write the session to a safetensors file, whose size does not depend on its length.
 
-        It may take the place of an older session, and of nothing else.
+        The file may replace a saved session, but no other file.
         """
-        require(
-            not os.path.lexists(path) or is_session(path),
-            str(path),
-            "is there, and no session",
-            "name another file",
-        )
+        replaceable = not os.path.lexists(path) or is_session_file(path)
+        problem, remedy = "exists, and is not a saved session", "choose another file"
+        require(replaceable, str(path), problem, remedy)
         with self.condition:
             session = self.find(session_id)
-            session.now = now = self.decoder.settle(session.now, session.config.adapter)
-            about = {
-                "seed": session.seed,
-                "turns": session.turns,
-                "config": dataclasses.asdict(session.config),
-            }
+            now = self.decoder.read_unread(session.now, session.config.adapter)
+            session.now = now
+            config = dataclasses.asdict(session.config)
+            about = {"seed": session.seed, "turns": session.turns, "config": config}
             notes = {"model": self.fingerprint, "session": json.dumps(about)}
         write_tensors(path, self.tensors(now), notes)
 
     def load_session(self, path: str | Path, session_id: str | None = None) -> str:
-        """A new session from a file that this very model has saved; its id."""
-        fresh = Snapshot(self.model.init_state(1), None, (), ())
-        tensors, notes = read_tensors(path, self.tensors(fresh), {"model": self.fingerprint}, 1)
-        logits, recent = tensors.pop("logits")[0].numpy(), tensors.pop("recent")[0].tolist()
-        state, recent = fresh.state.fill(tensors), tuple(i for i in recent if i >= 0)
-        position, start = (int(t[0]) for t in (state.position, state.document_start))
+        """Create a session from a file that was saved with the same model; returns its id."""
+        empty = Snapshot(self.model.init_state(1), None, (), ())
+        tensors, notes = read_tensors(path, self.tensors(empty), {"model": self.fingerprint}, 1)
+        logits = tensors.pop("logits")[0].numpy()
+        recent = tuple(i for i in tensors.pop("recent")[0].tolist() if i >= 0)
+        state = empty.state.fill(tensors)
+        position, start = int(state.position[0]), int(state.document_start[0])
         try:
             about = json.loads(notes["session"])
             bias = about["config"].pop("logit_bias")
@@ -1104,7 +1128,7 @@ class StreamingServer:
             config.logit_bias = bias and {int(i): b for i, b in bias.items()}
             self.checked(config)
             seed, turns = about["seed"], about["turns"]
-            sound = (
+            valid = (
                 max(recent, default=0) < self.vocab_size
                 and has_type(turns, int)
                 and len(recent) <= position < 2**62
@@ -1113,14 +1137,14 @@ class StreamingServer:
                 and np.isfinite(logits).all()
             )
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
-            raise UserError(str(path), f"is no session ({e})", "save it anew") from None
-        require(sound, str(path), "is no session", "save it anew")
+            raise UserError(str(path), f"is not a valid session ({e})", "save it again") from None
+        require(valid, str(path), "is not a valid session", "save it again")
         now = Snapshot(state, logits if position else None, recent, ())
         return self.add(session_id, now, config, seed, turns).id
 
 
-def is_session(path: str | Path) -> bool:
-    """Whether a file looks like one that save_session wrote."""
+def is_session_file(path: str | Path) -> bool:
+    """Does the file look like one that save_session wrote?"""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -1131,21 +1155,25 @@ def is_session(path: str | Path) -> bool:
 
 
 def usable_device(name: str) -> torch.device:
-    """As pick_device; but a script written for a GPU runs, with a warning, where there is none."""
+    """Like pick_device, but without a GPU "cuda" warns and takes the CPU.
+
+    So code written for a GPU runs everywhere.
+    """
     if re.fullmatch(r"cuda(:\d+)?", name) and not torch.cuda.is_available():
-        warnings.warn(f"device: {name} is not here; using the cpu", stacklevel=3)
+        warnings.warn(f"device: {name} is not available; using the CPU", stacklevel=3)
         name = "cpu"
     return pick_device(name)
 
 
 @torch.no_grad()
 def column_major_weights(model: TinyMambaModel) -> None:
-    """Lay wide float32 matrices out by columns, where it is a CPU that multiplies them.
+    """Store float32 matrices with more outputs than inputs in column-major order, on a CPU.
 
-    The product with the vector of one token reads them up to twice as fast so. A head that is the
-    embedding's, too, gets a copy, as rows of the embedding are read one by one.
+    This makes one-token products up to twice as fast. A head that shares its matrix with the
+    embedding gets a copy, as the embedding is read row by row.
     """
-    if model.embedding.weight.device.type != "cpu" or model.embedding.weight.dtype != torch.float32:
+    weight = model.embedding.weight
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return
     for m in model.modules():
         if isinstance(m, torch.nn.Linear) and m.out_features > m.in_features:
@@ -1155,7 +1183,7 @@ def column_major_weights(model: TinyMambaModel) -> None:
 class StreamingInference:
     """One session of a model. The arguments are those of StreamingServer."""
 
-    def __init__(self, model_path, **arguments):
+    def __init__(self, model_path: str | Path | TinyMambaModel, **arguments: Any):
         self.server = StreamingServer(model_path, **arguments)
         self.session = self.server.create_session()
 
@@ -1163,97 +1191,102 @@ class StreamingInference:
         """Forget all text."""
         self.server.reset_session(self.session)
 
-    def generate_next_token(self, token: int | list[int] | None = None, **settings) -> int | None:
-        """Read a token, or several, or none, and draw the next; None if that ends the text."""
-        prompt = [] if token is None else token
-        if not isinstance(prompt, list | tuple):
-            prompt = np.atleast_1d(prompt).tolist()
-        with contextlib.closing(
-            self.server.answer(
-                prompt, self.session, as_ids=True, **{**settings, "max_new_tokens": 1}
-            )
-        ) as answer:
+    def generate_next_token(self, token: Any = None, **settings: Any) -> int | None:
+        """Read an id, several, or none, and return the next one; None if the text ends there."""
+        ids = [] if token is None else token
+        if not isinstance(ids, list | tuple):
+            ids = np.atleast_1d(ids).tolist()
+        settings["max_new_tokens"] = 1
+        answer = self.server.answer(ids, self.session, as_ids=True, **settings)
+        with contextlib.closing(answer):
             return next((token.id for chunk in answer for token in chunk.tokens), None)
 
-    def generate_stream(self, prompt: str | list[int], **settings) -> Iterator[str]:
-        """As StreamingServer.generate_stream."""
+    def generate_stream(self, prompt: str | list[int], **settings: Any) -> Iterator[str]:
+        """Like StreamingServer.generate_stream."""
         return self.server.generate_stream(prompt, self.session, **settings)
 
-    def generate_text(self, prompt: str | list[int], **settings) -> str:
+    def generate_text(self, prompt: str | list[int], **settings: Any) -> str:
+        """Like StreamingServer.generate_text."""
         return self.server.generate_text(prompt, self.session, **settings)
 
-    def get_state_info(self) -> dict:
-        """As StreamingServer.get_session_info."""
+    def get_state_info(self) -> dict[str, Any]:
+        """Like StreamingServer.get_session_info."""
         return self.server.get_session_info(self.session)
 
 
 # ------------------------------------------------------------------------------- command line
 
-COLORS = {"attention": 0, "MLP": 1, "SSM": 2}  # red, green and blue, mixed by the gate
-ORDER = [1, 2, 0]  # of the gate's weights: attention, MLP, SSM
+BRANCHES = ("attention", "MLP", "SSM")  # shown in red, green and blue, mixed by the gates
+GATE_ORDER = [1, 2, 0]  # where the weights of BRANCHES are in Token.gates
 
 
-def legend() -> str:
-    return "  ".join(painted(name, np.eye(3)[place]) for name, place in COLORS.items())
-
-
-def painted(text: str, mix: np.ndarray) -> str:
-    """Text in the color of three weights, the largest at full strength."""
+def paint(text: str, mix: np.ndarray) -> str:
+    """The text in the color of three weights, scaled so that the largest has full strength."""
     code = ";".join(str(int(round(255 * part))) for part in mix / mix.max())
     return f"\033[38;2;{code}m{text}\033[0m"
 
 
-def colored(chunk: Chunk) -> str:
-    """The text in the colors of the branches that carried it, over all layers."""
+def paint_chunk(chunk: Chunk) -> str:
+    """The text in the color of its gates, averaged over layers and tokens."""
     gates = [token.gates.mean(0) for token in chunk.tokens if token.gates is not None]
-    return painted(chunk.text, np.mean(gates, axis=0)[ORDER]) if gates else chunk.text
+    return paint(chunk.text, np.mean(gates, axis=0)[GATE_ORDER]) if gates else chunk.text
 
 
 class Console:
-    """Answers on a terminal, to one prompt or to many."""
+    """Answers prompts on a terminal: one, or many with commands between them."""
 
-    HELP = (
-        "/save FILE, /load FILE, /fork [NAME], /use NAME, /sessions, /undo, /reset, /gates, "
-        "/stats, /help; Ctrl-C stops an answer, Ctrl-D ends"
+    COMMANDS: ClassVar = {  # and their arguments
+        "save": "FILE",
+        "load": "FILE",
+        "fork": "[NAME]",
+        "use": "NAME",
+        **dict.fromkeys(("sessions", "undo", "reset", "gates", "stats", "help"), ""),
+    }
+    HELP: ClassVar = (
+        ", ".join(f"/{name} {argument}".strip() for name, argument in COMMANDS.items())
+        + "; Ctrl-C stops an answer, Ctrl-D quits"
     )
 
-    def __init__(self, server: StreamingServer, args: Options, settings: dict):
-        self.server, self.interactive = server, args.interactive
-        self.streaming = args.streaming or args.interactive
-        self.gates, self.stats, self.settings = args.gates, args.stats, settings
+    def __init__(self, server: StreamingServer, options: Options, settings: dict[str, Any]):
+        self.server, self.interactive = server, options.interactive
+        self.streaming = options.streaming or options.interactive
+        self.gates, self.stats, self.settings = options.gates, options.stats, settings
         config = server.configured(server.config, settings)
-        self.session = (
-            server.load_session(args.load_session)
-            if args.load_session
-            else server.create_session(config=config)
-        )
+        if options.load_session:
+            self.session = server.load_session(options.load_session)
+        else:
+            self.session = server.create_session(config=config)
 
     def say(self, prompt: str) -> None:
         """Print the answer to a prompt."""
-        begin, first, count, shown = time.perf_counter(), None, 0, []
+        begin, first, count, shown = time.perf_counter(), 0.0, 0, []
         if self.gates:
-            print(legend())
+            print("  ".join(map(paint, BRANCHES, np.eye(3))))
         answer = self.server.answer(prompt, self.session, **self.settings)
         with self.on_ctrl_c(answer.stop), contextlib.closing(answer):
             for chunk in answer:
                 first = first or time.perf_counter() - begin
                 count += len(chunk.tokens)
-                shown.append(colored(chunk) if self.gates else chunk.text)
+                shown.append(paint_chunk(chunk) if self.gates else chunk.text)
                 if self.streaming:
                     print(shown[-1], end="", flush=True)
         print("" if self.streaming else "".join(shown))
         if self.stats:
-            seconds, info = time.perf_counter() - begin, self.server.get_session_info(self.session)
-            rate = (count - 1) / (seconds - first) if count > 1 else 0.0
-            print(
-                f"{first or seconds:.3f} s to the first text, {rate:,.1f} tokens/s; "
-                f"{info['position']:,} tokens in {info['state_bytes']:,} bytes",
-                file=sys.stderr,
-            )
+            self.print_stats(time.perf_counter() - begin, first, count)
+
+    def print_stats(self, seconds: float, first: float, count: int) -> None:
+        """Print the speed of an answer of `count` tokens, and the size of the session."""
+        info = self.server.get_session_info(self.session)
+        rate = (count - 1) / (seconds - first) if count > 1 else 0.0
+        print(
+            f"{first or seconds:.3f} s to the first text, {rate:,.1f} tokens/s; "
+            f"{info['position']:,} tokens in {info['state_bytes']:,} bytes",
+            file=sys.stderr,
+        )
 
     @contextlib.contextmanager
-    def on_ctrl_c(self, stop) -> Iterator[None]:
-        """Turn after turn, Ctrl-C stops the answer, not the program."""
+    def on_ctrl_c(self, stop: Callable[[], None]) -> Iterator[None]:
+        """In interactive use, let Ctrl-C call `stop` instead of ending the program."""
         if not self.interactive:
             yield
             return
@@ -1264,6 +1297,7 @@ class Console:
             signal.signal(signal.SIGINT, before)
 
     def interact(self) -> None:
+        """Read prompts and commands, line by line, until the input ends."""
         print(self.HELP)
         while True:
             try:
@@ -1272,108 +1306,140 @@ class Console:
                 print()
                 return
             except KeyboardInterrupt:
-                print("\n(Ctrl-D ends)")
+                print("\n(Ctrl-D quits)")
                 continue
             try:
                 if line.startswith("/"):
-                    self.command(*line[1:].split())
+                    self.run_command(*line[1:].split())
                 else:
                     self.say(line)
             except UserError as e:
                 print(f"error: {e}", file=sys.stderr)
 
-    def command(self, name: str = "help", *words: str) -> None:
-        server, most = self.server, {"save": 1, "load": 1, "use": 1, "fork": 1}.get(name, 0)
-        least = 0 if name == "fork" else most
-        require(least <= len(words) <= most, f"/{name}", f"takes {most} words", self.HELP)
-        if name == "save":
-            server.save_session(self.session, words[0])
-            print(f"saved {words[0]}")
-        elif name == "load":
-            self.session = server.load_session(words[0])
-        elif name == "fork":
-            self.session = server.fork_session(self.session, *words)
-            print(f"now in {self.session}")
-        elif name == "use":
-            server.get_session_info(words[0])
-            self.session = words[0]
-        elif name == "sessions":
-            for session in server.sessions:
-                print(session, "<- here" if session == self.session else "")
-        elif name == "undo":
-            server.rollback(self.session)
-        elif name == "reset":
-            server.reset_session(self.session)
-        elif name == "gates":
-            self.gates = not self.gates
-        elif name == "stats":
-            self.stats = not self.stats
-        else:
-            require(name == "help", f"/{name}", "is no command", self.HELP)
-            print(self.HELP)
+    def run_command(self, name: str = "help", *words: str) -> None:
+        """Run the method of a command."""
+        require(name in self.COMMANDS, f"/{name}", "is not a command", self.HELP)
+        argument = self.COMMANDS[name]
+        most = 1 if argument else 0
+        least = 0 if argument.startswith("[") else most
+        problem = f"takes {argument or 'no argument'}"
+        require(least <= len(words) <= most, f"/{name}", problem, self.HELP)
+        getattr(self, f"do_{name}")(*words)
+
+    def do_save(self, file: str) -> None:
+        """Save the session."""
+        self.server.save_session(self.session, file)
+        print(f"saved {file}")
+
+    def do_load(self, file: str) -> None:
+        """Continue a saved session."""
+        self.session = self.server.load_session(file)
+
+    def do_fork(self, *name: str) -> None:
+        """Fork the session, and continue in the fork."""
+        self.session = self.server.fork_session(self.session, *name)
+        print(f"now in {self.session}")
+
+    def do_use(self, name: str) -> None:
+        """Continue another session."""
+        self.server.get_session_info(name)  # raises for an unknown name
+        self.session = name
+
+    def do_sessions(self) -> None:
+        """List the sessions."""
+        for session in self.server.sessions:
+            print(session, "<- here" if session == self.session else "")
+
+    def do_undo(self) -> None:
+        """Undo the last turn."""
+        self.server.rollback(self.session)
+
+    def do_reset(self) -> None:
+        """Forget all text."""
+        self.server.reset_session(self.session)
+
+    def do_gates(self) -> None:
+        """Turn colors on or off."""
+        self.gates = not self.gates
+
+    def do_stats(self) -> None:
+        """Turn statistics on or off."""
+        self.stats = not self.stats
+
+    def do_help(self) -> None:
+        """List the commands."""
+        print(self.HELP)
 
 
 @dataclass
 class Options:
-    """The command line, besides the fields of StreamingConfig in SETTINGS."""
+    """The command line, besides the fields of StreamingConfig in SAMPLING."""
 
-    checkpoint: str = "tinymamba_model_latest.pt"  # a checkpoint of testv2.py, or a folder
-    tokenizer: str | None = None  # tokenizer.json or vocab.txt; else beside the training data
+    checkpoint: str = "tinymamba_model_latest.pt"  # a checkpoint of testv2.py, or a model folder
+    tokenizer: str | None = None  # tokenizer.json or vocab.txt; None looks beside the checkpoint
     adapter: str | None = None  # folder of an adapter that peft.py made
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
     dtype: torch.dtype = torch.float32  # dtype of the weights
-    prompt: str = ""  # what to continue; empty begins a new text
+    prompt: str = ""  # text to continue; empty starts a new text
     load_session: str | None = None  # continue the session in this file, with its settings
-    save_session: str | None = None  # write the session to this file afterwards
+    save_session: str | None = None  # write the session to this file at the end
     streaming: bool = False  # print text as it is generated
     interactive: bool = False  # read prompts line by line, with commands: /help lists them
-    gates: bool = False  # color text by the branch that carried it: SSM, attention or MLP
-    stats: bool = False  # time to the first text, tokens/s, size of the state
-    compile: bool = False  # compile the step of one token: a minute first, faster after
+    gates: bool = False  # color text by the gates of the branches: SSM, attention, MLP
+    stats: bool = False  # print the time to the first text, tokens/s and the size of the state
+    compile: bool = False  # compile the model for one token: takes a minute, then runs faster
     force: bool = False  # let --save_session replace a file
 
     CHOICES: ClassVar = {"dtype": tuple(DTYPES.values())}
 
 
-SETTINGS = {"max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
-SETTINGS |= {"seed", "stop"}
+SAMPLING = {"max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
+SAMPLING |= {"seed", "stop"}
+ADAPTER = "default"  # the name of --adapter in the server
 
 
-def parse(argv: list[str] | None) -> tuple[Options, dict]:
+def parse(argv: list[str] | None) -> tuple[Options, dict[str, Any]]:
     """The command line: Options, and the fields of StreamingConfig that were given."""
     usage = "python streaming.py --checkpoint FILE [--FLAG VALUE ...]"
-    parser = CliParser(usage=usage, description=str(__doc__).split("As a library")[0])
+    parser = CliParser(usage=usage, description=str(__doc__).partition("As a library")[0])
     add_flags(parser, Options)
-    others = {field.name for field in dataclasses.fields(StreamingConfig)} - SETTINGS
-    add_flags(parser, StreamingConfig, None, others, {"max_new_tokens": ("max_tokens",)})
+    others = {field.name for field in dataclasses.fields(StreamingConfig)} - SAMPLING
+    spelling = {"max_new_tokens": ("max_tokens",)}
+    add_flags(parser, StreamingConfig, leave_out=others, spelling=spelling)
     args = parser.parse_args(argv)
     options = Options(**given_fields(Options, args))
-    check_fields(options, dashes="--")
     settings = given_fields(StreamingConfig, args)
-    if options.adapter:  # the folder's path, where StreamingConfig wants a name
-        settings["adapter"] = "default"
+    if options.adapter:
+        settings["adapter"] = ADAPTER
+    check_fields(options, dashes="--")
     pick_device(options.device)
-    there = options.save_session and os.path.lexists(options.save_session)
+    exists = options.save_session and os.path.lexists(options.save_session)
     problem, remedy = f"{options.save_session} exists", "pass --force or choose another"
-    require(options.force or not there, "--save_session", problem, remedy)
+    require(options.force or not exists, "--save_session", problem, remedy)
     return options, settings
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, settings = parse(argv)
-    sys.stdout.reconfigure(errors="replace")  # a terminal need not know every character
-    adapters = {"default": args.adapter} if args.adapter else {}
+    """Run one command line; returns the exit code."""
+    options, settings = parse(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack some characters
     server = StreamingServer(
-        args.checkpoint, args.device, None, args.tokenizer, args.dtype, args.compile, adapters
+        options.checkpoint,
+        options.device,
+        tokenizer=options.tokenizer,
+        dtype=options.dtype,
+        compiled=options.compile,
+        adapters={ADAPTER: options.adapter} if options.adapter else {},
     )
-    console = Console(server, args, settings)
-    if args.prompt or not args.interactive:
-        console.say(args.prompt)
-    if args.interactive:
+    console = Console(server, options, settings)
+    if options.prompt or not options.interactive:
+        console.say(options.prompt)
+    if options.interactive:
         console.interact()
-    if args.save_session:
-        server.save_session(console.session, args.save_session)
-        print(f"saved {args.save_session}", file=sys.stderr)
+    if options.save_session:
+        server.save_session(console.session, options.save_session)
+        print(f"saved {options.save_session}", file=sys.stderr)
     return 0
 
 

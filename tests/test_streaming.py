@@ -66,7 +66,7 @@ def tokens_of(answer: Answer) -> list[int]:
 
 def next_logits(server: StreamingServer, session: str) -> torch.Tensor:
     """What the model would say next in a session, (v,)."""
-    return torch.from_numpy(server.decoder.settle(server.find(session).now, None).logits)
+    return torch.from_numpy(server.decoder.read_unread(server.find(session).now, None).logits)
 
 
 def assert_has_read(server: StreamingServer, session: str, ids: list[int]) -> None:
@@ -354,7 +354,7 @@ def test_a_stop_inside_of_a_token_leaves_what_is_before_it():
     session = server.create_session()
     answer = server.answer("x", session)
     first = next(answer)
-    assert (first.text, answer.since) == ("ab", "ab")
+    assert (first.text, answer.partial_text) == ("ab", "ab")
     answer.config.logit_bias = {1: 1000.0}
     assert "".join(chunk.text for chunk in answer) == "" and answer.finish_reason == "stop"
     read = server.find(session).now.recent
@@ -390,8 +390,8 @@ def test_words_go_on_in_context(tmp_path):
     library.save(str(tmp_path / "tokenizer.json"))
     tokenizer = SimpleTokenizer(tmp_path / "tokenizer.json")
     ids = [words["\u2581hello"], words["\u2581a"]]
-    assert tokenizer.decode(streaming.extend(tokenizer, ids, "c")) == "hello ac"
-    assert streaming.extend(tokenizer, ids, "") == ids
+    assert tokenizer.decode(streaming.append_text(tokenizer, ids, "c")) == "hello ac"
+    assert streaming.append_text(tokenizer, ids, "") == ids
     texts, _ = streamed(tokenizer, [words["\u2581b"], words["<s>"], words["\u2581hello"]])
     assert "".join(texts) == tokenizer.decode([words["\u2581b"], words["\u2581hello"]])
 
@@ -403,7 +403,7 @@ def test_text_held_back_for_a_stop_is_given_out_at_the_end():
 
 
 def test_an_answer_longer_than_what_is_kept_of_it(monkeypatch):
-    monkeypatch.setattr(streaming, "REBASE", 16)
+    monkeypatch.setattr(streaming, "MAX_REPLAY", 16)
     server = serve(temperature=1.0, top_k=0, eos_token_id=-1)
     session, ids = server.create_session(seed=1), []
     with contextlib.closing(server.answer([7], session, as_ids=True, max_new_tokens=200)) as answer:
@@ -519,7 +519,7 @@ def test_a_session_answers_one_at_a_time():
     assert server.get_session_info(session)["answering"]
     server.delete_session(session)
     assert list(answer) == []
-    assert not server.decoder.answers and server.decoder.state is None
+    assert not server.decoder.answers and server.decoder.batch_state is None
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", "a b", "x" * 65, "é", 7, "a\n", 0, []])
@@ -601,13 +601,13 @@ def alone(prompt: str, **settings) -> list[int]:
 def test_answers_that_come_and_go_at_any_step_are_what_they_are_alone():
     server = serve(temperature=1.0, top_k=20, batch_size=4, state_buffer_size=3)
     dice, open_, done, sizes = random.Random(0), {}, {}, set()
-    step = server.decoder.hand_out
+    step = server.decoder.draw_tokens
 
     def counted(ready, *rest):
         sizes.add(len(ready))
         step(ready, *rest)
 
-    server.decoder.hand_out = counted
+    server.decoder.draw_tokens = counted
     for number in range(40):
         settings = {"seed": number, "max_new_tokens": dice.randint(1, 30)}
         prompt = "x" * dice.randint(1, 20) + str(number)
@@ -626,7 +626,7 @@ def test_answers_that_come_and_go_at_any_step_are_what_they_are_alone():
     assert len(done) == 40 and max(sizes) == 4
     for _, prompt, settings, ids in done.values():
         assert ids == alone(prompt, **settings)
-    assert not server.decoder.answers and server.decoder.state is None
+    assert not server.decoder.answers and server.decoder.batch_state is None
 
 
 def test_64_threads_hammer_one_server():
@@ -683,7 +683,7 @@ def test_a_long_prompt_does_not_hold_up_the_others():
     server.decoder.read = noted
     long = server.answer([5] * 3000, as_ids=True, max_new_tokens=1)
     tokens_of(long)
-    assert max(length for _, length in pieces) == streaming.SMALL_PIECE
+    assert max(length for _, length in pieces) == streaming.SMALL_PREFILL
     assert pieces.count((1, 1)) == 6, "a step of the other with every piece"
     assert len(tokens_of(short)) == 29
 
@@ -708,8 +708,8 @@ def test_one_bad_answer_does_not_disturb_the_others():
 def test_closed_answers_leave_the_batch_at_once():
     server = serve(batch_size=2, max_new_tokens=50, eos_token_id=-1)
     live = server.answer("Hello", as_ids=True)
-    rows, step = [], server.decoder.hand_out
-    server.decoder.hand_out = lambda ready, *rest: (rows.append(len(ready)), step(ready, *rest))
+    rows, step = [], server.decoder.draw_tokens
+    server.decoder.draw_tokens = lambda ready, *rest: (rows.append(len(ready)), step(ready, *rest))
     for number in range(6):
         with contextlib.closing(server.answer([number], as_ids=True)) as short:
             next(short)
@@ -899,7 +899,7 @@ def hostile(change) -> bytes:
     from safetensors.torch import save
 
     server = serve()
-    tensors = {n: t.clone() for n, t in server.tensors(server.nothing(server.config)).items()}
+    tensors = {n: t.clone() for n, t in server.tensors(server.initial[None]).items()}
     about = {"seed": 1, "turns": 0, "config": {"logit_bias": None}}
     notes = {"format": STATE_FORMAT, "model": server.fingerprint, "session": about}
     change(tensors, notes)
@@ -966,7 +966,7 @@ def test_deep_json_is_refused(tmp_path):
     server = serve()
     assert server.load_session(tmp_path / "s")
     notes = {"model": server.fingerprint, "session": "[" * 100_000}
-    write_tensors(tmp_path / "deep", server.tensors(server.nothing(server.config)), notes)
+    write_tensors(tmp_path / "deep", server.tensors(server.initial[None]), notes)
     with pytest.raises(UserError, match="deep"):
         server.load_session(tmp_path / "deep")
 
@@ -1095,7 +1095,7 @@ def test_the_snippet_of_the_readme(folder):
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 0
-    assert torch.cuda.is_available() or "cuda is not here; using the cpu" in done.stderr
+    assert torch.cuda.is_available() or "cuda is not available; using the CPU" in done.stderr
 
 
 def test_a_conversation_on_the_console(folder):
@@ -1178,7 +1178,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(folder):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(b"/reset\n/stats\n/help\n", timeout=60)
     assert process.returncode == 0, err
-    assert b"Ctrl-D ends" in out and err == b""
+    assert b"Ctrl-D quits" in out and err == b""
 
 
 @pytest.mark.parametrize(
@@ -1231,7 +1231,7 @@ def test_low_precision_keeps_its_state_in_float32(dtype):
     )
     session = server.create_session()
     server.generate_text("Hello", session, max_new_tokens=20)
-    now = server.decoder.settle(server.find(session).now, None)
+    now = server.decoder.read_unread(server.find(session).now, None)
     assert now.state.layers[0].ssm.dtype == now.state.layers[0].phase.dtype == torch.float32
     ids = torch.tensor([list(now.recent)])
     close(torch.from_numpy(now.logits), wide()(ids)[0, -1], 0.15)
@@ -1291,7 +1291,9 @@ def test_no_step_is_taken_for_chunks_that_are_ready(monkeypatch):
     server = serve()
     answer = server.answer([1, 2, 3], logit_bias={0xC3: 100.0, 0: -100.0}, max_new_tokens=5)
     monkeypatch.setattr(
-        server.decoder, "wait", lambda answer: pytest.fail("waits") if answer.hungry() else None
+        server.decoder,
+        "wait",
+        lambda answer: pytest.fail("waits") if answer.needs_token() else None,
     )
     assert list(answer.ready_chunks()) == []
     for _ in range(4):  # half of a character each time
@@ -1336,7 +1338,7 @@ def test_the_token_that_ends_an_answer_is_known():
 def test_alternatives_of_one_likelihood_come_by_id():
     logits = np.array([1.0, 3.0, 3.0, 0.0, 3.0, 2.0], np.float32)
     for count in range(7):
-        _, top = streaming.likelihoods(logits, 0, count)
+        _, top = streaming.top_logprobs(logits, 0, count)
         assert [i for i, _ in top] == [1, 2, 4, 5, 0, 3][:count]
 
 
@@ -1347,7 +1349,7 @@ def test_many_short_prompts_are_read_a_few_at_a_time_and_none_waits_for_ever(mon
     answers += [
         server.answer(some_ids(1, 100, seed=n)[0].tolist(), max_new_tokens=1) for n in range(30)
     ]
-    pieces, steps = server.decoder.pieces, 0
+    pieces, steps = server.decoder.plan_prompts, 0
     while any(a.to_read for a in answers):
         now = pieces()
         assert len(now) <= 4 and sum(len(piece) for _, piece in now) <= 512
