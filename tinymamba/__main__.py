@@ -1,69 +1,71 @@
-"""The command line of the installed package: a script of the repository for each command."""
+"""The command `tinymamba`, or `python -m tinymamba`: one subcommand for each script.
+
+    tinymamba --help
+    tinymamba train --preset demo
+
+Only the script that is run is imported.
+"""
 
 import difflib
 import importlib
 import sys
+import types
 import typing
 
-COMMANDS = {  # name: what it is called in the repository, what it does
+COMMANDS = {  # name: its script in the repository, what it does
     "prepare": ("data/prepare.py", "turn text into tokens and a tokenizer"),
-    "train": ("testv2.py", "train a model, or go on with a run"),
-    "generate": ("streaming.py", "continue a text, or talk turn after turn"),
-    "serve": ("serve.py", "answer over HTTP as OpenAI's API does, with a page to try it"),
+    "train": ("testv2.py", "train a model, or continue a run"),
+    "generate": ("streaming.py", "continue a text, or chat"),
+    "serve": ("serve.py", "serve over HTTP like OpenAI's API, with a page to try it"),
     "export": ("export_model.py", "write safetensors, TorchScript, ONNX or torch.export"),
     "finetune": ("peft.py", "train LoRA, a prefix or every weight on other data"),
-    "quantize": ("quantize.py", "make layers of 8 or 4 bits"),
+    "quantize": ("quantize.py", "store the weights in 8 or 4 bits"),
     "benchmark": ("benchmark.py", "measure speed, memory and perplexity against other models"),
-    "convert": ("hf_integration.py convert", "make a folder for Hugging Face's transformers"),
-    "push": ("hf_integration.py push", "put such a folder on the Hugging Face Hub"),
+    "convert": ("hf_integration.py convert", "write a folder for Hugging Face's transformers"),
+    "push": ("hf_integration.py push", "upload such a folder to the Hugging Face Hub"),
 }
+USAGE = """usage: tinymamba COMMAND [--FLAG VALUE ...]
+
+A small language model: state space, attention and MLP side by side in every block.
+
+commands:
+{commands}
+
+tinymamba COMMAND --help lists its flags, tinymamba --version prints the version."""
 
 
-def usage() -> str:
-    lines = [f"  {name:11}{text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: tinymamba COMMAND [--FLAG VALUE ...]",
-            "",
-            "A small language model of a selective state space, attention and an MLP side by side.",
-            "",
-            "commands:",
-            *lines,
-            "",
-            "tinymamba COMMAND --help lists its flags, tinymamba --version tells the version.",
-        ]
-    )
-
-
-def refuse(field: str, problem: str, remedy: str) -> typing.NoReturn:
+def reject(field: str, problem: str, remedy: str) -> typing.NoReturn:
+    """Print one line in three parts, as a UserError does, and exit with code 2."""
     print(f"error: {field}: {problem}; {remedy}", file=sys.stderr)
     sys.exit(2)
 
 
-def load(script: str):
-    """The module of a script; a package that it lacks is named."""
+def load(script: str) -> types.ModuleType:
+    """Import the module of a script; if a package is missing, exit with its pip line."""
     module = script.removesuffix(".py").replace("/", ".")
     try:
-        return importlib.import_module(f".{module}", __package__)
+        return importlib.import_module(f"tinymamba.{module}")
     except ModuleNotFoundError as e:
-        name = e.name or module
-        refuse(name, "is not installed", f"pip install {name.partition('.')[0]}")
+        package = (e.name or module).partition(".")[0]
+        reject(package, "is not installed", f"pip install {package}")
 
 
-def main() -> typing.NoReturn:
+def main() -> None:
+    """Run the command that sys.argv names, and exit with its code."""
     name, *words = sys.argv[1:] or [""]
     if name in ("-h", "--help"):
-        print(usage())
+        listed = "\n".join(f"  {name:11}{text}" for name, (_, text) in COMMANDS.items())
+        print(USAGE.format(commands=listed))
         sys.exit(0)
     if name == "--version":
-        from . import __version__
+        from tinymamba import __version__
 
         print(f"tinymamba {__version__}")
         sys.exit(0)
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else "tinymamba --help lists them"
-        refuse(name or "COMMAND", "unknown command" if name else "is missing", hint)
+        hint = f"did you mean {near[0]}?" if near else "tinymamba --help lists all"
+        reject(name or "COMMAND", "unknown command" if name else "is missing", hint)
     script, *first = COMMANDS[name][0].split()
     sys.argv = ["tinymamba" if first else f"tinymamba {name}", *first, *words]  # shown by --help
     load("cli.py").run_cli(lambda: load(script).main([*first, *words]))
