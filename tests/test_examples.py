@@ -1,0 +1,130 @@
+"""The files of examples/: the sweep's settings train, and the notebook's cells run in order."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers import ROOT, call, flags, free_copy, wide
+
+import testv2
+from streaming import StreamingServer
+from testv2 import Config, parse_command_line
+from tinymamba.checkpoint import save_checkpoint
+from tinymamba.runtime import Logger
+from tinymamba.tokenizer import EOS_TOKEN, byte_alphabet
+
+# -------------------------------------------------------------------------------------- sweep
+
+SWEEP = yaml.safe_load((ROOT / "examples" / "sweep.yaml").read_text(encoding="utf-8"))
+SMALL = flags(
+    use_wandb="false", max_steps=2, validation_interval=1, validation_steps=1, d_model=32,
+    n_layer=1, num_heads=2, ssm_head_dim=8, vocab_size=257, block_size=32, batch_size=2,
+    device="cpu",
+)  # fmt: skip
+
+
+def sweep_flags(choice: int) -> list[str]:
+    """What an agent passes to the program: the fixed flags, and one value of each parameter."""
+    fixed = [word for word in SWEEP["command"] if not word.startswith("$")]
+    values = {
+        name: about["values"][choice] if "values" in about else about[("min", "max")[choice]]
+        for name, about in SWEEP["parameters"].items()
+    }
+    return fixed + [f"--{name}={value}" for name, value in values.items()]
+
+
+def test_the_sweep_names_fields_of_config_with_valid_values():
+    assert (ROOT / SWEEP["program"]).samefile(testv2.__file__)
+    assert SWEEP["parameters"].keys() <= {field.name for field in dataclasses.fields(Config)}
+    assert SWEEP["parameters"].keys() >= {"lr", "gate", "window_size"}
+    assert set(SWEEP["parameters"]["gate"]["values"]) == set(Config.CHOICES["gate"])
+    config, named, _ = parse_command_line(sweep_flags(0))
+    assert config.use_wandb and config.max_steps == testv2.PRESETS["demo"]["max_steps"]
+    assert named.keys() > SWEEP["parameters"].keys()
+
+
+def test_a_run_of_the_sweep_trains_and_logs_its_metric(place, monkeypatch):
+    logged, record = {}, Logger.record
+    monkeypatch.setattr(Logger, "record", lambda s, v, n: (logged.update(v), record(s, v, n)))
+    done = call(*sweep_flags(1), *SMALL)
+    assert done.returncode == 0 and "step 2/2" in done.stdout, done.stderr
+    assert SWEEP["metric"]["name"] in logged and SWEEP["metric"]["goal"] == "minimize"
+    [checkpoint] = [w.partition("=")[2] for w in sweep_flags(1) if "checkpoint_path" in w]
+    assert Path(checkpoint).is_file()
+
+
+# ----------------------------------------------------------------------------------- notebook
+
+NOTEBOOK = ROOT / "examples" / "tinymamba.ipynb"
+CELLS = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+CODE = {cell["id"]: "".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code"}
+
+
+@pytest.fixture
+def beside_a_checkpoint(tmp_path, monkeypatch) -> Path:
+    """The working folder, with a tiny checkpoint and a tokenizer where the notebook looks."""
+    model = free_copy(wide(tie_embeddings=False))
+    with torch.no_grad():
+        model.head.weight[128:] = 0.0  # most tokens are characters
+    save = {"model": model.state_dict(), "config": model.config.to_dict()}
+    save_checkpoint(tmp_path / "tinymamba_model_latest.pt", save)
+    vocabulary = "\n".join([*byte_alphabet(), EOS_TOKEN]) + "\n"
+    (tmp_path / "vocab.txt").write_text(vocabulary, encoding="utf-8", newline="\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_cells(names=CODE) -> dict:
+    """The names that the cells define, run one after another as a kernel would."""
+    scope = {"__name__": "__main__"}
+    for name in names:
+        exec(compile(CODE[name], f"cell {name}", "exec"), scope)
+    return scope
+
+
+def test_the_notebook_is_small_and_holds_no_outputs():
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert NOTEBOOK.stat().st_size < 20_000
+    assert len({cell["id"] for cell in CELLS}) == len(CELLS)
+    for cell in CELLS:
+        assert cell["cell_type"] in ("code", "markdown") and cell["metadata"] == {}
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+    kinds = [cell["cell_type"] for cell in CELLS]
+    assert all("code" in kinds[i : i + 2] for i in range(1, len(kinds))), "text before every cell"
+
+
+def test_the_cells_run_in_order(beside_a_checkpoint, capsys):
+    found, out = run_cells(), capsys.readouterr().out
+    server, prompt = found["server"], found["PROMPT"]
+    assert isinstance(server, StreamingServer)
+    assert prompt + found["text"] in out and len(found["text"]) > 20
+    # The same seed: the colored text is the generated one.
+    assert "".join(found["texts"]) == found["text"]
+    assert found["weights"].shape == (len(found["texts"]), 3)
+    assert found["weights"].sum(axis=1) == pytest.approx(1.0)
+    page = found["color_by_gate"](found["texts"], found["weights"])
+    assert page.count("<span") == page.count("rgb(") == len(found["texts"])
+    assert found["first"] == found["same"] != found["second"]
+    assert "same seed, same text: True" in out
+    assert len(found["sizes"]) == 3 and len(set(found["sizes"])) == 1
+    assert f"1,110 tokens read: {found['sizes'][0]:,} bytes" in out
+
+
+def test_without_a_checkpoint_the_notebook_trains_one(beside_a_checkpoint, monkeypatch):
+    path = beside_a_checkpoint / "tinymamba_model_latest.pt"
+    made, trained = path.read_bytes(), []
+    path.unlink()
+
+    def train(words):
+        trained.append(words)
+        path.write_bytes(made)
+
+    monkeypatch.setattr(testv2, "main", train)
+    assert run_cells(["start", "model"])["server"]
+    config, _, _ = parse_command_line(trained[0])
+    assert config.checkpoint_path == path.name and 100 <= config.max_steps <= 300
