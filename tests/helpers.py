@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from peft import AdapterConfig, adapter_tensors, attach
 from testv2 import Config, RotaryEmbedding, SequenceContext, TinyMambaModel, Trainer, main
 from tinymamba.__main__ import COMMANDS  # noqa: F401
+from tinymamba.checkout import find_scripts
 from tinymamba.checkpoint import load_checkpoint
 from tinymamba.cli import run_cli
 from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer, byte_level
@@ -315,6 +316,13 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 EXTRAS = PROJECT["optional-dependencies"]
 SERVICES = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"]
 OFFLINE = {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def build_sources() -> set[str]:
+    """Every file that a build of the package takes."""
+    own = {f"tinymamba/{path.name}" for path in (ROOT / "tinymamba").glob("*.py")}
+    rest = {"LICENSE", "README.md", "MANIFEST.in", "pyproject.toml", "requirements.txt", "setup.py"}
+    return {*find_scripts(ROOT)} | own | rest
 
 
 def build(tree: Path, *what: str) -> None:
