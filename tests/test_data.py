@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import pickle
 import random
-import resource
 import sys
 import timeit
 import tracemalloc
@@ -23,10 +22,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_config, write_tokens
+from helpers import (
+    LINUX,
+    POSIX,
+    WORDS,
+    most_memory,
+    tiny_config,
+    train_bpe,
+    write_tokens,
+    write_vocab,
+)
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import pre_tokenizers, processors
 from torch.utils.data import DataLoader
 
 from testv2 import (
@@ -430,7 +438,7 @@ def test_any_ranks_and_workers_read_the_same_samples_in_the_same_order(tmp_path,
     data = StreamingTokenDataset(make(tmp_path, 20, 7, 33), S, [3, 1, 2], shuffle=True, seed=3)
     first, last, batch = 17, 17 + 2 * len(data) + 1, 4  # from the middle, into the next epochs
     assert (last - first) % batch and ((last - first) // batch) % 4
-    context = "fork" if workers else None
+    context = "fork" if workers and sys.platform == "linux" else None
     ranks = []
     for rank in range(world):
         plan = ShardedBatches(first, last, batch, rank, world)
@@ -439,7 +447,7 @@ def test_any_ranks_and_workers_read_the_same_samples_in_the_same_order(tmp_path,
         )
         ranks.append([where_all(x) for x, _ in loader])
         assert len(plan) == len(ranks[-1])
-    dealt = [b for turn in zip_longest(*ranks, fillvalue=[]) for b in turn]
+    dealt = [b for round_ in zip_longest(*ranks, fillvalue=[]) for b in round_]
     assert [s for b in dealt for s in b] == [data.locate(i) for i in range(first, last)]
     assert max(map(len, ranks)) - min(map(len, ranks)) <= 1
 
@@ -463,12 +471,7 @@ def test_sharded_batches_deal_each_number_once_in_turn(first, last, world):
 # -------------------------------------------------------------------------------- constant memory
 
 
-def most_memory():
-    """The most bytes this process has held so far."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
+@POSIX
 def test_file_of_several_gigabytes_is_opened_and_read_in_constant_memory(tmp_path):
     file, i = tmp_path / "huge.bin", 10**8
     with open(file, "wb") as f:
@@ -541,6 +544,7 @@ def test_an_id_that_turns_bad_after_opening_is_caught_before_it_is_handed_out(tm
     assert data[4][0].tolist() == [16, 17, 18, 19], "the other blocks can still be read"
 
 
+@POSIX
 @pytest.mark.parametrize("vocab_size", [None, 1000])
 @pytest.mark.parametrize("left", [22, 10])
 def test_a_file_cut_after_opening_is_refused_and_gives_no_short_sample(tmp_path, vocab_size, left):
@@ -552,6 +556,7 @@ def test_a_file_cut_after_opening_is_refused_and_gives_no_short_sample(tmp_path,
         data[5]
 
 
+@LINUX
 def test_a_file_cut_while_it_is_read_does_not_kill_the_process(tmp_path):
     (file,) = make(tmp_path, 20_000)
     data = StreamingTokenDataset(file, S)
@@ -703,53 +708,11 @@ CORPUS = [
     "the theme of the other: 12 plus 30 is 42.\n",
     "  and so on, und so weiter, für Köln\n",
 ] * 9
-WORDS = ["the", " ", "theme", "th", "e", "word", "é", "日本"]
 HARD = [
     "", "\x00\x7f", "\r\n\r\n", "a\rb", "\t  x \n", "é", "日本語🙂", "\ufeffBOM", "\ufffd",
     "\u2028\x85", EOS, f"a{EOS}b", "</s><eos>", "<0x41><0xE9>", "<|im_start|>user", "ĠĊ", "▁the",
     "e\u0301 שלום",
 ]  # fmt: skip
-
-
-def train_bpe(*special):
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(CORPUS, trainer)
-    return bpe
-
-
-@pytest.fixture(scope="module")
-def bpe():
-    return train_bpe(EOS)
-
-
-def write_vocab(path, lines):
-    path.write_bytes("".join(f"{line}\n" for line in lines).encode())
-    return path
-
-
-def in_order(vocab):
-    """The tokens of a {token: id}, by id."""
-    return [token for token, _ in sorted(vocab.items(), key=lambda x: x[1])]
-
-
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory, bpe):
-    folder = tmp_path_factory.mktemp("tokenizers")
-    bpe.save(str(folder / "tokenizer.json"))
-    byte_tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *WORDS]
-    return {
-        "bytes": SimpleTokenizer(),
-        "gpt2": SimpleTokenizer(write_vocab(folder / "gpt2.txt", in_order(bpe.get_vocab()))),
-        "words": SimpleTokenizer(write_vocab(folder / "words.txt", [*WORDS, EOS])),
-        "byte tokens": SimpleTokenizer(write_vocab(folder / "byte_tokens.txt", byte_tokens)),
-        "json": SimpleTokenizer(folder / "tokenizer.json"),
-    }
 
 
 KINDS = pytest.mark.parametrize("kind", ["bytes", "gpt2", "words", "byte tokens", "json"])

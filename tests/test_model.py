@@ -424,7 +424,7 @@ def test_two_hundred_layers_train_without_divergence(steps, share):
     assert np.isfinite(losses).all()
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert max(losses) < losses[0] + 0.1
-    assert np.mean(losses[-steps // 10 :]) < share * losses[0]
+    assert np.mean(losses[-max(2, steps // 10) :]) < share * losses[0]
 
 
 # ---------------------------------------------------------------------------- initialization
