@@ -9,25 +9,24 @@
     python benchmark.py --tinymamba_checkpoint model.pt --force    # everything
     python benchmark.py --help
 
-Peers come from `transformers` (and `mambapy`, if installed) with random weights and the parameter
-count of the TinyMamba at hand, within 2%. In every round each model runs once, in turn, on the
-same random ids; medians count.
+The peers come from `transformers` (and `mambapy`, if installed). They have random weights and the
+parameter count of the TinyMamba model, within 2%. In every round each model runs once on the same
+random ids; the reported numbers are medians over rounds.
 
-    training    a whole step: forward, loss, backward, clipping, AdamW
+    training    one whole step: forward, loss, backward, clipping, AdamW
     inference   prefill: one forward pass over a prompt, logits at every position, no gradients
-                decode: time per token after that prompt, with a state or KV cache; never compiled
-                (a growing cache would be compiled anew for every token)
-    memory      by how much one training step raises the peak, in a process of its own; on Linux
-                and CUDA exact, on macOS too low by up to one set of gradients; never compiled
-    perplexity  of the checkpoint alone: untrained peers have none
-    lm_eval     the checkpoint's marks in tasks of lm-evaluation-harness, if installed
+                decode: time per token after that prompt, with a state or a KV cache; never compiled
+                (a growing cache would be recompiled for every token)
+    memory      how far one training step raises the peak, measured in its own process; exact on
+                Linux and CUDA, up to one set of gradients too low on macOS; never compiled
+    perplexity  of the checkpoint only: the peers are untrained
+    lm_eval     the checkpoint's scores on tasks of lm-evaluation-harness, if installed
 
-Results go to results.json and results.md in --output_dir, plots beside them.
+Results go to results.json and results.md in --output_dir, and plots beside them.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 import importlib
@@ -41,11 +40,11 @@ import shlex
 import statistics
 import sys
 import time
-import typing
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,14 +52,25 @@ from torch import Tensor, nn
 
 from testv2 import PRESETS, Config, StreamingTokenDataset, TinyMambaModel, load_model, read_sidecar
 from tinymamba.checkpoint import atomic_write, load_checkpoint, require_writable
-from tinymamba.cli import DTYPES, CliParser, UserError, need, require, run_cli, show
+from tinymamba.cli import (
+    CliParser,
+    UserError,
+    add_flags,
+    check_fields,
+    given_fields,
+    need,
+    require,
+    run_cli,
+    show,
+)
 from tinymamba.runtime import pick_amp_dtype, pick_device, why_no_compile
 from tinymamba.tokenizer import open_tokenizer
 
 DEFAULT = {"d_model": 320, "n_layer": 5, "vocab_size": 4096, "num_heads": 5, "bias": False}
+LENGTHS = [256, 512, 1024, 2048]  # of sequences, in tokens
 TOLERANCE = 0.02  # share by which a peer's parameter count may differ
-DECODE_TOKENS = 16  # tokens that one decoding run is timed over
-MEASURES = {  # benchmark: the key in its rows that counts, what it is
+DECODE_TOKENS = 16  # tokens over which one decoding run is timed
+MEASURES = {  # benchmark: the key of its main number in a row, its title
     "training": ("median", "Training, tokens per second"),
     "prefill": ("median", "Prefill, tokens per second"),
     "decode": ("median", "Decoding, tokens per second"),
@@ -68,70 +78,103 @@ MEASURES = {  # benchmark: the key in its rows that counts, what it is
     "perplexity": ("nats_per_token", "Loss, nats per token"),
     "lm_eval": ("value", "Tasks of lm-evaluation-harness"),
 }
-CHECKPOINTS_ALONE = {"perplexity", "lm_eval"}
+OF_CHECKPOINT = {"perplexity", "lm_eval"}  # meaningless for untrained peers
 OUTPUTS = ("results.json", "results.md", *(f"{name}.png" for name in MEASURES))
 
-# -------------------------------------------------------------------------------- contestants
+
+class Setup(NamedTuple):
+    """The command line, checked and completed: what is measured, and how."""
+
+    options: Options
+    device: torch.device
+    dtype: torch.dtype  # of autocast; float32 means no autocast
+    config: Config  # of the TinyMamba model
+    benchmarks: list[str]  # keys of BENCHMARKS
+    lengths: list[int]  # of the sequences, in tokens
+    peers: list[str]  # keys of PEERS
 
 
-class Contestant:
-    """A model behind the calls that are timed. It is built when first used.
+# ------------------------------------------------------------------------------------ runners
+
+
+class Runner:
+    """A model and the calls that are timed. The model is built on first use.
 
     ids are (b, l) of int64; `call` is the model or its compiled form.
     """
 
-    def __init__(self, make, device: torch.device, facts: dict):
+    def __init__(self, make: Callable[[], nn.Module], device: torch.device, size: dict):
         self.make, self.device = make, device
-        self.facts = facts  # parameters, layers, width
+        self.size = size  # parameters, layers, width
 
     @functools.cached_property
-    def model(self) -> nn.Module:
+    def model(self) -> Any:
+        """The model, with the same seed for every runner."""
         torch.manual_seed(Config.seed)
         return self.make().to(self.device)
 
     @functools.cached_property
     def optimizer(self) -> torch.optim.Optimizer:
+        """AdamW as in training."""
         betas, decay = (Config.beta1, Config.beta2), Config.weight_decay
         return torch.optim.AdamW(
             self.model.parameters(), Config.lr, betas, weight_decay=decay, fused=True
         )
 
-    def loss(self, call, ids: Tensor) -> Tensor:
+    def loss(self, call: Callable, ids: Tensor) -> Tensor:
+        """The mean loss of predicting each next token."""
         return call(ids, ids.roll(-1, 1))
 
-    def logits(self, call, ids: Tensor) -> Tensor:
+    def logits(self, call: Callable, ids: Tensor) -> Tensor:
+        """(b, l) -> (b, l, v)."""
         return call(ids)
 
+    def read(self, ids: Tensor) -> Any:
+        """The state or cache after a prompt."""
+        raise NotImplementedError
 
-class TinyMamba(Contestant):
-    def read(self, ids: Tensor):
+    def step(self, token: Tensor, state: Any) -> Any:
+        """The state after one more token (b, 1), whose logits are computed too."""
+        raise NotImplementedError
+
+
+class TinyMamba(Runner):
+    """The model of testv2.py."""
+
+    def read(self, ids: Tensor) -> Any:
         """The state after a prompt."""
         return self.model.advance(ids, self.model.init_state(len(ids)), last_only=True)[1]
 
-    def step(self, token: Tensor, state):
-        """The state after one token (b, 1) more, whose logits are made too."""
+    def step(self, token: Tensor, state: Any) -> Any:
+        """A new state; the old one is unchanged."""
         return self.model.advance(token, state)[1]
 
 
-class HuggingFace(Contestant):
+class HuggingFace(Runner):
     """A causal model of transformers. It shifts labels itself, and changes its cache in place."""
 
-    def loss(self, call, ids: Tensor) -> Tensor:
+    def loss(self, call: Callable, ids: Tensor) -> Tensor:
+        """The model's own loss."""
         return call(input_ids=ids, labels=ids, use_cache=False).loss
 
-    def logits(self, call, ids: Tensor) -> Tensor:
+    def logits(self, call: Callable, ids: Tensor) -> Tensor:
+        """(b, l) -> (b, l, v)."""
         return call(input_ids=ids, use_cache=False).logits
 
-    def read(self, ids: Tensor):
+    def read(self, ids: Tensor) -> Any:
+        """A new cache that holds the prompt."""
         return self.step(ids, None)
 
-    def step(self, token: Tensor, cache):
+    def step(self, token: Tensor, state: Any) -> Any:
+        """The same cache, one token longer."""
         name = "cache_params" if self.model.config.model_type == "mamba2" else "past_key_values"
-        return self.model(input_ids=token, use_cache=True, **{name: cache})[name]
+        return self.model(input_ids=token, use_cache=True, **{name: state})[name]
 
 
-class MambaPy(Contestant):
-    def read(self, ids: Tensor):
+class MambaPy(Runner):
+    """A model of mambapy."""
+
+    def read(self, ids: Tensor) -> Any:
         """Token by token: mambapy has no other way from a prompt to a state."""
         c = self.model.core.config
         tail = torch.zeros(len(ids), c.d_inner, c.d_conv - 1, device=ids.device)
@@ -140,8 +183,9 @@ class MambaPy(Contestant):
             caches = self.step(token, caches)
         return caches
 
-    def step(self, token: Tensor, caches):
-        return self.model.step(token, caches)
+    def step(self, token: Tensor, state: Any) -> Any:
+        """The caches of all layers after one token."""
+        return self.model.step(token, state)
 
 
 # -------------------------------------------------------------------------- peers of equal size
@@ -164,18 +208,21 @@ class MambaPyLM(nn.Module):
             self.head.weight = self.embedding.weight
 
     def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits (b, l, v), or the mean loss if there are targets (b, l)."""
         logits = self.head(self.norm(self.core(self.embedding(ids))))
         if targets is None:
             return logits
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
-    def step(self, token: Tensor, caches):
+    def step(self, token: Tensor, caches: list) -> list:
+        """The caches of all layers after one token (b, 1), whose logits are computed too."""
         x, caches = self.core.step(self.embedding(token[:, 0]), caches)
         self.head(self.norm(x))
         return caches
 
 
 def make_llama(config: Config, positions: int, layers: int, width: int) -> nn.Module:
+    """Llama: RoPE, SwiGLU, RMSNorm; `width` is that of the MLP."""
     hf = need("transformers")
     return hf.LlamaForCausalLM(
         hf.LlamaConfig(
@@ -192,6 +239,7 @@ def make_llama(config: Config, positions: int, layers: int, width: int) -> nn.Mo
 
 
 def make_gpt2(config: Config, positions: int, layers: int, width: int) -> nn.Module:
+    """GPT-2 without dropout; `width` is that of the MLP."""
     hf = need("transformers")
     return hf.GPT2LMHeadModel(
         hf.GPT2Config(
@@ -213,8 +261,9 @@ def make_gpt2(config: Config, positions: int, layers: int, width: int) -> nn.Mod
 
 
 def make_mamba2(config: Config, positions: int, layers: int, width: int) -> nn.Module:
+    """Mamba-2; `width` is the size of the state."""
     hf = need("transformers")
-    importlib.import_module("transformers.utils.logging").set_verbosity_error()  # "no kernels"
+    need("transformers.utils.logging").set_verbosity_error()  # it warns of missing CUDA kernels
     head = math.gcd(64, 2 * config.d_model)
     return hf.Mamba2ForCausalLM(
         hf.Mamba2Config(
@@ -232,9 +281,11 @@ def make_mamba2(config: Config, positions: int, layers: int, width: int) -> nn.M
 
 
 class Peer(NamedTuple):
-    kind: type[Contestant]
-    make: typing.Callable  # (config, positions, layers, width) -> model
-    width: typing.Callable  # d_model -> usual width: of the MLP, Mamba-2's state, Mamba's channels
+    """A model to compare with."""
+
+    runner: type[Runner]
+    make: Callable[..., nn.Module]  # (config, positions, layers, width) -> model
+    width: Callable[[int], int]  # usual width, by d_model: of the MLP, Mamba-2's state or channels
 
 
 PEERS = {
@@ -245,14 +296,14 @@ PEERS = {
 }
 
 
-def count(make, *args) -> int:
+def count(make: Callable[..., nn.Module], *args: Any) -> int:
     """Parameters of the model that `make(*args)` gives, shared ones once; none are allocated."""
     with torch.device("meta"):
         return sum(p.numel() for p in make(*args).parameters())
 
 
 def fit(name: str, config: Config, positions: int, target: int) -> dict:
-    """The layers nearest to `target` parameters, then the width that comes within TOLERANCE."""
+    """The peer's size: the layers nearest to `target` parameters, then the width that fits."""
     usual, tried = PEERS[name].width(config.d_model), []
     size = functools.partial(count, PEERS[name].make, config, positions)
     one, two = size(1, usual), size(2, usual)
@@ -260,7 +311,7 @@ def fit(name: str, config: Config, positions: int, target: int) -> dict:
     for layers in (nearest, max(1, nearest - 1)):
         base = size(layers, usual)
         slope = size(layers, usual + 1) - base
-        for multiple in (64, 8, 1):  # round widths are the fast ones
+        for multiple in (64, 8, 1):  # round widths are fast
             width = max(1, round((usual + (target - base) / slope) / multiple)) * multiple
             total = base + (width - usual) * slope
             tried.append(total)
@@ -268,30 +319,31 @@ def fit(name: str, config: Config, positions: int, target: int) -> dict:
                 return {"parameters": total, "layers": layers, "width": width}
     best = min(tried, key=lambda total: abs(total - target))
     problem = f"{name} cannot have {target:,} parameters within {TOLERANCE:.0%} (best: {best:,})"
-    raise UserError("models_to_compare", problem, "leave it out, or change the size or the lengths")
+    remedy = "leave it out, or change the size or the lengths"
+    raise UserError("--models_to_compare", problem, remedy)
 
 
-def make_tinymamba(args: argparse.Namespace) -> TinyMambaModel:
-    if not args.tinymamba_checkpoint:
-        return TinyMambaModel(args.config)
-    model = load_model(args.tinymamba_checkpoint)
+def make_tinymamba(setup: Setup) -> TinyMambaModel:
+    """The checkpoint without its dropout, as the peers have none; or a model of random weights."""
+    if not setup.options.tinymamba_checkpoint:
+        return TinyMambaModel(setup.config)
+    model = load_model(setup.options.tinymamba_checkpoint)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
-            module.p = 0.0  # as in the peers
+            module.p = 0.0
     return model
 
 
-def make_contestants(args: argparse.Namespace) -> dict[str, Contestant]:
-    """TinyMamba and the peers, by name."""
-    positions = max(args.lengths) + DECODE_TOKENS
-    target = count(TinyMambaModel, args.config)
-    facts = {"parameters": target, "layers": args.config.n_layer, "width": None}
-    found = {"tinymamba": TinyMamba(functools.partial(make_tinymamba, args), args.device, facts)}
-    for name in args.models:
-        facts, peer = fit(name, args.config, positions, target), PEERS[name]
-        make = functools.partial(peer.make, args.config, positions, facts["layers"], facts["width"])
-        found[name] = peer.kind(make, args.device, facts)
-    return found
+def make_runner(name: str, setup: Setup) -> Runner:
+    """The runner of TinyMamba, or of a peer of its size."""
+    target = count(TinyMambaModel, setup.config)
+    if name == "tinymamba":
+        size = {"parameters": target, "layers": setup.config.n_layer, "width": None}
+        return TinyMamba(functools.partial(make_tinymamba, setup), setup.device, size)
+    positions = max(setup.lengths) + DECODE_TOKENS
+    size, peer = fit(name, setup.config, positions, target), PEERS[name]
+    make = functools.partial(peer.make, setup.config, positions, size["layers"], size["width"])
+    return peer.runner(make, setup.device, size)
 
 
 # ------------------------------------------------------------------------------------ timing
@@ -299,25 +351,27 @@ def make_contestants(args: argparse.Namespace) -> dict[str, Contestant]:
 
 @dataclass
 class Timing:
+    """The seconds of one function, or why it failed."""
+
     first: float | None = None  # seconds of the first call, compilation included
-    seconds: list[float] = field(default_factory=list)  # of every round that counts
+    seconds: list[float] = field(default_factory=list)  # of every counted round
     reason: str | None = None  # why it failed
 
 
-def attempt(work, *args):
-    """(what `work` gives, None), or (None, why it failed in one line)."""
+def attempt(work: Callable, *args: Any) -> tuple[Any, str | None]:
+    """(the result of `work`, None), or (None, why it failed in one line)."""
     try:
         return work(*args), None
     except UserError:
         raise
-    except Exception as e:  # whatever one model dies of, the numbers of the others stand
+    except Exception as e:  # one model's failure, whatever it is, must not stop the others
         return None, f"{type(e).__name__}: {' '.join(str(e).split())}"[:200]
 
 
 def interleave(makers: dict, warmup: int, rounds: int) -> dict:
-    """A Timing for each key. A maker gives a function that runs once and returns seconds.
+    """A Timing for each key. A maker returns a function that runs once and returns its seconds.
 
-    In every round each function runs once, in turn; one that fails drops out.
+    In every round each function runs once; one that fails is not run again.
     """
     runs, timings = {}, {key: Timing() for key in makers}
     for key, make in makers.items():
@@ -328,14 +382,14 @@ def interleave(makers: dict, warmup: int, rounds: int) -> dict:
             timing = timings[key]
             seconds, timing.reason = attempt(runs[key])
             if timing.reason:
-                del runs[key]  # with all the memory that it holds
+                del runs[key]  # frees its memory
                 continue
             timing.first = seconds if timing.first is None else timing.first
             timing.seconds += [seconds] if number >= warmup else []
     return timings
 
 
-def timed(work, device: torch.device) -> float:
+def timed(work: Callable[[], Any], device: torch.device) -> float:
     """Seconds that `work()` takes, until the device is done."""
     start = time.perf_counter()
     work()
@@ -344,55 +398,61 @@ def timed(work, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def autocast(args: argparse.Namespace):
-    return torch.autocast(args.device.type, args.amp, enabled=args.amp != torch.float32)
+def autocast(setup: Setup) -> torch.autocast:
+    """The autocast context of every measurement."""
+    return torch.autocast(setup.device.type, setup.dtype, enabled=setup.dtype != torch.float32)
 
 
-def make_run(benchmark: str, contestant: Contestant, compiled: bool, ids: Tensor, args):
+def make_run(
+    benchmark: str, runner: Runner, compiled: bool, ids: Tensor, setup: Setup
+) -> Callable[[], float]:
     """A function that runs the benchmark once and returns its seconds."""
-    model = contestant.model.train(benchmark == "training")
+    model = runner.model.train(benchmark == "training")
     call = torch.compile(model) if compiled else model
-    return RUNS[benchmark](contestant, call, ids, args)
+    return RUNS[benchmark](runner, call, ids, setup)
 
 
-def training_run(contestant: Contestant, call, ids: Tensor, args):
-    optimizer = contestant.optimizer
+def training_run(runner: Runner, call: Callable, ids: Tensor, setup: Setup) -> Callable[[], float]:
+    """Seconds of a training step."""
+    optimizer = runner.optimizer
 
     def step() -> None:
-        with autocast(args):
-            loss = contestant.loss(call, ids)
+        with autocast(setup):
+            loss = runner.loss(call, ids)
         loss.backward()
-        nn.utils.clip_grad_norm_(contestant.model.parameters(), Config.grad_clip)
+        nn.utils.clip_grad_norm_(runner.model.parameters(), Config.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
 
-    return lambda: timed(step, args.device)
+    return lambda: timed(step, setup.device)
 
 
-def prefill_run(contestant: Contestant, call, ids: Tensor, args):
+def prefill_run(runner: Runner, call: Callable, ids: Tensor, setup: Setup) -> Callable[[], float]:
+    """Seconds of a forward pass over the prompt `ids`."""
+
     @torch.no_grad()
     def run() -> float:
-        with autocast(args):
-            return timed(lambda: contestant.logits(call, ids), args.device)
+        with autocast(setup):
+            return timed(lambda: runner.logits(call, ids), setup.device)
 
     return run
 
 
 @torch.no_grad()
-def decode_run(contestant: Contestant, call, ids: Tensor, args):
+def decode_run(runner: Runner, call: Callable, ids: Tensor, setup: Setup) -> Callable[[], float]:
     """Seconds per token, after the prompt `ids`."""
-    with autocast(args):
-        prompt = contestant.read(ids)
+    with autocast(setup):
+        prompt = runner.read(ids)
 
-    def steps(state) -> None:
+    def steps(state: Any) -> None:
         for _ in range(DECODE_TOKENS):
-            state = contestant.step(ids[:, :1], state)
+            state = runner.step(ids[:, :1], state)
 
     @torch.no_grad()
     def run() -> float:
         state = copy.deepcopy(prompt)  # some caches change in place
-        with autocast(args):
-            return timed(lambda: steps(state), args.device) / DECODE_TOKENS
+        with autocast(setup):
+            return timed(lambda: steps(state), setup.device) / DECODE_TOKENS
 
     return run
 
@@ -402,24 +462,26 @@ RUNS = {"training": training_run, "prefill": prefill_run, "decode": decode_run}
 # ------------------------------------------------------------------------------------ benchmarks
 
 
-def cases(args: argparse.Namespace, lengths: list[int]) -> list[tuple[int, int]]:
+def cases(options: Options, lengths: list[int]) -> list[tuple[int, int]]:
     """(batch, length) of every measurement."""
     return [
         (batch, length)
         for length in lengths
-        for batch in args.batch_sizes or [max(1, args.tokens_per_step // length)]
+        for batch in options.batch_sizes or [max(1, options.tokens_per_step // length)]
     ]
 
 
-def random_ids(args: argparse.Namespace, batch: int, length: int) -> Tensor:
-    """The same ids (batch, length) for every model."""
+def random_ids(setup: Setup, batch: int, length: int) -> Tensor:
+    """The same ids (b, l) for every model."""
     generator = torch.Generator().manual_seed(Config.seed)
-    ids = torch.randint(args.config.vocab_size, (batch, length), generator=generator)
-    return ids.to(args.device)
+    ids = torch.randint(setup.config.vocab_size, (batch, length), generator=generator)
+    return ids.to(setup.device)
 
 
-def make_row(benchmark: str, model: str, case: tuple, compiled=False, reason=None, **values):
-    """What is known of one measurement, as it stands in results.json."""
+def make_row(
+    benchmark: str, model: str, case: tuple, compiled: bool, reason: str | None, **values: Any
+) -> dict:
+    """One measurement, as it is written to results.json."""
     return {
         "benchmark": benchmark,
         "model": model,
@@ -432,26 +494,27 @@ def make_row(benchmark: str, model: str, case: tuple, compiled=False, reason=Non
     }
 
 
-def speed(benchmark: str, args: argparse.Namespace, contestants: dict):
+def speed(benchmark: str, setup: Setup, runners: dict[str, Runner]) -> Iterator[dict]:
     """Rows of tokens per second."""
-    forms = {"off": [False], "on": [True], "both": [False, True]}[args.compile]
+    options = setup.options
+    forms = {"off": [False], "on": [True], "both": [False, True]}[options.compile]
     forms = [False] if benchmark == "decode" else forms
-    for case in cases(args, args.lengths):
-        torch.compiler.reset()  # a shape is not to be made dynamic because another came before
-        ids = random_ids(args, *case)
+    for case in cases(options, setup.lengths):
+        torch.compiler.reset()  # else a second shape would be compiled as a dynamic one
+        ids = random_ids(setup, *case)
         makers = {
-            (name, form): functools.partial(make_run, benchmark, contestant, form, ids, args)
-            for name, contestant in contestants.items()
+            (name, form): functools.partial(make_run, benchmark, runner, form, ids, setup)
+            for name, runner in runners.items()
             for form in forms
         }
-        timings = interleave(makers, args.warmup_iterations, args.test_iterations)
+        timings = interleave(makers, options.warmup_iterations, options.test_iterations)
         tokens = case[0] if benchmark == "decode" else ids.numel()
         for (name, form), timing in timings.items():
             yield make_row(benchmark, name, case, form, timing.reason, **rates(timing, tokens))
 
 
 def rates(timing: Timing, tokens: int) -> dict:
-    """Tokens per second, if each run (in decoding, each step) is of so many tokens."""
+    """Tokens per second, for runs of `tokens` tokens each."""
     if timing.reason:
         return {}
     found = [tokens / s for s in timing.seconds]
@@ -466,153 +529,144 @@ def rates(timing: Timing, tokens: int) -> dict:
 
 
 def peak_bytes(device: torch.device, reset: bool = False) -> int:
-    """Most memory held so far, or since the last reset; a reset gives what is held now."""
+    """Peak memory so far, or since the last reset; with `reset`, what is held now."""
     if device.type == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":  # ru_maxrss would begin at the peak of the process's parent
+    if sys.platform == "linux":  # ru_maxrss would start at the parent process's peak
         if reset:
             Path("/proc/self/clear_refs").write_text("5")
         status = Path("/proc/self/status").read_text()
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
     usage = importlib.import_module("resource")
     peak = usage.getrusage(usage.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def step_memory(name: str, args: argparse.Namespace, case: tuple[int, int]) -> int:
-    """Bytes that one training step needs beyond the weights and AdamW's state, at its peak."""
-    contestant = make_contestants(args)[name]
-    make_run("training", contestant, False, random_ids(args, 1, 16), args)()  # AdamW's state
-    run = make_run("training", contestant, False, random_ids(args, *case), args)
-    before = peak_bytes(args.device, reset=True)
+def step_memory(name: str, setup: Setup, case: tuple[int, int]) -> int:
+    """Bytes that one training step needs at its peak, beyond the weights and AdamW's state."""
+    runner = make_runner(name, setup)
+    make_run("training", runner, False, random_ids(setup, 1, 16), setup)()  # AdamW's state
+    run = make_run("training", runner, False, random_ids(setup, *case), setup)
+    before = peak_bytes(setup.device, reset=True)
     run()
-    return peak_bytes(args.device) - before
+    return peak_bytes(setup.device) - before
 
 
-def memory(args: argparse.Namespace, contestants: dict):
+def memory(setup: Setup, runners: dict[str, Runner]) -> Iterator[dict]:
     """Rows of peak memory, each measured in a new process."""
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # there, glibc returns what is freed
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # makes glibc return freed memory
     spawn = multiprocessing.get_context("spawn")
-    for case in cases(args, args.lengths):
-        for name in contestants:
+    for case in cases(setup.options, setup.lengths):
+        for name in runners:
             with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-                got, reason = attempt(pool.submit(step_memory, name, args, case).result)
+                got, reason = attempt(pool.submit(step_memory, name, setup, case).result)
             sizes = {} if reason else {"bytes": got, "bytes_per_token": got / math.prod(case)}
             yield make_row("memory", name, case, False, reason, **sizes)
 
 
-def open_eval(args: argparse.Namespace, length: int) -> StreamingTokenDataset:
-    dtype = "auto" if read_sidecar(args.eval_dataset) else args.config.data_dtype
-    return StreamingTokenDataset(
-        args.eval_dataset, length, data_dtype=dtype, vocab_size=args.config.vocab_size
-    )
+def open_eval(setup: Setup, length: int) -> StreamingTokenDataset:
+    """The blocks of --eval_dataset."""
+    path, config = setup.options.eval_dataset, setup.config
+    dtype = "auto" if read_sidecar(path) else config.data_dtype
+    return StreamingTokenDataset(path, length, data_dtype=dtype, vocab_size=config.vocab_size)
 
 
 @torch.no_grad()
-def mean_nats(model: TinyMambaModel, data: StreamingTokenDataset, batch: int, args) -> float:
-    """Mean loss over all whole blocks of the data, each read on its own."""
+def mean_nats(
+    model: TinyMambaModel, data: StreamingTokenDataset, batch: int, setup: Setup
+) -> float:
+    """Mean loss over all whole blocks of the data, each with an empty state before it."""
     total = 0.0
     for x, y in torch.utils.data.DataLoader(data, batch_size=batch):
-        with autocast(args):
-            total += model(x.to(args.device), y.to(args.device)).item() * y.numel()
+        with autocast(setup):
+            total += model(x.to(setup.device), y.to(setup.device)).item() * y.numel()
     return total / (len(data) * data.block_size)
 
 
-def perplexity(args: argparse.Namespace, contestants: dict):
+def perplexity(setup: Setup, runners: dict[str, Runner]) -> Iterator[dict]:
     """Rows of the checkpoint's loss on --eval_dataset."""
-    model = load_model(args.tinymamba_checkpoint, args.device)
-    facts = read_sidecar(args.eval_dataset)
-    for case in cases(args, args.sequence_lengths or [args.config.block_size]):
-        data = open_eval(args, case[1])
-        nats, reason = attempt(mean_nats, model, data, case[0], args)
-        values = (
-            {}
-            if reason
-            else {
-                "nats_per_token": nats,
-                "perplexity": math.exp(nats),
-                "bits_per_byte": None,
-                "tokens": len(data) * case[1],
-            }
-        )
-        if values and facts.get("tokens") and facts.get("bytes"):
-            values["bits_per_byte"] = nats / math.log(2) * facts["tokens"] / facts["bytes"]
-        yield make_row("perplexity", "tinymamba", case, False, reason, **values)
+    options = setup.options
+    model = load_model(options.tinymamba_checkpoint, setup.device)
+    facts = read_sidecar(options.eval_dataset)
+    for case in cases(options, options.sequence_lengths or [setup.config.block_size]):
+        data = open_eval(setup, case[1])
+        nats, reason = attempt(mean_nats, model, data, case[0], setup)
+        if reason:
+            yield make_row("perplexity", "tinymamba", case, False, reason)
+            continue
+        bits = None
+        if facts.get("tokens") and facts.get("bytes"):
+            bits = nats / math.log(2) * facts["tokens"] / facts["bytes"]
+        values = {"nats_per_token": nats, "perplexity": math.exp(nats), "bits_per_byte": bits}
+        tokens = len(data) * case[1]
+        yield make_row("perplexity", "tinymamba", case, False, None, **values, tokens=tokens)
 
 
 @functools.cache
-def open_tasks(tasks: tuple[str, ...], include_path: str | None):
+def open_tasks(tasks: tuple[str, ...], include_path: str | None) -> Any:
     """lm-evaluation-harness's manager of tasks, if it knows all of these."""
-    manager = need("lm_eval.tasks").TaskManager(
-        include_path=include_path, include_defaults=not include_path
-    )
+    harness = need("lm_eval.tasks")
+    manager = harness.TaskManager(include_path=include_path, include_defaults=not include_path)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
-    require(
-        not unknown,
-        "tasks",
-        f"{', '.join(unknown)}: no such task of lm-evaluation-harness",
-        "lm-eval ls tasks lists them; --include_path names a folder of your own",
-    )
+    problem = f"{', '.join(unknown)}: no such task of lm-evaluation-harness"
+    remedy = "`lm-eval ls tasks` lists them; --include_path names a folder of your own"
+    require(not unknown, "--tasks", problem, remedy)
     return manager
 
 
-def lm_eval(args: argparse.Namespace, contestants: dict):
-    """Rows of the checkpoint's marks: one for each metric of each task."""
+def lm_eval(setup: Setup, runners: dict[str, Runner]) -> Iterator[dict]:
+    """Rows of the checkpoint's scores: one for each metric of each task."""
+    options = setup.options
     lm = need("lm_eval.models.huggingface").HFLM(
-        **open_for_harness(args),
-        batch_size=(args.batch_sizes or [8])[0],
-        device=str(args.device),
-        max_length=max(args.sequence_lengths or [2048]),
+        **open_for_harness(setup),
+        batch_size=(options.batch_sizes or [8])[0],
+        device=str(setup.device),
+        max_length=max(options.sequence_lengths or [2048]),
     )
     found = need("lm_eval").simple_evaluate(
         lm,
-        tasks=args.tasks,
-        task_manager=open_tasks(tuple(args.tasks), args.include_path),
-        limit=args.limit,
+        tasks=options.tasks,
+        task_manager=open_tasks(tuple(options.tasks or ()), options.include_path),
+        limit=options.limit,
         bootstrap_iters=0,
     )
+    case = lm.batch_size, lm.max_length
     for task, values in found["results"].items():
-        for name, value in values.items():
-            metric, _, kind = name.partition(",")
-            if type(value) in (int, float) and kind and not metric.endswith("_stderr"):
-                error = values.get(f"{metric}_stderr,{kind}")
-                yield make_row(
-                    "lm_eval",
-                    "tinymamba",
-                    (lm.batch_size, lm.max_length),
-                    False,
-                    "",
-                    task=task,
-                    metric=metric,
-                    filter=kind,
-                    value=value,
-                    stderr=error if isinstance(error, float) else None,
-                )
+        for score in scores(values):
+            yield make_row("lm_eval", "tinymamba", case, False, "", task=task, **score)
 
 
-def open_for_harness(args: argparse.Namespace) -> dict:
-    """The checkpoint and its tokenizer as `transformers` has them."""
+def scores(values: dict) -> Iterator[dict]:
+    """The metrics of one task, from {"METRIC,FILTER": value, "METRIC_stderr,FILTER": ...}."""
+    for name, value in values.items():
+        metric, _, kind = name.partition(",")
+        if type(value) not in (int, float) or not kind or metric.endswith("_stderr"):
+            continue
+        error = values.get(f"{metric}_stderr,{kind}")
+        error = error if isinstance(error, float) else None
+        yield {"metric": metric, "filter": kind, "value": value, "stderr": error}
+
+
+def open_for_harness(setup: Setup) -> dict:
+    """The checkpoint and its tokenizer as objects of transformers."""
     need("transformers")
     from hf_integration import TinyMambaHFModel, TinyMambaHFTokenizer
 
-    model = load_model(args.tinymamba_checkpoint, args.device)
-    tokenizer = open_tokenizer(None, model, [args.tinymamba_checkpoint])
-    require(
-        tokenizer,
-        "tinymamba_checkpoint",
-        "has no tokenizer.json beside it or its data",
-        "copy it there",
-    )
+    path = setup.options.tinymamba_checkpoint
+    model = load_model(path, setup.device)
+    tokenizer = open_tokenizer(None, model, [path])
+    problem = "has no tokenizer.json beside it or beside its data"
+    require(tokenizer, "--tinymamba_checkpoint", problem, "copy it there")
     return {
         "pretrained": TinyMambaHFModel.of(model),
         "tokenizer": TinyMambaHFTokenizer.of(tokenizer),
     }
 
 
-BENCHMARKS = {  # memory comes first: this process holds no model yet, so a GPU is empty
-    "memory": [memory],
+BENCHMARKS: dict[str, list[Callable[[Setup, dict], Iterator[dict]]]] = {
+    "memory": [memory],  # first: this process holds no model yet, so a GPU is empty
     "training": [functools.partial(speed, "training")],
     "inference": [functools.partial(speed, "prefill"), functools.partial(speed, "decode")],
     "perplexity": [perplexity],
@@ -623,6 +677,7 @@ BENCHMARKS = {  # memory comes first: this process holds no model yet, so a GPU 
 
 
 def label(row: dict) -> str:
+    """The model's name in tables and plots."""
     return row["model"] + (" compiled" if row["compiled"] else "")
 
 
@@ -641,7 +696,7 @@ def add_ratios(rows: list[dict]) -> None:
 
 
 def cell(row: dict) -> str:
-    """What a table shows of a row."""
+    """The text of a row in a table."""
     if row["status"] == "failed":
         return "failed: " + row["reason"].replace("|", "/")
     if row["benchmark"] == "perplexity":
@@ -658,7 +713,7 @@ def cell(row: dict) -> str:
 
 
 def table(lines: list[list[str]]) -> str:
-    """Markdown of a header and rows, in columns of even width."""
+    """A Markdown table of a header and rows, with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     padded = [
@@ -672,11 +727,11 @@ def table(lines: list[list[str]]) -> str:
 
 
 def markdown(results: dict) -> str:
-    """All tables: rows are models, columns lengths."""
+    """The text of results.md: a table per benchmark, with models as rows and lengths as columns."""
     m, sizes = results["machine"], [["model", "parameters", "layers", "width"]]
     sizes += [
-        [name, f"{facts['parameters']:,}", str(facts["layers"]), str(facts["width"] or "")]
-        for name, facts in results["models"].items()
+        [name, f"{size['parameters']:,}", str(size["layers"]), str(size["width"] or "")]
+        for name, size in results["models"].items()
     ]
     text = [
         f"# Benchmark\n\n{m['name']}, {m['threads']} threads, torch {m['torch']}, "
@@ -685,7 +740,7 @@ def markdown(results: dict) -> str:
         table(sizes),
     ]
     if "llama" in results["models"]:
-        text.append("In brackets: the number as a multiple of Llama's.\n")
+        text.append("In brackets: the ratio to Llama's number.\n")
     for benchmark, (_, title) in MEASURES.items():
         rows = [row for row in results["rows"] if row["benchmark"] == benchmark]
         if benchmark == "lm_eval" and rows:
@@ -702,7 +757,7 @@ def markdown(results: dict) -> str:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """One benchmark over length, a line for each model (and batch), into a PNG."""
+    """Write a PNG of one benchmark over length, with a line for each model (and batch)."""
     figure = need("matplotlib.figure").Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes, (key, title) = figure.subplots(), MEASURES[rows[0]["benchmark"]]
     lengths, lines = sorted({row["length"] for row in rows}), {}
@@ -726,41 +781,41 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 def append_row(path: str, row: dict) -> None:
-    """Print a row as JSON, and add it to the file of rows."""
+    """Print a row as JSON, and append it to the file of rows."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps(row), flush=True)
 
 
-def write_results(results: dict, args: argparse.Namespace) -> None:
-    """results.json, results.md and plots; the plots of an earlier run go."""
+def write_results(results: dict, options: Options) -> None:
+    """Write results.json, results.md and plots, and delete the plots of an earlier run."""
     add_ratios(results["rows"])
     for name, text in (("json", json.dumps(results, indent=1)), ("md", markdown(results))):
         write = functools.partial(lambda text, to: Path(to).write_text(text, "utf-8"), text)
-        atomic_write(args.output_dir / f"results.{name}", write)
+        atomic_write(options.output_dir / f"results.{name}", write)
     for benchmark in MEASURES:
-        path, rows = args.output_dir / f"{benchmark}.png", results["rows"]
+        path, rows = options.output_dir / f"{benchmark}.png", results["rows"]
         rows = [row for row in rows if row["benchmark"] == benchmark and row["status"] == "ok"]
-        if rows and args.generate_plots and benchmark != "lm_eval":
+        if rows and options.generate_plots and benchmark != "lm_eval":
             plot(rows, path)
         else:
             path.unlink(missing_ok=True)
 
 
-def describe_machine(args: argparse.Namespace, argv: list[str]) -> dict:
-    """Where and with what the numbers were taken."""
+def describe_machine(setup: Setup, argv: list[str]) -> dict:
+    """The hardware, the libraries and the command behind the numbers."""
     info, cpu = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
     if info.exists() and (found := re.search(r"model name\s*: (.*)", info.read_text())):
         cpu = found[1]
-    gpu = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else None
+    gpu = torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else None
     transformers = getattr(sys.modules.get("transformers"), "__version__", None)
     return {
         "name": gpu or cpu,
         "cpu": cpu,
         "cores": os.cpu_count(),
-        "device": str(args.device),
+        "device": str(setup.device),
         "threads": torch.get_num_threads(),
-        "dtype": show(args.amp),
+        "dtype": show(setup.dtype),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers,
@@ -771,170 +826,158 @@ def describe_machine(args: argparse.Namespace, argv: list[str]) -> dict:
 # ------------------------------------------------------------------------------------ command line
 
 
-def whole(low: int, text: str) -> int:
-    """A whole number from `low`."""
-    if not text.isdecimal() or int(text) < low:
-        raise argparse.ArgumentTypeError(f"{text!r} is not legal; pass a whole number from {low}")
-    return int(text)
+@dataclass
+class Options:
+    """The command line."""
+
+    # Models
+    tinymamba_checkpoint: str | None = None  # model to measure
+    preset: str | None = None  # size of the random model
+    d_model: int | None = None  # width of the random model, a multiple of 32
+    n_layer: int | None = None  # layers of the random model
+    vocab_size: int | None = None  # vocabulary of the random model
+    models_to_compare: list[str] | None = None  # peers; tinymamba is always measured
+
+    # Measurements
+    benchmark_type: list[str] | None = None  # what to measure
+    sequence_lengths: list[int] | None = None  # in tokens; perplexity takes block_size
+    batch_sizes: list[int] | None = None  # sequences of one run
+    tokens_per_step: int = 4096  # tokens of one run, if --batch_sizes is not given
+    warmup_iterations: int = 2  # rounds before those that are counted
+    test_iterations: int = 5  # rounds that are counted
+    compile: str = "off"  # use torch.compile
+    dtype: torch.dtype = torch.bfloat16  # of autocast, on hardware that is fast in it
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
+
+    # Evaluation of the checkpoint
+    eval_dataset: str = str(Config.val_data_path)  # .bin of tokens for perplexity
+    tasks: list[str] | None = None  # tasks of lm-evaluation-harness, for lm_eval
+    include_path: str | None = None  # folder of tasks' .yaml files, in place of the harness's own
+    limit: int | None = None  # examples of each task
+
+    # Output
+    output_dir: Path = Path("./benchmark_results")  # folder for the results
+    generate_plots: bool = False  # write plots as PNG files too
+    force: bool = False  # replace the results of an earlier run
+
+    CHOICES: ClassVar = {
+        "preset": tuple(PRESETS),
+        "models_to_compare": ("tinymamba", *PEERS),
+        "benchmark_type": (*BENCHMARKS, "all"),
+        "compile": ("off", "on", "both"),
+        "dtype": (torch.bfloat16, torch.float32),
+    }
+    LIMITS: ClassVar = {
+        **dict.fromkeys(("d_model", "n_layer", "vocab_size", "limit"), (1, math.inf)),
+        **dict.fromkeys(("tokens_per_step", "test_iterations"), (1, math.inf)),
+        "warmup_iterations": (0, math.inf),
+    }
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+SHOWN = {  # defaults that --help shows in place of None
+    **DEFAULT,
+    "tinymamba_checkpoint": "one with random weights",
+    "preset": "about 10M parameters",
+    "limit": "all",
+    "models_to_compare": "llama gpt2 mamba2",
+    "benchmark_type": "all",
+    "sequence_lengths": " ".join(map(str, LENGTHS)),
+    "batch_sizes": "tokens_per_step // length",
+}
+
+
+def parse(argv: list[str]) -> Options:
+    """The command line, each flag checked by itself."""
     parser = CliParser(usage="python benchmark.py [--FLAG VALUE ...]", description=__doc__)
-    add, one = parser.add_argument, {"type": functools.partial(whole, 1), "metavar": "N"}
-    add("--tinymamba_checkpoint", metavar="FILE", help="model to measure [a fresh one]")
-    add("--preset", choices=PRESETS, help="size of a fresh model [about 10M parameters]")
-    add("--d_model", **one, help=f"width of a fresh model, a multiple of 32 [{DEFAULT['d_model']}]")
-    add("--n_layer", **one, help=f"layers of a fresh model [{DEFAULT['n_layer']}]")
-    add("--vocab_size", **one, help=f"vocabulary of a fresh model [{DEFAULT['vocab_size']}]")
-    add(
-        "--models_to_compare",
-        nargs="+",
-        choices=["tinymamba", *PEERS],
-        metavar="MODEL",
-        help=f"any of {', '.join(PEERS)}; tinymamba is always there [llama gpt2 mamba2]",
-    )
-    add(
-        "--benchmark_type",
-        nargs="+",
-        choices=[*BENCHMARKS, "all"],
-        default=["all"],
-        metavar="TYPE",
-        help=f"any of {', '.join(BENCHMARKS)}, all [all]",
-    )
-    add(
-        "--sequence_lengths",
-        nargs="+",
-        **one,
-        help="in tokens [256 512 1024 2048; for perplexity the checkpoint's block_size]",
-    )
-    add("--batch_sizes", nargs="+", **one, help="sequences [tokens_per_step // length]")
-    add("--tokens_per_step", **one, default=4096, help="without --batch_sizes [4096]")
-    add(
-        "--warmup_iterations",
-        type=functools.partial(whole, 0),
-        default=2,
-        metavar="N",
-        help="rounds before those that count [2]",
-    )
-    add("--test_iterations", **one, default=5, help="rounds that count [5]")
-    add("--compile", choices=["off", "on", "both"], default="off", help="torch.compile [off]")
-    add(
-        "--dtype",
-        choices=["bfloat16", "float32"],
-        default="bfloat16",
-        help="autocast, where the hardware is fast in it [bfloat16]",
-    )
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps [auto]")
-    add(
-        "--eval_dataset",
-        default=Config.val_data_path,
-        metavar="FILE",
-        help=f".bin of tokens for perplexity [{Config.val_data_path}]",
-    )
-    add("--tasks", nargs="+", metavar="TASK", help="of lm-evaluation-harness, for lm_eval")
-    add(
-        "--include_path",
-        metavar="DIR",
-        help="folder of tasks' .yaml files, in place of the harness's",
-    )
-    add("--limit", **one, help="examples of each task [all]")
-    add(
-        "--output_dir",
-        type=Path,
-        default=Path("./benchmark_results"),
-        metavar="DIR",
-        help="folder for the results [./benchmark_results]",
-    )
-    add("--generate_plots", action="store_true", help="write PNGs too")
-    add("--force", action="store_true", help="replace the results of an earlier run")
-    return parser.parse_args(argv)
+    add_flags(parser, Options, SHOWN)
+    options = Options(**given_fields(Options, parser.parse_args(argv)))
+    check_fields(options, dashes="--")
+    for name in ("sequence_lengths", "batch_sizes"):
+        for value in getattr(options, name) or ():
+            require(value > 0, f"--{name}", f"{value} is out of range", "it must be at least 1")
+    return options
 
 
-def choose_config(args: argparse.Namespace) -> Config:
-    """The checkpoint's config, or that of a fresh model."""
+def choose_config(options: Options) -> Config:
+    """The checkpoint's config, or that of a model of random weights."""
     named = ("preset", "d_model", "n_layer", "vocab_size")
-    given = {name: getattr(args, name) for name in named if getattr(args, name)}
-    if args.tinymamba_checkpoint:
-        require(
-            not given,
-            next(iter(given), ""),
-            "is already said by the checkpoint",
-            "leave it or --tinymamba_checkpoint out",
-        )
-        return Config.from_dict(load_checkpoint(args.tinymamba_checkpoint)["config"])
-    values = PRESETS[given.pop("preset")] if args.preset else DEFAULT
-    if width := args.d_model:
-        require(width % 32 == 0, "d_model", f"{width} is no multiple of 32", "use one")
+    given = {name: getattr(options, name) for name in named if getattr(options, name)}
+    if options.tinymamba_checkpoint:
+        remedy = "leave out this flag or --tinymamba_checkpoint"
+        require(not given, f"--{next(iter(given), '')}", "is set by the checkpoint", remedy)
+        return Config.from_dict(load_checkpoint(options.tinymamba_checkpoint)["config"])
+    values = PRESETS[given.pop("preset")] if options.preset else DEFAULT
+    if width := options.d_model:
+        remedy = "pass a multiple of 32"
+        require(width % 32 == 0, "--d_model", f"{width} is not a multiple of 32", remedy)
         heads = range(max(1, width // 64), 0, -1)
         given["num_heads"] = next(n for n in heads if width % (2 * n) == 0)
     return Config(**{**values, **given, "dropout": 0.0}).validate()
 
 
-def choose_benchmarks(args: argparse.Namespace) -> list[str]:
-    """What to measure, in order; `all` leaves out what cannot be."""
-    of_checkpoint = () if args.tinymamba_checkpoint else ("perplexity", "lm_eval")
+def choose_benchmarks(options: Options, device: torch.device) -> list[str]:
+    """What to measure, in order; `all` leaves out what is not possible."""
+    of_checkpoint = () if options.tinymamba_checkpoint else ("perplexity", "lm_eval")
     unable = dict.fromkeys(of_checkpoint, "needs --tinymamba_checkpoint")
-    if not args.tasks:
+    if not options.tasks:
         unable.setdefault("lm_eval", "needs --tasks")
-    if args.device.type == "mps":
-        unable["memory"] = "needs a device that tells its peak: cpu or cuda"
-    everything, asked = "all" in args.benchmark_type, set(args.benchmark_type)
+    if device.type == "mps":
+        unable["memory"] = "needs a device that reports peak memory: cpu or cuda"
+    asked = set(options.benchmark_type or ["all"])
     for kind, reason in unable.items():
-        require(kind not in asked, "benchmark_type", f"{kind} {reason}", "name it, or another type")
-        if everything:
+        remedy = "pass that, or leave this type out"
+        require(kind not in asked, "--benchmark_type", f"{kind} {reason}", remedy)
+        if "all" in asked:
             print(f"note: {kind} is left out: it {reason}")
-    asked = set(BENCHMARKS) - set(unable) if everything else asked
-    for kind in asked & CHECKPOINTS_ALONE if args.models_to_compare else ():
-        print(f"note: {kind} is TinyMamba's alone: untrained peers have none")
-    return [kind for kind in BENCHMARKS if kind in asked]
+    chosen = set(BENCHMARKS) - set(unable) if "all" in asked else asked
+    for kind in chosen & OF_CHECKPOINT if options.models_to_compare else ():
+        print(f"note: {kind} is measured for TinyMamba only: the peers are untrained")
+    return [kind for kind in BENCHMARKS if kind in chosen]
 
 
-def settle(args: argparse.Namespace) -> None:
-    """Refuse whatever is wrong before the first measurement, and fill in the rest."""
-    args.device = pick_device(args.device)
-    args.amp = pick_amp_dtype(DTYPES[args.dtype], args.device)
-    if show(args.amp) != args.dtype:
-        print(f"note: {args.device} is not fast in {args.dtype}: {show(args.amp)} it is")
-    args.benchmark_type = choose_benchmarks(args)
-    reason = why_no_compile(args.device)
-    require(args.compile == "off" or not reason, "compile", reason or "", "leave it off")
-    args.config = choose_config(args)
-    args.lengths = args.sequence_lengths or [256, 512, 1024, 2048]
-    if "perplexity" in args.benchmark_type:
-        open_eval(args, max(args.sequence_lengths or [args.config.block_size]))
-    if "lm_eval" in args.benchmark_type:
-        open_tasks(tuple(args.tasks), args.include_path)
-    names = args.models_to_compare or ["llama", "gpt2", "mamba2"]
-    alone = set(args.benchmark_type) <= CHECKPOINTS_ALONE
-    args.models = [name for name in PEERS if name in names and not alone]
-    if args.generate_plots:
+def resolve(options: Options) -> Setup:
+    """Complete the options, and reject what is wrong before the first measurement."""
+    device = pick_device(options.device)
+    dtype = pick_amp_dtype(options.dtype, device)
+    if dtype != options.dtype:
+        print(f"note: {device} is slow in {show(options.dtype)}; using {show(dtype)}")
+    benchmarks = choose_benchmarks(options, device)
+    reason = why_no_compile(device)
+    require(options.compile == "off" or not reason, "--compile", reason or "", "leave it off")
+    names = options.models_to_compare or ["llama", "gpt2", "mamba2"]
+    only_own = OF_CHECKPOINT.issuperset(benchmarks)
+    peers = [name for name in PEERS if name in names and not only_own]
+    lengths = options.sequence_lengths or LENGTHS
+    setup = Setup(options, device, dtype, choose_config(options), benchmarks, lengths, peers)
+    if "perplexity" in benchmarks:
+        open_eval(setup, max(options.sequence_lengths or [setup.config.block_size]))
+    if "lm_eval" in benchmarks:
+        open_tasks(tuple(options.tasks or ()), options.include_path)
+    if options.generate_plots:
         need("matplotlib")
-    old = [name for name in OUTPUTS if (args.output_dir / name).exists()]
-    require(
-        args.force or not old,
-        "output_dir",
-        f"{args.output_dir} holds {', '.join(old)}",
-        "pass --force or name another",
-    )
+    old = [name for name in OUTPUTS if (options.output_dir / name).exists()]
+    problem = f"{options.output_dir} holds {', '.join(old)}"
+    require(options.force or not old, "--output_dir", problem, "pass --force or another folder")
+    return setup
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    args = parse(argv)
-    settle(args)
-    contestants = make_contestants(args)
-    require_writable(args.output_dir, "output_dir")
-    models = {name: contestant.facts for name, contestant in contestants.items()}
-    for name, facts in models.items():
-        print(f"{name}: {facts['parameters']:,} parameters", flush=True)
-    results = {"machine": describe_machine(args, argv), "models": models, "rows": []}
-    for benchmark in [b for kind in args.benchmark_type for b in BENCHMARKS[kind]]:
-        for row in benchmark(args, contestants):
+    setup = resolve(parse(argv))
+    runners = {name: make_runner(name, setup) for name in ("tinymamba", *setup.peers)}
+    require_writable(setup.options.output_dir, "--output_dir")
+    models = {name: runner.size for name, runner in runners.items()}
+    for name, size in models.items():
+        print(f"{name}: {size['parameters']:,} parameters", flush=True)
+    results = {"machine": describe_machine(setup, argv), "models": models, "rows": []}
+    for benchmark in [b for kind in setup.benchmarks for b in BENCHMARKS[kind]]:
+        for row in benchmark(setup, runners):
             results["rows"].append({**row, "parameters": models[row["model"]]["parameters"]})
             where = f"{row['benchmark']}, {row['batch']} x {row['length']}"
             print(f"{where}, {label(row)}: {cell(row)}", flush=True)
-        write_results(results, args)
-    print(f"\n{markdown(results)}\nwritten to {args.output_dir}")
+        write_results(results, setup.options)
+    print(f"\n{markdown(results)}\nwritten to {setup.options.output_dir}")
     return int(any(row["status"] == "failed" for row in results["rows"]))
 
 
