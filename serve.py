@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server over StreamingServer, and a page at / that shows what the gate does.
+"""OpenAI-compatible HTTP server over StreamingServer; its page at / shows the gate of every token.
 
     pip install fastapi uvicorn prometheus-client
     python serve.py --checkpoint ./tinymamba_model_latest.pt --port 8000
@@ -7,20 +7,20 @@
     curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" \\
         -d '{"prompt": "import os", "max_tokens": 40, "stream": true}'
 
-/v1/completions, /v1/chat/completions, /v1/models: as OpenAI's, for its client and others.
-/v1/sessions: texts that the server remembers at constant size: create, go on, fork, roll back,
-    reset, save and load (by plain name, in --session_dir), delete.
+/v1/completions, /v1/chat/completions, /v1/models: as in OpenAI's API; its clients work.
+/v1/sessions: texts that the server remembers, each in a state of constant size: create, continue,
+    fork, roll back, reset, save and load (by plain name, in --session_dir), delete.
 /health, /metrics (Prometheus), /openapi.json, and the page.
 
-A request is done whole or not at all: if its client goes away, or the server has to stop, its slot
-is free before the next step, and its session stands where it stood before. To stop and keep what
-was given out there is /v1/sessions/ID/stop. All answers, of all requests, are decoded as one batch
-by one thread, and they join and leave it at any step. What a client sends is text: no special token
-is ever read out of it. Fields that this server cannot honor are refused by name.
+A request is completed or changes nothing: if its client disconnects or the server stops, its slot
+is free before the next step, and its session is as it was before. To end an answer and keep its
+text, use /v1/sessions/ID/stop. One thread decodes all answers as one batch; an answer may join or
+leave it at any step. A special token in a client's text is read as plain text. Fields that this
+server does not support are rejected by name.
 
-Chat: if chat_template.jinja, or a tokenizer_config.json with a template, lies beside the tokenizer,
-it is used. If not, the model is a plain one: it is given "role: content" for every message, parted
-by blank lines, then "assistant:", and it stops where it would speak for the user.
+Chat: the template in chat_template.jinja or tokenizer_config.json beside the tokenizer is used.
+Without one, the prompt is "role: content" for every message, separated by blank lines, and then
+"assistant:"; the answer ends where the model would write "user:".
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ import contextlib
 import hashlib
 import hmac
 import importlib.util
-import inspect
 import json
 import logging
+import math
 import os
 import queue
 import re
@@ -45,388 +45,248 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path as File
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
-from streaming import MARK, Answer, StreamingConfig, StreamingServer, Token
+import torch
+
+from streaming import MARK, Session, StreamingConfig, StreamingServer, Token
 from tinymamba.checkpoint import require_writable
-from tinymamba.cli import DTYPES, CliParser, UserError, need, require, require_plain_name, run_cli
+from tinymamba.cli import DTYPES, UserError, need, parse_flags, require, require_plain_name, run_cli
 from tinymamba.tokenizer import SimpleTokenizer, byte_alphabet
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+
+
+def require_packages() -> None:
+    """Name the first missing package, before its import fails with a traceback."""
+    for name in PACKAGES:
+        need(name)
+
+
 if __name__ == "__main__" and not all(map(importlib.util.find_spec, PACKAGES)):
-    run_cli(lambda: [need(name) for name in PACKAGES])
+    run_cli(require_packages)
 
 import prometheus_client as prometheus  # noqa: E402
 import uvicorn  # noqa: E402
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Path, Request  # noqa: E402
-from fastapi.exceptions import RequestValidationError  # noqa: E402
+from fastapi import APIRouter, Depends, FastAPI, Request  # noqa: E402
 from fastapi.responses import Response  # noqa: E402
 from fastapi.security import HTTPBearer  # noqa: E402
-from pydantic import BaseModel, ConfigDict, Field  # noqa: E402
-from starlette.exceptions import HTTPException as AnyHTTPException  # noqa: E402
 
-# ---------------------------------------------------------------------------------- requests
+from tinymamba.openai_api import (  # noqa: E402
+    AnswerOut,
+    ApiError,
+    ChatBody,
+    CompletionBody,
+    ErrorOut,
+    Generation,
+    Message,
+    NewSessionBody,
+    SaveBody,
+    SessionBody,
+    SessionCompletionBody,
+    SessionId,
+    SessionOut,
+    SessionsOut,
+    add_error_handlers,
+    json_response,
+)
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-Seed = Annotated[int, Field(ge=0, le=2**63 - 1024)]  # the last that the document's floats can say
-Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
-Stop = Annotated[str, Field(min_length=1, max_length=256)]
-BiasKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
-UNSUPPORTED = "not supported: only the value that changes nothing is taken"
-
-
-class Body(BaseModel):
-    """What no field is for is refused, as it might have changed the result."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class StreamOptions(Body):
-    include_usage: bool | None = None
-    include_obfuscation: bool | None = None
-
-
-class Generation(Body):
-    """What all three ways to generate have in common; None is the default everywhere."""
-
-    model: str | None = None
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=1e-3, le=1e3)] | None = None
-    seed: Seed | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
-    logit_bias: (
-        Annotated[dict[BiasKey, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=300)]
-        | None
-    ) = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: Any = Field(None, description="taken, and without effect")
-    metadata: Any = Field(None, description="taken, and without effect")
-    store: Any = Field(None, description="taken, and without effect")
-    service_tier: Any = Field(None, description="taken, and without effect")
-    safety_identifier: Any = Field(None, description="taken, and without effect")
-    prompt_cache_key: Any = Field(None, description="taken, and without effect")
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(
-        None, description=UNSUPPORTED
-    )
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(
-        None, description=UNSUPPORTED
-    )
-
-    def alternatives(self) -> int | None:
-        """How many likeliest tokens to name with each; None leaves out logprobs."""
-        return self.logprobs
+# ------------------------------------------------------------------------------------ options
 
 
-class CompletionBody(Generation):
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1)]
-        | Ids
-        | Annotated[list[Ids], Field(min_length=1)]
-    )
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
-    best_of: Annotated[int, Field(ge=1, le=128)] | None = Field(None, description="n, or nothing")
-    echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    suffix: Annotated[str, Field(max_length=0)] | None = Field(None, description=UNSUPPORTED)
+@dataclass
+class Options:
+    """The command line."""
+
+    # Model
+    checkpoint: str = "tinymamba_model_latest.pt"  # a checkpoint of testv2.py, or a folder
+    tokenizer: str | None = None  # tokenizer.json or vocab.txt; else beside the training data
+    adapter: str | None = None  # folder of an adapter made by peft.py; it answers by default
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
+    dtype: torch.dtype = torch.float32  # dtype of the weights
+    compile: bool = False  # compile the one-token step: a minute at the start, faster after
+    model_name: str = ""  # name of the model for clients; empty takes the checkpoint's name
+
+    # Network
+    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 is all addresses of this machine
+    port: int = 8000  # port to listen on; 0 takes a free one and prints it
+    api_key: str = ""  # key required by all paths but / and /health; or set TINYMAMBA_API_KEY
+
+    # Limits
+    batch_size: int = 64  # answers decoded together
+    max_queue: int = 256  # answers that may wait for a slot; further requests get status 429
+    max_body: int = 2**20  # bytes of a request
+    max_prompt: int = 32768  # tokens of a prompt
+    max_tokens: int = 4096  # tokens of an answer
+    max_choices: int = 128  # answers of one request: prompts times n
+    body_timeout: int = 30  # seconds in which a request must arrive
+    grace: int = 10  # seconds that running answers may take to end when the server is stopped
+
+    # Sessions
+    session_dir: str = ""  # folder of saved sessions; without it, none can be saved or loaded
+    keep_sessions: bool = False  # save all sessions when the server stops, load them at the start
+    max_sessions: int = 1024  # most open sessions, and most saved ones
+    session_timeout: int = 86400  # seconds after which an unused session is deleted
+
+    CHOICES: ClassVar = {"dtype": tuple(DTYPES.values())}
+    LIMITS: ClassVar = {
+        "port": (0, 65535),
+        **dict.fromkeys(("max_queue", "grace"), (0, math.inf)),
+        **dict.fromkeys(("batch_size", "max_body", "max_prompt", "max_tokens"), (1, math.inf)),
+        **dict.fromkeys(("max_choices", "body_timeout"), (1, math.inf)),
+        **dict.fromkeys(("max_sessions", "session_timeout"), (1, math.inf)),
+    }
 
 
-class Part(Body):
-    type: Literal["text"]
-    text: str
+def parse(argv: list[str] | None) -> Options:
+    """The command line, checked; an empty key and model name are replaced."""
+    usage = "python serve.py --checkpoint FILE [--FLAG VALUE ...]"
+    options = parse_flags(Options, argv, usage, str(__doc__).split("Chat: the")[0])
+    has_folder = options.session_dir or not options.keep_sessions
+    require(has_folder, "--keep_sessions", "needs a folder", "pass --session_dir")
+    options.api_key = options.api_key or os.environ.get("TINYMAMBA_API_KEY", "")
+    options.model_name = options.model_name or Path(options.checkpoint).stem
+    return options
 
 
-class Message(Body):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
-    refusal: None = None  # these as an answer has them, which is sent back in the next turn
-    annotations: list[Any] | None = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: None = None
+class Metrics:
+    """The metrics at /metrics."""
 
-
-class TextFormat(Body):
-    type: Literal["text"]
-
-
-class ChatBody(Generation):
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description=UNSUPPORTED)
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = None
-    response_format: TextFormat | None = None
-    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
-
-    def alternatives(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-
-class SessionCompletionBody(Generation):
-    prompt: str | list[Annotated[int, Field(ge=0, lt=2**31)]] = ""
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    gates: bool | None = Field(None, description="name every token, with its gate in each layer")
-
-
-class SessionBody(Body):
-    id: Name | None = None
-    seed: Seed | None = None
-
-
-class SaveBody(Body):
-    name: Name
-    overwrite: bool | None = Field(None, description="take the place of a session of that name")
-
-
-class NewSessionBody(SessionBody):
-    load: Name | None = Field(None, description="begin with what was saved by this name")
-
-
-class ErrorInfo(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorOut(BaseModel):
-    error: ErrorInfo
-
-
-class SessionOut(BaseModel):
-    id: str
-    object: Literal["session"]
-    created: int
-    last_used: int
-    tokens: int
-    turns: int
-    seed: int
-    state_bytes: int
-    answering: bool
-
-
-class SessionsOut(BaseModel):
-    object: Literal["list"]
-    data: list[SessionOut]
-
-
-class Choice(BaseModel):
-    model_config = ConfigDict(extra="allow")
-    index: int
-    finish_reason: Literal["stop", "length"]
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class AnswerOut(BaseModel):
-    model_config = ConfigDict(extra="allow")
-    id: str
-    object: Literal["text_completion", "chat.completion", "session.completion"]
-    created: int
-    model: str
-    choices: list[Choice]
-    usage: Usage
-
-
-# ------------------------------------------------------------------------------------- errors
-
-TYPES = {
-    401: "authentication_error",
-    429: "rate_limit_error",
-    500: "server_error",
-    503: "server_error",
-}
-FIELDS = {"max_new_tokens": "max_tokens", "stop_ids, logit_bias": "logit_bias"}
-REFUSED_FIELDS = {
-    name
-    for model in (CompletionBody, ChatBody)
-    for name, f in model.model_fields.items()
-    if f.description == UNSUPPORTED
-}
-
-
-class Refusal(HTTPException):
-    """An error in OpenAI's form: its status, and the field that is at fault."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        headers: dict | None = None,
-    ):
-        super().__init__(status, message, headers)
-        self.body = {
-            "error": {
-                "message": message,
-                "type": TYPES.get(status, "invalid_request_error"),
-                "param": param,
-                "code": code,
-            }
-        }
-
-    def response(self) -> Response:
-        return json_response(self.body, self.status_code, self.headers)
-
-    @staticmethod
-    def of(error: BaseException) -> Refusal:
-        if isinstance(error, Refusal):
-            return error
-        if isinstance(error, UserError):
-            name = FIELDS.get(error.args[0], error.args[0])
-            _, problem, remedy = error.args
-            return Refusal(400, f"{name}: {problem}; {remedy}", name)
-        return Refusal(500, "the server failed at this request; its log says why")
-
-
-def json_response(value, status: int = 200, headers: dict | None = None) -> Response:
-    return Response(json.dumps(value), status, headers, "application/json")
-
-
-def invalid(request: Request, error: RequestValidationError) -> Response:
-    """The first mistake of a body or path, with the field's name."""
-    errors = error.errors()  # of a union, every branch has its own: those of type say the least
-    first = next((e for e in errors if not e["type"].endswith("_type")), errors[0])
-    place, here = [], error.body if first["loc"][0] == "body" else {first["loc"][-1]: None}
-    for part in first["loc"][1:]:  # a union's branches have names in it, too
-        if (
-            isinstance(here, dict)
-            and part in here
-            or isinstance(here, list)
-            and part in range(len(here))
-        ):
-            place, here = [*place, part], here[part]
-    if first["type"] == "missing":
-        place.append(first["loc"][-1])
-    while place and isinstance(place[-1], int):
-        place.pop()
-    place = place[:1] if place[:1] == ["logit_bias"] else place
-    unknown = first["type"] == "extra_forbidden" or place[:1] and place[0] in REFUSED_FIELDS
-    name = ".".join(map(str, place)) or None
-    message = "is not supported by this server; leave it out" if unknown else first["msg"]
-    if first["type"] == "json_invalid":
-        name, message = None, "the body is not JSON"
-    return Refusal(
-        400,
-        f"{name}: {message}" if name else message,
-        name,
-        "unsupported_parameter" if unknown else None,
-    ).response()
-
-
-def http_error(request: Request, error: AnyHTTPException) -> Response:
-    if isinstance(error, Refusal):
-        return error.response()
-    code, headers = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code), {}
-    if error.status_code == 405:  # Starlette names the methods of the first route only
-        headers["Allow"] = ", ".join(
-            sorted(
-                method
-                for route in request.app.state.routes
-                if route.path_regex.match(request.url.path)
-                for method in route.methods
-            )
+    def __init__(self) -> None:
+        self.registry = prometheus.CollectorRegistry()
+        prometheus.ProcessCollector(registry=self.registry)
+        self.requests = prometheus.Counter(
+            "tinymamba_requests",
+            "Requests by route and status.",
+            ["route", "status"],
+            registry=self.registry,
         )
-    return Refusal(error.status_code, str(error.detail), None, code, headers).response()
+        self.tokens = prometheus.Counter(
+            "tinymamba_tokens", "Tokens read and generated.", ["kind"], registry=self.registry
+        )
+        self.first_token = prometheus.Histogram(
+            "tinymamba_first_token_seconds",
+            "Time from request to first text.",
+            registry=self.registry,
+            buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+        )
+
+    def add_gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """Add a gauge that calls `value` when the metrics are read."""
+        gauge = prometheus.Gauge(f"tinymamba_{name}", text, registry=self.registry)
+        gauge.set_function(value)
 
 
 # ------------------------------------------------------------------------------------- engine
 
 
-class Mailbox(asyncio.Queue):
-    """What the engine tells a handler, on the handler's event loop."""
+class Event(NamedTuple):
+    """A message from the engine to a handler about one of its answers.
 
-    LAG = 256  # letters for each answer that may lie here before its reader counts as gone
+    kind          value
+    started       number of prompt tokens
+    prompt        the tokens of the prompt, now that it is read; none unless they were asked for
+    chunk         a Chunk
+    done          finish reason, list with the end-of-text token if there was one, session fields
+    failed        an ApiError
+    disconnected  nothing: the client closed the connection or does not read
+    """
+
+    choice: int  # index of the answer in its request
+    kind: str
+    value: Any = None
+
+
+class Mailbox(asyncio.Queue):
+    """Events for one handler, on the handler's event loop."""
+
+    MAX_UNREAD = 256  # events per answer before the client counts as disconnected
 
     def __init__(self, answers: int):
         super().__init__()
-        self.most = self.LAG * answers
+        self.limit = self.MAX_UNREAD * answers
 
-    async def take(self) -> list:
-        """All that has come, once something has."""
+    async def get_all(self) -> list[Event]:
+        """All events so far; waits for the first."""
         return [await self.get(), *(self.get_nowait() for _ in range(self.qsize()))]
 
 
 @dataclass(eq=False)
 class Job:
-    """One answer that was asked for. Its mailbox gets (index, kind, value), see Engine.tell."""
+    """One requested answer; its events go to the mailbox."""
 
     prompt: list[int]
     settings: dict
     mailbox: Mailbox
     index: int = 0
-    session: str | None = None
-    answer: Answer | None = None
-    read: bool = False  # the prompt, to its end
+    session_id: str | None = None
+    answer: Any = None  # the Answer, while it runs
+    prompt_read: bool = False
     stopped: bool = False  # by /stop
-    asked: float = field(default_factory=time.perf_counter)
-    first: float | None = None
+    requested_at: float = field(default_factory=time.perf_counter)
+    first_text_at: float | None = None
 
 
-def ending() -> Refusal:
-    return Refusal(503, "the server is shutting down", None, "shutting_down", {"Retry-After": "5"})
+def shutting_down() -> ApiError:
+    """The error of a request that the server can no longer serve."""
+    problem, headers = "the server is shutting down", {"Retry-After": "5"}
+    return ApiError(503, problem, None, "shutting_down", headers)
 
 
 class Engine(threading.Thread):
-    """The one thread that steps the decoder. Between two steps it does what handlers ask for."""
+    """The only thread that steps the decoder. Between steps it runs the commands of handlers."""
 
     def __init__(
         self,
         server: StreamingServer,
         options: Options,
-        meters: Metrics,
+        metrics: Metrics,
         loop: asyncio.AbstractEventLoop,
     ):
         super().__init__(name="engine", daemon=True)
-        self.server, self.options, self.meters, self.loop = server, options, meters, loop
-        self.commands, self.waiting, self.running = queue.SimpleQueue(), collections.deque(), []
-        self.letters, self.cleaned = [], time.monotonic()
-        self.open, self.door = True, threading.Lock()  # nothing is ordered once it is shut
+        self.server, self.options, self.metrics, self.loop = server, options, metrics, loop
+        self.commands: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self.waiting: collections.deque[Job] = collections.deque()
+        self.running: list[Job] = []
+        self.outbox: list[tuple[Callable, tuple]] = []  # calls to make on the event loop
+        self.last_cleanup = time.monotonic()
+        self.accepting, self.lock = True, threading.Lock()  # commands; the lock protects the flag
 
     def run(self) -> None:
+        """The thread's loop."""
         try:
-            while self.open:
-                self.handle_command()
-                self.begin()
+            while self.accepting:
+                self.handle_commands()
+                self.start_waiting()
                 if self.running:
                     self.step()
-                self.post()
+                self.flush()
         finally:
-            self.finish()
+            self.shut_down()
 
     # Called by handlers ----------------------------------------------------------------------
 
-    def order(self, command) -> None:
-        with self.door:
-            if not self.open:
-                raise ending()
+    def enqueue(self, command: Callable[[], object]) -> None:
+        """Run a command in the engine's thread before the next step."""
+        with self.lock:
+            if not self.accepting:
+                raise shutting_down()
             self.commands.put(command)
 
     def submit(self, jobs: list[Job]) -> None:
-        self.order(lambda: self.admit(jobs))
+        """Start these jobs as soon as there are slots."""
+        self.enqueue(lambda: self.admit(jobs))
 
-    def abandon(self, jobs: list[Job]) -> None:
-        with contextlib.suppress(Refusal):  # at its end it abandons all
-            self.order(lambda: self.drop(jobs))
+    def cancel(self, jobs: list[Job]) -> None:
+        """Undo these jobs before the next step."""
+        with contextlib.suppress(ApiError):  # a shutdown undoes all jobs anyway
+            self.enqueue(lambda: self.drop(jobs))
 
-    async def call(self, function, *arguments):
-        """The result of a function that the engine's thread runs between two steps."""
+    async def call(self, function: Callable, *arguments: Any) -> Any:
+        """Run a function in the engine's thread and return its result."""
         future = self.loop.create_future()
 
         def run() -> None:
@@ -434,62 +294,64 @@ class Engine(threading.Thread):
                 result, error = function(*arguments), None
             except Exception as e:
                 result, error = None, e
-            self.letters.append((self.resolve, (future, result, error)))
+            self.outbox.append((self.resolve, (future, result, error)))
 
-        self.order(run)
+        self.enqueue(run)
         return await future
 
     @staticmethod
-    def resolve(future: asyncio.Future, result, error) -> None:
+    def resolve(future: asyncio.Future, result: Any, error: Exception | None) -> None:
+        """Set the future's result, unless its handler is gone."""
         if not future.done():
             future.set_exception(error) if error else future.set_result(result)
 
     def end(self) -> None:
-        """Roll back what is left, tell its clients, and end the thread."""
-        with contextlib.suppress(Refusal):
-            self.order(self.finish)
+        """Undo the jobs that are left, tell their clients, and end the thread."""
+        with contextlib.suppress(ApiError):
+            self.enqueue(self.shut_down)
 
     # In the thread ---------------------------------------------------------------------------
 
-    def handle_command(self) -> None:
-        """Do what was asked; with nothing else to do, wait for it."""
-        idle = not self.running and not self.waiting
+    def handle_commands(self) -> None:
+        """Run the queued commands; with no answers to decode, wait for one."""
         with contextlib.suppress(queue.Empty):
-            if idle:
+            if not self.running and not self.waiting:
                 self.commands.get(timeout=60)()
             while True:
                 self.commands.get_nowait()()
-        if time.monotonic() - self.cleaned > 60:
-            self.cleaned = time.monotonic()
+        if time.monotonic() - self.last_cleanup > 60:
+            self.last_cleanup = time.monotonic()
             self.server.cleanup_old_sessions(self.options.session_timeout)
 
     def admit(self, jobs: list[Job]) -> None:
+        """Put jobs into the queue, unless their session is busy."""
         for job in jobs:
             try:
-                if job.session is not None:
-                    self.idle(job.session)
+                if job.session_id is not None:
+                    self.find_idle(job.session_id)
                 self.waiting.append(job)
-            except Refusal as e:
+            except ApiError as e:
                 self.fail(job, e)
 
-    def begin(self) -> None:
-        """Start what waits, as far as there are slots."""
+    def start_waiting(self) -> None:
+        """Start waiting jobs while there are free slots."""
         while self.waiting and len(self.running) < self.options.batch_size:
             job = self.waiting.popleft()
             try:
-                if job.session is not None:
-                    self.known(job.session)
-                job.answer = self.server.answer(job.prompt, job.session, **job.settings)
+                if job.session_id is not None:
+                    self.find(job.session_id)
+                job.answer = self.server.answer(job.prompt, job.session_id, **job.settings)
             except Exception as e:
                 self.fail(job, e)
             else:
                 self.running.append(job)
-                self.tell(job, "begun", job.answer.prompt_tokens)
+                self.send(job, "started", job.answer.prompt_tokens)
 
     def step(self) -> None:
+        """Decode a token of every running answer, and report what is new."""
         try:
             self.server.decoder.step()
-        except Exception as e:  # nobody knows whose it is; every handler is to hear of it
+        except Exception as e:  # which answer caused it is unknown, so all of them fail
             failed = self.running
             self.drop(failed)
             for job in failed:
@@ -498,160 +360,164 @@ class Engine(threading.Thread):
             self.collect(job)
         for job in self.running:
             if job.answer and not job.answer.open:
-                job.answer = None  # nobody needs its states any more
+                job.answer = None  # frees its states now
         self.running = [job for job in self.running if job.answer]
 
     def collect(self, job: Job) -> None:
-        """Tell of what is new."""
+        """Report what is new of one answer."""
         answer = job.answer
-        if not job.read and not answer.to_read:
-            job.read = True
-            self.tell(job, "read", answer.scores)
+        if not job.prompt_read and not answer.to_read:
+            job.prompt_read = True
+            self.send(job, "prompt", answer.scores)
         try:
             for chunk in answer.ready_chunks():
-                if job.first is None:
-                    job.first = time.perf_counter()
-                    self.meters.first.observe(job.first - job.asked)
-                self.meters.tokens.labels("completion").inc(len(chunk.tokens))
-                self.tell(job, "chunk", chunk)
+                if job.first_text_at is None:
+                    job.first_text_at = time.perf_counter()
+                    self.metrics.first_token.observe(job.first_text_at - job.requested_at)
+                self.metrics.tokens.labels("completion").inc(len(chunk.tokens))
+                self.send(job, "chunk", chunk)
         except Exception as e:
             self.fail(job, e)
             return
         if not answer.open:
-            self.conclude(job)
-        elif job.mailbox.qsize() > job.mailbox.most:
+            self.complete(job)
+        elif job.mailbox.qsize() > job.mailbox.limit:
             self.drop([job])
-            self.tell(job, "gone", None)
+            self.send(job, "disconnected")
 
-    def conclude(self, job: Job) -> None:
-        reason = job.answer.finish_reason or ("stop" if job.stopped else None)
-        if not reason or (job.session and job.session not in self.server.sessions):
-            self.fail(job, Refusal(409, "the session was deleted", "session_id"))
+    def complete(self, job: Job) -> None:
+        """Report the end of an answer.
+
+        The end-of-text token is included for requests with logprobs: lm-eval expects at least one
+        token after the prompt.
+        """
+        answer = job.answer
+        reason = answer.finish_reason or ("stop" if job.stopped else None)
+        if not reason or (job.session_id and job.session_id not in self.server.sessions):
+            self.fail(job, ApiError(409, "the session was deleted", "session_id"))
             return
-        self.meters.tokens.labels("prompt").inc(job.answer.prompt_tokens)
-        closing = [job.answer.closing] if job.answer.ended_by is not None else []
-        about = {"session": self.info(job.session)} if job.session else {}
-        self.tell(job, "done", (reason, closing, about))
+        self.metrics.tokens.labels("prompt").inc(answer.prompt_tokens)
+        end_tokens = [answer.closing] if answer.ended_by is not None else []
+        fields = {"session": self.session_info(job.session_id)} if job.session_id else {}
+        self.send(job, "done", (reason, end_tokens, fields))
 
     def drop(self, jobs: list[Job]) -> None:
-        """Forget jobs, as if they had never been asked for."""
+        """Undo jobs: their sessions are as they were before."""
         for job in jobs:
             if job.answer:
                 job.answer.abandon()
                 job.answer = None
-        gone = set(map(id, jobs))
-        self.running = [job for job in self.running if id(job) not in gone]
-        self.waiting = collections.deque(job for job in self.waiting if id(job) not in gone)
+        dropped = set(jobs)
+        self.running = [job for job in self.running if job not in dropped]
+        self.waiting = collections.deque(job for job in self.waiting if job not in dropped)
 
-    def finish(self) -> None:
-        with self.door:
-            self.open = False
+    def shut_down(self) -> None:
+        """Accept no more commands, run those in the queue, and undo all jobs."""
+        with self.lock:
+            self.accepting = False
         with contextlib.suppress(queue.Empty):
             while True:
                 self.commands.get_nowait()()
-        left = [*self.running, *self.waiting]
-        self.drop(left)
-        for job in left:
-            self.fail(job, ending())
-        self.post()
+        unfinished = [*self.running, *self.waiting]
+        self.drop(unfinished)
+        for job in unfinished:
+            self.fail(job, shutting_down())
+        self.flush()
 
-    def tell(self, job: Job, kind: str, value) -> None:
-        """begun: tokens of the prompt; read: its scores; chunk: a Chunk; done: why, eos, session.
-
-        Who asks for logprobs gets that of eos, too; lm-eval counts on a token after the prompt.
-        """
-        self.letters.append((job.mailbox.put_nowait, ((job.index, kind, value),)))
+    def send(self, job: Job, kind: str, value: Any = None) -> None:
+        """Put an event for the job's handler into the outbox."""
+        self.outbox.append((job.mailbox.put_nowait, (Event(job.index, kind, value),)))
 
     def fail(self, job: Job, error: Exception) -> None:
-        if not isinstance(error, Refusal | UserError):
+        """Report an error, and log it unless it is the client's."""
+        if not isinstance(error, ApiError | UserError):
             logging.getLogger("serve").error("an answer failed", exc_info=error)
-        self.tell(job, "failed", Refusal.of(error))
+        self.send(job, "failed", ApiError.of(error))
 
-    def post(self) -> None:
-        """Hand all letters over, at the cost of waking the loop once."""
-        if self.letters:
-            letters, self.letters = self.letters, []
-            self.loop.call_soon_threadsafe(deliver, letters)
+    def flush(self) -> None:
+        """Deliver everything in the outbox; the event loop is woken only once."""
+        if self.outbox:
+            calls, self.outbox = self.outbox, []
+            self.loop.call_soon_threadsafe(call_all, calls)
 
     # Sessions, in the thread -----------------------------------------------------------------
 
-    def known(self, session_id: str):
+    def find(self, session_id: str) -> Session:
+        """The session of this id, or an error 404."""
         session = self.server.sessions.get(session_id)
         if session is None:
-            raise Refusal(404, f"there is no session {session_id}", "session_id", "not_found")
+            raise ApiError(404, f"there is no session {session_id}", "session_id", "not_found")
         return session
 
-    def idle(self, session_id: str):
-        session = self.known(session_id)
-        if session.answer or any(job.session == session_id for job in self.waiting):
-            raise Refusal(
-                409,
-                f"session {session_id} is answering; wait, or stop it",
-                "session_id",
-                "session_busy",
-            )
+    def find_idle(self, session_id: str) -> Session:
+        """The session of this id, or an error if it is answering or about to."""
+        session = self.find(session_id)
+        if session.answer or any(job.session_id == session_id for job in self.waiting):
+            problem = f"session {session_id} is answering; wait or stop it"
+            raise ApiError(409, problem, "session_id", "session_busy")
         return session
 
-    def make_room(self, new_id: str | None) -> None:
-        if new_id in self.server.sessions:
-            raise Refusal(409, f"id: {new_id} is taken; use another", "id", "id_taken")
+    def check_new(self, session_id: str | None) -> None:
+        """Reject an id that exists, and a session too many."""
+        if session_id in self.server.sessions:
+            raise ApiError(409, f"id: {session_id} exists; choose another", "id", "id_taken")
         if len(self.server.sessions) >= self.options.max_sessions:
-            raise Refusal(
-                429,
-                f"there are {self.options.max_sessions} sessions already; delete some",
-                None,
-                "too_many_sessions",
-                {"Retry-After": "60"},
-            )
+            problem = f"there are already {self.options.max_sessions} sessions; delete some"
+            raise ApiError(429, problem, None, "too_many_sessions", {"Retry-After": "60"})
 
-    def info(self, session_id: str) -> dict:
-        self.known(session_id)
-        s = self.server.get_session_info(session_id)
+    def session_info(self, session_id: str) -> dict:
+        """The fields of SessionOut."""
+        self.find(session_id)
+        info = self.server.get_session_info(session_id)
         return {
-            "id": s["session_id"],
+            "id": info["session_id"],
             "object": "session",
-            "created": int(s["created"]),
-            "last_used": int(s["last_used"]),
-            "tokens": s["position"],
-            "turns": s["turns"],
-            "seed": s["seed"],
-            "state_bytes": s["state_bytes"],
-            "answering": s["answering"],
+            "created": int(info["created"]),
+            "last_used": int(info["last_used"]),
+            "tokens": info["position"],
+            "turns": info["turns"],
+            "seed": info["seed"],
+            "state_bytes": info["state_bytes"],
+            "answering": info["answering"],
         }
 
     def stop(self, session_id: str) -> None:
-        """End the session's answer, if there is one, where it is."""
-        self.known(session_id)
+        """End the session's answer, if there is one, and keep its text."""
+        self.find(session_id)
         for job in self.running:
-            if job.session == session_id:
+            if job.session_id == session_id:
                 job.stopped = True
                 job.answer.stop()
-        for job in [job for job in self.waiting if job.session == session_id]:
+        for job in [job for job in self.waiting if job.session_id == session_id]:
             self.drop([job])
-            self.fail(job, Refusal(409, "the answer was stopped before it began", "session_id"))
+            self.fail(job, ApiError(409, "the answer was stopped before it began", "session_id"))
 
 
-def deliver(letters: list) -> None:
-    for function, arguments in letters:
+def call_all(calls: list[tuple[Callable, tuple]]) -> None:
+    """Make these calls."""
+    for function, arguments in calls:
         function(*arguments)
 
 
-# ---------------------------------------------------------------------------------- text forms
+# -------------------------------------------------------------------------------- text formats
 
 
 class Vocabulary:
-    """What single tokens read as."""
+    """The bytes and the text of single tokens."""
 
-    def __init__(self, tokenizer):
-        self.tokenizer, self.known = tokenizer, {}
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.cache: dict[int, bytes] = {}
         self.byte_of = {c: bytes([b]) for b, c in enumerate(byte_alphabet())}
 
     def bytes_of(self, token: int) -> bytes:
-        if token not in self.known:
-            self.known[token] = self.read(token)
-        return self.known[token]
+        """The bytes of a token."""
+        if token not in self.cache:
+            self.cache[token] = self.read_bytes(token)
+        return self.cache[token]
 
-    def read(self, token: int) -> bytes:
+    def read_bytes(self, token: int) -> bytes:
+        """The bytes of a token, by what the kind of tokenizer offers."""
         t = self.tokenizer
         if not isinstance(t, SimpleTokenizer):
             return t.decode([token]).encode()
@@ -659,142 +525,144 @@ class Vocabulary:
             return t.pieces[token] if token < len(t.pieces) else b""
         raw, text = t.library.id_to_token(token) or "", t.decode([token], skip_special_tokens=False)
         if MARK in text and set(raw) <= set(self.byte_of):
-            return b"".join(map(self.byte_of.get, raw))
+            return b"".join(self.byte_of[c] for c in raw)
         return text.encode()
 
     def text_of(self, token: int) -> str:
-        """As OpenAI writes it: a part of a character by its bytes."""
-        piece = self.bytes_of(token)
+        """The token as OpenAI shows it: part of a character by its bytes."""
+        data = self.bytes_of(token)
         try:
-            return piece.decode()
+            return data.decode()
         except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{b:02x}" for b in piece)
+            return "bytes:" + "".join(f"\\x{b:02x}" for b in data)
 
 
 class Writer:
-    """Writes the choices of one answer in the form of its route, as a whole or bit by bit."""
+    """Writes the choices of one answer in the format of its route, whole or as deltas."""
 
-    def __init__(self, kind: str, vocabulary: Vocabulary, index: int, shown: dict):
-        """`shown`: what was asked for, of "logprobs" and "gates"."""
-        self.kind, self.vocabulary, self.index, self.shown = kind, vocabulary, index, shown
+    def __init__(self, kind: str, vocabulary: Vocabulary, index: int, logprobs: bool, gates: bool):
+        """`kind`: "text", "chat" or "session". `logprobs`, `gates`: whether to write them."""
+        self.kind, self.vocabulary, self.index = kind, vocabulary, index
+        self.logprobs, self.gates = logprobs, gates
         self.decoder, self.offset = codecs.getincrementaldecoder("utf-8")("replace"), 0
 
     def choice(self, text: str, tokens: list[Token], finish: str | None, delta: bool) -> dict:
-        choice = {"index": self.index, "finish_reason": finish, "logprobs": None}
-        if self.kind == "chat":
-            said = (
-                {"content": text}
-                if delta
-                else {"role": "assistant", "content": text, "refusal": None}
-            )
-            choice["delta" if delta else "message"] = said if text or not delta else {}
-        else:
+        """A choice with this text and these tokens."""
+        choice: dict[str, Any] = {"index": self.index, "finish_reason": finish, "logprobs": None}
+        if self.kind != "chat":
             choice["text"] = text
-        if self.shown["logprobs"] and (tokens or not delta):
-            choice["logprobs"] = (
-                self.chat_logprobs(tokens) if self.kind == "chat" else self.plain_logprobs(tokens)
-            )
-        if self.shown["gates"]:
-            choice["tokens"] = [
-                {
-                    "id": t.id,
-                    "text": self.vocabulary.text_of(t.id),
-                    "gates": None if t.gates is None else t.gates.round(3).tolist(),
-                }
-                for t in tokens
-            ]
+        elif delta:
+            choice["delta"] = {"content": text} if text else {}
+        else:
+            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+        if self.logprobs and (tokens or not delta):
+            write = self.chat_logprobs if self.kind == "chat" else self.text_logprobs
+            choice["logprobs"] = write(tokens)
+        if self.gates:
+            choice["tokens"] = [self.token_with_gates(t) for t in tokens]
         return choice
 
-    def plain_logprobs(self, tokens: list[Token]) -> dict:
-        offsets, name = [], self.vocabulary.text_of
+    def role(self) -> dict:
+        """The first delta of a chat."""
+        delta = {"role": "assistant", "content": "", "refusal": None}
+        return {**self.choice("", [], None, True), "delta": delta}
+
+    def token_with_gates(self, token: Token) -> dict:
+        """A token, with its gate's weights in each layer."""
+        gates = None if token.gates is None else token.gates.round(3).tolist()
+        return {"id": token.id, "text": self.vocabulary.text_of(token.id), "gates": gates}
+
+    def text_logprobs(self, tokens: list[Token]) -> dict:
+        """Logprobs as /v1/completions has them."""
+        offsets, text_of = [], self.vocabulary.text_of
         for t in tokens:
             offsets.append(self.offset)
             self.offset += len(self.decoder.decode(self.vocabulary.bytes_of(t.id)))
         return {
-            "tokens": [name(t.id) for t in tokens],
+            "tokens": [text_of(t.id) for t in tokens],
             "text_offset": offsets,
             "token_logprobs": [t.logprob for t in tokens],
             "top_logprobs": [
-                None if t.logprob is None else {name(i): p for i, p in reversed(t.top)}
+                None if t.logprob is None else {text_of(i): p for i, p in reversed(t.top)}
                 for t in tokens
             ],
         }
 
     def chat_logprobs(self, tokens: list[Token]) -> dict:
-        def entry(token: int, logprob: float) -> dict:
-            return {
-                "token": self.vocabulary.text_of(token),
-                "logprob": logprob,
-                "bytes": list(self.vocabulary.bytes_of(token)),
-            }
+        """Logprobs as /v1/chat/completions has them."""
 
-        return {
-            "content": [
-                {**entry(t.id, t.logprob), "top_logprobs": [entry(*a) for a in t.top]}
-                for t in tokens
-            ],
-            "refusal": None,
-        }
+        def entry(token: int, logprob: float | None) -> dict:
+            text, data = self.vocabulary.text_of(token), self.vocabulary.bytes_of(token)
+            return {"token": text, "logprob": logprob, "bytes": list(data)}
+
+        content = [
+            {**entry(t.id, t.logprob), "top_logprobs": [entry(*pair) for pair in t.top]}
+            for t in tokens
+        ]
+        return {"content": content, "refusal": None}
 
 
-class Template:
-    """A chat as the text of a prompt."""
+class ChatTemplate:
+    """Turns the messages of a chat into the token ids of a prompt."""
 
-    TURN = "\n\nuser:"  # where a plain model would speak for the user
+    USER = "\n\nuser:"  # ends the answers of a model without a template
 
-    def __init__(self, tokenizer):
-        """It keeps the tokenizer to itself: one that reads special tokens is no other's."""
-        self.tokenizer, self.template, self.names = tokenizer, None, {}
+    def __init__(self, tokenizer: Any):
+        """`tokenizer` must not be shared: to encode special tokens changes its settings."""
+        self.tokenizer = tokenizer
+        self.template: Any = None
+        self.special_tokens: dict[str, str] = {}
         if getattr(tokenizer, "path", None):
-            self.look_into(File(tokenizer.path).parent)
+            self.load(Path(tokenizer.path).parent)
 
-    def look_into(self, folder: File) -> None:
-        file, config, about = folder / "chat_template.jinja", folder / "tokenizer_config.json", {}
+    def load(self, folder: Path) -> None:
+        """Use the template in this folder, if there is one."""
+        file, config_file = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+        config, text = {}, None
         try:
-            if config.is_file():
-                about = json.loads(config.read_text(encoding="utf-8"))
-            text = (
-                file.read_text(encoding="utf-8") if file.is_file() else about.get("chat_template")
-            )
-            if isinstance(text, list):  # several, by name
+            if config_file.is_file():
+                config = json.loads(config_file.read_text(encoding="utf-8"))
+                text = config.get("chat_template")
+            if file.is_file():
+                text = file.read_text(encoding="utf-8")
+            if isinstance(text, list):  # several templates, by name
                 text = {each["name"]: each["template"] for each in text}["default"]
             if text is None:
                 return
-            sandbox = need("jinja2.sandbox").ImmutableSandboxedEnvironment(
-                trim_blocks=True, lstrip_blocks=True
-            )
-            self.template = sandbox.from_string(text)
+            sandbox = need("jinja2.sandbox").ImmutableSandboxedEnvironment
+            self.template = sandbox(trim_blocks=True, lstrip_blocks=True).from_string(text)
         except (ValueError, KeyError, TypeError, AttributeError, need("jinja2").TemplateError) as e:
-            raise UserError(
-                str(folder), f"its chat template cannot be read ({e})", "mend it, or take it away"
-            ) from None
+            problem = f"its chat template cannot be read ({e})"
+            raise UserError(str(folder), problem, "fix it or remove it") from None
         for name in ("bos_token", "eos_token"):
-            token = about.get(name) or ""
-            self.names[name] = token.get("content", "") if isinstance(token, dict) else token
+            token = config.get(name) or ""
+            self.special_tokens[name] = (
+                token.get("content", "") if isinstance(token, dict) else token
+            )
 
     @property
     def stops(self) -> list[str]:
-        return [] if self.template else [self.TURN]
+        """The strings that end an answer."""
+        return [] if self.template else [self.USER]
 
     def encode(self, messages: list[Message]) -> list[int]:
-        said = [
-            m.content if isinstance(m.content, str) else "".join(p.text for p in m.content)
-            for m in messages
-        ]
+        """The token ids of the messages, and of what makes the model answer them."""
         if not self.template:
-            turns = [f"{m.role}: {text}" for m, text in zip(messages, said, strict=True)]
-            return self.tokenizer.encode("\n\n".join([*turns, "assistant:"]))
-        marks = [{"role": m.role, "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
+            lines = [f"{m.role}: {m.text()}" for m in messages]
+            return self.tokenizer.encode("\n\n".join([*lines, "assistant:"]))
+        # The template's own text may contain special tokens, the messages may not. So the template
+        # is filled with placeholders, and the parts of its result are encoded one by one.
+        marked = [{"role": m.role, "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
+        names = self.special_tokens
         try:
-            text = self.template.render(messages=marks, add_generation_prompt=True, **self.names)
-        except Exception as e:  # a template may raise anything, and does so for roles it forbids
-            raise Refusal(
-                400, f"messages: the chat template refuses them ({e})", "messages"
-            ) from None
-        ids = []  # the template's own text may hold special tokens, and what was said none
+            text = self.template.render(messages=marked, add_generation_prompt=True, **names)
+        except Exception as e:  # a template may raise anything, for example on roles it rejects
+            problem = f"messages: the chat template rejects them ({e})"
+            raise ApiError(400, problem, "messages") from None
+        ids = []
         for part in re.split("(\ue000[0-9]+\ue001)", text):
             if re.fullmatch("\ue000[0-9]+\ue001", part):
-                ids += self.tokenizer.encode(said[int(part[1:-1])])
+                ids += self.tokenizer.encode(messages[int(part[1:-1])].text())
             elif part:
                 ids += self.tokenizer.encode(part, allow_special=True)
         return ids
@@ -802,150 +670,99 @@ class Template:
 
 # ---------------------------------------------------------------------------------------- HTTP
 
-
-@dataclass
-class Options:
-    """Limits and places of a server; each is a flag."""
-
-    api_key: str = ""  # that all but / and /health must bear; also TINYMAMBA_API_KEY
-    model_name: str = ""  # as clients call the model; else the checkpoint's name
-    batch_size: int = 64  # answers that are decoded together
-    max_queue: int = 256  # answers that may wait for a slot; more are told to try again (429)
-    max_body: int = 2**20  # bytes of a request
-    max_prompt: int = 32768  # tokens of a prompt
-    max_tokens: int = 4096  # tokens of an answer
-    max_choices: int = 128  # answers of one request: prompts times n
-    session_dir: str = ""  # folder of saved sessions; without, none can be saved or loaded
-    keep_sessions: bool = False  # save all sessions when told to end, load them at the start
-    max_sessions: int = 1024  # that are open at one time, and that are saved
-    session_timeout: int = 86400  # seconds after which an unused session is deleted
-    body_timeout: int = 30  # seconds in which a request has to arrive
-    grace: int = 10  # seconds that running answers get to end when the server is stopped
-
-
-class Metrics:
-    """What /metrics tells."""
-
-    def __init__(self):
-        p, self.registry = prometheus, prometheus.CollectorRegistry()
-        prometheus.ProcessCollector(registry=self.registry)
-        self.requests = p.Counter(
-            "tinymamba_requests",
-            "Requests by route and status.",
-            ["route", "status"],
-            registry=self.registry,
-        )
-        self.tokens = p.Counter(
-            "tinymamba_tokens", "Tokens read and drawn.", ["kind"], registry=self.registry
-        )
-        self.first = p.Histogram(
-            "tinymamba_first_token_seconds",
-            "From request to first text.",
-            registry=self.registry,
-            buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
-        )
-
-    def gauge(self, name: str, text: str, value) -> None:
-        prometheus.Gauge(f"tinymamba_{name}", text, registry=self.registry).set_function(value)
+PUBLIC_PATHS = ("/", "/health")  # need no key: the page holds no data, and its calls need one
+PAGE = Path(__file__).resolve().parent / "page.html"
 
 
 class Middleware:
-    """What is asked before a request is read: its key, its size, and if there is room for it."""
+    """Checks a request before its body is parsed, and counts its response."""
 
-    def __init__(self, app, api: Api):
+    def __init__(self, app: Any, api: Api):
         self.app, self.api = app, api
 
-    async def __call__(self, scope, receive, send) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass the request on if it is acceptable."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
 
         def count(status: int) -> None:
             route = getattr(scope.get("route"), "path", "none")
-            self.api.meters.requests.labels(route, status).inc()
+            self.api.metrics.requests.labels(route, status).inc()
 
-        async def sent(message) -> None:
+        async def counted_send(message: Any) -> None:
             if message["type"] == "http.response.start":
                 count(message["status"])
             await send(message)
 
         try:
             self.check(scope["path"], scope["method"], dict(scope["headers"]))
-        except Refusal as refusal:
-            await refusal.response()(scope, receive, sent)
-        else:
-            try:
-                await self.app(scope, self.limited(receive), sent)
-            except Exception:  # it is answered, and logged, outside of this
-                count(500)
-                raise
+        except ApiError as error:
+            await error.response()(scope, receive, counted_send)
+            return
+        try:
+            await self.app(scope, self.limit_body(receive), counted_send)
+        except Exception:  # is answered and logged by Starlette, outside of this middleware
+            count(500)
+            raise
 
     def check(self, path: str, method: str, headers: dict[bytes, bytes]) -> None:
+        """Check the API key, the origin, the size of the body and the room in the queue."""
         options, key = self.api.options, headers.get(b"authorization", b"")
-        wanted = b"Bearer " + options.api_key.encode()
-        if options.api_key and path not in OPEN and not hmac.compare_digest(key, wanted):
-            raise Refusal(
-                401,
-                "the API key is missing or wrong; send Authorization: Bearer KEY",
-                None,
-                "invalid_api_key",
-                {"WWW-Authenticate": "Bearer"},
-            )
+        expected = b"Bearer " + options.api_key.encode()
+        needs_key = options.api_key and path not in PUBLIC_PATHS
+        if needs_key and not hmac.compare_digest(key, expected):
+            problem = "the API key is missing or wrong; send Authorization: Bearer KEY"
+            raise ApiError(401, problem, None, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
         origin = headers.get(b"origin")
         if origin and origin.partition(b"//")[2] != headers.get(b"host"):
-            raise Refusal(403, "another site's page may not call this server", None, "origin")
+            raise ApiError(403, "pages of other sites may not call this server", None, "origin")
         size = headers.get(b"content-length", b"0")
         if size.isdigit() and int(size) > options.max_body:
             raise self.too_large()
         if method == "POST" and path.endswith("/completions"):
             self.api.require_room(1)
 
-    def too_large(self) -> Refusal:
-        return Refusal(
-            413,
-            f"the body is larger than {self.api.options.max_body} bytes",
-            None,
-            "body_too_large",
-            {"Connection": "close"},
-        )
+    def too_large(self) -> ApiError:
+        """The error of a body over the limit."""
+        problem = f"the body is larger than {self.api.options.max_body} bytes"
+        return ApiError(413, problem, None, "body_too_large", {"Connection": "close"})
 
-    def limited(self, receive):
-        """The same, as long as the body is neither too large nor too slow."""
-        count, complete = 0, False
-        end = asyncio.get_running_loop().time() + self.api.options.body_timeout
+    def limit_body(self, receive: Callable) -> Callable:
+        """`receive`, with an error if the body is too large or too slow."""
+        size, complete = 0, False
+        deadline = asyncio.get_running_loop().time() + self.api.options.body_timeout
 
-        async def next_message():
-            nonlocal count, complete
-            if complete:  # what still comes is that the client goes away
+        async def limited_receive() -> dict:
+            nonlocal size, complete
+            if complete:  # the next message is the disconnect, at any time
                 return await receive()
             try:
-                async with asyncio.timeout_at(end):
+                async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
-                raise Refusal(
-                    408, "the body did not arrive in time", None, "timeout", {"Connection": "close"}
-                ) from None
-            count += len(message.get("body", b""))
+                problem, headers = "the body did not arrive in time", {"Connection": "close"}
+                raise ApiError(408, problem, None, "timeout", headers) from None
+            size += len(message.get("body", b""))
             complete = not message.get("more_body", False)
-            if count > self.api.options.max_body:
+            if size > self.api.options.max_body:
                 raise self.too_large()
             return message
 
-        return next_message
+        return limited_receive
 
 
 class EventStream(Response):
-    """Server-sent events of a call, which is closed whatever happens."""
+    """Sends the server-sent events of a call, and closes the call in any case."""
 
-    def __init__(self, call: Call, parts):
-        super().__init__(
-            media_type="text/event-stream",
-            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-        )
+    def __init__(self, call: Call, parts: AsyncIterator[bytes]):
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(media_type="text/event-stream", headers=headers)
         del self.headers["content-length"]
         self.call, self.parts = call, parts
 
-    async def __call__(self, scope, receive, send) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send all parts; stops if the client does not read them in time."""
         with contextlib.closing(self.call), contextlib.suppress(TimeoutError):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for part in self.parts:
@@ -954,81 +771,108 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
+def sse(value: Any) -> bytes:
+    """A server-sent event."""
+    return f"data: {json.dumps(value, separators=(',', ':'))}\n\n".encode()
+
+
 class ClientDisconnected(Exception):
-    """The client went away."""
+    """The client closed the connection, or does not read its answer."""
 
 
 class Call:
-    """The answers of one request, from its admission to its end."""
+    """One request for answers, from its place in the queue to its response."""
+
+    ID_PREFIXES: ClassVar = {"text": "cmpl-", "chat": "chatcmpl-", "session": "scmpl-"}
+    OBJECTS: ClassVar = {
+        "text": "text_completion",
+        "chat": "chat.completion",
+        "session": "session.completion",
+    }
 
     def __init__(self, api: Api, request: Request, kind: str, body: Generation, count: int):
         self.api, self.request, self.kind, self.body = api, request, kind, body
+        self.model, _ = api.find_model(body.model)
+        self.id, self.created = self.ID_PREFIXES[kind] + uuid.uuid4().hex, int(time.time())
+        self.jobs: list[Job] = []
+        self.mailbox = Mailbox(count)
+        self.watcher: asyncio.Future | None = None
+        self.first_events: list[Event] = []
+        self.prompt_tokens: dict[int, int] = {}  # by the index of the answer
+        self.completion_tokens = 0
+        self.session_fields: dict = {}
         api.require_room(count)
-        self.count, self.jobs, self.mailbox, self.watch = count, [], Mailbox(count), None
+        self.count = self.unfinished = count
         api.pending += count
-        self.id = {"text": "cmpl-", "chat": "chatcmpl-", "session": "scmpl-"}[kind]
-        self.id, self.created = self.id + uuid.uuid4().hex, int(time.time())
-        self.left, self.prompt_tokens, self.drawn, self.first = count, {}, 0, []
-        self.about = {}  # of the session
-        self.model, _ = api.model_of(body.model)
 
     def close(self) -> None:
-        """Give the room back; what has not come to its end is undone."""
+        """Free the places in the queue; answers that are not finished are undone."""
         self.api.pending -= self.count
-        if self.left and self.jobs:
-            self.api.engine.abandon(self.jobs)
-        self.left = self.count = 0
-        if self.watch:
-            self.watch.cancel()
-            self.watch = None  # it holds this call, which would wait for the garbage collector
+        if self.unfinished and self.jobs:
+            self.api.engine.cancel(self.jobs)
+        self.unfinished = self.count = 0
+        if self.watcher:
+            self.watcher.cancel()
+            self.watcher = None  # the task refers to this call: a cycle would keep its states
+
+    @contextlib.contextmanager
+    def close_on_error(self) -> Iterator[None]:
+        """Close the call if the body of the `with` fails."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     async def watch_client(self) -> None:
+        """Cancel the jobs once the client disconnects."""
         while (await self.request.receive())["type"] != "http.disconnect":
             pass
-        if self.left:
-            self.api.engine.abandon(self.jobs)
-        self.mailbox.put_nowait((0, "gone", None))
+        if self.unfinished:
+            self.api.engine.cancel(self.jobs)
+        self.mailbox.put_nowait(Event(0, "disconnected"))
 
     async def start(self, jobs: list[Job]) -> None:
-        """Hand jobs over, and wait for the first news that could still be an error."""
+        """Submit the jobs; waits until they run, as an error before that has its own status."""
         self.jobs = jobs
-        self.watch = asyncio.ensure_future(self.watch_client())
+        self.watcher = asyncio.ensure_future(self.watch_client())
         self.api.engine.submit(jobs)
-        while not self.first:
-            self.first = [item async for item in self.news() if item[1] != "begun"]
+        while not self.first_events:
+            self.first_events = [e async for e in self.new_events() if e.kind != "started"]
 
-    async def news(self):
-        """What the mailbox holds, as soon as it holds something."""
-        for item in await self.mailbox.take():
-            index, kind, value = item
-            if kind == "gone":
+    async def new_events(self) -> AsyncIterator[Event]:
+        """The events in the mailbox; waits for the first."""
+        for event in await self.mailbox.get_all():
+            if event.kind == "disconnected":
                 raise ClientDisconnected
-            if kind == "failed":
-                raise value
-            if kind == "begun":
-                self.prompt_tokens[index] = value
-            elif kind == "chunk":
-                self.drawn += len(value.tokens)
-            elif kind == "done":
-                self.left -= 1
-            yield item
+            if event.kind == "failed":
+                raise event.value
+            if event.kind == "started":
+                self.prompt_tokens[event.choice] = event.value
+            elif event.kind == "chunk":
+                self.completion_tokens += len(event.value.tokens)
+            elif event.kind == "done":
+                self.unfinished -= 1
+            yield event
 
-    async def batches(self):
-        """Lists of what happens, to the end."""
-        yield self.first
-        while self.left:
-            yield [item async for item in self.news()]
+    async def batches(self) -> AsyncIterator[list[Event]]:
+        """All events, in lists of what came at the same time."""
+        yield self.first_events
+        while self.unfinished:
+            yield [event async for event in self.new_events()]
 
     def usage(self) -> dict:
-        each = getattr(self.body, "n", None) or 1
-        read = sum(count for index, count in self.prompt_tokens.items() if index % each == 0)
+        """The number of tokens so far; a prompt with several answers counts once."""
+        n = getattr(self.body, "n", None) or 1
+        prompt = sum(count for index, count in self.prompt_tokens.items() if index % n == 0)
         return {
-            "prompt_tokens": read,
-            "completion_tokens": self.drawn,
-            "total_tokens": read + self.drawn,
+            "prompt_tokens": prompt,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": prompt + self.completion_tokens,
         }
 
-    def envelope(self, object_name: str, choices: list, **more) -> dict:
+    def envelope(self, object_name: str, choices: list[dict], **more: Any) -> dict:
+        """A response, or an event of a stream, with these choices."""
         return {
             "id": self.id,
             "object": object_name,
@@ -1041,552 +885,533 @@ class Call:
 
     async def whole(self, writers: list[Writer], echoes: list[str]) -> Response:
         """The answer as one JSON object."""
-        texts, tokens, reasons = echoes, [[] for _ in writers], {}
+        texts, reasons = echoes, {}
+        tokens: list[list[Token]] = [[] for _ in writers]
         async for batch in self.batches():
             for index, kind, value in batch:
                 if kind == "chunk":
                     texts[index] += value.text
                     tokens[index] += value.tokens
-                elif kind == "read":
+                elif kind == "prompt":
                     tokens[index] += value
                 elif kind == "done":
-                    reasons[index], closing, self.about = value
-                    tokens[index] += closing if self.body.alternatives() is not None else []
+                    reasons[index], end_tokens, self.session_fields = value
+                    tokens[index] += end_tokens if writers[index].logprobs else []
         choices = [w.choice(texts[i], tokens[i], reasons[i], False) for i, w in enumerate(writers)]
-        name = {
-            "text": "text_completion",
-            "chat": "chat.completion",
-            "session": "session.completion",
-        }[self.kind]
-        return json_response(self.envelope(name, choices, usage=self.usage(), **self.about))
+        more = {"usage": self.usage(), **self.session_fields}
+        return json_response(self.envelope(self.OBJECTS[self.kind], choices, **more))
 
-    async def events(self, writers: list[Writer], echoes: list[str]):
-        """The answer as server-sent events; an error among them is the last."""
-        usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
-        name = {
-            "text": "text_completion",
-            "chat": "chat.completion.chunk",
-            "session": "session.completion.chunk",
-        }[self.kind]
-        spare = {"usage": None} if usage else {}
+    async def stream(self, writers: list[Writer], echoes: list[str]) -> AsyncIterator[bytes]:
+        """The answer as server-sent events; an error is the last of them."""
+        options = self.body.stream_options
+        with_usage = bool(options and options.include_usage)
+        name = self.OBJECTS[self.kind] + ("" if self.kind == "text" else ".chunk")
+        common = {"usage": None} if with_usage else {}
 
-        def event(choices: list, **more) -> bytes:
-            return sse(self.envelope(name, choices, **{**spare, **more}))
+        def event(choices: list[dict], **more: Any) -> bytes:
+            return sse(self.envelope(name, choices, **{**common, **more}))
 
         try:
             if self.kind == "chat":
-                yield b"".join(
-                    event(
-                        [
-                            {
-                                **w.choice("", [], None, True),
-                                "delta": {"role": "assistant", "content": "", "refusal": None},
-                            }
-                        ]
-                    )
-                    for w in writers
-                )
+                yield b"".join(event([writer.role()]) for writer in writers)
             async for batch in self.batches():
-                parts = []
-                for index, kind, value in batch:
-                    write = writers[index].choice
-                    if kind == "chunk":
-                        parts.append(event([write(value.text, value.tokens, None, True)]))
-                    elif kind == "read" and (value or echoes[index]):
-                        parts.append(event([write(echoes[index], value, None, True)]))
-                    elif kind == "done":
-                        reason, closing, self.about = value
-                        logprobs = self.body.alternatives() is not None
-                        parts.append(event([write("", closing if logprobs else [], reason, True)]))
-                yield b"".join(parts)
-            if usage or self.kind == "session":
-                yield event([], usage=self.usage(), **self.about)
+                deltas = [self.delta(writers[e.choice], echoes[e.choice], e) for e in batch]
+                yield b"".join(event([delta]) for delta in deltas if delta)
+            if with_usage or self.kind == "session":
+                yield event([], usage=self.usage(), **self.session_fields)
             yield b"data: [DONE]\n\n"
         except ClientDisconnected:
             return
-        except Refusal as refusal:
-            yield sse(refusal.body)
+        except ApiError as error:
+            yield sse(error.body)
 
-
-def sse(value) -> bytes:
-    return f"data: {json.dumps(value, separators=(',', ':'))}\n\n".encode()
-
-
-OPEN = ("/", "/health")  # the page itself holds nothing; what it calls needs the key
-PAGE = File(__file__).resolve().parent / "page.html"
+    def delta(self, writer: Writer, echo: str, event: Event) -> dict | None:
+        """An event as a delta of its choice, if it has anything to show."""
+        if event.kind == "chunk":
+            return writer.choice(event.value.text, event.value.tokens, None, True)
+        if event.kind == "prompt" and (event.value or echo):
+            return writer.choice(echo, event.value, None, True)
+        if event.kind == "done":
+            reason, end_tokens, self.session_fields = event.value
+            return writer.choice("", end_tokens if writer.logprobs else [], reason, True)
+        return None
 
 
 def page_policy(page: str) -> str:
-    """A Content-Security-Policy that lets a page's own script and style run, and nothing else."""
-    script, style = (
-        "'sha256-"
-        + base64.b64encode(
-            hashlib.sha256(re.search(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1].encode()).digest()
-        ).decode()
-        + "'"
-        for tag in ("script", "style")
-    )
+    """A Content-Security-Policy under which only the page's own script and style run."""
+
+    def digest(tag: str) -> str:
+        text = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
     return (
-        f"default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        f"default-src 'none'; script-src {digest('script')}; style-src {digest('style')}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
     )
-
-
-SessionId = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
 class Api:
-    """The routes, and what they share. `server` belongs to it alone from here on."""
+    """The routes and what they share. Nothing else may use `server` while it runs."""
+
+    OPENAI_DEFAULTS: ClassVar = {
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+    }
 
     def __init__(self, server: StreamingServer, options: Options):
         require(server.tokenizer, "tokenizer", "none was found", "pass --tokenizer")
-        self.server, self.options, self.meters = server, options, Metrics()
-        self.pending, self.draining, self.closed, self.engine = 0, False, False, None
+        self.server, self.options, self.metrics = server, options, Metrics()
+        self.engine: Any = None  # the Engine, once the app has started
+        self.pending = 0  # answers admitted and not done
+        self.draining, self.closed = False, False
         self.vocabulary = Vocabulary(server.tokenizer)
         path = getattr(server.tokenizer, "path", None)
         self.tokenizer = SimpleTokenizer(path) if path else server.tokenizer
-        self.template = Template(SimpleTokenizer(path) if path else server.tokenizer)
-        self.encoding, self.filing = asyncio.Lock(), asyncio.Lock()
+        self.template = ChatTemplate(SimpleTokenizer(path) if path else server.tokenizer)
+        self.tokenizer_lock, self.file_lock = asyncio.Lock(), asyncio.Lock()
         self.fingerprint = "fp_" + server.fingerprint[:16]
         self.started, base = int(time.time()), options.model_name
-        self.names = {base: None, **{f"{base}:{adapter}": adapter for adapter in server.adapters}}
-        self.folder = File(options.session_dir) if options.session_dir else None
-        for place in (self.folder, self.kept if options.keep_sessions else None):
-            if place:
-                require_writable(place, "--session_dir")
+        self.models = {base: None, **{f"{base}:{adapter}": adapter for adapter in server.adapters}}
+        self.folder = Path(options.session_dir) if options.session_dir else None
+        if self.folder:
+            require_writable(self.folder, "--session_dir")
         if options.keep_sessions:
-            for file in sorted(self.kept.glob("*.safetensors")):
-                try:
-                    server.load_session(file, file.stem)
-                except UserError as e:
-                    raise UserError(str(file), e.args[1], "move it away") from None
-        self.meters.gauge(
-            "running_answers", "Answers in the batch.", lambda: len(self.engine.running)
-        )
-        self.meters.gauge("pending_answers", "Answers admitted and not done.", lambda: self.pending)
-        self.meters.gauge("sessions", "Open sessions.", lambda: len(server.sessions))
+            require_writable(self.kept_folder, "--session_dir")
+            self.load_kept_sessions()
+        self.add_gauges()
+
+    def add_gauges(self) -> None:
+        """The metrics that are read from the server when they are asked for."""
+        add = self.metrics.add_gauge
+        add("running_answers", "Answers in the batch.", lambda: len(self.engine.running))
+        add("pending_answers", "Answers admitted and not done.", lambda: self.pending)
+        add("sessions", "Open sessions.", lambda: len(self.server.sessions))
 
     # What the routes share -------------------------------------------------------------------
 
     def require_room(self, count: int) -> None:
+        """Reject more answers than there is room for, and all during shutdown."""
         if self.draining:
-            raise ending()
+            raise shutting_down()
         if self.pending + count > self.options.batch_size + self.options.max_queue:
-            raise Refusal(
-                429, "the server is full; try again", None, "queue_full", {"Retry-After": "1"}
-            )
+            problem, headers = "the server is full; try again", {"Retry-After": "1"}
+            raise ApiError(429, problem, None, "queue_full", headers)
 
-    def model_of(self, name: str | None) -> tuple[str, str | None]:
-        """The name of the model that answers, and its adapter."""
-        name = name or list(self.names)[-1]
-        if name not in self.names:
-            raise Refusal(
-                404,
-                f"model: there is no {name}; there are {', '.join(self.names)}",
-                "model",
-                "model_not_found",
-            )
-        return name, self.names[name]
+    def check_choices(self, count: int) -> None:
+        """Reject a request for more answers than can ever run."""
+        o = self.options
+        most = min(o.max_choices, o.batch_size + o.max_queue)
+        require(count <= most, "n", f"{count} answers are too many", f"ask for up to {most}")
 
-    def settings(self, body: Generation, default_tokens: int, stops: list[str] = []) -> dict:  # noqa: B006
-        """The body's fields as those of StreamingConfig, checked."""
-        given = getattr(body, "max_completion_tokens", None)
-        most = next(
-            (n for n in (given, body.max_tokens) if n is not None),
-            min(default_tokens, self.options.max_tokens),
-        )
-        if most > self.options.max_tokens:
-            raise Refusal(
-                400,
-                f"max_tokens: {most} is more than this server makes; ask for up to "
-                f"{self.options.max_tokens}",
-                "max_tokens",
-            )
+    def find_model(self, name: str | None) -> tuple[str, str | None]:
+        """The name of the model, and its adapter; the last one is the default."""
+        name = name or list(self.models)[-1]
+        if name not in self.models:
+            problem = f"model: there is no {name}; use one of {', '.join(self.models)}"
+            raise ApiError(404, problem, "model", "model_not_found")
+        return name, self.models[name]
+
+    def settings(self, body: Generation, max_tokens: int, stops: Sequence[str] = ()) -> dict:
+        """The body's fields as fields of StreamingConfig, checked.
+
+        `max_tokens` is the default; `stops` end an answer besides those in the body.
+        """
+        limit = self.options.max_tokens
+        given = (getattr(body, "max_completion_tokens", None), body.max_tokens)
+        count = next((n for n in given if n is not None), min(max_tokens, limit))
+        problem = f"{count} is more than this server generates"
+        require(count <= limit, "max_tokens", problem, f"ask for up to {limit}")
+        streams = body.stream or not body.stream_options
+        require(streams, "stream_options", "there is no stream", "set stream")
         stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-        if body.stream_options and not body.stream:
-            raise Refusal(400, "stream_options: there is no stream; set stream", "stream_options")
-        bias = {int(i): b for i, b in (body.logit_bias or {}).items()}
-
-        def or_else(value, default):
-            return default if value is None else value
-
+        fields = {name: getattr(body, name) for name in self.OPENAI_DEFAULTS}
         settings = {
-            "max_new_tokens": most,
-            "temperature": or_else(body.temperature, 1.0),
-            "top_p": or_else(body.top_p, 1.0),
-            "top_k": body.top_k or 0,
-            "min_p": body.min_p or 0.0,
+            **self.OPENAI_DEFAULTS,
+            **{name: value for name, value in fields.items() if value is not None},
+            "max_new_tokens": count,
             "seed": body.seed,
-            "logit_bias": bias or None,
-            "repetition_penalty": or_else(body.repetition_penalty, 1.0),
+            "logit_bias": {int(i): b for i, b in (body.logit_bias or {}).items()} or None,
             "stop": [*stop, *stops],
             "logprobs": body.alternatives(),
-            "adapter": self.model_of(body.model)[1],
+            "adapter": self.find_model(body.model)[1],
         }
         self.server.configured(self.server.config, settings)
         return settings
 
-    async def encode(self, prompt, encode=None) -> list[int]:
-        """The ids of a prompt, in a thread beside the loop."""
+    async def encode(self, prompt: Any, encode: Callable | None = None) -> list[int]:
+        """The ids of a prompt; text is encoded in another thread, to keep the loop free."""
         if isinstance(prompt, list) and encode is None:
             ids = self.server.encode(prompt)
         else:
-            async with self.encoding:
+            async with self.tokenizer_lock:
                 ids = await asyncio.to_thread(encode or self.tokenizer.encode, prompt)
         if len(ids) > self.options.max_prompt:
-            raise Refusal(
-                400,
-                f"prompt: has {len(ids)} tokens; send up to {self.options.max_prompt}",
-                "prompt",
-                "context_length_exceeded",
-            )
+            problem = f"prompt: has {len(ids)} tokens; send up to {self.options.max_prompt}"
+            raise ApiError(400, problem, "prompt", "context_length_exceeded")
         return ids
 
-    async def respond(self, call: Call, jobs: list[Job], gates=False, echoes=None) -> Response:
-        body, handed_over = call.body, False
-        shown = {"logprobs": body.alternatives() is not None, "gates": gates}
-        writers = [Writer(call.kind, self.vocabulary, job.index, shown) for job in jobs]
+    def make_jobs(
+        self, call: Call, ids: list[int], settings: dict, n: int, first_index: int = 0
+    ) -> list[Job]:
+        """The jobs of n answers to one prompt; answer i draws with the seed plus i."""
+        seed = secrets.randbits(62) if settings["seed"] is None else settings["seed"]
+        seeds = [(seed + i) % 2**63 for i in range(n)]
+        return [
+            Job(ids, {**settings, "seed": seed}, call.mailbox, first_index + i)
+            for i, seed in enumerate(seeds)
+        ]
+
+    async def respond(
+        self, call: Call, jobs: list[Job], gates: bool = False, echoes: list[str] | None = None
+    ) -> Response:
+        """Run the jobs, and answer as a whole or as a stream."""
+        logprobs, streaming = call.body.alternatives() is not None, False
+        writers = [Writer(call.kind, self.vocabulary, j.index, logprobs, gates) for j in jobs]
         echoes = echoes or [""] * len(jobs)
         try:
             await call.start(jobs)
-            if body.stream:
-                handed_over = True
-                return EventStream(call, call.events(writers, echoes))
+            if call.body.stream:
+                streaming = True  # EventStream closes the call
+                return EventStream(call, call.stream(writers, echoes))
             return await call.whole(writers, echoes)
         except ClientDisconnected:
-            return Response(status_code=499)  # nobody reads it
+            return Response(status_code=499)  # nobody receives it
         finally:
-            if not handed_over:
+            if not streaming:
                 call.close()
 
     # OpenAI's routes -------------------------------------------------------------------------
 
-    async def completions(self, request: Request, body: CompletionBody) -> Response:
-        """Continue one prompt or several, of text or of ids, n times each."""
+    async def create_completion(self, request: Request, body: CompletionBody) -> Response:
+        """Continue one or several prompts, text or token ids, n times each."""
         several = isinstance(body.prompt, list) and not isinstance(body.prompt[0], int)
         prompts, n = body.prompt if several else [body.prompt], body.n or 1
         if body.best_of not in (None, n):
-            raise Refusal(
-                400, "best_of: is not supported; leave it out", "best_of", "unsupported_parameter"
-            )
+            problem = "best_of: is not supported; leave it out"
+            raise ApiError(400, problem, "best_of", "unsupported_parameter")
         settings = self.settings(body, 16)
         if body.echo and body.logprobs is not None:
             settings["prompt_logprobs"] = body.logprobs
-        self.require_few(len(prompts) * n)
+        self.check_choices(len(prompts) * n)
         call = Call(self, request, "text", body, len(prompts) * n)
-        try:
-            jobs, echoes = [], []
+        jobs: list[Job] = []
+        echoes: list[str] = []
+        with call.close_on_error():
             for prompt in prompts:
                 ids = await self.encode(prompt)
                 text = prompt if body.echo else ""
                 if not isinstance(text, str):
                     text = self.server.tokenizer.decode(ids)
                 echoes += [text] * n
-                jobs += self.jobs(call, ids, settings, n, len(jobs))
-        except BaseException:
-            call.close()
-            raise
+                jobs += self.make_jobs(call, ids, settings, n, len(jobs))
         return await self.respond(call, jobs, echoes=echoes)
 
-    def require_few(self, count: int) -> None:
-        o = self.options
-        if count > (most := min(o.max_choices, o.batch_size + o.max_queue)):
-            raise Refusal(400, f"n: {count} answers are more than {most}", "n")
-
-    def jobs(self, call: Call, ids: list[int], settings: dict, n: int, at: int) -> list[Job]:
-        """Choice i of a prompt draws by the seed plus i."""
-        seed = secrets.randbits(62) if settings["seed"] is None else settings["seed"]
-        return [
-            Job(ids, {**settings, "seed": (seed + i) % 2**63}, call.mailbox, at + i)
-            for i in range(n)
-        ]
-
-    async def chat(self, request: Request, body: ChatBody) -> Response:
-        """Answer a chat; see the head of serve.py for how it is put to the model."""
+    async def create_chat_completion(self, request: Request, body: ChatBody) -> Response:
+        """Answer a chat; see the head of serve.py for how it becomes a prompt."""
         settings, n = self.settings(body, 256, self.template.stops), body.n or 1
-        if body.top_logprobs and not body.logprobs:
-            raise Refusal(400, "top_logprobs: wants logprobs; set it", "top_logprobs")
-        self.require_few(n)
+        allowed = body.logprobs or not body.top_logprobs
+        require(allowed, "top_logprobs", "needs logprobs", "set logprobs")
+        self.check_choices(n)
         call = Call(self, request, "chat", body, n)
-        try:
+        with call.close_on_error():
             ids = await self.encode(body.messages, self.template.encode)
-            jobs = self.jobs(call, ids, settings, n, 0)
-        except BaseException:
-            call.close()
-            raise
+            jobs = self.make_jobs(call, ids, settings, n)
         return await self.respond(call, jobs)
 
-    async def models(self) -> Response:
-        """The model, and the adapters that it may wear."""
-        return json_response({"object": "list", "data": [*map(self.card, self.names)]})
+    async def list_models(self) -> Response:
+        """The model, alone and with each adapter."""
+        models = [self.model_info(name) for name in self.models]
+        return json_response({"object": "list", "data": models})
 
-    async def model(self, model: str) -> Response:
-        return json_response(self.card(self.model_of(model)[0]))
+    async def get_model(self, model: str) -> Response:
+        """One model."""
+        return json_response(self.model_info(self.find_model(model)[0]))
 
-    def card(self, name: str) -> dict:
+    def model_info(self, name: str) -> dict:
+        """A model as OpenAI describes it."""
         return {"id": name, "object": "model", "created": self.started, "owned_by": "tinymamba"}
 
-    async def health(self) -> Response:
-        """Whether the server takes requests."""
-        well = self.engine.open and not self.draining
-        return json_response({"status": "ok" if well else "ending"}, 200 if well else 503)
+    async def get_health(self) -> Response:
+        """Whether the server accepts requests."""
+        ok = self.engine.accepting and not self.draining
+        return json_response({"status": "ok" if ok else "ending"}, 200 if ok else 503)
 
-    async def metrics(self) -> Response:
-        """Prometheus' text format."""
-        return Response(
-            prometheus.generate_latest(self.meters.registry),
-            media_type="text/plain; version=0.0.4; charset=utf-8",
-        )
+    async def get_metrics(self) -> Response:
+        """Metrics in Prometheus' text format."""
+        text = prometheus.generate_latest(self.metrics.registry)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def page(self) -> Response:
+    async def get_page(self) -> Response:
+        """The page."""
         text = PAGE.read_text(encoding="utf-8")
-        return Response(
-            text,
-            media_type="text/html",
-            headers={
-                "Content-Security-Policy": page_policy(text),
-                "X-Content-Type-Options": "nosniff",
-                "Referrer-Policy": "no-referrer",
-                "Cache-Control": "no-cache",
-            },
-        )
+        headers = {
+            "Content-Security-Policy": page_policy(text),
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cache-Control": "no-cache",
+        }
+        return Response(text, media_type="text/html", headers=headers)
 
     # Sessions --------------------------------------------------------------------------------
 
-    async def sessions(self) -> Response:
+    async def session_response(self, work: Callable[[], str], status: int = 200) -> Response:
+        """Run `work` in the engine's thread; respond with the session whose id it returns."""
+        info = await self.engine.call(lambda: self.engine.session_info(work()))
+        return json_response(info, status)
+
+    async def list_sessions(self) -> Response:
         """All open sessions."""
-        told = await self.engine.call(lambda: [*map(self.engine.info, self.server.sessions)])
-        return json_response({"object": "list", "data": told})
+        engine, sessions = self.engine, self.server.sessions
+        infos = await engine.call(lambda: [engine.session_info(name) for name in sessions])
+        return json_response({"object": "list", "data": infos})
 
-    async def do(self, work, status: int = 200) -> Response:
-        """Run in the engine's thread what gives a session's id; the session."""
-        return json_response(await self.engine.call(lambda: self.engine.info(work())), status)
+    async def get_session(self, session_id: SessionId) -> Response:
+        """One session."""
+        return await self.session_response(lambda: session_id)
 
-    async def create(self, body: NewSessionBody | None = None) -> Response:
-        """A new session, which has read nothing, or what a saved one had read."""
+    async def create_session(self, body: NewSessionBody | None = None) -> Response:
+        """Create a session, empty or from a saved one."""
         body = body or NewSessionBody()
         if body.load is not None:
-            return await self.load(body)
+            return await self.load_session(body.load, body)
 
         def work() -> str:
-            self.engine.make_room(body.id)
-            config = StreamingConfig(adapter=self.model_of(None)[1])
+            self.engine.check_new(body.id)
+            config = StreamingConfig(adapter=self.find_model(None)[1])
             return self.server.create_session(body.id, body.seed, config)
 
-        return await self.do(work, 201)
+        return await self.session_response(work, 201)
 
-    async def load(self, body: NewSessionBody) -> Response:
-        file = self.file(body.load, "load")
-        if body.seed is not None:
-            raise Refusal(400, "seed: a saved session has its own; leave it out", "seed")
-        async with self.filing:
+    async def load_session(self, name: str, body: NewSessionBody) -> Response:
+        """Create a session from a saved one."""
+        file = self.session_file(name, "load")
+        require(body.seed is None, "seed", "a saved session has its own", "leave it out")
+        async with self.file_lock:
             if not file.is_file():
-                raise Refusal(404, f"load: no session {body.load} was saved", "load", "not_found")
-            await self.engine.call(self.engine.make_room, body.id)
-            made = await self.files(lambda: self.server.load_session(file, body.id), "load", file)
-            return await self.do(lambda: made, 201)
+                problem = f"load: no session is saved as {name}"
+                raise ApiError(404, problem, "load", "not_found")
+            await self.engine.call(self.engine.check_new, body.id)
+            new_id = await self.file_call(
+                lambda: self.server.load_session(file, body.id), "load", file
+            )
+            return await self.session_response(lambda: new_id, 201)
 
-    async def session(self, session_id: SessionId) -> Response:
-        """One session."""
-        return await self.do(lambda: session_id)
-
-    async def go_on(
+    async def continue_session(
         self, request: Request, session_id: SessionId, body: SessionCompletionBody
     ) -> Response:
-        """Read a prompt in a session, and answer; with `gates`, every token's branch weights."""
+        """Read a prompt in a session and answer; `gates` adds the weights of every token."""
         settings = self.settings(body, 256)
         if body.model is None:
             del settings["adapter"]  # the session has its own
         call = Call(self, request, "session", body, 1)
-        try:
+        with call.close_on_error():
             ids = await self.encode(body.prompt)
-            jobs = [Job(ids, settings, call.mailbox, session=session_id)]
-        except BaseException:
-            call.close()
-            raise
+            jobs = [Job(ids, settings, call.mailbox, session_id=session_id)]
         return await self.respond(call, jobs, bool(body.gates))
 
-    async def stop(self, session_id: SessionId) -> Response:
-        """End the answer in hand; the session keeps what was given out."""
-        return await self.do(lambda: self.engine.stop(session_id) or session_id)
+    async def stop_session(self, session_id: SessionId) -> Response:
+        """End the session's running answer; the session keeps the text that was sent."""
 
-    async def fork(self, session_id: SessionId, body: SessionBody | None = None) -> Response:
-        """A second session that stands where this one does."""
+        def work() -> str:
+            self.engine.stop(session_id)
+            return session_id
+
+        return await self.session_response(work)
+
+    async def fork_session(
+        self, session_id: SessionId, body: SessionBody | None = None
+    ) -> Response:
+        """Copy a session."""
         body = body or SessionBody()
 
         def work() -> str:
-            self.engine.idle(session_id)
-            self.engine.make_room(body.id)
+            self.engine.find_idle(session_id)
+            self.engine.check_new(body.id)
             return self.server.fork_session(session_id, body.id, body.seed)
 
-        return await self.do(work, 201)
+        return await self.session_response(work, 201)
 
-    async def rollback(self, session_id: SessionId) -> Response:
+    async def roll_back_session(self, session_id: SessionId) -> Response:
         """Undo the last turn."""
 
         def work() -> str:
-            if not self.engine.idle(session_id).before:
-                raise Refusal(
-                    409,
-                    f"{session_id} has no turn to undo; one can be undone, once",
-                    "session_id",
-                    "nothing_to_undo",
-                )
+            if not self.engine.find_idle(session_id).before:
+                problem = f"{session_id} has no turn to undo; only the last one can be undone"
+                raise ApiError(409, problem, "session_id", "nothing_to_undo")
             self.server.rollback(session_id)
             return session_id
 
-        return await self.do(work)
+        return await self.session_response(work)
 
-    async def reset(self, session_id: SessionId) -> Response:
-        """Forget all text, and keep the name and the seed."""
-        return await self.do(
-            lambda: (
-                self.engine.idle(session_id) and self.server.reset_session(session_id) or session_id
-            )
-        )
+    async def reset_session(self, session_id: SessionId) -> Response:
+        """Forget all text; keep the id and the seed."""
 
-    async def delete(self, session_id: SessionId) -> Response:
-        """Forget the session, and end its answer."""
-        await self.engine.call(
-            lambda: self.engine.known(session_id) and self.server.delete_session(session_id)
-        )
+        def work() -> str:
+            self.engine.find_idle(session_id)
+            self.server.reset_session(session_id)
+            return session_id
+
+        return await self.session_response(work)
+
+    async def delete_session(self, session_id: SessionId) -> Response:
+        """Delete the session, and end its answer."""
+
+        def work() -> None:
+            self.engine.find(session_id)
+            self.server.delete_session(session_id)
+
+        await self.engine.call(work)
         return json_response({"id": session_id, "object": "session", "deleted": True})
 
-    def file(self, name: str, param: str) -> File:
+    async def save_session(self, session_id: SessionId, body: SaveBody) -> Response:
+        """Write the session to a file in --session_dir."""
+        file = self.session_file(body.name, "name")
+        async with self.file_lock:
+            await self.engine.call(self.engine.find_idle, session_id)
+            self.check_save(file, bool(body.overwrite))
+            await self.file_call(lambda: self.server.save_session(session_id, file), "name", file)
+            return await self.session_response(lambda: session_id)
+
+    def check_save(self, file: Path, overwrite: bool) -> None:
+        """Reject a name that exists, unless it may be overwritten, and a file too many."""
+        if os.path.lexists(file):
+            if not overwrite:
+                problem = f"name: {file.stem} exists; set overwrite or choose another"
+                raise ApiError(409, problem, "name", "name_taken")
+        elif sum(1 for _ in file.parent.glob("*.safetensors")) >= self.options.max_sessions:
+            problem, headers = "there are too many saved sessions", {"Retry-After": "60"}
+            raise ApiError(429, problem, None, "too_many_sessions", headers)
+
+    def session_file(self, name: str, param: str) -> Path:
+        """The file of a saved session; `param` is the field that has its name."""
         if not self.folder:
-            raise Refusal(
-                400, f"{param}: this server has no --session_dir", param, "no_session_dir"
-            )
+            problem = f"{param}: this server has no --session_dir"
+            raise ApiError(400, problem, param, "no_session_dir")
         require_plain_name(name, param)
         return self.folder / f"{name}.safetensors"
 
-    async def files(self, work, param: str, file: File):
-        """Work on a file in a thread of its own; what is wrong is told without its place."""
+    async def file_call(self, function: Callable, param: str, file: Path) -> Any:
+        """Run a function that reads or writes a file in another thread; hide the file's path."""
         try:
-            return await asyncio.to_thread(work)
+            return await asyncio.to_thread(function)
         except UserError as e:
-            what, problem, remedy = e.args
-            if what != str(file):
+            name, problem, remedy = e.args
+            if name != str(file):
                 raise
-            raise Refusal(400, f"{param}: {file.stem} {problem}; {remedy}", param) from None
+            raise ApiError(400, f"{param}: {file.stem} {problem}; {remedy}", param) from None
 
-    async def save(self, session_id: SessionId, body: SaveBody) -> Response:
-        """Write the session to a file in --session_dir."""
-        file = self.file(body.name, "name")
-        async with self.filing:
-            await self.engine.call(self.engine.idle, session_id)
-            if os.path.lexists(file):
-                if not body.overwrite:
-                    raise Refusal(
-                        409,
-                        f"name: {body.name} is there; set overwrite, or use another",
-                        "name",
-                        "name_taken",
-                    )
-            elif sum(1 for _ in self.folder.glob("*.safetensors")) >= self.options.max_sessions:
-                raise Refusal(
-                    429,
-                    "there are too many saved sessions",
-                    None,
-                    "too_many_sessions",
-                    {"Retry-After": "60"},
-                )
-            await self.files(lambda: self.server.save_session(session_id, file), "name", file)
-            return await self.do(lambda: session_id)
-
-    # Beginning and end -----------------------------------------------------------------------
+    # Start and end ---------------------------------------------------------------------------
 
     @property
-    def kept(self) -> File:
-        return self.folder / "kept"
+    def kept_folder(self) -> Path:
+        """The folder of the sessions that --keep_sessions keeps."""
+        return Path(self.options.session_dir) / "kept"
+
+    def load_kept_sessions(self) -> None:
+        """Load the sessions that the last run has saved."""
+        for file in sorted(self.kept_folder.glob("*.safetensors")):
+            try:
+                self.server.load_session(file, file.stem)
+            except UserError as e:
+                raise UserError(str(file), e.args[1], "move it to another folder") from None
+
+    def save_kept_sessions(self) -> None:
+        """Save all sessions, and delete the files of those that are gone."""
+        for file in self.kept_folder.glob("*.safetensors"):
+            if file.stem not in self.server.sessions:
+                file.unlink()
+        for name in self.server.sessions:
+            self.server.save_session(name, self.kept_folder / f"{name}.safetensors")
 
     @contextlib.asynccontextmanager
-    async def lifespan(self, app: FastAPI):
-        self.engine = Engine(self.server, self.options, self.meters, asyncio.get_running_loop())
+    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        """Run the engine as long as the app."""
+        self.engine = Engine(self.server, self.options, self.metrics, asyncio.get_running_loop())
         self.engine.start()
         yield
         await asyncio.to_thread(self.close)
 
+    def drain(self) -> None:
+        """Accept no more requests; undo what still runs after the grace time."""
+        self.draining = True
+        self.engine.loop.call_later(self.options.grace, self.engine.end)
+
     def close(self) -> None:
-        """End the engine and keep the sessions, once; also where uvicorn was forced to end."""
+        """End the engine and save the sessions; only the first call has an effect.
+
+        It is called twice, as uvicorn skips the end of the lifespan when it is forced to exit.
+        """
         if self.engine is None or self.closed:
             return
         self.closed = True
         self.engine.end()
         self.engine.join()
         if self.options.keep_sessions:
-            for file in self.kept.glob("*.safetensors"):
-                if file.stem not in self.server.sessions:
-                    file.unlink()
-            for name in self.server.sessions:
-                self.server.save_session(name, self.kept / f"{name}.safetensors")
-
-    def drain(self) -> None:
-        """Take nothing new; what is left after the grace time is rolled back."""
-        self.draining = True
-        self.engine.loop.call_later(self.options.grace, self.engine.end)
+            self.save_kept_sessions()
 
     def app(self) -> FastAPI:
+        """The ASGI application."""
         app = FastAPI(
             title="TinyMamba", version="1", docs_url=None, redoc_url=None, lifespan=self.lifespan
         )
         router = self.router()
         app.include_router(router)
         app.state.routes = router.routes
-        app.add_exception_handler(RequestValidationError, invalid)
-        app.add_exception_handler(AnyHTTPException, http_error)
-        app.add_exception_handler(UserError, lambda _, e: Refusal.of(e).response())
-        app.add_exception_handler(Exception, lambda _, e: Refusal.of(e).response())
+        add_error_handlers(app)
         app.add_middleware(Middleware, api=self)
         return app
 
     def router(self) -> APIRouter:
+        """All routes."""
         router = APIRouter(responses={"4XX": {"model": ErrorOut}, "5XX": {"model": ErrorOut}})
-        streamed = {"model": AnswerOut, "content": {"text/event-stream": {}}}
-
         key = [Depends(HTTPBearer(scheme_name="key", auto_error=False))]
         key = key if self.options.api_key else []
 
-        def add(method: str, path: str, handler, model=None, status: int = 200, **more) -> None:
-            ok = more.pop("ok", {"model": model} if model else {})
+        def add(
+            method: str,
+            path: str,
+            handler: Callable,
+            ok: Any = None,
+            status: int = 200,
+            **more: Any,
+        ) -> None:
+            """Add a route; `ok` is what the document says of its success."""
             router.add_api_route(
                 path,
                 handler,
                 methods=[method],
                 status_code=status,
-                responses={status: ok},
+                responses={status: ok or {}},
                 response_model=None,
-                dependencies=[] if path in OPEN else key,
+                dependencies=[] if path in PUBLIC_PATHS else key,
                 **more,
             )
 
-        add("GET", "/", self.page, include_in_schema=False)
-        add("GET", "/health", self.health)
-        add(
-            "GET",
-            "/metrics",
-            self.metrics,
-            ok={"content": {"text/plain": {}}},
-            response_class=Response,
-        )
-        add("GET", "/v1/models", self.models)
-        add("GET", "/v1/models/{model:path}", self.model)
-        add("POST", "/v1/completions", self.completions, ok=streamed)
-        add("POST", "/v1/chat/completions", self.chat, ok=streamed)
-        add("GET", "/v1/sessions", self.sessions, SessionsOut)
-        add("POST", "/v1/sessions", self.create, SessionOut, 201)
+        text: dict = {"content": {"text/plain": {}}}
+        answer = {"model": AnswerOut, "content": {"text/event-stream": {}}}
+        session = {"model": SessionOut}
+        add("GET", "/", self.get_page, include_in_schema=False)
+        add("GET", "/health", self.get_health)
+        add("GET", "/metrics", self.get_metrics, text, response_class=Response)
+        add("GET", "/v1/models", self.list_models)
+        add("GET", "/v1/models/{model:path}", self.get_model)
+        add("POST", "/v1/completions", self.create_completion, answer)
+        add("POST", "/v1/chat/completions", self.create_chat_completion, answer)
+        add("GET", "/v1/sessions", self.list_sessions, {"model": SessionsOut})
+        add("POST", "/v1/sessions", self.create_session, session, 201)
         one = "/v1/sessions/{session_id}"
-        add("GET", one, self.session, SessionOut)
-        add("DELETE", one, self.delete)
-        add("POST", one + "/completions", self.go_on, ok=streamed)
-        add("POST", one + "/fork", self.fork, SessionOut, 201)
-        add("POST", one + "/save", self.save, SessionOut)
-        for name, handler in (
-            ("stop", self.stop),
-            ("rollback", self.rollback),
-            ("reset", self.reset),
-        ):
-            add("POST", f"{one}/{name}", handler, SessionOut)
+        add("GET", one, self.get_session, session)
+        add("DELETE", one, self.delete_session)
+        add("POST", f"{one}/completions", self.continue_session, answer)
+        add("POST", f"{one}/fork", self.fork_session, session, 201)
+        add("POST", f"{one}/save", self.save_session, session)
+        add("POST", f"{one}/stop", self.stop_session, session)
+        add("POST", f"{one}/rollback", self.roll_back_session, session)
+        add("POST", f"{one}/reset", self.reset_session, session)
         return router
 
 
@@ -1594,9 +1419,9 @@ class Api:
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn, which ends the answers that run over time before it waits for them."""
+    """uvicorn, which on shutdown first gives the running answers the grace time."""
 
-    def __init__(self, api: Api, **config):
+    def __init__(self, api: Api, **config: Any):
         super().__init__(
             uvicorn.Config(
                 api.app(),
@@ -1609,93 +1434,41 @@ class HttpServer(uvicorn.Server):
         )
         self.api = api
 
-    async def shutdown(self, sockets=None) -> None:
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drain, then do what uvicorn does."""
         self.api.drain()
         await super().shutdown(sockets)
 
 
-def parse(argv: list[str] | None):
-    parser = CliParser(
-        usage="python serve.py --checkpoint FILE [--FLAG VALUE ...]",
-        description=__doc__.split("Chat: if")[0],
-    )
-    flags = [
-        ("--checkpoint", str, "tinymamba_model_latest.pt", "checkpoint of testv2.py, or folder"),
-        ("--tokenizer", str, None, "tokenizer.json or vocab.txt; else beside the training data"),
-        ("--adapter", str, None, "folder of an adapter that peft.py made; it answers by default"),
-        ("--device", str, "auto", "auto, cpu, cuda, cuda:1 or mps"),
-        ("--dtype", str, "float32", "of the weights: float32, bfloat16 or float16"),
-        ("--host", str, "127.0.0.1", "address to listen at; 0.0.0.0 is all of this machine's"),
-        ("--port", int, 8000, "port to listen at; 0 takes a free one, and says which"),
-    ]
-    source = inspect.getsource(Options)
-    for name, f in Options.__dataclass_fields__.items():
-        text = re.search(f"^    {name}: .*  # (.*)$", source, re.MULTILINE)[1]
-        if f.default is False:
-            parser.add_argument(f"--{name}", action="store_true", help=text)
-        else:
-            flags.append((f"--{name}", type(f.default), f.default, text))
-    for flag, kind, default, text in flags:
-        parser.add_argument(
-            flag,
-            type=kind,
-            default=default,
-            metavar=kind.__name__.upper(),
-            help=text + (f" [{default}]" if default not in (None, "") else ""),
-        )
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the step of one token: a minute first, faster after",
-    )
-    args = parser.parse_args(argv)
-    require(args.dtype in DTYPES, "--dtype", f"{args.dtype} is unknown", f"use {', '.join(DTYPES)}")
-    require(0 <= args.port < 65536, "--port", f"{args.port} is none", "use 0 to 65535")
-    for name, f in Options.__dataclass_fields__.items():
-        least = 0 if name in ("max_queue", "grace") else 1
-        require(
-            type(f.default) is not int or getattr(args, name) >= least,
-            f"--{name}",
-            f"{getattr(args, name)} is not legal",
-            f"it must be at least {least}",
-        )
-    require(
-        not args.keep_sessions or args.session_dir,
-        "--keep_sessions",
-        "has no place for them",
-        "pass --session_dir",
-    )
-    args.api_key = args.api_key or os.environ.get("TINYMAMBA_API_KEY", "")
-    args.model_name = args.model_name or File(args.checkpoint).stem
-    return args
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens on this address."""
+    try:
+        return socket.create_server((host, port))
+    except OSError as e:
+        problem = f"cannot bind {host}:{port} ({e.strerror})"
+        remedy = "choose another port or stop the process using it"
+        raise UserError("--port", problem, remedy) from None
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    options = Options(**{name: getattr(args, name) for name in Options.__dataclass_fields__})
-    try:
-        listener = socket.create_server((args.host, args.port))
-    except OSError as e:
-        raise UserError(
-            "--port",
-            f"{args.host}:{args.port} cannot be had ({e.strerror})",
-            "use another, or end who has it",
-        ) from None
-    with listener:
+    """Serve until SIGINT or SIGTERM."""
+    options = parse(argv)
+    with listen(options.host, options.port) as listener:
         server = StreamingServer(
-            args.checkpoint,
-            args.device,
+            options.checkpoint,
+            options.device,
             StreamingConfig(batch_size=options.batch_size),
-            args.tokenizer,
-            DTYPES[args.dtype],
-            args.compile,
-            {"adapter": args.adapter} if args.adapter else {},
+            options.tokenizer,
+            options.dtype,
+            options.compile,
+            {"adapter": options.adapter} if options.adapter else {},
         )
         api = Api(server, options)
-        if not options.api_key and args.host not in ("127.0.0.1", "::1", "localhost"):
-            print("there is no --api_key: whoever reaches this machine may use it", file=sys.stderr)
+        if not options.api_key and options.host not in ("127.0.0.1", "::1", "localhost"):
+            warning = "no --api_key: everyone who can reach this machine can use the server"
+            print(warning, file=sys.stderr)
         port = listener.getsockname()[1]
-        print(f"serving {options.model_name} at http://{args.host}:{port}", flush=True)
+        print(f"serving {options.model_name} at http://{options.host}:{port}", flush=True)
         try:
             HttpServer(api).run(sockets=[listener])
         finally:

@@ -1,8 +1,9 @@
-"""serve.py over HTTP, with OpenAI's own client, next to the same server in this process."""
+"""serve.py over HTTP: against the library without HTTP, and with OpenAI's own client."""
 
 import asyncio
 import concurrent.futures
 import contextlib
+import dataclasses
 import gc
 import json
 import os
@@ -21,17 +22,17 @@ import httpx
 import openai
 import pytest
 import torch
-from helpers import ROOT, assert_refused, close, free_copy, run_script, wide
-from test_peft import adapted
+from helpers import ROOT, adapted, assert_refused, close, free_copy, run_main, run_script, wide
 
 import serve
 import streaming
 from peft import AdapterConfig, save_adapter
-from serve import Api, HttpServer, Options
+from serve import Api, ChatTemplate, HttpServer, Options, Vocabulary
 from streaming import Answer, StreamingConfig, StreamingServer
 from testv2 import save_folder
 from tinymamba.cli import UserError
-from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer
+from tinymamba.openai_api import ApiError, Message
+from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer, byte_alphabet
 
 BYTES = SimpleTokenizer()
 PLAIN = {"temperature": 1.0, "top_k": 0}  # OpenAI's own defaults
@@ -39,7 +40,7 @@ NAME = "tiny"
 
 
 class Running:
-    """A server on a port of its own, in a thread of this process."""
+    """A server on a free port, in a thread of this process."""
 
     def __init__(self, adapters=None, **options):
         library = StreamingServer(
@@ -55,7 +56,7 @@ class Running:
         self.thread = threading.Thread(target=self.server.run, args=([self.socket],))
         self.thread.start()
         self.http = httpx.Client(base_url=self.url, timeout=30)
-        until(lambda: self.server.started)
+        wait_until(lambda: self.server.started)
         self.ai = openai.OpenAI(
             base_url=self.url + "/v1",
             api_key=options.get("api_key") or "none",
@@ -76,15 +77,15 @@ class Running:
         return answer.json()
 
     def busy(self) -> int:
-        """Answers in the decoder."""
+        """The number of answers in the decoder."""
         return len(self.api.server.decoder.answers)
 
 
-def until(holds, seconds: float = 60) -> None:
-    """Wait for another thread to get so far."""
+def wait_until(holds, seconds: float = 60) -> None:
+    """Wait until another thread has made this true."""
     end = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < end, "it did not come to that"
+        assert time.monotonic() < end, "timed out"
         threading.Event().wait(0.002)
 
 
@@ -109,13 +110,20 @@ def shared(files):
 
 
 @pytest.fixture(scope="module")
+def strict():
+    """A server with low limits."""
+    with running(max_prompt=4999, max_choices=16, max_body=20_000) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
 def alone() -> StreamingServer:
     """The same model, without HTTP."""
     return StreamingServer(free_copy(wide()), tokenizer=BYTES)
 
 
-def refused(answer: httpx.Response, status: int, param: str | None = None) -> dict:
-    """An error in OpenAI's form that names the field."""
+def assert_error(answer: httpx.Response, status: int, param: str | None = None) -> dict:
+    """Check the response for an error in OpenAI's form about this field; the error."""
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["message"]
@@ -131,14 +139,12 @@ def refused(answer: httpx.Response, status: int, param: str | None = None) -> di
     [
         {},
         {"temperature": 0.0},
-        {"top_p": 0.7},
+        {"temperature": 0.5, "top_p": 0.7},
         {"stop": "e"},
-        {"stop": ["zz", "t", "a"]},
-        {"logit_bias": {"101": -100, "97": 2.5}},
-        {"temperature": 0.5, "top_p": 0.9},
+        {"stop": ["zz", "t", "a"], "logit_bias": {"101": -100, "97": 2.5}},
     ],
 )
-def test_text_is_what_the_model_says_in_this_process(shared, alone, settings):
+def test_text_equals_the_librarys(shared, alone, settings):
     want = alone.generate_text(
         "Once upon",
         seed=3,
@@ -207,7 +213,7 @@ def test_ids_and_text_are_the_same_prompt(shared):
 
 
 def log_softmax(ids: list[int]) -> torch.Tensor:
-    """(l, v) of the model itself."""
+    """The model's log-probabilities after each token: (l, v)."""
     return wide()(torch.tensor([ids]))[0].double().log_softmax(-1)
 
 
@@ -237,12 +243,12 @@ def test_logprobs_are_the_models_own(shared):
 
 
 def name(token: int) -> str:
-    return serve.Vocabulary(BYTES).text_of(token)
+    return Vocabulary(BYTES).text_of(token)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_echo_gives_the_likelihood_of_the_prompt(shared, stream):
-    ids = BYTES.encode("the quick brown fox " * 40)  # more than a piece
+    ids = BYTES.encode("the quick brown fox " * 40)  # longer than one read of a prompt
     got = shared.ai.completions.create(
         model=NAME, prompt=[ids], max_tokens=0, logprobs=1, echo=True, stream=stream
     )
@@ -261,7 +267,7 @@ def test_echo_gives_the_likelihood_of_the_prompt(shared, stream):
 
 
 def test_logprobs_include_the_end_of_text(shared):
-    """eos is no part of the text; but whoever cuts off the last token, as lm-eval, finds one."""
+    """eos is not in the text, but in the logprobs: lm-eval drops the last token of each answer."""
     asked = {
         "model": NAME,
         "prompt": "abc",
@@ -279,7 +285,7 @@ def test_logprobs_include_the_end_of_text(shared):
     assert parts[-1].logprobs.tokens == [EOS_TOKEN] and parts[-1].text == ""
 
 
-def test_echo_and_a_token_more_as_lm_eval_asks(shared):
+def test_echo_and_one_more_token_as_lm_eval_requests(shared):
     ids = BYTES.encode("some words")
     got = shared.ai.completions.create(
         model=NAME,
@@ -295,7 +301,7 @@ def test_echo_and_a_token_more_as_lm_eval_asks(shared):
 
 
 def test_characters_of_several_tokens_are_whole(shared):
-    """Bytes that are no character are named by their value, and never parted in a stream."""
+    """Tokens that are part of a character are shown as bytes; a stream has whole characters."""
     bias = {str(b): 100 for b in "é".encode()}
     asked = {"model": NAME, "prompt": "x", "max_tokens": 20, "logit_bias": bias, "seed": 0}
     texts = [c.choices[0].text for c in shared.ai.completions.create(stream=True, **asked)]
@@ -355,12 +361,12 @@ def test_chat(shared, alone):
 
 
 def test_a_template_beside_the_tokenizer_is_used(tmp_path):
-    """Its own special tokens are tokens, and what is said has none."""
+    """Its special tokens are encoded as such; those in a message are plain text."""
     text = "{% for m in messages %}<|endoftext|>{{ m.role }}|{{ m.content }}\n{% endfor %}"
     (tmp_path / "chat_template.jinja").write_text(text + "{{ raise() if messages[3] }}")
-    (tmp_path / "vocab.txt").write_text("\n".join([*serve.byte_alphabet(), EOS_TOKEN]) + "\n")
-    template = serve.Template(SimpleTokenizer(tmp_path / "vocab.txt"))
-    said = [serve.Message(role="user", content=EOS_TOKEN), serve.Message(role="user", content="b")]
+    (tmp_path / "vocab.txt").write_text("\n".join([*byte_alphabet(), EOS_TOKEN]) + "\n")
+    template = ChatTemplate(SimpleTokenizer(tmp_path / "vocab.txt"))
+    said = [Message(role="user", content=EOS_TOKEN), Message(role="user", content="b")]
     assert template.encode(said) == [
         256,
         *BYTES.encode(f"user|{EOS_TOKEN}\n"),
@@ -375,12 +381,12 @@ def test_a_template_beside_the_tokenizer_is_used(tmp_path):
         "bos_token": None,
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
-    other = serve.Template(SimpleTokenizer(tmp_path / "vocab.txt"))
+    other = ChatTemplate(SimpleTokenizer(tmp_path / "vocab.txt"))
     assert other.encode(said) == [256]
     (tmp_path / "chat_template.jinja").write_text("{% for %}")
     with pytest.raises(UserError, match="chat template"):
-        serve.Template(SimpleTokenizer(tmp_path / "vocab.txt"))
-    with pytest.raises(serve.Refusal, match="template"):
+        ChatTemplate(SimpleTokenizer(tmp_path / "vocab.txt"))
+    with pytest.raises(ApiError, match="template"):
         template.encode([*said, *said])
 
 
@@ -452,27 +458,10 @@ HELLO = {"messages": [{"role": "user", "content": "hi"}]}
         ("/v1/sessions", {"load": "a/b"}, "load"),
     ],
 )
-def test_what_is_wrong_is_named(path, body, param):
-    with_limits = strict_server()
-    error = refused(with_limits.http.post(path, json=body), 400, param)
+def test_errors_name_the_field(strict, path, body, param):
+    error = assert_error(strict.http.post(path, json=body), 400, param)
     assert error["type"] == "invalid_request_error" and param.split(".")[0] in error["message"]
-    assert with_limits.api.pending == 0
-
-
-STRICT = []
-
-
-def strict_server() -> Running:
-    if not STRICT:
-        STRICT.append(Running(max_prompt=4999, max_choices=16, max_body=20_000))
-    return STRICT[0]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def end_strict_server():
-    yield
-    while STRICT:
-        STRICT.pop().end()
+    assert strict.api.pending == 0
 
 
 @pytest.mark.parametrize(
@@ -488,16 +477,16 @@ def end_strict_server():
         b'{"prompt": "a", "temperature": Infinity}',
     ],
 )
-def test_what_is_no_body_is_refused(body):
-    answer = strict_server().http.post(
+def test_a_malformed_body_is_rejected(strict, body):
+    answer = strict.http.post(
         COMPLETIONS, content=body, headers={"Content-Type": "application/json"}
     )
     assert answer.status_code == 400 and answer.json()["error"]["message"]
 
 
-def test_half_of_a_character_is_refused_or_read():
+def test_a_lone_surrogate_gets_a_json_answer(strict):
     for body in (rb'{"prompt": "\ud800", "max_tokens": 1}', rb'{"prompt": "a", "\ud800": 1}'):
-        answer = strict_server().http.post(
+        answer = strict.http.post(
             COMPLETIONS, content=body, headers={"Content-Type": "application/json"}
         )
         assert answer.status_code in (200, 400) and answer.json()
@@ -528,26 +517,28 @@ def test_harmless_fields_change_nothing(shared):
     assert plain == other
 
 
-def test_routes_that_are_not_there(shared):
-    refused(shared.http.get("/v1/nothing"), 404)
-    assert refused(shared.http.get(COMPLETIONS), 405)["code"] == "method_not_allowed"
-    refused(shared.http.get("/v1/models/gpt-4"), 404, "model")
+def test_unknown_routes(shared):
+    assert_error(shared.http.get("/v1/nothing"), 404)
+    assert assert_error(shared.http.get(COMPLETIONS), 405)["code"] == "method_not_allowed"
+    assert_error(shared.http.get("/v1/models/gpt-4"), 404, "model")
     assert shared.ai.models.list().data[0].id == NAME
     assert shared.ai.models.retrieve(NAME).owned_by == "tinymamba"
 
 
-def test_a_body_that_is_too_large(shared):
-    server, large = strict_server(), json.dumps({"prompt": "a" * 30_000}).encode()
-    refused(server.http.post(COMPLETIONS, content=large), 413)
-    pieces = (large[i : i + 1000] for i in range(0, len(large), 1000))  # of no announced length
-    refused(
-        server.http.post(COMPLETIONS, content=pieces, headers={"Content-Type": "application/json"}),
+def test_a_body_that_is_too_large(strict):
+    large = json.dumps({"prompt": "a" * 30_000}).encode()
+    assert_error(strict.http.post(COMPLETIONS, content=large), 413)
+    pieces = (
+        large[i : i + 1000] for i in range(0, len(large), 1000)
+    )  # sent without Content-Length
+    assert_error(
+        strict.http.post(COMPLETIONS, content=pieces, headers={"Content-Type": "application/json"}),
         413,
     )
-    assert server.post(COMPLETIONS, prompt="a", max_tokens=1)
+    assert strict.post(COMPLETIONS, prompt="a", max_tokens=1)
 
 
-def test_a_body_that_does_not_come_or_drips():
+def test_a_slow_body_times_out():
     with (
         running(body_timeout=1) as server,
         socket.create_connection(
@@ -566,20 +557,20 @@ def test_a_body_that_does_not_come_or_drips():
         assert b" 408 " in answer.split(b"\r\n")[0] and b"connection: close" in answer.lower()
 
 
-def test_a_page_of_another_site_is_refused(shared):
+def test_a_page_of_another_site_is_rejected(shared):
     for origin, status in ((None, 200), (shared.url, 200), ("http://evil.example", 403)):
         headers = {"Origin": origin} if origin else {}
         assert shared.http.get("/v1/sessions", headers=headers).status_code == status
 
 
 def test_an_error_of_the_server_is_counted(shared, monkeypatch):
-    monkeypatch.setattr(shared.api, "card", lambda name: 1 / 0)
+    monkeypatch.setattr(shared.api, "model_info", lambda name: 1 / 0)
     assert shared.http.get("/v1/models").status_code == 500
     counted = 'tinymamba_requests_total{route="/v1/models",status="500"} 1.0'
     assert counted in shared.http.get("/metrics").text
 
 
-def test_an_error_of_one_disturbs_no_other(shared, alone, monkeypatch):
+def test_an_error_in_one_answer_affects_no_other(shared, alone, monkeypatch):
     want = alone.generate_text("Once", seed=1, max_new_tokens=60, **PLAIN)
     usual = streaming.probabilities
     monkeypatch.setattr(
@@ -600,7 +591,7 @@ def test_an_error_of_one_disturbs_no_other(shared, alone, monkeypatch):
         ]
         assert {g.result()["choices"][0]["text"] for g in good} == {want}
         for b in broken:
-            refused(b.result(), 500)
+            assert_error(b.result(), 500)
 
 
 def test_a_failing_step_fails_its_answers_and_no_later_one(shared, monkeypatch):
@@ -619,7 +610,7 @@ def test_a_failing_step_fails_its_answers_and_no_later_one(shared, monkeypatch):
     answer = shared.http.post(
         "/v1/sessions/steady/completions", json={"prompt": "x", "max_tokens": 50}
     )
-    error = refused(answer, 500)
+    error = assert_error(answer, 500)
     assert error["type"] == "server_error" and "0x7f" not in error["message"]
     monkeypatch.setattr(decoder, "read", real)
     after = shared.http.get("/v1/sessions/steady").json()
@@ -627,7 +618,7 @@ def test_a_failing_step_fails_its_answers_and_no_later_one(shared, monkeypatch):
     assert shared.post("/v1/sessions/steady/completions", prompt="x", max_tokens=3)
 
 
-# ------------------------------------------------------------------------- keys, room, clients
+# ------------------------------------------------------------------------ keys, queue, clients
 
 
 def test_keys():
@@ -644,17 +635,17 @@ def test_keys():
             "/v1/sessions/x",
         ]
         for path in paths:
-            assert refused(server.http.get(path), 401)["code"] == "invalid_api_key"
+            assert assert_error(server.http.get(path), 401)["code"] == "invalid_api_key"
             assert server.http.get(path, headers=good).status_code in (200, 404)
         for bad in ("", "Bearer", "Bearer secre", "bearer säcret", "Basic säcret"):
             answer = server.http.post(COMPLETIONS, json={}, headers={"Authorization": bad.encode()})
-            refused(answer, 401)
+            assert_error(answer, 401)
             assert answer.headers["www-authenticate"] == "Bearer"
         schemes = server.http.get("/openapi.json", headers=good).json()
         assert schemes["paths"]["/v1/models"]["get"]["security"] == [{"key": []}]
 
 
-def test_a_full_queue_is_told_before_anything_is_read(monkeypatch):
+def test_a_full_queue_rejects_before_the_body_is_read(monkeypatch):
     with running(batch_size=2, max_queue=1) as server:
         asked = {"model": NAME, "prompt": "a", "max_tokens": 4096, "logit_bias": {"256": -100}}
         streams = [server.ai.completions.create(stream=True, **asked) for _ in range(2)]
@@ -662,23 +653,23 @@ def test_a_full_queue_is_told_before_anything_is_read(monkeypatch):
             server.ai.completions.create(n=2, **asked)
         with concurrent.futures.ThreadPoolExecutor() as pool:
             third = pool.submit(server.ai.completions.create, **{**asked, "max_tokens": 2})
-            until(lambda: server.api.pending == 3)
+            wait_until(lambda: server.api.pending == 3)
             monkeypatch.setattr(server.api.tokenizer, "encode", None)
             for body in (b"{", json.dumps({"prompt": "a"}).encode()):
                 answer = server.http.post(COMPLETIONS, content=body)
-                assert refused(answer, 429)["code"] == "queue_full"
+                assert assert_error(answer, 429)["code"] == "queue_full"
                 assert int(answer.headers["retry-after"]) > 0
             assert server.http.get("/health").status_code == 200
             monkeypatch.undo()
             for stream in streams:
                 stream.close()
             assert third.result().usage.completion_tokens == 2
-        until(lambda: server.api.pending == 0)
+        wait_until(lambda: server.api.pending == 0)
         assert server.busy() == 0
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_frees_its_slot_in_a_step(shared, stream, monkeypatch):
+def test_a_disconnect_frees_the_slot_before_the_next_step(shared, stream, monkeypatch):
     decoder, steps, gone = shared.api.server.decoder, [], threading.Event()
     real, engine = decoder.step, shared.api.engine
     drop = engine.drop
@@ -698,19 +689,19 @@ def test_a_client_that_goes_away_frees_its_slot_in_a_step(shared, stream, monkey
     body = {"prompt": "a", "max_tokens": 4096, "stream": stream, "logit_bias": {"256": -100}}
     if stream:
         with client.stream("POST", COMPLETIONS, json=body) as answer:
-            lines = answer.iter_lines()  # once it is forgotten, the connection is closed
+            lines = answer.iter_lines()  # freeing it closes the connection
             assert next(lines).startswith("data: {")
             assert shared.busy() == 1
     else:
         with pytest.raises(httpx.ReadTimeout):
             client.post(COMPLETIONS, json=body, timeout=0.2)
     client.close()
-    until(gone.is_set)
-    until(lambda: shared.busy() == 0 and shared.api.pending == 0)
+    wait_until(gone.is_set)
+    wait_until(lambda: shared.busy() == 0 and shared.api.pending == 0)
     assert steps == []
 
 
-def test_many_at_once_say_what_they_say_alone(alone):
+def test_concurrent_answers_equal_single_ones(alone):
     chance = random.Random(0)
     bodies = [
         {
@@ -720,7 +711,7 @@ def test_many_at_once_say_what_they_say_alone(alone):
             "temperature": chance.choice([0, 0.7, 1]),
             "stream": bool(i % 2),
         }
-        for i in range(40)
+        for i in range(24)
     ]
     want = [
         alone.generate_text(
@@ -744,12 +735,12 @@ def test_many_at_once_say_what_they_say_alone(alone):
             assert list(pool.map(ask, bodies)) == want
         assert server.api.pending == 0 and server.busy() == 0
         metrics = server.http.get("/metrics").text
-        route = 'tinymamba_requests_total{route="/v1/completions",status="200"} 40.0'
+        route = 'tinymamba_requests_total{route="/v1/completions",status="200"} 24.0'
         assert route in metrics and "process_resident_memory_bytes" in metrics
 
 
-def test_what_is_done_is_forgotten_without_the_garbage_collector(shared):
-    """A state is half a megabyte: a few hundred that wait to be collected are a leak."""
+def test_finished_answers_are_freed_without_the_garbage_collector(shared):
+    """A state is half a megabyte: hundreds waiting for the collector would be a leak."""
 
     def answers() -> int:
         return sum(type(o) is Answer for o in gc.get_objects())
@@ -766,13 +757,13 @@ def test_what_is_done_is_forgotten_without_the_garbage_collector(shared):
         ) as answer:
             assert answer.status_code == 200
         shared.http.post(COMPLETIONS, json={"prompt": "a", "model": "none"})
-        until(lambda: shared.busy() == 0 and shared.api.pending == 0)
-        until(lambda: answers() <= before)
+        wait_until(lambda: shared.busy() == 0 and shared.api.pending == 0)
+        wait_until(lambda: answers() <= before)
     finally:
         gc.enable()
 
 
-def test_a_client_that_reads_slowly_holds_up_no_other(shared):
+def test_a_slow_reader_does_not_block_others(shared):
     slow = shared.ai.completions.create(
         model=NAME, prompt="a", max_tokens=600, stream=True, logprobs=20, logit_bias={"256": -100}
     )
@@ -785,13 +776,13 @@ def test_a_client_that_reads_slowly_holds_up_no_other(shared):
 
 
 def session(server: Running, name: str, prompt: str = "", **body) -> str:
-    """Go on in a session; its text."""
+    """Continue a session; the text of its answer."""
     return server.post(f"/v1/sessions/{name}/completions", prompt=prompt, **body)["choices"][0][
         "text"
     ]
 
 
-def test_a_session_is_that_of_the_library(shared, alone):
+def test_a_session_equals_the_librarys(shared, alone):
     made = shared.post("/v1/sessions", id="one", seed=7)
     assert (made["tokens"], made["turns"], made["seed"], made["answering"]) == (0, 0, 7, False)
     twin = alone.create_session(seed=7)
@@ -815,11 +806,11 @@ def test_fork_rollback_reset_delete(shared):
     texts = [session(shared, name, "x", max_tokens=20) for name in ("two", "three", other["id"])]
     assert texts[0] == texts[1] != texts[2]
     assert shared.post(path + "/rollback")["tokens"] == fork["tokens"]
-    refused(shared.http.post(path + "/rollback"), 409, "session_id")
+    assert_error(shared.http.post(path + "/rollback"), 409, "session_id")
     assert session(shared, "two", "x", max_tokens=20) == texts[0]
     assert shared.post(path + "/reset")["tokens"] == 0
-    refused(shared.http.post("/v1/sessions", json={"id": "two"}), 409, "id")
-    refused(shared.http.post(path + "/fork", json={"id": "three"}), 409, "id")
+    assert_error(shared.http.post("/v1/sessions", json={"id": "two"}), 409, "id")
+    assert_error(shared.http.post(path + "/fork", json={"id": "three"}), 409, "id")
     assert shared.http.delete(path).json()["deleted"]
     for method, route in (
         ("GET", ""),
@@ -829,9 +820,9 @@ def test_fork_rollback_reset_delete(shared):
         ("POST", "/rollback"),
         ("POST", "/stop"),
     ):
-        refused(shared.http.request(method, path + route), 404, "session_id")
-    refused(shared.http.post(path + "/completions", json={"prompt": "a"}), 404, "session_id")
-    refused(shared.http.post(path + "/save", json={"name": "x"}), 404, "session_id")
+        assert_error(shared.http.request(method, path + route), 404, "session_id")
+    assert_error(shared.http.post(path + "/completions", json={"prompt": "a"}), 404, "session_id")
+    assert_error(shared.http.post(path + "/save", json={"name": "x"}), 404, "session_id")
 
 
 def test_save_and_load(shared, files):
@@ -839,29 +830,29 @@ def test_save_and_load(shared, files):
     session(shared, "four", "abc", max_tokens=5)
     shared.post("/v1/sessions/four/save", name="talk")
     assert (files / "talk.safetensors").is_file()
-    refused(shared.http.post("/v1/sessions/four/save", json={"name": "talk"}), 409, "name")
+    assert_error(shared.http.post("/v1/sessions/four/save", json={"name": "talk"}), 409, "name")
     want = session(shared, "four", "x", max_tokens=20)
     shared.post("/v1/sessions", load="talk", id="five")
     assert session(shared, "five", "x", max_tokens=20) == want
     assert shared.post("/v1/sessions/four/save", name="talk", overwrite=True)["turns"] == 2
-    refused(shared.http.post("/v1/sessions", json={"load": "talk", "id": "five"}), 409, "id")
-    refused(shared.http.post("/v1/sessions", json={"load": "talk", "seed": 1}), 400, "seed")
-    refused(shared.http.post("/v1/sessions", json={"load": "nothing"}), 404, "load")
+    assert_error(shared.http.post("/v1/sessions", json={"load": "talk", "id": "five"}), 409, "id")
+    assert_error(shared.http.post("/v1/sessions", json={"load": "talk", "seed": 1}), 400, "seed")
+    assert_error(shared.http.post("/v1/sessions", json={"load": "nothing"}), 404, "load")
     for bad in ("../talk", "/etc/passwd", "", "a.b", "x" * 65, "a\n"):
-        refused(shared.http.post("/v1/sessions", json={"load": bad}), 400, "load")
-        refused(shared.http.post("/v1/sessions/four/save", json={"name": bad}), 400, "name")
+        assert_error(shared.http.post("/v1/sessions", json={"load": bad}), 400, "load")
+        assert_error(shared.http.post("/v1/sessions/four/save", json={"name": bad}), 400, "name")
     (files / "broken.safetensors").write_bytes(b"no session")
     for path, body, param in (
         ("", {"load": "broken"}, "load"),
         ("/four/save", {"name": "broken", "overwrite": True}, "name"),
     ):
-        error = refused(shared.http.post(f"/v1/sessions{path}", json=body), 400, param)
+        error = assert_error(shared.http.post(f"/v1/sessions{path}", json=body), 400, param)
         assert str(files) not in error["message"]
     assert (files / "broken.safetensors").read_bytes() == b"no session"
     with running() as bare:
         bare.post("/v1/sessions", id="a")
-        refused(bare.http.post("/v1/sessions/a/save", json={"name": "x"}), 400, "name")
-        refused(bare.http.post("/v1/sessions", json={"load": "x"}), 400, "load")
+        assert_error(bare.http.post("/v1/sessions/a/save", json={"name": "x"}), 400, "name")
+        assert_error(bare.http.post("/v1/sessions", json={"load": "x"}), 400, "load")
 
 
 ENDLESS = {"max_tokens": 4096, "logit_bias": {"256": -100}}
@@ -885,7 +876,7 @@ def test_a_session_answers_one_at_a_time_and_can_be_stopped(shared, alone):
             ("rollback", {}),
             ("save", {"name": "six"}),
         ):
-            error = refused(shared.http.post(f"{path}/{route}", json=body), 409, "session_id")
+            error = assert_error(shared.http.post(f"{path}/{route}", json=body), 409, "session_id")
             assert error["code"] == "session_busy"
         shared.post(path + "/stop")
         events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
@@ -914,17 +905,17 @@ def test_a_session_that_waits_for_a_slot_is_busy_and_can_be_stopped():
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             path = "/v1/sessions/late"
             queued = pool.submit(server.http.post, f"{path}/completions", json={"prompt": "b"})
-            until(lambda: server.api.engine.waiting)
-            refused(
+            wait_until(lambda: server.api.engine.waiting)
+            assert_error(
                 server.http.post(f"{path}/completions", json={"prompt": "c"}), 409, "session_id"
             )
-            refused(server.http.post(f"{path}/reset"), 409, "session_id")
+            assert_error(server.http.post(f"{path}/reset"), 409, "session_id")
             server.post(f"{path}/stop")
-            refused(queued.result(), 409, "session_id")
+            assert_error(queued.result(), 409, "session_id")
         assert server.http.get(path).json()["tokens"] == 0
 
 
-def test_of_saves_at_one_time_under_one_name_one_is_kept(tmp_path):
+def test_of_concurrent_saves_under_one_name_one_succeeds(tmp_path):
     with running(session_dir=str(tmp_path), max_sessions=2) as server:
         for name in ("one", "two"):
             server.post("/v1/sessions", id=name)
@@ -941,21 +932,21 @@ def test_of_saves_at_one_time_under_one_name_one_is_kept(tmp_path):
         assert sorted(a.status_code for a in answers) == [200, *[409] * 7]
 
 
-def test_a_client_that_does_not_read_loses_its_place(shared, monkeypatch):
-    monkeypatch.setattr(serve.Mailbox, "LAG", 2)
-    monkeypatch.setattr(serve.EventStream, "__call__", hold := HeldBack())
+def test_a_client_that_does_not_read_is_dropped(shared, monkeypatch):
+    monkeypatch.setattr(serve.Mailbox, "MAX_UNREAD", 2)
+    monkeypatch.setattr(serve.EventStream, "__call__", hold := DelayedStream())
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         asked = pool.submit(
             shared.http.post, COMPLETIONS, json={"prompt": "a", "stream": True, **ENDLESS}
         )
-        until(lambda: hold.reached and not shared.busy())
+        wait_until(lambda: hold.reached and not shared.busy())
         hold.released.set()
         asked.exception()
-    until(lambda: shared.api.pending == 0)
+    wait_until(lambda: shared.api.pending == 0)
 
 
-class HeldBack:
-    """An event stream that is not sent until it may be."""
+class DelayedStream:
+    """Replaces EventStream.__call__: the stream is sent once `released` is set."""
 
     def __init__(self):
         self.usual, self.reached = serve.EventStream.__call__, False
@@ -970,7 +961,7 @@ class HeldBack:
         return send_late
 
 
-def test_a_session_whose_client_goes_away_stands_where_it_stood(shared):
+def test_a_disconnect_leaves_the_session_unchanged(shared):
     shared.post("/v1/sessions", id="seven", seed=3)
     session(shared, "seven", "abc", max_tokens=9)
     before = shared.http.get("/v1/sessions/seven").json()
@@ -985,7 +976,7 @@ def test_a_session_whose_client_goes_away_stands_where_it_stood(shared):
             lines = answer.iter_lines()
             for _ in range(chance.randrange(12)):
                 next(lines)
-        until(lambda: shared.busy() == 0)
+        wait_until(lambda: shared.busy() == 0)
     now = shared.http.get("/v1/sessions/seven").json()
     assert {**now, "last_used": 0} == {**before, "last_used": 0}
     assert session(shared, "seven", "x", max_tokens=20) == session(
@@ -994,19 +985,19 @@ def test_a_session_whose_client_goes_away_stands_where_it_stood(shared):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_engine_that_fails_says_so_to_all():
+def test_a_failed_engine_reports_an_error_to_all():
     with running() as server:
         with server.http.stream(
             "POST", COMPLETIONS, json={"prompt": "a", "stream": True, **ENDLESS}
         ) as answer:
             lines = answer.iter_lines()
             next(lines)
-            server.api.engine.order(lambda: 1 / 0)
+            server.api.engine.enqueue(lambda: 1 / 0)
             error = json.loads([line for line in lines if line][-1][6:])["error"]
         assert error["code"] == "shutting_down" and server.busy() == 0
         assert server.http.get("/health").status_code == 503
-        refused(server.http.get("/v1/sessions"), 503)
-        refused(server.http.post(COMPLETIONS, json={"prompt": "a"}), 503)
+        assert_error(server.http.get("/v1/sessions"), 503)
+        assert_error(server.http.post(COMPLETIONS, json={"prompt": "a"}), 503)
         assert server.api.pending == 0
 
 
@@ -1020,10 +1011,10 @@ def test_deleting_a_session_ends_its_answer(shared):
         shared.http.delete("/v1/sessions/nine")
         error = json.loads([line for line in lines if line][-1][6:])["error"]
     assert "deleted" in error["message"]
-    until(lambda: shared.busy() == 0)
+    wait_until(lambda: shared.busy() == 0)
 
 
-def test_gates_travel_only_where_they_are_asked_for(shared, alone):
+def test_gates_are_sent_only_on_request(shared, alone):
     shared.post("/v1/sessions", id="ten", seed=1)
     body = {"prompt": "abc", "max_tokens": 6, "logit_bias": {"256": -100, "97": 100}}
     got = shared.post("/v1/sessions/ten/completions", gates=True, **body)["choices"][0]
@@ -1037,18 +1028,18 @@ def test_gates_travel_only_where_they_are_asked_for(shared, alone):
         assert torch.tensor(mine["gates"]).sum(-1).tolist() == pytest.approx([1, 1], abs=2e-3)
     assert "tokens" not in shared.post("/v1/sessions/ten/completions", **body)["choices"][0]
     for path, more in ((COMPLETIONS, {"prompt": "a"}), (CHAT, HELLO)):
-        refused(shared.http.post(path, json={**more, "gates": True}), 400, "gates")
+        assert_error(shared.http.post(path, json={**more, "gates": True}), 400, "gates")
 
 
-def test_sessions_have_their_limit():
+def test_the_number_of_sessions_is_limited():
     with running(max_sessions=2) as server:
         for _ in range(2):
             server.post("/v1/sessions")
         for path in ("/v1/sessions", f"/v1/sessions/{list(server.api.server.sessions)[0]}/fork"):
-            assert refused(server.http.post(path), 429)["code"] == "too_many_sessions"
+            assert assert_error(server.http.post(path), 429)["code"] == "too_many_sessions"
 
 
-# -------------------------------------------------------------------- beginning, end, the page
+# ------------------------------------------------------------------------ start, end, the page
 
 
 @pytest.fixture(scope="module")
@@ -1057,13 +1048,13 @@ def folder(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("model")
     (place / "tiny").mkdir()
     save_folder(place / "tiny", free_copy(wide()))
-    (place / "tiny" / "vocab.txt").write_text("\n".join([*serve.byte_alphabet(), EOS_TOKEN]) + "\n")
+    (place / "tiny" / "vocab.txt").write_text("\n".join([*byte_alphabet(), EOS_TOKEN]) + "\n")
     return place
 
 
 @contextlib.contextmanager
 def process(folder: Path, *words):
-    """serve.py, as a user runs it; the process and its address."""
+    """serve.py as a user runs it; gives the process and its address."""
     command = [sys.executable, str(ROOT / "serve.py"), "--checkpoint", "tiny", "--port", "0"]
     command += words
     child = subprocess.Popen(
@@ -1083,7 +1074,7 @@ def process(folder: Path, *words):
         child.communicate()
 
 
-def test_sigterm_ends_what_runs_in_time_and_rolls_back_the_rest(folder):
+def test_sigterm_finishes_what_it_can_and_undoes_the_rest(folder):
     words = ("--session_dir", "kept", "--keep_sessions", "--grace", "1")
     with process(folder, *words) as (child, url), httpx.Client(base_url=url, timeout=30) as http:
         for name in ("short", "long"):
@@ -1119,7 +1110,7 @@ def test_sigterm_ends_what_runs_in_time_and_rolls_back_the_rest(folder):
         assert child.wait(20) == 130
 
 
-def test_the_grace_is_for_who_runs_and_for_nobody_new():
+def test_the_grace_time_is_for_running_answers_only():
     with (
         running(grace=20) as server,
         server.http.stream(
@@ -1128,7 +1119,7 @@ def test_the_grace_is_for_who_runs_and_for_nobody_new():
     ):
         lines = answer.iter_lines()
         next(lines)
-        server.api.draining = True  # as its first act
+        server.api.draining = True  # the first effect of a shutdown
         for method, path in (("GET", "/health"), ("POST", COMPLETIONS)):
             assert httpx.request(method, server.url + path).status_code == 503
         server.server.should_exit = True
@@ -1147,26 +1138,23 @@ def test_the_grace_is_for_who_runs_and_for_nobody_new():
         (["--checkpoint", "tiny", "--session_dir", "tiny/vocab.txt"], "--session_dir"),
     ],
 )
-def test_a_wrong_command_is_refused(folder, words, fragment):
-    assert_refused(run_script("serve.py", *words, cwd=folder), fragment)
+def test_a_wrong_command_is_rejected(folder, words, fragment):
+    assert_refused(run_main(serve.main, *words, cwd=folder), fragment)
 
 
 def test_every_flag_is_explained(folder):
-    done = run_script("serve.py", "--help", cwd=folder)
+    done = run_main(serve.main, "--help", cwd=folder)
     assert done.returncode == 0 and done.stderr == ""
     said = done.stdout.partition("options:")[2]
-    for option in Options.__dataclass_fields__:
-        assert re.search(rf"--{option}( [A-Z]+)? +[a-z]", said), option
+    for option in (field.name for field in dataclasses.fields(Options)):
+        assert re.search(rf"--{option} \[?[A-Z]+\]? +[a-z]", said), option
 
 
-def test_a_port_that_is_taken(folder):
+def test_a_port_in_use(folder):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert_refused(
-            run_script("serve.py", "--checkpoint", "tiny", "--port", port, cwd=folder),
-            "--port",
-            str(port),
-        )
+        done = run_main(serve.main, "--checkpoint", "tiny", "--port", port, cwd=folder)
+        assert_refused(done, "--port", str(port))
 
 
 def test_a_missing_package_is_named(folder, tmp_path):
@@ -1203,7 +1191,7 @@ def test_an_adapter_is_a_model_of_its_own(tmp_path):
 PAGE = (ROOT / "page.html").read_text(encoding="utf-8")
 
 
-def test_the_page_is_served_alone(shared):
+def test_the_page_is_self_contained(shared):
     answer = shared.http.get("/")
     assert answer.text == PAGE and answer.headers["content-type"].startswith("text/html")
     policy = answer.headers["content-security-policy"]
@@ -1221,7 +1209,7 @@ def test_the_script_of_the_page_parses(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_document_describes_the_routes(shared):
+def test_openapi_describes_the_routes(shared):
     document = shared.http.get("/openapi.json").json()
     routes = {(method.upper(), path) for path, item in document["paths"].items() for method in item}
     assert ("POST", COMPLETIONS) in routes and ("POST", "/v1/sessions/{session_id}/fork") in routes
@@ -1234,8 +1222,8 @@ def test_the_document_describes_the_routes(shared):
 
 
 @pytest.mark.parametrize("phase", ["fuzzing", pytest.param("coverage", marks=pytest.mark.slow)])
-def test_schemathesis_finds_nothing(phase, tmp_path):
-    """Random requests, good and bad, to every route; the document says what may come back.
+def test_schemathesis_finds_no_error(phase, tmp_path):
+    """Random requests, valid and invalid, get the responses that /openapi.json describes.
 
     Left out is that all that fits the document is taken: ids beyond the vocabulary are not, nor
     best_of without n.
@@ -1265,10 +1253,10 @@ def test_schemathesis_finds_nothing(phase, tmp_path):
             timeout=300,
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        until(lambda: server.api.pending == 0 and server.busy() == 0)
+        wait_until(lambda: server.api.pending == 0 and server.busy() == 0)
 
 
-def test_lm_eval_finds_the_likelihoods_of_this_process(shared, tmp_path):
+def test_lm_eval_gets_the_models_likelihoods(shared, tmp_path):
     from lm_eval.api.instance import Instance
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
@@ -1278,9 +1266,9 @@ def test_lm_eval_finds_the_likelihoods_of_this_process(shared, tmp_path):
     for _ in range(24):
         text = "".join(chance.choices("etaoin shrdlu\n", k=chance.randrange(2, 80)))
         cut = chance.randrange(1, len(text))
-        context = text[:cut].rstrip() or "x"  # lm-eval itself moves spaces to the continuation
+        context = text[:cut].rstrip() or "x"  # lm-eval moves spaces to the continuation
         pairs.append((context, text[cut:]))
-    ids = BYTES.encode("abc")  # the likeliest end of a text, so that a right guess is among them
+    ids = BYTES.encode("abc")  # one continuation that is the model's first choice
     pairs.append(("abc", BYTES.decode([int(wide()(torch.tensor([ids]))[0, -1].argmax())])))
     TinyMambaHFTokenizer.of(BYTES).save_pretrained(tmp_path)
     model = LocalCompletionsAPI(
@@ -1304,7 +1292,7 @@ def test_lm_eval_finds_the_likelihoods_of_this_process(shared, tmp_path):
 
 
 class Browser:
-    """Headless Chromium, by WebDriver's own protocol."""
+    """Headless Chromium, controlled through WebDriver."""
 
     FLAGS = (
         "--headless",
@@ -1347,7 +1335,7 @@ class Browser:
         return self.post("/execute/sync", script=script, args=[])
 
     def keys(self, *names: str) -> None:
-        """Press all, then let go."""
+        """Press these keys together."""
         self.post(
             "/actions",
             actions=[
@@ -1384,17 +1372,19 @@ def test_the_page_in_a_browser(tmp_path):
         stack.callback(browser.end)
         browser.post("/url", url=server.url + "/")
         problem = "return document.getElementById('problem').textContent"
-        until(lambda: "API key" in browser.run(problem))
+        wait_until(lambda: "API key" in browser.run(problem))
         browser.run(
             "const k = document.getElementById('key'); k.value = 'key';"
             "k.dispatchEvent(new Event('change'))"
         )
-        until(lambda: browser.run("return document.getElementById('model').textContent") == NAME)
+        wait_until(
+            lambda: browser.run("return document.getElementById('model').textContent") == NAME
+        )
         browser.run(
             "document.getElementById('max').value = 30;document.getElementById('prompt').focus()"
         )
         browser.keys(CONTROL, ENTER)
-        until(lambda: browser.run(COUNT) > 3 and browser.run(WAITS))
+        wait_until(lambda: browser.run(COUNT) > 3 and browser.run(WAITS))
         said = next(iter(server.api.server.sessions.values()))
         assert f"{said.now.position} tokens in a state of" in browser.run(
             "return document.querySelector('.facts').textContent"
@@ -1406,19 +1396,19 @@ def test_the_page_in_a_browser(tmp_path):
         assert len(set(shades)) > 2
         browser.run("document.querySelector('.text').focus()")
         browser.keys(RIGHT)
-        heat = browser.run("return document.getElementById('heat').innerText")
-        assert "layer 2" in heat and "attention" in heat
+        gates = browser.run("return document.getElementById('gates').innerText")
+        assert "layer 2" in gates and "attention" in gates
         browser.run(
             "[...document.querySelectorAll('button')].find(b => b.textContent == 'Fork').click()"
         )
-        until(lambda: browser.run("return document.querySelectorAll('.card').length") == 2)
+        wait_until(lambda: browser.run("return document.querySelectorAll('.card').length") == 2)
         assert len(server.api.server.sessions) == 2
         browser.run(
             "document.getElementById('max').value = 4000;document.getElementById('both').click()"
         )
-        until(lambda: server.busy() == 2)
+        wait_until(lambda: server.busy() == 2)
         browser.keys(ESCAPE)
-        until(lambda: server.busy() == 0 and browser.run(WAITS))
+        wait_until(lambda: server.busy() == 0 and browser.run(WAITS))
         assert browser.run(problem) == ""
         texts = browser.run(
             "return [...document.querySelectorAll('.text')].map(t => t.textContent)"
@@ -1428,4 +1418,4 @@ def test_the_page_in_a_browser(tmp_path):
         assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
         entries = browser.post("/se/log", type="browser")
         bad = [e["message"] for e in entries if e["level"] == "SEVERE"]
-        assert all(" 401 " in message for message in bad), bad  # before the key was typed
+        assert all(" 401 " in message for message in bad), bad  # from before the key was entered
