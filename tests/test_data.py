@@ -704,10 +704,6 @@ def test_weights_that_are_no_shares_are_refused(tmp_path, weights, fragment):
 
 # ------------------------------------------------------------------------------------ tokenizers
 
-CORPUS = [
-    "the theme of the other: 12 plus 30 is 42.\n",
-    "  and so on, und so weiter, für Köln\n",
-] * 9
 HARD = [
     "", "\x00\x7f", "\r\n\r\n", "a\rb", "\t  x \n", "é", "日本語🙂", "\ufeffBOM", "\ufffd",
     "\u2028\x85", EOS, f"a{EOS}b", "</s><eos>", "<0x41><0xE9>", "<|im_start|>user", "ĠĊ", "▁the",
