@@ -112,7 +112,7 @@ class Config:
     """All settings. Edit a default here, pass it as a flag, or `Config(d_model=256)`."""
 
     # Model
-    d_model: int = 768  # model width D
+    d_model: int = 768  # model width d
     n_layer: int = 12  # blocks
     vocab_size: int = 50304  # ids are 0 .. vocab_size-1
     dropout: float = 0.1  # dropout rate on the embedding and on every block's update
