@@ -1,9 +1,9 @@
 """What each part of the block is worth: one research block with a switch for everything tried.
 
-    python benchmarks/ablations.py --text wiki.test.raw wiki.valid.raw --run "no_gate gate=none"
-    python benchmarks/ablations.py --text ... --run R "R_N64 d_state=64" --seeds 0 1 2
-    python benchmarks/ablations.py --text ... --run "llama kind=llama n_layer=4 hidden=336"
-    python benchmarks/ablations.py --table docs/ablations.md --plot docs/ablations.png
+    python -m benchmarks.ablations --text wiki.test.raw wiki.valid.raw --run "no_gate gate=none"
+    python -m benchmarks.ablations --text ... --run R "R_N64 d_state=64" --seeds 0 1 2
+    python -m benchmarks.ablations --text ... --run "llama kind=llama n_layer=4 hidden=336"
+    python -m benchmarks.ablations --table docs/ablations.md --plot docs/ablations.png
 
 A run is a name and the settings in which it differs from the defaults, which are those of the run
 `R`; --help lists them all. It trains on the bytes of the first file of --text, 2,000 steps of
@@ -11,75 +11,87 @@ A run is a name and the settings in which it differs from the defaults, which ar
 a row to --output. --base names the run that the new rows are to be compared with.
 
 --table writes all rows of that file between the two markers of a Markdown file, --plot draws them.
-Parameters and operations come in the order of the script that made the first 36 rows: on the same
-machine and libraries the first 20 losses were the same bits.
+Parameters and operations are in the order of the script that made the first 36 rows: on the same
+machine and libraries, the first 20 losses were bitwise equal.
 
-Letters in the comments on shapes:
-    B batch      l length        D d_model             e inner, the SSM's width
+Dimension letters in shape comments:
+    b batch      l length        d d_model             e inner, the SSM's width
     h SSM heads  p SSM head width (e = h * p)          n d_state     k width of a convolution
-    A attention heads            F attention head width (D = A * F)  v vocabulary
+    a attention heads            f attention head width (d = a * f)  v vocabulary
 """
 
+from __future__ import annotations
+
 import argparse
-import inspect
 import json
 import math
-import re
-import sys
 import time
 import typing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from testv2 import orthogonalize, sparsemax  # noqa: E402
-from tinymamba.cli import CliParser, UserError, parse_as, require, run_cli  # noqa: E402
+from benchmark import append_row
+from testv2 import orthogonalize, sparsemax
+from tinymamba.cli import (
+    CliParser,
+    UserError,
+    add_flags,
+    check_fields,
+    describe_fields,
+    given_fields,
+    need,
+    parse_as,
+    require,
+    run_cli,
+)
 
-V = 256  # bytes
+VOCAB = 256  # bytes
 VALIDATION = 2**18  # bytes
 MOMENTUM = 0.95
 PRIME = 40503  # spreads pairs over the rows of a table (Knuth's multiplicative hash)
-NOISE = 0.007  # nats: below this one run says nothing
+NOISE = 0.007  # nats: smaller differences between single runs mean nothing
 DEFAULTS = "R"  # the run of the default settings
 
 # ------------------------------------------------------------------------------------ settings
 
-ORDERS = {  # branches that read the same input, group after group: 0 SSM, 1 attention, 2 MLP
+ORDERS = {  # groups of branches that read the same input: 0 SSM, 1 attention, 2 MLP
     "parallel": ((0, 1, 2),),
     "mixers_first": ((0, 1), (2,)),
     "sequential": ((0,), (1,), (2,)),
 }
+BRANCHES = ("ssm", "attention", "mlp")
 
 
 @dataclass
 class Settings:
-    """All that a run can vary. The heading above a field is its group in table and plot."""
+    """All that a run can vary. The comment above fields is their group in the table and plot."""
 
     # Model
-    kind: str = "tinymamba"  # tinymamba, or a peer from transformers: llama, mamba2
+    kind: str = "tinymamba"  # the research block, or a model of transformers
 
     # Block
-    order: str = "parallel"  # the branches: which of ORDERS
-    gate: str = "softmax"  # weights of the branches: softmax, top2, sparsemax, sigmoid, none
-    gate_scale: float = 1.0  # the weights times this, unless gate=none
-    norms: int = 1  # norm weights of a parallel block: 1 for all, or 3, one a branch
+    order: str = "parallel"  # of the branches
+    gate: str = "softmax"  # weights of the branches; none adds them
+    gate_scale: float = 1.0  # factor on the weights, unless gate=none
+    norms: int = 1  # norm weights of a parallel block: one for all branches, or one each
     branch_norm: bool = False  # a norm after every branch as well
-    x0: bool = False  # every block mixes the embedding into the stream again
+    x0: bool = False  # every block mixes the embedding into the residual stream again
     embedding_norm: bool = False  # a norm after the embedding
-    bigrams: int = 0  # rows of a table that pairs of bytes are hashed to, added to the embedding
-    value_embedding: bool = False  # a table of its own for each block, added to attention's values
-    loops: int = 1  # times that the stack of blocks is run
-    activation: str = "swiglu"  # MLP: swiglu, or relu2: no gate, ReLU squared
-    dropout: float = 0.0  # rate on every update of the stream
+    bigrams: int = 0  # rows of a table of hashed byte pairs, added to the embedding; 0 is none
+    value_embedding: bool = False  # one embedding table per block, added to attention's values
+    loops: int = 1  # how often the stack of blocks is run
+    activation: str = "swiglu"  # of the MLP; relu2 is ReLU squared, without a gate
+    dropout: float = 0.0  # rate on every update of the residual stream
     tie: bool = True  # one matrix for embedding and output layer
-    zero_out: bool = False  # output projections begin at zero
-    deepnet: bool = True  # DeepNet's constants (arXiv 2203.00555); without, 1
-    init: float = 0.4  # variance of a matrix's first weights, times its inputs
+    zero_out: bool = False  # output projections start at zero
+    deepnet: bool = True  # DeepNet's constants (arXiv 2203.00555); 1 without them
+    init: float = 0.4  # variance of a matrix's initial weights, times its inputs
     rank: int = 0  # of the branches' matrices, as products of two; 0 is full rank
 
     # Convolution
@@ -90,133 +102,90 @@ class Settings:
     ssm_silu: bool = False  # SiLU on x, B, C
     ssm_norm: bool = False  # norm of y * silu(z)
     z_gate: bool = True  # y * silu(z); without it y has a norm instead
-    rot: str = "tanh"  # turns of the state: none; tanh: pi tanh(a); exact: flat at 0 and pi
-    angle_float32: bool = False  # the running sum of the angles; rows without it had bfloat16
+    rot: str = "tanh"  # rotation of the state; tanh: pi tanh(a), exact: flat at 0 and pi
+    angle_float32: bool = False  # cumulative angles in float32; rows without it had bfloat16
     trapezoid: bool = False  # trapezoidal step of Mamba-3 (arXiv 2603.15569)
     delta: bool = False  # delta rule of Gated DeltaNet (arXiv 2412.06464)
     bc_norm: bool = False  # norm of B and of C
-    bc_bias: bool = False  # bias of B and of C, beginning at one
+    bc_bias: bool = False  # bias of B and of C, initially one
 
     # Attention
     qk_norm: bool = True  # norm of queries and keys
-    sink: bool = False  # a learned logit a head that attends to nothing
+    sink: bool = False  # a learned logit per head that attends to nothing
     head_gate: bool = False  # each head's output times 2 sigmoid of the input
     value_residual: bool = False  # mix in the first block's values (arXiv 2410.17897)
 
     # Size
-    d_model: int = 128  # D
+    d_model: int = 128  # width d of the residual stream
     n_layer: int = 3  # blocks
-    inner: int = 256  # e
-    ssm_head_dim: int = 64  # p
-    d_state: int = 16  # n
-    num_heads: int = 2  # A
+    inner: int = 256  # width e of the SSM
+    ssm_head_dim: int = 64  # width p of an SSM head
+    d_state: int = 16  # size n of the state
+    num_heads: int = 2  # attention heads a
     window_size: int = 64  # a token attends to itself and window_size-1 tokens before it
-    hidden: int = 0  # width of the MLP; 0 takes what gives `parameters`, in steps of 8
+    hidden: int = 0  # width of the MLP; 0 takes the multiple of 8 that gives `parameters`
     parameters: int = 800_000  # of the whole model, if hidden is 0
 
     # Training
-    optimizer: str = "muon"  # of the matrices, or adamw for everything
+    optimizer: str = "muon"  # muon for the matrices and AdamW for the rest, or adamw for all
     lr: float = 0.01  # peak rate of the matrices; of everything with adamw
     adam_lr: float = 3e-3  # peak rate of everything else with muon
     gate_proj_muon: bool = False  # Muon for Llama's gate_proj; rows without it had AdamW there
     weight_decay: float = 0.0  # of matrices
-    schedule: str = "cosine"  # cosine to zero; wsd: constant, and linear to zero from 60% on
+    schedule: str = "cosine"  # cosine to zero; wsd: constant, and linear to zero after 60%
     warmup: int = 100  # steps
-    steps: int = 2000
+    steps: int = 2000  # updates of the weights
     batch_size: int = 12  # blocks of a step
-    block_size: int = 64  # l in training and validation
+    block_size: int = 64  # bytes of a block in training and validation
 
-    def validate(self) -> "Settings":
-        """Refuse what cannot be built with a UserError; return self."""
-        for name, legal in CHOICES.items():
-            value = getattr(self, name)
-            require(
-                value in legal,
-                name,
-                f"{value} is not a choice",
-                f"use one of {', '.join(map(str, legal))}",
-            )
-        for name, low in AT_LEAST.items():
-            value = getattr(self, name)
-            require(value >= low, name, f"{value} is not legal", f"it must be at least {low}")
-        require(0 <= self.dropout < 1, "dropout", f"{self.dropout} is not legal", "stay in [0, 1)")
-        require(
-            self.d_model % (2 * self.num_heads) == 0,
-            "num_heads",
-            f"{self.num_heads} do not cut d_model={self.d_model} into even widths",
-            "change one of the two",
-        )
-        require(
-            self.inner % self.ssm_head_dim == 0,
-            "ssm_head_dim",
-            f"{self.ssm_head_dim} does not divide inner={self.inner}",
-            "change one of the two",
-        )
-        require(
-            self.rot == "none" or self.d_state % 2 == 0,
-            "d_state",
-            f"{self.d_state} cannot be split into pairs",
-            "make it even, or rot=none",
-        )
-        require(
-            not (self.delta and self.trapezoid),
-            "delta",
-            "has no trapezoidal step",
-            "leave one of the two",
-        )
-        require(
-            self.kind != "llama" or self.hidden,
-            "hidden",
-            "llama needs a width of its MLP",
-            "hidden=336 with n_layer=4 has 0.8M parameters",
-        )
+    CHOICES: ClassVar = {
+        "kind": ("tinymamba", "llama", "mamba2"),
+        "order": tuple(ORDERS),
+        "gate": ("softmax", "top2", "sparsemax", "sigmoid", "none"),
+        "norms": (1, 3),
+        "activation": ("swiglu", "relu2"),
+        "rot": ("none", "tanh", "exact", "half"),
+        "optimizer": ("muon", "adamw"),
+        "schedule": ("cosine", "wsd"),
+    }
+    LIMITS: ClassVar = {
+        **dict.fromkeys(("block_conv", "ssm_conv", "hidden", "rank", "bigrams"), (0, math.inf)),
+        **dict.fromkeys(("lr", "adam_lr", "weight_decay", "init"), (0, math.inf)),
+        **dict.fromkeys(("d_model", "n_layer", "inner", "ssm_head_dim"), (1, math.inf)),
+        **dict.fromkeys(("d_state", "num_heads", "window_size", "loops"), (1, math.inf)),
+        **dict.fromkeys(("warmup", "steps", "batch_size", "block_size"), (1, math.inf)),
+        "dropout": (0, 0.99),
+    }
+
+    def validate(self) -> Settings:
+        """Reject settings that cannot be built with a UserError; return self."""
+        check_fields(self)
+        problem = f"{self.num_heads} heads do not divide d_model={self.d_model} into even widths"
+        remedy = "change one of the two"
+        require(self.d_model % (2 * self.num_heads) == 0, "num_heads", problem, remedy)
+        problem = f"{self.ssm_head_dim} does not divide inner={self.inner}"
+        require(self.inner % self.ssm_head_dim == 0, "ssm_head_dim", problem, remedy)
+        problem, remedy = f"{self.d_state} cannot be split into pairs", "make it even, or rot=none"
+        require(self.rot == "none" or self.d_state % 2 == 0, "d_state", problem, remedy)
+        both, remedy = self.delta and self.trapezoid, "leave out one of the two"
+        require(not both, "delta", "has no trapezoidal step", remedy)
+        problem = "llama needs the width of its MLP"
+        remedy = "hidden=336 with n_layer=4 has 0.8M parameters"
+        require(self.kind != "llama" or self.hidden, "hidden", problem, remedy)
         return self
-
-
-CHOICES = {
-    "kind": ("tinymamba", "llama", "mamba2"),
-    "order": tuple(ORDERS),
-    "gate": ("softmax", "top2", "sparsemax", "sigmoid", "none"),
-    "norms": (1, 3),
-    "activation": ("swiglu", "relu2"),
-    "rot": ("none", "tanh", "exact", "half"),
-    "optimizer": ("muon", "adamw"),
-    "schedule": ("cosine", "wsd"),
-}
-AT_LEAST = {
-    **dict.fromkeys(("block_conv", "ssm_conv", "hidden", "rank", "lr", "adam_lr"), 0),
-    **dict.fromkeys(("weight_decay", "init"), 0),
-    **dict.fromkeys(("d_model", "n_layer", "inner", "ssm_head_dim", "d_state", "num_heads"), 1),
-    **dict.fromkeys(("window_size", "warmup", "steps", "batch_size", "block_size"), 1),
-}
-BRANCHES = ("ssm", "attention", "mlp")
-
-
-def groups() -> dict[str, str]:
-    """The heading that every field of Settings stands under."""
-    found, heading = {}, ""
-    for line in inspect.getsource(Settings).split("    def ")[0].split("\n"):
-        if title := re.match(r"    # (\w.*)$", line):
-            heading = title[1]
-        elif field := re.match(r"    (\w+): ", line):
-            found[field[1]] = heading
-    return found
 
 
 def parse_run(text: str) -> tuple[str, dict]:
     """'NAME FIELD=VALUE ...' -> the name and the values that are not the default."""
     name, *words = text.split() or [""]
-    require(
-        name and "=" not in name,
-        "run",
-        f"{text!r} begins with no name",
-        'write --run "NAME FIELD=VALUE ..."',
-    )
+    remedy = 'write --run "NAME FIELD=VALUE ..."'
+    require(name and "=" not in name, "run", f"{text!r} begins with no name", remedy)
     hints, values = typing.get_type_hints(Settings), {}
+    known = {field.name for field in fields(Settings)}
     for word in words:
         field, equals, value = word.partition("=")
-        require(equals, word, "is not FIELD=VALUE", 'write --run "NAME FIELD=VALUE ..."')
-        require(field in hints, field, "no such setting", "--help lists them all")
+        require(equals, word, "is not FIELD=VALUE", remedy)
+        require(field in known, field, "no such setting", "--help lists them all")
         try:
             values[field] = parse_as(hints[field], value)
         except argparse.ArgumentTypeError as e:
@@ -229,31 +198,35 @@ def parse_run(text: str) -> tuple[str, dict]:
 
 
 def rms(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """RMSNorm."""
     return F.rms_norm(x, x.shape[-1:], weight)
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + half) of the last dimension of x by the angles of cos and sin."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + half) of the last dimension of x by the angles of cos and sin."""
     first, second = x.chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
 def causal_conv(x: Tensor, weight: Tensor) -> Tensor:
-    """Depthwise: x (b, l, d), weight (d, k), the last column for the token itself."""
+    """Depthwise: x (b, l, d), weight (d, k), whose last column is for the token itself."""
     length, width = x.shape[1], weight.shape[1]
     padded = F.pad(x, (0, 0, width - 1, 0))  # (b, k-1+l, d)
     return sum(padded[:, i : i + length] * weight[:, i] for i in range(width))
 
 
 def uniform(*shape: int, bound: float) -> nn.Parameter:
+    """A parameter drawn from [-bound, bound]."""
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
 
 def lower_triangle(length: int) -> Tensor:
+    """The causal mask (l, l): True where a token may read."""
     return torch.ones(length, length, dtype=torch.bool).tril()
 
 
 def linear(d_in: int, d_out: int, s: Settings) -> nn.Module:
+    """A linear layer, of low rank if the settings say so."""
     if s.rank:
         return nn.Sequential(
             nn.Linear(d_in, s.rank, bias=False), nn.Linear(s.rank, d_out, bias=False)
@@ -262,7 +235,7 @@ def linear(d_in: int, d_out: int, s: Settings) -> nn.Module:
 
 
 class SSM(nn.Module):
-    """Mamba-2's branch (arXiv 2405.21060) as one l x l matrix product, and its rivals."""
+    """Mamba-2's branch (arXiv 2405.21060) as one l x l matrix product, and its alternatives."""
 
     def __init__(self, s: Settings):
         super().__init__()
@@ -287,7 +260,7 @@ class SSM(nn.Module):
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus gives dt again
         self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(self.heads))
-        # There in every variant, used or not: the rows' MLP widths come from a count that has it.
+        # In every variant, used or not: the MLP widths of the rows come from a count with it.
         self.norm = nn.Parameter(torch.ones(s.inner))
         self.out_proj = linear(s.inner, s.d_model, s)
 
@@ -300,7 +273,7 @@ class SSM(nn.Module):
         if s.rot != "none":
             angle = self.angles(u)[:, :, None]  # (b, l, 1, n/2)
             cos, sin = angle.cos(), angle.sin()
-            b, c = turn(b, cos, sin), turn(c, cos, sin)
+            b, c = rotate(b, cos, sin), rotate(c, cos, sin)
         if s.delta:
             b, c = F.normalize(b, dim=-1), F.normalize(c, dim=-1)
         total = log_decay.cumsum(1).transpose(1, 2)  # (b, h, l)
@@ -332,24 +305,28 @@ class SSM(nn.Module):
         return x.unflatten(2, (self.heads, -1)), b, c
 
     def angles(self, u: Tensor) -> Tensor:
-        """By how much the state has turned since the first token: (b, l, n/2)."""
+        """The rotation of the state since the first token: (b, l, n/2)."""
         raw = self.angle_proj(u)
         if self.s.angle_float32:
             raw = raw.float()
         if self.s.rot == "half":
             exact, free = raw.chunk(2, -1)
-            turns = torch.cat((F.hardtanh(F.softshrink(exact, 0.5)), torch.tanh(free)), -1)
-            return (math.pi * turns).cumsum(1)
+            steps = torch.cat((F.hardtanh(F.softshrink(exact, 0.5)), torch.tanh(free)), -1)
+            return (math.pi * steps).cumsum(1)
         if self.s.rot == "exact":
             return (math.pi * F.hardtanh(F.softshrink(raw, 0.5))).cumsum(1)
         return (math.pi * torch.tanh(raw)).cumsum(1)
 
-    def euler(self, u, x, b, c, dt, decay) -> Tensor:
+    def euler(
+        self, u: Tensor, x: Tensor, b: Tensor, c: Tensor, dt: Tensor, decay: Tensor
+    ) -> Tensor:
         """h_t = a_t h_{t-1} + dt_t x_t B_t: the step of Mamba-2."""
         write = dt.transpose(1, 2)[..., None]  # (b, h, l, 1)
         return (c @ b.mT * decay) @ (write * x) + self.D[:, None, None] * x
 
-    def trapezoid(self, u, x, b, c, dt, decay) -> Tensor:
+    def trapezoid(
+        self, u: Tensor, x: Tensor, b: Tensor, c: Tensor, dt: Tensor, decay: Tensor
+    ) -> Tensor:
         """h_t = a_t h_{t-1} + (1 - s_t) dt_t a_t x_{t-1} B_{t-1} + s_t dt_t x_t B_t."""
         read = c @ b.mT  # (b, 1, l, l)
         share = torch.sigmoid(self.share_proj(u))  # (b, l, h)
@@ -359,7 +336,9 @@ class SSM(nn.Module):
         itself = (c * b).sum(-1, keepdim=True)  # (b, 1, l, 1)
         return (read * decay) @ (write * x) + (self.D[:, None, None] - later * itself) * x
 
-    def delta_rule(self, u, x, b, c, dt, decay) -> Tensor:
+    def delta_rule(
+        self, u: Tensor, x: Tensor, b: Tensor, c: Tensor, dt: Tensor, decay: Tensor
+    ) -> Tensor:
         """h_t = a_t h_{t-1} (1 - beta_t B_t B_t^T) + beta_t x_t B_t, beta from 0 to 2."""
         read = c @ b.mT  # (b, 1, l, l)
         beta = (2 * torch.sigmoid(self.beta_proj(u))).transpose(1, 2)[..., None]  # (b, h, l, 1)
@@ -369,7 +348,7 @@ class SSM(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention within a window, with RoPE, written out."""
+    """Causal attention within a window, with RoPE, in plain operations."""
 
     def __init__(self, s: Settings):
         super().__init__()
@@ -392,10 +371,10 @@ class Attention(nn.Module):
         if s.head_gate:
             self.head_gate = nn.Linear(s.d_model, s.num_heads)
         if s.value_embedding:
-            self.value_embedding = nn.Embedding(V, s.d_model)
+            self.value_embedding = nn.Embedding(VOCAB, s.d_model)
 
     def forward(self, u: Tensor, values: list[Tensor], ids: Tensor) -> Tensor:
-        """(b, l, d) -> (b, l, d); `values` takes the first block's values to the later ones."""
+        """(b, l, d) -> (b, l, d); `values` keeps the first block's values for later blocks."""
         s = self.s
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (p(u).unflatten(2, (s.num_heads, -1)).transpose(1, 2) for p in projections)
@@ -407,7 +386,7 @@ class Attention(nn.Module):
             values.append(v)
         if s.qk_norm:
             q, k = rms(q, self.q_norm), rms(k, self.k_norm)
-        q, k = (turn(t, self.cos, self.sin) for t in (q, k))  # (b, a, l, f)
+        q, k = (rotate(t, self.cos, self.sin) for t in (q, k))  # (b, a, l, f)
         scores = q @ k.mT * q.shape[-1] ** -0.5 + self.mask  # (b, a, l, l)
         if s.sink:
             nothing = self.sink.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
@@ -421,6 +400,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """SwiGLU, or ReLU squared."""
+
     def __init__(self, s: Settings):
         super().__init__()
         self.up_proj = linear(s.d_model, s.hidden, s)
@@ -429,13 +410,14 @@ class MLP(nn.Module):
         self.out_proj = linear(s.hidden, s.d_model, s)
 
     def forward(self, u: Tensor) -> Tensor:
+        """(b, l, d) -> (b, l, d)."""
         if self.act_proj is None:
             return self.out_proj(F.relu(self.up_proj(u)).square())
         return self.out_proj(F.silu(self.act_proj(u)) * self.up_proj(u))
 
 
 def branch_weights(logits: Tensor, gate: str) -> Tensor:
-    """(b, l, 3) -> (b, l, 3)."""
+    """The branches' weights from the gate's logits: (b, l, 3) -> (b, l, 3)."""
     if gate == "sigmoid":
         return 2 * logits.sigmoid()
     if gate == "sparsemax":
@@ -448,7 +430,7 @@ def branch_weights(logits: Tensor, gate: str) -> Tensor:
 
 
 class Block(nn.Module):
-    """The three branches, side by side or one after the other."""
+    """The three branches, in parallel or one after the other."""
 
     def __init__(self, s: Settings):
         super().__init__()
@@ -489,28 +471,32 @@ class Block(nn.Module):
         return x
 
     def convolve(self, v: Tensor, place: int) -> Tensor:
+        """Add the convolution of the group at `place`, if there is one."""
         return v + causal_conv(v, self.conv[place]) if self.s.block_conv else v
 
     def weights(self, u: Tensor) -> list:
-        """What each branch's output is multiplied by: three numbers, or three of (b, l, 1)."""
+        """The factors of the branches' outputs: three numbers, or three tensors (b, l, 1)."""
         if self.s.gate == "none":
             return [1.0, 1.0, 1.0]
         weights = branch_weights(self.gate(u), self.s.gate) * self.s.gate_scale
         return list(weights.split(1, -1))
 
     def branch(self, i: int, u: Tensor, values: list[Tensor], ids: Tensor) -> Tensor:
+        """The output of branch `i`: (b, l, d) -> (b, l, d)."""
         y = self.attention(u, values, ids) if i == 1 else (self.ssm, None, self.mlp)[i](u)
         return rms(y, self.branch_norm[i]) if self.s.branch_norm else y
 
 
 class Model(nn.Module):
+    """Embedding, blocks, norm and output layer."""
+
     def __init__(self, s: Settings):
         super().__init__()
         self.s = s
-        self.embedding = nn.Embedding(V, s.d_model)
+        self.embedding = nn.Embedding(VOCAB, s.d_model)
         self.blocks = nn.ModuleList(Block(s) for _ in range(s.n_layer))
         self.norm = nn.Parameter(torch.ones(s.d_model))
-        self.head = nn.Linear(s.d_model, V, bias=False)
+        self.head = nn.Linear(s.d_model, VOCAB, bias=False)
         if s.tie:
             self.head.weight = self.embedding.weight
         if s.bigrams:
@@ -519,14 +505,14 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """DeepNet's beta on values and outputs; gates begin equal for every token."""
+        """DeepNet's beta on values and outputs; gates start equal for every token."""
         beta = (4 * self.s.n_layer) ** -0.25 if self.s.deepnet else 1.0
         for name, module in self.named_modules():
             if not isinstance(module, nn.Linear):
                 continue
-            inside = self.s.rank and name.endswith(".0")  # the first of two keeps the variance
-            share = 1.0 if inside else self.s.init
-            nn.init.normal_(module.weight, std=math.sqrt(share / module.in_features))
+            first = self.s.rank and name.endswith(".0")  # the first of two keeps the variance
+            variance = (1.0 if first else self.s.init) / module.in_features
+            nn.init.normal_(module.weight, std=math.sqrt(variance))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
             if name.endswith(("out_proj", "v_proj", "out_proj.1", "v_proj.1")):
@@ -545,7 +531,7 @@ class Model(nn.Module):
         """(b, l) -> (b, l, v)."""
         x = self.embedding(ids)
         if self.s.bigrams:
-            pairs = V * F.pad(ids[:, :-1], (1, 0)) + ids
+            pairs = VOCAB * F.pad(ids[:, :-1], (1, 0)) + ids
             x = x + self.bigram_embedding(pairs * PRIME % 2**16 % self.s.bigrams)
         embedded = x = rms(x) if self.s.embedding_norm else x
         values = []
@@ -559,11 +545,10 @@ class Peer(nn.Module):
 
     def __init__(self, s: Settings):
         super().__init__()
-        import transformers
-
+        transformers = need("transformers")
         transformers.logging.set_verbosity_error()  # Mamba2 warns of missing CUDA kernels
         common = {
-            "vocab_size": V,
+            "vocab_size": VOCAB,
             "hidden_size": s.d_model,
             "num_hidden_layers": s.n_layer,
             "tie_word_embeddings": s.tie,
@@ -590,15 +575,17 @@ class Peer(nn.Module):
             self.model = transformers.Mamba2ForCausalLM(config)
 
     def forward(self, ids: Tensor) -> Tensor:
+        """(b, l) -> (b, l, v)."""
         return self.model(input_ids=ids).logits
 
 
 def count_parameters(model: nn.Module) -> int:
+    """Weights of the model, shared ones once."""
     return sum(p.numel() for p in model.parameters())
 
 
 def build(s: Settings) -> nn.Module:
-    """The model; its `s.hidden` is what `hidden=0` came to."""
+    """The model; its `s.hidden` is the width that was chosen for `hidden=0`."""
     if s.kind != "tinymamba":
         return Peer(s)
     if not s.hidden:
@@ -618,11 +605,12 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
+        """One update of every matrix."""
         for group in self.param_groups:
-            alike: dict[tuple, list] = {}
+            by_shape: dict[tuple, list] = {}
             for p in group["params"]:
-                alike.setdefault(tuple(p.shape), []).append(p)
-            for (rows, columns), batch in alike.items():
+                by_shape.setdefault(tuple(p.shape), []).append(p)
+            for (rows, columns), batch in by_shape.items():
                 updates = orthogonalize(torch.stack([self.nesterov(p) for p in batch]))
                 rate = group["lr"] * max(1, rows / columns) ** 0.5
                 for p, update in zip(batch, updates, strict=True):
@@ -630,13 +618,14 @@ class Muon(torch.optim.Optimizer):
                     p.add_(update.to(p.dtype), alpha=-rate)
 
     def nesterov(self, p: nn.Parameter) -> Tensor:
+        """The gradient with Nesterov's momentum."""
         mean = self.state[p].setdefault("mean", torch.zeros_like(p))
         mean.lerp_(p.grad, 1 - MOMENTUM)
         return p.grad.lerp(mean, MOMENTUM)
 
 
 def make_optimizers(model: nn.Module, s: Settings) -> list[torch.optim.Optimizer]:
-    """For the matrices, and for the rest: embeddings, gates, convolutions, vectors, thin ones."""
+    """One for the matrices, one for the rest: embeddings, gates, convolutions, vectors."""
     skipped = ("embed", "head", "gate", "conv")
 
     def is_matrix(name: str, p: nn.Parameter) -> bool:
@@ -658,26 +647,25 @@ def make_optimizers(model: nn.Module, s: Settings) -> list[torch.optim.Optimizer
 
 
 def rate(step: int, s: Settings) -> float:
-    """The share of the peak learning rate at a step."""
+    """The learning rate at a step, as a share of its peak."""
     if step < s.warmup:
         return (step + 1) / s.warmup
     if s.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * (step - s.warmup) / (s.steps - s.warmup)))
-    bend = int(0.6 * s.steps)
-    return 1.0 if step < bend else (s.steps - step) / (s.steps - bend)
+    decay = int(0.6 * s.steps)  # the first step of the decay
+    return 1.0 if step < decay else (s.steps - step) / (s.steps - decay)
 
 
 def train(model: nn.Module, data: Tensor, s: Settings, seed: int) -> list[float]:
-    """The loss of every step; it ends early where one is not finite."""
-    random, optimizers, losses = torch.Generator().manual_seed(1000 + seed), [], []
-    optimizers = make_optimizers(model, s)
-    every = [group for optimizer in optimizers for group in optimizer.param_groups]
-    peaks = [group["lr"] for group in every]
+    """The loss of every step; training stops at one that is not finite."""
+    random, optimizers = torch.Generator().manual_seed(1000 + seed), make_optimizers(model, s)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    peaks, losses = [group["lr"] for group in groups], []
     model.train()
     for step in range(s.steps):
         begin = torch.randint(len(data) - s.block_size - 1, (s.batch_size, 1), generator=random)
         window = data[begin + torch.arange(s.block_size + 1)]  # (b, l+1)
-        for group, peak in zip(every, peaks, strict=True):
+        for group, peak in zip(groups, peaks, strict=True):
             group["lr"] = peak * rate(step, s)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(window[:, :-1])
@@ -695,7 +683,7 @@ def train(model: nn.Module, data: Tensor, s: Settings, seed: int) -> list[float]
 
 @torch.no_grad()
 def validate(model: nn.Module, data: Tensor, block: int) -> float:
-    """Nats per byte of the data in blocks, each read with nothing before it."""
+    """Nats per byte of the data, cut into independent blocks."""
     model.eval()
     count = (len(data) - 1) // block * block
     x, y, total = data[:count].view(-1, block), data[1 : count + 1].view(-1, block), 0.0
@@ -707,7 +695,7 @@ def validate(model: nn.Module, data: Tensor, block: int) -> float:
 
 
 def run(name: str, values: dict, base: str, seed: int, texts: tuple[Tensor, Tensor]) -> dict:
-    """One run: its row. A loss that is not finite is None there."""
+    """Train and validate once; returns the row, in which a loss that is not finite is None."""
     s = Settings(**values)
     torch.manual_seed(seed)
     model = build(s)
@@ -730,14 +718,11 @@ def run(name: str, values: dict, base: str, seed: int, texts: tuple[Tensor, Tens
 
 
 def read_bytes(path: str, limit: int | None, block: int) -> Tensor:
+    """The first `limit` bytes of a file, enough for at least one block of inputs and targets."""
     require(Path(path).is_file(), path, "no such file", "pass --text TRAIN VALIDATION")
     data = np.fromfile(path, dtype=np.uint8, count=-1 if limit is None else limit)
-    require(
-        len(data) > block + 1,
-        path,
-        f"{len(data)} bytes are too few",
-        f"blocks of {block} need at least {block + 2}",
-    )
+    remedy = f"blocks of {block} need at least {block + 2}"
+    require(len(data) > block + 1, path, f"{len(data)} bytes are too few", remedy)
     return torch.from_numpy(data.astype(np.int64))
 
 
@@ -763,14 +748,15 @@ class Line:
 
 
 def read_rows(path: str) -> list[dict]:
+    """The rows of a .jsonl file."""
     require(Path(path).is_file(), path, "no such file", "name a file of rows with --output")
     return [json.loads(line) for line in Path(path).read_text().splitlines() if line]
 
 
 def lines_of(rows: list[dict]) -> list[Line]:
-    """Group by group, each sorted by loss. The base of a row has its seed, where there is one."""
-    heading = groups()
-    order = ["Start", *dict.fromkeys(heading.values())]
+    """Group by group, each sorted by loss. A row's base is of the same seed, if there is one."""
+    group_of = {name: group for name, (group, _) in describe_fields(Settings).items()}
+    order = ["Start", *dict.fromkeys(group_of.values())]
     lines = []
     for row in rows:
         bases = [r for r in rows if r["name"] == row["base"]]
@@ -782,31 +768,28 @@ def lines_of(rows: list[dict]) -> list[Line]:
             if mine.get(f.name, f.default) != theirs.get(f.name, f.default)
         }
         first = "kind" if "kind" in mine else next(iter(changed), None)
-        group = heading[first] if base and first else "Start"
+        group = group_of[first] if base and first else "Start"
         lines.append(Line(row, base, changed, group))
-    worst = math.inf
-    return sorted(
-        lines,
-        key=lambda line: (
-            order.index(line.group),
-            line.row["nats_per_byte"] or worst,
-            line.row["seed"],
-        ),
-    )
+
+    def key(line: Line) -> tuple:
+        loss = line.row["nats_per_byte"] or math.inf
+        return order.index(line.group), loss, line.row["seed"]
+
+    return sorted(lines, key=key)
 
 
 def words(settings: dict) -> str:
-    """As --run takes them."""
+    """FIELD=VALUE words, as --run takes them."""
     shown = {k: str(v).lower() if isinstance(v, bool) else v for k, v in settings.items()}
     return " ".join(f"{name}={value}" for name, value in shown.items())
 
 
 def write_table(rows: list[dict], path: str) -> None:
-    """Replace what stands between the two markers of a Markdown file."""
-    require(Path(path).is_file(), path, "no such file", "it must be there, with the two markers")
+    """Replace the text between the two markers of a Markdown file."""
+    require(Path(path).is_file(), path, "no such file", "name an existing Markdown file")
     before, begin, rest = Path(path).read_text().partition("<!-- rows -->\n")
     _, end, after = rest.partition("<!-- /rows -->")
-    require(begin and end, path, "has no markers", "write <!-- rows --> and <!-- /rows --> in it")
+    require(begin and end, path, "has no markers", "add <!-- rows --> and <!-- /rows --> to it")
     table = [
         "| varied | run | seed | against | changed | parameters | nats/byte | bits/byte | |",
         "|---|---|--:|---|---|--:|--:|--:|--:|",
@@ -823,8 +806,8 @@ def write_table(rows: list[dict], path: str) -> None:
     Path(path).write_text(before + begin + "\n".join(table) + "\n" + end + after)
 
 
-def draw_line(axes, y: int, line: Line, right: float) -> None:
-    """A row: a line from its base's loss to its own; past the right edge it is an arrow."""
+def draw_line(axes: Any, y: float, line: Line, right: float) -> None:
+    """Draw a row: a line from its base's loss to its own, or an arrow past the right edge."""
     nats, ours = line.row["nats_per_byte"], "kind" not in line.row["settings"]
     if nats is None:
         axes.text(right, y, "diverged", va="center", ha="right", fontsize=8)
@@ -836,10 +819,10 @@ def draw_line(axes, y: int, line: Line, right: float) -> None:
     if base:
         axes.plot([min(base, right), at], [y, y], color=color, lw=1.6, zorder=2)
         axes.plot(min(base, right), y, "|", color="0.3", ms=9, zorder=3)
-    color_of_dot = "tab:blue" if ours else "tab:orange"
-    inside = "white" if "steps" in line.row["settings"] else color_of_dot
+    edge = "tab:blue" if ours else "tab:orange"
+    inside = "white" if "steps" in line.row["settings"] else edge
     marker = ">" if nats > right else "o" if ours else "s"
-    axes.plot(at, y, marker, color=color_of_dot, mfc=inside, ms=6.5, zorder=4)
+    axes.plot(at, y, marker, color=edge, mfc=inside, ms=6.5, zorder=4)
     axes.annotate(
         f"{nats:.4f}  {line.percent}",
         (1.01, y),
@@ -850,64 +833,40 @@ def draw_line(axes, y: int, line: Line, right: float) -> None:
     )
 
 
-def draw_key(axes) -> None:
-    from matplotlib.lines import Line2D
-
-    axes.legend(
-        handles=[
-            Line2D([], [], color="tab:blue", marker="o", ls="", label="the research block"),
-            Line2D([], [], color="tab:orange", marker="s", ls="", label="transformers' peer"),
-            Line2D(
-                [],
-                [],
-                color="tab:blue",
-                marker="o",
-                mfc="white",
-                ls="",
-                label=f"not {Settings.steps:,} steps",
-            ),
-            Line2D([], [], color="0.3", marker="|", ls="", ms=9, label="the run compared with"),
-            Line2D([], [], color="tab:green", label="better"),
-            Line2D([], [], color="tab:red", label="worse"),
-            Line2D([], [], color="0.45", label=f"less than {NOISE} nats: noise"),
-        ],
-        ncols=7,
-        loc="lower center",
-        bbox_to_anchor=(0.3, 1.01),
-        frameon=False,
-        fontsize=9,
-        columnspacing=1.2,
-        handletextpad=0.4,
-    )
+def draw_legend(axes: Any) -> None:
+    """Explain the marks and colors above the plot."""
+    make = need("matplotlib.lines").Line2D
+    blue, steps = {"color": "tab:blue", "marker": "o", "ls": ""}, f"not {Settings.steps:,} steps"
+    handles = [
+        make([], [], **blue, label="the research block"),
+        make([], [], color="tab:orange", marker="s", ls="", label="transformers' peer"),
+        make([], [], **blue, mfc="white", label=steps),
+        make([], [], color="0.3", marker="|", ls="", ms=9, label="the run compared with"),
+        make([], [], color="tab:green", label="better"),
+        make([], [], color="tab:red", label="worse"),
+        make([], [], color="0.45", label=f"less than {NOISE} nats: noise"),
+    ]
+    place = {"loc": "lower center", "bbox_to_anchor": (0.3, 1.01), "ncols": 7}
+    spacing = {"columnspacing": 1.2, "handletextpad": 0.4}
+    axes.legend(handles=handles, frameon=False, fontsize=9, **place, **spacing)
 
 
 def plot(rows: list[dict], path: str) -> None:
-    """All rows, in groups of what was varied."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Draw all rows, grouped by what was varied."""
     lines = lines_of(rows)
     known = [line.row["nats_per_byte"] for line in lines if line.row["nats_per_byte"]]
-    require(known, path, "there is no row with a loss to draw", "run something first")
+    require(known, path, "there is no row with a loss to draw", "add one with --run")
     left, right = min(known) * 0.997, min(known) * 1.06
     rows_high = len(lines) + 1.5 * len({line.group for line in lines})
-    figure, axes = plt.subplots(figsize=(8, 1.4 + 0.25 * rows_high))
-    y, ticks, labels, last = 0, [], [], None
+    figure = need("matplotlib.figure").Figure(figsize=(8, 1.4 + 0.25 * rows_high))
+    axes = figure.subplots()
+    y, ticks, labels, last = 0.0, [], [], None
     for line in lines:
         if line.group != last:
             y += 0.4 if last else 0
             axes.axhline(y - 0.55, color="0.8", lw=0.8)
-            axes.annotate(
-                line.group,
-                (-0.01, y),
-                xycoords=("axes fraction", "data"),
-                va="center",
-                ha="right",
-                weight="bold",
-                fontsize=10,
-            )
+            style = {"va": "center", "ha": "right", "weight": "bold", "fontsize": 10}
+            axes.annotate(line.group, (-0.01, y), xycoords=("axes fraction", "data"), **style)
             y, last = y + 1, line.group
         draw_line(axes, y, line, right)
         ticks.append(y)
@@ -920,57 +879,74 @@ def plot(rows: list[dict], path: str) -> None:
     axes.set_xlabel("validation loss, nats per byte; an arrow is past the edge")
     axes.grid(axis="x", color="0.9", zorder=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    draw_key(axes)
+    draw_legend(axes)
     figure.savefig(path, dpi=130, bbox_inches="tight")
-    plt.close(figure)
 
 
 # ------------------------------------------------------------------------------------ main
 
 
+@dataclass
+class Options:
+    """The command line."""
+
+    # Runs
+    run: list[str] | None = None  # one or more of 'NAME FIELD=VALUE ...'
+    text: list[str] | None = None  # two files: to train on, to validate on
+    base: str = DEFAULTS  # run that the new rows are compared with
+    seeds: list[int] | None = None  # random seeds of every run; None means 0
+    threads: int = 1  # CPU threads
+
+    # Rows
+    output: str = "docs/ablations.jsonl"  # file of rows
+    table: str | None = None  # Markdown file to write the rows into
+    plot: str | None = None  # image file to draw the rows into
+
+
 def settings_help() -> str:
-    """The fields of Settings with their comments, as they stand in the source."""
-    source = inspect.getsource(Settings).split("    def ")[0].split('"""\n')[-1]
-    return "settings of a run:\n" + source.rstrip()
+    """Every setting of a run with its default and what it is."""
+    lines, last = ["settings of a run, with their defaults:"], ""
+    for name, (group, text) in describe_fields(Settings).items():
+        lines += [f"\n{group}:"] if group != last else []
+        last, setting = group, words({name: getattr(Settings, name)})
+        if name in Settings.CHOICES:
+            text += f" ({', '.join(map(str, Settings.CHOICES[name]))})"
+        lines.append(f"  {setting:24} {text}")
+    return "\n".join(lines)
 
 
-def main() -> None:
-    parser = CliParser(description=__doc__.split("Letters")[0], epilog=settings_help())
-    parser.add_argument("--text", nargs=2, help="file to train on, file to validate on")
-    parser.add_argument("--run", nargs="+", default=[], metavar="'NAME FIELD=VALUE ...'")
-    parser.add_argument("--base", default=DEFAULTS, help=f"compare with this run [{DEFAULTS}]")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of every run [0]")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU [1]")
-    parser.add_argument(
-        "--output", default="docs/ablations.jsonl", help="file of rows [docs/ablations.jsonl]"
-    )
-    parser.add_argument("--table", help="Markdown file to write the rows into")
-    parser.add_argument("--plot", help="picture to draw of the rows")
-    args = parser.parse_args()
-    runs = [parse_run(text) for text in args.run]
-    require(
-        runs or args.table or args.plot,
-        "run",
-        "there is nothing to do",
-        "pass --run, --table or --plot",
-    )
-    require(args.text or not runs, "text", "a run needs two files", "pass --text TRAIN VALIDATION")
-    torch.set_num_threads(args.threads)
-    for name, values in runs:
+def parse(argv: list[str] | None) -> Options:
+    """The command line, checked."""
+    usage = "python -m benchmarks.ablations [--FLAG VALUE ...]"
+    description = str(__doc__).split("Dimension")[0]
+    parser = CliParser(usage=usage, description=description, epilog=settings_help())
+    add_flags(parser, Options)
+    options = Options(**given_fields(Options, parser.parse_args(argv)))
+    check_fields(options, dashes="--")
+    asked = options.run or options.table or options.plot
+    require(asked, "--run", "there is nothing to do", "pass --run, --table or --plot")
+    two, remedy = len(options.text or ()) == 2, "pass --text TRAIN VALIDATION"
+    require(two or not options.run, "--text", "a run needs two files", remedy)
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    options = parse(argv)
+    torch.set_num_threads(options.threads)
+    train_file, validation_file = options.text or ("", "")
+    for name, values in [parse_run(text) for text in options.run or ()]:
         block = Settings(**values).block_size
-        texts = (
-            read_bytes(args.text[0], None, block),
-            read_bytes(args.text[1], VALIDATION + 1, block),
-        )
-        for seed in args.seeds:
-            row = run(name, values, args.base, seed, texts)
-            with open(args.output, "a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(json.dumps(row), flush=True)
-    if args.table:
-        write_table(read_rows(args.output), args.table)
-    if args.plot:
-        plot(read_rows(args.output), args.plot)
+        data = read_bytes(train_file, None, block)
+        validation = read_bytes(validation_file, VALIDATION + 1, block)
+        for seed in options.seeds or [0]:
+            row = run(name, values, options.base, seed, (data, validation))
+            append_row(options.output, row)
+    if options.table:
+        write_table(read_rows(options.output), options.table)
+    if options.plot:
+        plot(read_rows(options.output), options.plot)
+    return 0
 
 
 if __name__ == "__main__":

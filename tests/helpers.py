@@ -242,9 +242,14 @@ def run_script(
     timeout: float = 300,
     input: str | None = None,
 ):
-    """Run a script of the repository in `cwd` as a user would; the CompletedProcess, as text."""
+    """Run a script of the repository in `cwd` as a user would; the CompletedProcess, as text.
+
+    A name without .py is a module: run_script("benchmarks.scan", ...).
+    """
     env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     command = [sys.executable, str(ROOT / script), *map(str, words)]
+    if not script.endswith(".py"):
+        command[1:2], env["PYTHONPATH"] = ["-m", script], str(ROOT)
     return subprocess.run(
         command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, input=input
     )
@@ -268,7 +273,7 @@ def assert_refused(done, *fragments: str) -> None:
 def run_main(main, *words, cwd: Path | None = None, input: str = "") -> subprocess.CompletedProcess:
     """Run the `main(argv)` of a script in this process, as run_cli would: much faster than a
     process, and the same CompletedProcess. Warnings go to stderr."""
-    out, err = io.StringIO(), io.StringIO()
+    out, err = io.StringIO(newline=None), io.StringIO(newline=None)  # "\r" as in text pipes
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.chdir(cwd or Path.cwd()))
         stack.enter_context(contextlib.redirect_stdout(out))

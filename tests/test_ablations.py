@@ -3,29 +3,27 @@
 import dataclasses
 import json
 import shutil
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, assert_refused, run_script
+from helpers import ROOT, assert_refused, run_main, run_script
 
-from tinymamba.cli import UserError
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import ablations
-from ablations import CHOICES, Settings, build, lines_of, parse_run, read_rows, train, words
+from benchmarks import ablations
+from benchmarks.ablations import Settings, build, lines_of, parse_run, read_rows, train, words
+from tinymamba.cli import UserError, describe_fields
 
 TINY = {
     "d_model": 16, "n_layer": 2, "inner": 16, "ssm_head_dim": 8, "d_state": 4, "hidden": 16,
     "window_size": 4, "block_size": 12, "batch_size": 2, "steps": 1, "warmup": 1,
 }  # fmt: skip
 SWITCHES = [
-    {name: value} for name, values in CHOICES.items() for value in values
+    {name: value} for name, values in Settings.CHOICES.items() for value in values
+    if value != getattr(Settings, name)
 ] + [
-    {f.name: not f.default} for f in dataclasses.fields(Settings) if f.type == "bool"
-    or isinstance(f.default, bool)
+    {f.name: not f.default} for f in dataclasses.fields(Settings) if isinstance(f.default, bool)
 ] + [
+    {"rot": "tanh"},  # the defaults
     {"ssm_conv": 4, "ssm_silu": True}, {"block_conv": 0}, {"block_conv": 8}, {"dropout": 0.1},
     {"weight_decay": 0.1}, {"gate_scale": 3.0}, {"kind": "mamba2", "d_model": 32},
     {"order": "sequential", "gate": "none", "block_conv": 0, "value_residual": True},
@@ -99,7 +97,9 @@ def test_the_matrix_form_is_the_recurrence(step):
 
 def test_gates():
     logits = torch.tensor([[3.0, 2.0, -1.0], [0.2, 0.1, 0.0]])
-    gates = {name: ablations.branch_weights(logits, name) for name in CHOICES["gate"][:3]}
+    gates = {
+        name: ablations.branch_weights(logits, name) for name in ("softmax", "top2", "sparsemax")
+    }
     for weights in gates.values():
         torch.testing.assert_close(weights.sum(-1), torch.ones(2))
     assert (gates["top2"] > 0).tolist() == [[True, True, False]] * 2
@@ -125,26 +125,10 @@ def test_the_command_line_writes_a_row_the_table_and_the_picture(tmp_path):
         (tmp_path / name).write_bytes(bytes(BYTES.tolist()))
     (tmp_path / "notes.md").write_text("Before\n<!-- rows -->\nold\n<!-- /rows -->\nAfter\n")
     size = words(TINY)
-    done = run_script(
-        "benchmarks/ablations.py",
-        "--text",
-        "train.txt",
-        "val.txt",
-        "--base",
-        "first",
-        "--run",
-        f"first {size}",
-        f"second {size} gate=none",
-        "--seeds",
-        3,
-        "--output",
-        "rows.jsonl",
-        "--table",
-        "notes.md",
-        "--plot",
-        "rows.png",
-        cwd=tmp_path,
-    )
+    text = ["--text", "train.txt", "val.txt", "--seeds", 3, "--base", "first"]
+    runs = ["--run", f"first {size}", f"second {size} gate=none"]
+    files = ["--output", "rows.jsonl", "--table", "notes.md", "--plot", "rows.png"]
+    done = run_main(ablations.main, *text, *runs, *files, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     first, second = read_rows(tmp_path / "rows.jsonl")
     assert [json.loads(line) for line in done.stdout.splitlines()] == [first, second]
@@ -164,8 +148,10 @@ def test_a_diverged_run_is_a_row_too():
 
 
 def test_a_bad_field_is_one_line(tmp_path):
-    done = run_script("benchmarks/ablations.py", "--run", "R gait=none", cwd=tmp_path)
+    text = ["--text", "train.txt", "val.txt"]
+    done = run_main(ablations.main, "--run", "R gait=none", *text, cwd=tmp_path)
     assert_refused(done, "gait", "--help")
+    assert_refused(run_main(ablations.main, "--run", "R", cwd=tmp_path), "--text: a run needs two")
     assert not list(tmp_path.iterdir())
 
 
@@ -195,5 +181,11 @@ def test_the_rows_of_docs_can_be_run_and_stand_in_the_table(tmp_path):
         assert s.hidden in (0, row["hidden"]) and row["nats_per_byte"] < 2
     page = ROOT / "docs" / "ablations.md"
     shutil.copy(page, tmp_path)
-    ablations.write_table(rows, tmp_path / page.name)
+    words_of_table = ["--output", page.with_suffix(".jsonl"), "--table", page.name]
+    done = run_script("benchmarks.ablations", *words_of_table, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / page.name).read_text() == page.read_text(), "run --table docs/ablations.md"
+
+
+def test_every_setting_is_described():
+    assert [*describe_fields(Settings)] == [field.name for field in dataclasses.fields(Settings)]
