@@ -13,16 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
-    BRIEF,
     ROOT,
-    TINY,
+    adapted,
     assert_refused,
+    brief_flags,
+    call,
     close,
     files_below,
     flags,
     free_copy,
+    run_main,
     run_script,
     some_ids,
+    stir,
     tiny_config,
     wide,
     write_tokens,
@@ -32,6 +35,7 @@ from torch import nn
 from torch.func import functional_call
 
 import peft
+import streaming
 from peft import (
     AdapterConfig,
     LoRALinear,
@@ -71,21 +75,6 @@ KINDS = [
     AdapterConfig("state_offset"),
 ]
 EVERY = pytest.mark.parametrize("config", KINDS, ids=["lora", "rslora", "dora", "prefix", "offset"])
-
-
-def adapted(config: AdapterConfig, stirred=True, name="default", **changes) -> TinyMambaModel:
-    """A model with an adapter that has learned something, if `stirred`."""
-    model = attach(free_copy(wide(**changes)), config, name)
-    if stirred:
-        stir(model, name)
-    return model.eval()
-
-
-def stir(model: TinyMambaModel, name: str, seed: int = 5) -> None:
-    random = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for tensor in adapter_tensors(model, name).values():
-            tensor += 0.2 * torch.randn(tensor.shape, generator=random)
 
 
 # ------------------------------------------------------------------------------------- models
@@ -224,7 +213,7 @@ def test_merging_changes_nothing_and_can_be_undone_bit_for_bit():
         plain = TinyMambaModel(tiny_config()).eval()
         plain.load_state_dict(plain_weights(model))
         assert torch.equal(plain(IDS), model(IDS))
-        with pytest.raises(UserError, match="merged already"):
+        with pytest.raises(UserError, match="is merged"):
             merge_adapter(model)
         with pytest.raises(UserError, match="is merged"):
             set_adapter(model, None)
@@ -239,7 +228,7 @@ def test_what_cannot_be_merged():
     for config in KINDS[3:]:
         with pytest.raises(UserError, match="cannot be merged"):
             merge_adapter(adapted(config))
-    with pytest.raises(UserError, match="the embedding's"):
+    with pytest.raises(UserError, match="shares its weight with the embedding"):
         merge_adapter(adapted(AdapterConfig(target_modules=["head"])))
     merge_adapter(adapted(AdapterConfig(target_modules=["head"]), tie_embeddings=False))
 
@@ -269,7 +258,7 @@ def test_each_row_may_have_an_adapter_of_its_own():
         set_adapter(model, ["a0", "b", None])
 
 
-def test_bad_adapters_are_refused():
+def test_bad_adapters_are_rejected():
     for wrong, word in (
         ({"lora_rank": 0}, "lora_rank"),
         ({"lora_rank": -1}, "lora_rank"),
@@ -278,10 +267,10 @@ def test_bad_adapters_are_refused():
         ({"lora_dropout": 1.0}, "lora_dropout"),
         ({"method": "x"}, "method"),
         ({"prefix_length": 0}, "prefix_length"),
-        ({"method": "full"}, "no adapter"),
+        ({"method": "full"}, "not an adapter"),
         ({"target_modules": "qkv"}, "target_modules"),
         ({"target_modules": ["nowhere"]}, "there are attention.out_proj"),
-        ({"target_modules": ["("]}, "no pattern"),
+        ({"target_modules": ["("]}, "not a regular expression"),
     ):
         model = free_copy(wide())
         with pytest.raises(UserError, match=word):
@@ -352,8 +341,8 @@ def test_adapters_go_to_hugging_face_and_come_from_there(config, tmp_path):
     close(model(IDS), made(IDS), 1e-5)
 
 
-def spoil(folder: Path, change) -> None:
-    """Write the adapter's files anew after `change(config, tensors)`."""
+def damage(folder: Path, change) -> None:
+    """Write the adapter's files again after `change(config, tensors)`."""
     path, about = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     config, tensors = json.loads(about.read_text()), load_file(path)
     change(config, tensors)
@@ -373,7 +362,7 @@ FIRST = "base_model.model.blocks.0.mlp.in_proj.lora_A.weight"
         (lambda c, t: c.update(init_lora_weights="pissa"), "init_lora_weights"),
         (lambda c, t: c.update(r=0), "lora_rank"),
         (lambda c, t: c.update(r=4), "ranks"),
-        (lambda c, t: c.pop("r"), "is no adapter's"),
+        (lambda c, t: c.pop("r"), "is not an adapter config"),
         (lambda c, t: t.pop(FIRST), "other tensors"),
         (lambda c, t: t.update({FIRST: t[FIRST][:, :-1].clone()}), "other tensors"),
         (lambda c, t: t.update({FIRST: t[FIRST].int()}), "other tensors"),
@@ -384,11 +373,11 @@ FIRST = "base_model.model.blocks.0.mlp.in_proj.lora_A.weight"
 )
 def test_files_that_do_not_fit_are_refused_and_leave_the_model_alone(tmp_path, change, words):
     save_adapter(adapted(AdapterConfig()), tmp_path)
-    spoil(tmp_path, change)
+    damage(tmp_path, change)
     model = free_copy(wide())
     with pytest.raises(UserError, match=words):
         load_adapter(model, tmp_path)
-    assert torch.equal(model(IDS), wide()(IDS)) and model.adapter_state.names is None
+    assert torch.equal(model(IDS), wide()(IDS)) and model.adapter_state.active is None
     assert all(p.requires_grad for p in model.parameters() if p.is_leaf)
     load_good = tmp_path / "good"
     save_adapter(adapted(AdapterConfig()), load_good)
@@ -426,54 +415,37 @@ def test_damaged_files_and_foreign_bases_are_refused(tmp_path):
 # --------------------------------------------------------------------------------------- runs
 
 
+def save_wide(path: Path) -> None:
+    """Write a checkpoint of the model `wide()`."""
+    model = wide()
+    save_checkpoint(path, {"model": model.state_dict(), "config": model.config.to_dict()})
+
+
 @pytest.fixture
 def based(place):
-    """A folder with data and a checkpoint that a short run has left."""
-    model = free_copy(wide())
-    save_checkpoint(
-        "tinymamba_model_latest.pt", {"model": model.state_dict(), "config": model.config.to_dict()}
-    )
+    """A folder with data and a checkpoint of a base model."""
+    save_wide(place / "tinymamba_model_latest.pt")
     return place
 
 
-SHORT = [
-    "--steps",
-    4,
-    "--batch_size",
-    2,
-    "--block_size",
-    16,
-    "--validation_steps",
-    1,
-    "--log_interval",
-    1,
-    "--generation_length",
-    5,
-]
+SHORT = flags(
+    steps=4, batch_size=2, block_size=16, validation_steps=1, log_interval=1, generation_length=5
+)
 
 
-def finetune(folder: Path, *words):
-    return run_script("peft.py", "--checkpoint", "./tinymamba_model_latest.pt", *words, cwd=folder)
+def finetune(*words) -> subprocess.CompletedProcess:
+    """peft.py with these words on the command line, in this process and folder."""
+    return run_main(peft.main, "--checkpoint", "./tinymamba_model_latest.pt", *words)
 
 
 def test_the_commands_of_the_readme(based):
-    done = finetune(
-        based,
-        "--method",
-        "lora",
-        "--lora_rank",
-        8,
-        "--lora_alpha",
-        "16.0",
-        "--output_dir",
-        "./lora_model",
-        *SHORT,
-    )
+    lora = ["--method", "lora", "--lora_rank", 8, "--lora_alpha", "16.0"]
+    command = ["--checkpoint", "./tinymamba_model_latest.pt", *lora, "--output_dir", "./lora_model"]
+    done = run_script("peft.py", *command, *SHORT, cwd=based)
     assert done.returncode == 0, done.stderr
     assert "parameters are trained" in done.stdout and "validation at step 4" in done.stdout
-    done = finetune(
-        based, "--method", "prefix", "--prefix_length", 16, "--output_dir", "./prefix_model", *SHORT
-    )
+    prefix = ["--method", "prefix", "--prefix_length", 16]
+    done = finetune(*prefix, "--output_dir", "./prefix_model", *SHORT)
     assert done.returncode == 0, done.stderr
     for folder in ("lora_model", "prefix_model"):
         model = load_model("tinymamba_model_latest.pt")
@@ -484,69 +456,48 @@ def test_the_commands_of_the_readme(based):
         assert not torch.equal(model(IDS), wide()(IDS))
         assert list((based / folder / "logs").rglob("events.out.tfevents.*"))
         assert list((based / folder / "logs").rglob("loss_curve.png"))
-    again = finetune(based, "--output_dir", "./lora_model", *SHORT)
+    again = run_script("peft.py", *command, *SHORT, cwd=based)
     assert_refused(again, "lora_model", "--force")
 
 
 def test_a_resumed_run_is_the_run_that_was_never_stopped(based):
     common = [
         *SHORT[2:],
-        "--lora_dropout",
-        0.1,
-        "--checkpoint_interval",
-        2,
-        "--seed",
-        3,
-        "--steps",
-        6,
-        "--warmup_steps",
-        0,
-        "--min_lr_ratio",
-        1,
-        "--amp_dtype",
-        "float32",
+        *flags(lora_dropout=0.1, checkpoint_interval=2, seed=3, warmup_steps=0, min_lr_ratio=1),
+        *flags(amp_dtype="float32"),
     ]
-    assert finetune(based, "--output_dir", "whole", *common).returncode == 0
-    common[common.index("--steps") + 1] = 3
-    assert finetune(based, "--output_dir", "cut", *common).returncode == 0
-    refused = finetune(based, "--output_dir", "cut", "--resume", "--lora_rank", 4, "--steps", 6)
+    assert finetune("--output_dir", "whole", "--steps", 6, *common).returncode == 0
+    assert finetune("--output_dir", "cut", "--steps", 3, *common).returncode == 0
+    refused = finetune("--output_dir", "cut", "--resume", "--lora_rank", 4, "--steps", 6)
     assert_refused(refused, "lora_rank", "changed")
-    done = finetune(based, "--output_dir", "cut", "--resume", "--steps", 6)
+    done = finetune("--output_dir", "cut", "--resume", "--steps", 6)
     assert done.returncode == 0, done.stderr
     whole, cut = (load_checkpoint(f"{name}/adapter_latest.pt") for name in ("whole", "cut"))
     assert whole["global_step"] == cut["global_step"] == 6
     assert all(torch.equal(t, cut["model"][n]) for n, t in whole["model"].items())
     held = [t for kept in cut["optimizer"]["state"].values() for t in kept.values()]
     assert sum(t.numel() for t in held) <= 2 * sum(t.numel() for t in cut["model"].values()) + 99
-    resumed = run_script(
-        "testv2.py", "--resume", "--checkpoint_path", "cut/adapter_latest.pt", cwd=based
-    )
+    resumed = call("--resume", "--checkpoint_path", "cut/adapter_latest.pt")
     assert_refused(resumed, "no run")
     with pytest.raises(UserError, match="an adapter only"):
         load_model("cut/adapter_latest.pt")
 
 
 def test_merged_and_full_models_are_plain_checkpoints(based):
-    done = finetune(based, "--output_dir", "a", "--merge", *SHORT)
+    done = finetune("--output_dir", "a", "--merge", *SHORT)
     assert done.returncode == 0, done.stderr
     model = load_model("tinymamba_model_latest.pt")
     load_adapter(model, "a")
     close(load_model("a/merged.pt")(IDS), model(IDS), 1e-5)
-    done = finetune(based, "--adapter", "a", "--merge", "--output_dir", "b")
+    done = finetune("--adapter", "a", "--merge", "--output_dir", "b")
     assert done.returncode == 0, done.stderr
     assert torch.equal(load_model("b/merged.pt")(IDS), load_model("a/merged.pt")(IDS))
-    assert_refused(finetune(based, "--adapter", "a", "--merge", "--output_dir", "b"), "--force")
-    assert_refused(
-        run_script("testv2.py", "--resume", "--checkpoint_path", "b/merged.pt", cwd=based), "no run"
-    )
-    done = finetune(based, "--method", "full", "--output_dir", "f", *SHORT)
+    assert_refused(finetune("--adapter", "a", "--merge", "--output_dir", "b"), "--force")
+    assert_refused(call("--resume", "--checkpoint_path", "b/merged.pt"), "no run")
+    done = finetune("--method", "full", "--output_dir", "f", *SHORT)
     assert done.returncode == 0, done.stderr
-    full = load_model("f/tinymamba_model_latest.pt")
-    changed = [
-        n
-        for n, p in full.named_parameters()
-        if not torch.equal(p, dict(wide().named_parameters())[n])
-    ]
+    full, base = load_model("f/tinymamba_model_latest.pt"), dict(wide().named_parameters())
+    changed = [n for n, p in full.named_parameters() if not torch.equal(p, base[n])]
     assert len(changed) > len(list(full.parameters())) // 2
 
 
@@ -568,30 +519,17 @@ def test_merged_and_full_models_are_plain_checkpoints(based):
         (["--lr", "-1"], ["lr"]),
     ],
 )
-def test_bad_commands_are_refused_in_one_line_and_change_nothing(based, words, fragments):
+def test_bad_commands_are_rejected_in_one_line_and_change_nothing(based, words, fragments):
     before = files_below(based)
-    assert_refused(finetune(based, "--output_dir", "out", *words), *fragments)
+    assert_refused(finetune("--output_dir", "out", *words), *fragments)
     assert files_below(based) == before
 
 
 def test_two_processes_train_one_adapter(based):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        ROOT / "peft.py",
-        "--checkpoint",
-        "tinymamba_model_latest.pt",
-        "--output_dir",
-        "two",
-        *map(str, SHORT),
-        "--generate_samples",
-        "false",
-    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words = ["--checkpoint", "tinymamba_model_latest.pt", "--output_dir", "two", *SHORT]
     done = subprocess.run(
-        command,
+        [*launcher, ROOT / "peft.py", *words, "--generate_samples", "false"],
         cwd=based,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -602,31 +540,16 @@ def test_two_processes_train_one_adapter(based):
     load_adapter(load_model("tinymamba_model_latest.pt"), "two")
 
 
-def test_an_adapter_learns_what_the_base_does_not_know(data, monkeypatch):
-    monkeypatch.chdir(data)
-    base = flags(**{**TINY, **BRIEF, "max_steps": 60, "lr": 5e-3})
-    assert run_script("testv2.py", *base, cwd=data).returncode == 0
+def test_an_adapter_learns_what_the_base_does_not_know(place):
+    assert call(*brief_flags(max_steps=60, lr=5e-3, amp_dtype="bfloat16")).returncode == 0
     text = "".join(f"{b} minus {a} = {b - a};\n" for a in range(40) for b in range(40))
     write_tokens(Path("train2.bin"), text[:18_000])
     write_tokens(Path("val2.bin"), text[18_000:])
     ids = torch.tensor([list(text[18_000:20_001].encode())])
     model = load_model("tinymamba_model_latest.pt")
     before = model.loss(ids[:, :-1], ids[:, 1:]).item()
-    done = finetune(
-        data,
-        "--train_data",
-        "train2.bin",
-        "--val_data",
-        "val2.bin",
-        "--steps",
-        60,
-        "--block_size",
-        32,
-        "--batch_size",
-        4,
-        "--generate_samples",
-        "false",
-    )
+    size = flags(steps=60, block_size=32, batch_size=4, generate_samples=False)
+    done = finetune("--train_data", "train2.bin", "--val_data", "val2.bin", *size)
     assert done.returncode == 0, done.stderr
     load_adapter(model, "adapter")
     assert model.loss(ids[:, :-1], ids[:, 1:]).item() < 0.8 * before
@@ -712,106 +635,113 @@ def test_streaming_takes_an_adapter_on_the_command_line(based, tmp_path):
     vocabulary = "\n".join([*byte_alphabet(), EOS_TOKEN])
     Path("vocab.txt").write_text(vocabulary + "\n", encoding="utf-8")
     words = ["--prompt", "Hello", "--temperature", 0, "--max_tokens", 12]
-    plain = run_script("streaming.py", *words, cwd=based)
-    with_it = run_script("streaming.py", *words, "--adapter", "a", cwd=based)
+    plain = run_main(streaming.main, *words)
+    with_it = run_main(streaming.main, *words, "--adapter", "a")
     assert plain.returncode == with_it.returncode == 0, with_it.stderr
     assert plain.stdout != with_it.stdout
-    assert_refused(run_script("streaming.py", *words, "--adapter", "b", cwd=based), "b")
+    assert_refused(run_main(streaming.main, *words, "--adapter", "b"), "b")
 
 
-# --------------------------------------------------------------------------------------- name
+# ------------------------------------------------------------- the name of Hugging Face's package
+
+# Runs codes in forks of one process, whose imports take most of the time.
+FORKS = """
+import json, os, sys, traceback
+codes, folder, first, site = json.load(sys.stdin)
+if site:
+    sys.path = [p for p in sys.path if "site-packages" not in p] + [site]
+exec(first)
+assert not {"peft", "testv2"} & {name.partition(".")[0] for name in sys.modules}
+failed = {}
+for name, code in codes.items():
+    os.makedirs(f"{folder}/{name}", exist_ok=True)
+    child = os.fork()
+    if not child:
+        os.chdir(f"{folder}/{name}")
+        printed, failure = os.open("printed", os.O_WRONLY | os.O_CREAT), 1
+        os.dup2(printed, 1), os.dup2(printed, 2)
+        try:
+            exec(code, {"__name__": "__main__"})
+            failure = 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(failure)
+    failed[name] = os.waitpid(child, 0)[1]
+print(json.dumps(failed))
+"""
+TORCH, TRANSFORMERS = "import torch", "import torch; from transformers import PreTrainedModel"
 
 
-def python(code: str, cwd: Path, without: Path | None = None) -> str:
-    """Run code in a fresh process, with the repository first on the path; what it prints.
+def run_forks(codes: dict[str, str], folder: Path, first: str, site: Path | None = None):
+    """Run each code in a process and a folder of its own; its exit status and what it printed.
 
-    `without`: a folder of installed packages to use instead, for one that lacks some.
+    The processes are forks of one that has run `first`, and has the repository first on its path,
+    but has imported nothing of either peft. `site`: the installed packages, if not the usual ones.
     """
-    if without:
-        code = (
-            f"import sys\nsys.path = [p for p in sys.path if 'site-packages' not in p]\n"
-            f"sys.path.append({str(without)!r})\n{code}"
-        )
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def site_without_peft(tmp_path_factory) -> Path:
-    """Links to all installed packages but that one."""
-    folder = tmp_path_factory.mktemp("site")
-    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
-        if not entry.name.lower().startswith("peft"):
-            (folder / entry.name).symlink_to(entry)
-    return folder
-
-
-def test_importing_costs_nothing_until_something_of_the_package_is_asked_for(tmp_path):
-    out = python(
-        "import sys, peft\n"
-        "from peft import LoRALinear, load_adapter\n"
-        "print('transformers' in sys.modules, 'accelerate' in sys.modules)\n"
-        "from peft import LoraConfig\n"
-        "print('transformers' in sys.modules, peft.LoRALinear is LoRALinear)\n",
-        tmp_path,
-    )
-    assert out.split() == ["False", "False", "True", "True"]
-
-
-@pytest.mark.parametrize(
-    "first",
-    [
-        "from peft.tuners.lora import LoraLayer",
-        "import peft.utils",
-        "from peft import get_peft_model",
-        "import peft; peft.LoraConfig",
-        "import transformers",
-        "from peft import *",
-        "from peft.tuners import LoraConfig",
-        "import importlib as i; i.import_module('peft.config')",
-    ],
-)
-def test_every_way_to_the_package_gives_one_and_the_same(first, tmp_path):
-    out = python(
-        f"{first}\n"
-        "import peft, peft.tuners.lora, sys, importlib.metadata\n"
-        "from peft.tuners.lora import LoraLayer, LoraConfig\n"
-        "import peft.tuners.lora.layer as layer\n"
-        "assert layer.LoraLayer is LoraLayer is peft.tuners.lora.LoraLayer\n"
-        "assert peft.LoraConfig is LoraConfig\n"
-        "assert peft.__version__ == importlib.metadata.version('peft')\n"
-        "names = [n for n in sys.modules if n.startswith('peft.')]\n"
-        "for n in names:\n"
-        "    parent, _, child = n.rpartition('.')\n"
-        "    assert getattr(sys.modules[parent], child) is sys.modules[n], n\n"
-        "    assert 'Imported' not in repr(sys.modules[n].__spec__), n\n"
-        "print(peft.LoRALinear.__module__, peft.__file__)\n",
-        tmp_path,
-    )
-    assert out.split() == ["peft", str(ROOT / "peft.py")]
-
-
-def test_no_name_here_is_one_of_the_package():
-    theirs = subprocess.run(
-        [sys.executable, "-c", "import peft; print(*vars(peft))"],
-        cwd="/",
-        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        [sys.executable, "-c", FORKS],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        input=json.dumps([codes, str(folder), first, site and str(site)]),
         capture_output=True,
         text=True,
-        check=True,
-    ).stdout.split()
-    assert "LoraConfig" in theirs
-    source = (ROOT / "peft.py").read_text()
-    ours = {n for n in vars(peft) if not n.startswith("__") and f"{n}" in source}
-    assert {"LoRALinear", "load_adapter"} <= ours
-    own = {n for n in ours if getattr(vars(peft)[n], "__module__", "") == "peft"}
-    assert not own & {n for n in theirs if not n.startswith("__")}
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    failed = json.loads(done.stdout)
+    return {name: (failed[name], (folder / name / "printed").read_text()) for name in codes}
 
 
+def printed(result: tuple[int, str]) -> list[str]:
+    """The words that a code of run_forks has printed; it must have succeeded."""
+    failed, text = result
+    assert not failed, text
+    return text.split()
+
+
+WAYS = {
+    "submodule": "from peft.tuners.lora import LoraLayer",
+    "module": "import peft.utils",
+    "function": "from peft import get_peft_model",
+    "attribute": "import peft; peft.LoraConfig",
+    "star": "from peft import *",
+    "subpackage": "from peft.tuners import LoraConfig",
+    "importlib": "import importlib as i; i.import_module('peft.config')",
+    "threads": """
+import threading, peft
+threads = [threading.Thread(target=getattr, args=(peft, "LoraConfig")) for _ in range(9)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+""",
+    "error": """
+import sys, peft, accelerate
+sys.modules["accelerate"] = None
+for _ in range(2):
+    try:
+        peft.LoraConfig
+        raise SystemExit("loaded")
+    except ImportError as e:
+        assert "accelerate" in str(e)
+sys.modules["accelerate"] = accelerate
+for name in [name for name in sys.modules if name.startswith("peft.")]:
+    del sys.modules[name]  # some have lost their parent
+""",
+}
+ONE_AND_THE_SAME = """
+import peft, peft.tuners.lora, sys, importlib.metadata
+from peft.tuners.lora import LoraLayer, LoraConfig
+import peft.tuners.lora.layer as layer
+assert layer.LoraLayer is LoraLayer is peft.tuners.lora.LoraLayer
+assert peft.LoraConfig is LoraConfig
+assert peft.__version__ == importlib.metadata.version('peft')
+names = [n for n in sys.modules if n.startswith('peft.')]
+for n in names:
+    parent, _, child = n.rpartition('.')
+    assert getattr(sys.modules[parent], child) is sys.modules[n], n
+    assert 'ImportedModule' not in repr(sys.modules[n].__spec__), n
+print(peft.LoRALinear.__module__, peft.__file__)
+"""
 TRAIN = """
 import torch, transformers
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
@@ -826,14 +756,9 @@ def fit(model):
     trainer.train()
     trainer.save_model("out/last")
 """
-
-
-def test_hugging_face_trains_as_ever_with_the_package(tmp_path):
-    python(
-        TRAIN
-        + """
+TRAIN_WITH = """
 from peft import LoraConfig, PeftModel, get_peft_model
-import pickle, peft
+import os, pickle, peft
 fit(model)
 model.add_adapter(LoraConfig(target_modules=["q_proj"]))
 model.delete_adapter("default")
@@ -841,20 +766,13 @@ wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"]))
 fit(wrapped)
 wrapped.save_pretrained("lora")
 again = PeftModel.from_pretrained(model, "lora")
+assert os.path.isfile("lora/adapter_model.safetensors")
 assert pickle.loads(pickle.dumps(LoraConfig(r=3))).r == 3
 assert pickle.loads(pickle.dumps(peft.AdapterConfig(lora_rank=3))).lora_rank == 3
-""",
-        tmp_path,
-    )
-    assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
-
-
-def test_hugging_face_trains_as_ever_without_the_package(tmp_path, site_without_peft):
-    python(
-        TRAIN
-        + """
+"""
+TRAIN_WITHOUT = """
 import peft
-assert peft.PACKAGE is None
+assert not hasattr(peft, "__path__")
 fit(model)
 from peft import PeftModel, PeftMixedModel
 assert not isinstance(model, (PeftModel, PeftMixedModel))
@@ -869,33 +787,107 @@ try:
     raise SystemExit("found")
 except ImportError:
     print("none")
-""",
-        tmp_path,
-        site_without_peft,
-    )
+"""
+COSTS = """
+import sys, peft
+from peft import LoRALinear, load_adapter
+print('transformers' in sys.modules, 'accelerate' in sys.modules)
+from peft import LoraConfig
+print('transformers' in sys.modules, peft.LoRALinear is LoRALinear)
+"""
+COPIED = """
+import package.peft as ours
+import sys
+print('__getattr__' in vars(ours), hasattr(ours, 'LoraConfig'), 'peft' in sys.modules)
+"""
+THEIRS = f"""
+import sys
+sys.path.remove({str(ROOT)!r})
+import peft
+print(*vars(peft))
+"""
+OURS_WITHOUT = """
+from peft import *
+import peft
+from testv2 import load_model
+model = peft.apply_lora_to_model(load_model('tinymamba_model_latest.pt'))
+peft.save_adapter(model, 'a')
+"""
 
 
-def test_our_adapters_work_without_the_package(based, site_without_peft):
-    python(
-        "from peft import *\nimport peft\n"
-        "from testv2 import load_model\n"
-        "model = peft.apply_lora_to_model(load_model('tinymamba_model_latest.pt'))\n"
-        "peft.save_adapter(model, 'a')\n",
-        based,
-        site_without_peft,
-    )
-    load_adapter(load_model("tinymamba_model_latest.pt"), "a")
+@pytest.fixture(scope="module")
+def site_without_peft(tmp_path_factory) -> Path:
+    """Links to all installed packages but that one."""
+    folder = tmp_path_factory.mktemp("site")
+    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if not entry.name.lower().startswith("peft"):
+            (folder / entry.name).symlink_to(entry)
+    return folder
 
 
-def test_our_names_are_found_in_a_copy_of_the_file_under_another_name(tmp_path):
-    (tmp_path / "package").mkdir()
-    shutil.copy(ROOT / "peft.py", tmp_path / "package" / "peft.py")
-    out = python(
-        "import package.peft as ours\nimport sys\n"
-        "print(ours.PACKAGE, hasattr(ours, 'LoraConfig'), 'peft' in sys.modules)\n",
-        tmp_path,
-    )
-    assert out.split() == ["None", "False", "False"]
+@pytest.fixture(scope="module")
+def with_torch(tmp_path_factory):
+    """Codes that import transformers themselves."""
+    folder = tmp_path_factory.mktemp("torch")
+    (folder / "copied" / "package").mkdir(parents=True)
+    shutil.copy(ROOT / "peft.py", folder / "copied" / "package")
+    codes = {"costs": COSTS, "trained": TRAIN + TRAIN_WITH + ONE_AND_THE_SAME, "copied": COPIED}
+    return run_forks(codes, folder, TORCH)
+
+
+@pytest.fixture(scope="module")
+def with_transformers(tmp_path_factory):
+    """Every way to the package, and its own names."""
+    codes = {name: code + ONE_AND_THE_SAME for name, code in WAYS.items()}
+    return run_forks({**codes, "theirs": THEIRS}, tmp_path_factory.mktemp("all"), TRANSFORMERS)
+
+
+@pytest.fixture(scope="module")
+def without_peft(tmp_path_factory, site_without_peft):
+    """Codes that run where the package is not installed, and their folder."""
+    folder = tmp_path_factory.mktemp("without")
+    (folder / "ours").mkdir()
+    save_wide(folder / "ours" / "tinymamba_model_latest.pt")
+    codes = {"ours": OURS_WITHOUT, "trained": TRAIN + TRAIN_WITHOUT}
+    return folder, run_forks(codes, folder, TORCH, site_without_peft)
+
+
+def test_importing_costs_nothing_until_something_of_the_package_is_asked_for(with_torch):
+    assert printed(with_torch["costs"]) == ["False", "False", "True", "True"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_the_package_gives_one_and_the_same(way, with_transformers):
+    assert printed(with_transformers[way]) == ["peft", str(ROOT / "peft.py")]
+
+
+def test_no_name_here_is_one_of_the_package(with_transformers):
+    theirs = printed(with_transformers["theirs"])
+    assert "LoraConfig" in theirs and "LoRALinear" not in theirs
+    source = (ROOT / "peft.py").read_text()
+    ours = {n for n in vars(peft) if not n.startswith("__") and f"{n}" in source}
+    assert {"LoRALinear", "load_adapter"} <= ours
+    own = {n for n in ours if getattr(vars(peft)[n], "__module__", "") == "peft"}
+    assert not own & {n for n in theirs if not n.startswith("__")}
+
+
+def test_hugging_face_trains_as_ever_with_the_package(with_torch):
+    assert printed(with_torch["trained"])[-2:] == ["peft", str(ROOT / "peft.py")]
+
+
+def test_hugging_face_trains_as_ever_without_the_package(without_peft):
+    _, results = without_peft
+    assert printed(results["trained"])[-1] == "none"
+
+
+def test_our_adapters_work_without_the_package(without_peft):
+    folder, results = without_peft
+    printed(results["ours"])
+    load_adapter(free_copy(wide()), folder / "ours" / "a")
+
+
+def test_a_copy_of_the_file_under_another_name_shares_no_name(with_torch):
+    assert printed(with_torch["copied"]) == ["False", "False", "False"]
 
 
 def test_state_offset_by_its_own_name():
