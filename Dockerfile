@@ -1,4 +1,4 @@
-# An image of the command `tinymamba`: it serves, and trains and does all else when told to.
+# An image whose command is `tinymamba`. It serves by default.
 #
 #     docker build --tag tinymamba:cpu .
 #     docker build --tag tinymamba:cuda --build-arg DEVICE=cuda .
@@ -11,7 +11,7 @@ ENV PATH=/opt/tinymamba/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHE
 RUN python -m venv /opt/tinymamba
 WORKDIR /src
 COPY requirements.txt ./
-# What pip takes by default is PyTorch for CUDA, of several gigabytes; the small one is elsewhere.
+# By default pip installs PyTorch for CUDA, several gigabytes. The CPU build has its own index.
 RUN case "$DEVICE" in \
       cpu) pip install --index-url https://download.pytorch.org/whl/cpu \
              "$(grep '^torch==' requirements.txt)" ;; \
@@ -20,7 +20,7 @@ RUN case "$DEVICE" in \
     esac \
     && pip install --requirement requirements.txt
 COPY . ./
-# The version of what lies here is that of its files.
+# A local folder has no version to pin.
 # hadolint ignore=DL3013
 RUN pip install ".[serve]"
 

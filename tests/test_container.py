@@ -1,4 +1,4 @@
-"""Dockerfile, compose.yaml and .dockerignore: what can be told of them without an engine."""
+"""Dockerfile, compose.yaml and .dockerignore: what can be checked without a container engine."""
 
 import http.server
 import json
@@ -12,10 +12,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import ROOT, free_port
-from test_package import COMMANDS, build
+from helpers import COMMANDS, ROOT, SERVICES, build_sources, free_port
 
-from setup import package_files
 from testv2 import parse_command_line
 
 TEXT = (ROOT / "Dockerfile").read_text()
@@ -23,7 +21,6 @@ LINES = re.sub(r"\\\n", " ", re.sub(r"^ *#.*\n", "", TEXT, flags=re.M)).splitlin
 STEPS = [tuple(line.split(maxsplit=1)) for line in LINES if line.strip()]
 FINAL = STEPS[max(i for i, (word, _) in enumerate(STEPS) if word == "FROM") :]
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
-SERVICES = COMPOSE["services"]
 
 
 def last(word: str) -> str:
@@ -131,7 +128,7 @@ def test_the_health_check_tells_a_server_that_is_well_from_others():
 
 
 def reaches_the_build(path: str, rules: list[str]) -> bool:
-    """The rules of .dockerignore for a file: the last that matches it or a folder above counts."""
+    """Apply .dockerignore: the last rule that matches a file or a folder above it counts."""
     above, kept = [str(p) for p in (Path(path), *Path(path).parents)][:-1], True
     for rule in rules:
         pattern = re.escape(rule.lstrip("!")).replace(r"\*\*/", "(.*/)?").replace(r"\*\*", ".*")
@@ -140,24 +137,20 @@ def reaches_the_build(path: str, rules: list[str]) -> bool:
     return kept
 
 
-def test_what_reaches_the_build_is_what_it_takes(tmp_path):
+def test_what_reaches_the_build_is_what_it_takes():
+    """A build of these files alone is that of the sdist in tests/test_package.py."""
     rules = [
         line
         for line in (ROOT / ".dockerignore").read_text().splitlines()
         if line and not line.startswith("#")
     ]
     for path in (".env", ".git/config", "data/text/train.bin", "a.pt", "tests/test_package.py",
-                 "logs/x", "src/tinymamba/__pycache__/x.pyc"):  # fmt: skip
+                 "logs/x", "tinymamba/__pycache__/x.pyc"):  # fmt: skip
         assert not reaches_the_build(path, rules), path
-    for path in (*ROOT.glob("*"), *ROOT.glob("data/*"), *ROOT.glob("src/tinymamba/**/*")):
-        name = path.relative_to(ROOT).as_posix()
-        if path.is_file() and reaches_the_build(name, rules):
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, tmp_path / name)
-    scripts = package_files(ROOT)
-    build(tmp_path, "--wheel")
-    assert package_files(tmp_path) == scripts
-    assert len([*(tmp_path / "dist").glob("tinymamba-*.whl")]) == 1
+    folders = [path for path in ROOT.glob("[!.]*") if path.is_dir()]
+    files = [*ROOT.iterdir(), *(path for folder in folders for path in folder.rglob("*"))]
+    names = {path.relative_to(ROOT).as_posix() for path in files if path.is_file()}
+    assert {name for name in names if reaches_the_build(name, rules)} == build_sources()
 
 
 def test_services_train_and_serve_in_one_volume_within_limits():
