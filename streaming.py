@@ -387,8 +387,11 @@ class Decoder:
         return parts
 
     def choose_batch(self) -> list[Answer]:
-        """The answers of the next step: those in the batch until their buffers are full, then
-        others whose buffers are at most half full."""
+        """The answers of the next step.
+
+        First those in the batch, until their buffers are full; then others whose buffers are less
+        than half full.
+        """
         inside = [a for a in self.batch if a.has_room(a.config.state_buffer_size)]
         known = set(map(id, inside))
         others = (

@@ -3,29 +3,32 @@
 import contextlib
 import functools
 import inspect
+import io
 import json
 import math
 import os
 import random
 import re
-import resource
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
-import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import (
+    POSIX,
     ROOT,
     assert_refused,
     close,
     examples,
     free_copy,
+    most_memory,
+    run_main,
     run_script,
     some_ids,
     tiny_config,
@@ -222,17 +225,17 @@ class Vocabulary:
 
     eos_token_id = None
 
-    def __init__(self, *pieces: bytes):
-        self.pieces = pieces
+    def __init__(self, *tokens: bytes):
+        self.tokens = tokens
 
     def decode(self, ids) -> str:
-        return b"".join(self.pieces[i] for i in ids).decode(errors="replace")
+        return b"".join(self.tokens[i] for i in ids).decode(errors="replace")
 
     def encode(self, text: str) -> list[int]:
         ids, data = [], text.encode()
         while data:
-            ids.append(next(i for i, piece in enumerate(self.pieces) if data.startswith(piece)))
-            data = data[len(self.pieces[ids[-1]]) :]
+            ids.append(next(i for i, token in enumerate(self.tokens) if data.startswith(token)))
+            data = data[len(self.tokens[ids[-1]]) :]
         return ids
 
 
@@ -252,14 +255,14 @@ def test_streamed_text_is_the_text_in_whole_characters(tokenizers, kind, text):
     tokenizer = tokenizers[kind]
     texts, _ = streamed(tokenizer, tokenizer.encode(text))
     assert "".join(texts) == text.replace(MARK, "")
-    assert not any(MARK in piece for piece in texts)
+    assert not any(MARK in part for part in texts)
 
 
 @examples(200)
 @given(data=st.binary(max_size=24), cut=st.integers(1, 3))
 def test_bytes_that_are_no_character_are_left_out(data, cut):
-    pieces = [data[i : i + cut] for i in range(0, len(data), cut)]
-    texts, _ = streamed(Vocabulary(*pieces), range(len(pieces)))
+    tokens = [data[i : i + cut] for i in range(0, len(data), cut)]
+    texts, _ = streamed(Vocabulary(*tokens), range(len(tokens)))
     want = data.decode(errors="ignore")
     assert "".join(texts) == want
 
@@ -271,11 +274,11 @@ def test_bytes_that_are_no_character_are_left_out(data, cut):
     cut=st.integers(1, 4),
 )
 def test_stop_strings_end_the_text_and_never_leak(text, stops, cut):
-    pieces = [text[i : i + cut].encode() for i in range(0, len(text), cut)]
-    texts, stopped = streamed(Vocabulary(*pieces), range(len(pieces)), stops)
+    tokens = [text[i : i + cut].encode() for i in range(0, len(text), cut)]
+    texts, stopped = streamed(Vocabulary(*tokens), range(len(tokens)), stops)
     got, seen = "".join(texts), ""
-    for piece in texts:
-        seen += piece
+    for part in texts:
+        seen += part
         assert not any(stop in seen for stop in stops)
     found = [at for stop in stops if (at := text.find(stop)) >= 0]
     assert stopped == bool(found)
@@ -287,10 +290,11 @@ def test_stop_strings_end_the_text_and_never_leak(text, stops, cut):
 # ------------------------------------------------------------------------------------ sessions
 
 
-def test_100_random_sessions_stand_where_a_full_pass_ends():
-    """Turns of random prompts, read in random pieces, closed at random places."""
-    dice, server = random.Random(0), serve(state_buffer_size=3)
-    for number in range(100):
+@pytest.mark.parametrize("seed, sessions", [(0, 30), pytest.param(1, 300, marks=pytest.mark.slow)])
+def test_random_sessions_stand_where_a_full_pass_ends(seed, sessions):
+    """Turns of random prompts, closed at random places."""
+    dice, server = random.Random(seed), serve(state_buffer_size=3)
+    for number in range(sessions):
         session, ids = server.create_session(), []
         for _ in range(dice.randint(1, 4)):
             prompt = some_ids(1, dice.randint(0 if ids else 1, 30), seed=dice.random()).tolist()[0]
@@ -342,8 +346,7 @@ def test_a_stop_string_is_neither_given_out_nor_read():
 
 
 def test_a_stop_inside_of_a_token_leaves_what_is_before_it():
-    pieces = [b"ab<", b"!>c", *(bytes([b]) for b in range(255))]
-    tokenizer = Vocabulary(*pieces)
+    tokenizer = Vocabulary(b"ab<", b"!>c", *(bytes([b]) for b in range(255)))
     server = StreamingServer(
         free_copy(wide()),
         tokenizer=tokenizer,
@@ -594,10 +597,6 @@ def test_a_fork_answers_bit_for_bit_as_its_origin_would():
 # ---------------------------------------------------------------------------- many at one time
 
 
-def alone(prompt: str, **settings) -> list[int]:
-    return tokens_of(serve(temperature=1.0, top_k=20).answer(prompt, as_ids=True, **settings))
-
-
 def test_answers_that_come_and_go_at_any_step_are_what_they_are_alone():
     server = serve(temperature=1.0, top_k=20, batch_size=4, state_buffer_size=3)
     dice, open_, done, sizes = random.Random(0), {}, {}, set()
@@ -609,11 +608,11 @@ def test_answers_that_come_and_go_at_any_step_are_what_they_are_alone():
 
     server.decoder.draw_tokens = counted
     for number in range(40):
-        settings = {"seed": number, "max_new_tokens": dice.randint(1, 30)}
+        settings = {"seed": number, "max_new_tokens": dice.randint(1, 20)}
         prompt = "x" * dice.randint(1, 20) + str(number)
         answer = server.answer(prompt, as_ids=True, **settings)
         open_[number] = (answer, prompt, settings, [])
-        for _ in range(dice.randint(0, 12)):
+        for _ in range(dice.randint(0, 8)):
             key = dice.choice(sorted(open_))
             chunk = next(open_[key][0], None)
             if chunk:
@@ -624,13 +623,14 @@ def test_answers_that_come_and_go_at_any_step_are_what_they_are_alone():
         ids.extend(tokens_of(answer))
         done[key] = open_[key]
     assert len(done) == 40 and max(sizes) == 4
+    alone = serve(temperature=1.0, top_k=20)
     for _, prompt, settings, ids in done.values():
-        assert ids == alone(prompt, **settings)
+        assert ids == tokens_of(alone.answer(prompt, as_ids=True, **settings))
     assert not server.decoder.answers and server.decoder.batch_state is None
 
 
 def test_64_threads_hammer_one_server():
-    server = serve(temperature=1.0, top_k=20, max_new_tokens=12)
+    server = serve(temperature=1.0, top_k=20, max_new_tokens=8)
     shared, results, errors = server.create_session("shared", seed=1), {}, []
     old = sys.getswitchinterval()
 
@@ -662,8 +662,8 @@ def test_64_threads_hammer_one_server():
     finally:
         sys.setswitchinterval(old)
     assert not errors, errors[0]
+    quiet = serve(temperature=1.0, top_k=20, max_new_tokens=8)
     for number in range(64):
-        quiet = serve(temperature=1.0, top_k=20, max_new_tokens=12)
         session = quiet.create_session(seed=number)
         want = [quiet.generate_text(f"I am {number}", session), quiet.generate_text("and", session)]
         assert results[number] == want
@@ -674,17 +674,17 @@ def test_a_long_prompt_does_not_hold_up_the_others():
     server = serve(max_new_tokens=30, eos_token_id=-1)
     short = server.answer("Hello", as_ids=True)
     next(short)
-    read, pieces = server.decoder.read, []
+    read, shapes = server.decoder.read, []
 
     def noted(ids, *others):
-        pieces.append((len(ids), len(ids[0])))
+        shapes.append((len(ids), len(ids[0])))
         return read(ids, *others)
 
     server.decoder.read = noted
     long = server.answer([5] * 3000, as_ids=True, max_new_tokens=1)
     tokens_of(long)
-    assert max(length for _, length in pieces) == streaming.SMALL_PREFILL
-    assert pieces.count((1, 1)) == 6, "a step of the other with every piece"
+    assert max(length for _, length in shapes) == streaming.SMALL_PREFILL
+    assert shapes.count((1, 1)) == 6, "a step of the other with every part of the prompt"
     assert len(tokens_of(short)) == 29
 
 
@@ -778,12 +778,13 @@ def test_an_interrupted_step_leaves_no_one_waiting(monkeypatch):
 
 def test_a_short_prompt_does_not_wait_for_a_long_one():
     server, steps = serve(max_new_tokens=2), []
-    long = server.answer([5] * 200_000, as_ids=True)
+    long = server.answer([5] * 20_000, as_ids=True)
     short = server.answer("Hi", as_ids=True)
     step = server.decoder.step
     server.decoder.step = lambda: (steps.append(1), step())
-    assert next(short) and len(steps) == 1
-    assert next(long, None) is not None or long.close() is None
+    assert next(short) and len(steps) == 1 and long.to_read
+    assert next(long) and not long.to_read
+    long.close()
 
 
 @pytest.mark.parametrize(
@@ -953,16 +954,14 @@ def test_a_huge_tensor_in_a_file_is_refused_before_it_is_read(tmp_path):
     with open(path, "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + 8 * 10**9)
-    server, before = serve(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    server, before = serve(), most_memory()
     with pytest.raises(UserError):
         server.load_session(path)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+    assert most_memory() - before < 100_000_000
 
 
 def test_deep_json_is_refused(tmp_path):
-    (tmp_path / "s").write_bytes(
-        hostile(lambda t, n: None).replace(b'\\"turns\\": 0', b'\\"turns\\": 0')
-    )
+    (tmp_path / "s").write_bytes(hostile(lambda t, n: None))
     server = serve()
     assert server.load_session(tmp_path / "s")
     notes = {"model": server.fingerprint, "session": "[" * 100_000}
@@ -1011,35 +1010,37 @@ def test_the_session_of_another_model_is_refused(tmp_path, saved):
         serve(other).load_session(tmp_path / "s")
 
 
-def test_kill_9_while_saving_never_leaves_half_a_session(tmp_path, saved):
+@POSIX
+def test_kill_9_while_saving_never_leaves_half_a_session(tmp_path):
     script = textwrap.dedent("""
-        import sys
+        import os, random, sys, time
         sys.path[:0] = sys.argv[1:3]
         from test_streaming import serve
-        server = serve()
+        server, dice, path = serve(), random.Random(0), "s.safetensors"
         session = server.create_session("s", seed=1)
-        while True:
-            server.generate_text("Hello", session, max_new_tokens=1)
-            server.save_session(session, "s.safetensors")
-            print("saved", flush=True)
+        server.save_session(session, path)
+        for _ in range(8):
+            saved = os.stat(path).st_mtime_ns
+            child = os.fork()
+            while not child:
+                server.generate_text("Hello", session, max_new_tokens=1)
+                server.save_session(session, path)
+            while os.stat(path).st_mtime_ns == saved:
+                time.sleep(0.001)
+            time.sleep(dice.uniform(0, 0.05))
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+            assert server.generate_text("a", server.load_session(path))
         """)
-    dice = random.Random(0)
-    process = None
-    for _ in range(3):
-        process = subprocess.Popen(
-            [sys.executable, "-c", script, str(ROOT), str(ROOT / "tests")],
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-        )
-        process.stdout.readline()
-        until = time.monotonic() + dice.uniform(0, 0.05)
-        while time.monotonic() < until:
-            os.sched_yield()
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        server = serve()
-        assert server.generate_text("a", server.load_session(tmp_path / "s.safetensors"))
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(ROOT), str(ROOT / "tests")],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # ------------------------------------------------------------------------------- command line
@@ -1062,113 +1063,102 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def run(folder: Path, *words, **how) -> subprocess.CompletedProcess:
-    return run_script("streaming.py", *words, cwd=folder, **how)
+CHECKPOINT = ("--checkpoint", "tinymamba_model_latest.pt")
+
+
+def run(folder: Path, *words, input: str = "") -> subprocess.CompletedProcess:
+    return run_main(streaming.main, *words, cwd=folder, input=input)
 
 
 def test_the_command_of_the_readme(folder):
-    words = [
-        "--checkpoint",
-        "./tinymamba_model_latest.pt",
-        "--prompt",
-        "Once upon a time",
-        "--max_tokens",
-        "100",
-    ]
-    outs = [run(folder, *words, "--seed", 1, *more) for more in ([], ["--streaming"])]
-    for done in outs:
+    words = ["--checkpoint", "./tinymamba_model_latest.pt", "--prompt", "Once upon a time"]
+    words += ["--max_tokens", "100", "--seed", "1"]
+    process = run_script("streaming.py", *words, "--streaming", cwd=folder)
+    for done in (process, run(folder, *words)):
         assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert outs[0].stdout == outs[1].stdout and len(outs[0].stdout) > 10
+        assert done.stdout == process.stdout and len(done.stdout) > 10
 
 
-def test_the_snippet_of_the_readme(folder):
-    snippet = (ROOT / "README.md").read_text().split("### Multi-Session Support")[1]
+def test_the_snippet_of_the_documentation(folder):
+    texts = [path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))]
+    snippet = "".join(texts).split("## Multi-Session Support")[1]
     code = re.search(r"```python\n(.*?)```", snippet, re.S)[1]
     assert 'device="cuda"' in code
-    code += "\nprint(len(text1_continued))"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 0
-    assert torch.cuda.is_available() or "cuda is not available; using the CPU" in done.stderr
+    names = {}
+    with contextlib.chdir(folder), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        exec(code, names)
+    assert len(names["text1_continued"]) > 0
+    told = any("cuda is not available; using the CPU" in str(w.message) for w in caught)
+    assert told != torch.cuda.is_available()
 
 
 def test_a_conversation_on_the_console(folder):
-    lines = [
-        "Hello",
-        "/stats",
-        "World",
-        "/save talk.safetensors",
-        "/fork twin",
-        "/sessions",
-        "/gates",
-        "again",
-        "/undo",
-        "/reset",
-        "/load talk.safetensors",
-        "/use twin",
-        "/what",
-        "/save",
-        "/use nobody",
-        "/help",
-    ]
-    done = run(
-        folder,
-        "--checkpoint",
-        "tinymamba_model_latest.pt",
-        "--interactive",
-        "--max_tokens",
-        8,
-        input="\n".join(lines) + "\n",
-    )
+    lines = """
+        Hello
+        /stats
+        World
+        /save talk.safetensors
+        /fork twin
+        /sessions
+        /gates
+        again
+        /undo
+        /reset
+        /load talk.safetensors
+        /use twin
+        /what
+        /save
+        /use nobody
+        /help
+        """
+    words = [*CHECKPOINT, "--interactive", "--max_tokens", 8]
+    done = run(folder, *words, input=textwrap.dedent(lines).lstrip())
     assert done.returncode == 0, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 3 and "/what" in errors[0] and "/save" in errors[1]
+    assert len(errors) == 3 and "/what" in errors[0] and "/save: takes FILE" in errors[1]
     assert "nobody" in errors[2]
     assert "tokens/s" in done.stderr and "saved talk.safetensors" in done.stdout
     assert "now in twin" in done.stdout and "twin <- here" in done.stdout
     assert "\033[38;2;" in done.stdout and "attention" in done.stdout
+    assert done.stdout.count("/help; Ctrl-C stops an answer") == 2
     assert (folder / "talk.safetensors").exists()
 
 
 def test_a_session_goes_on_from_a_file(folder):
-    flags = ["--checkpoint", "tinymamba_model_latest.pt", "--temperature", 0, "--max_tokens", 6]
-    whole = run(folder, *flags[:-1], 12, "--prompt", "abc").stdout
-    first = run(folder, *flags, "--prompt", "abc", "--save_session", "s")
+    words = [*CHECKPOINT, "--temperature", 0, "--max_tokens"]
+    whole = run(folder, *words, 12, "--prompt", "abc").stdout
+    first = run(folder, *words, 6, "--prompt", "abc", "--save_session", "s")
     assert first.returncode == 0 and "saved s" in first.stderr
     server = StreamingServer(folder / "tinymamba_model_latest.pt")
     session = server.load_session(folder / "s")
     rest = server.generate_text("", session, max_new_tokens=6)
     assert (first.stdout.removesuffix("\n") + rest) == whole.removesuffix("\n")
-    again = run(folder, *flags[:-1], 3, "--load_session", "s", "--save_session", "s", "--force")
+    again = run(folder, *words, 3, "--load_session", "s", "--save_session", "s", "--force")
     assert again.returncode == 0 and rest.startswith(again.stdout.removesuffix("\n"))
     assert len(again.stdout.removesuffix("\n")) == 3, "flags go before the settings of the file"
 
 
+@POSIX
 def test_output_that_no_one_reads_to_the_end(folder):
     command = f"{sys.executable} {ROOT / 'streaming.py'} --max_tokens 3000 --streaming | head -c 9"
     done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
-    plain = run(folder, "--max_tokens", 300, "--seed", 3, env={"PYTHONIOENCODING": "ascii"})
-    assert plain.returncode == 0, plain.stderr
 
 
+def test_output_in_an_encoding_without_every_character(folder, monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "stdout", output)
+    assert streaming.main(["--max_tokens", "300", "--seed", "3"]) == 0
+    output.flush()
+    assert b"?" in output.buffer.getvalue()
+
+
+@POSIX
 def test_ctrl_c_stops_the_answer_and_not_the_program(folder):
-    command = [
-        sys.executable,
-        "-u",
-        str(ROOT / "streaming.py"),
-        "--checkpoint",
-        "tinymamba_model_latest.pt",
-        "--interactive",
-        "--max_tokens",
-        "100000000",
-    ]
+    command = [sys.executable, "-u", str(ROOT / "streaming.py"), *CHECKPOINT]
+    command += ["--interactive", "--max_tokens", "100000000"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, cwd=folder, **pipes)
     process.stdin.write(b"Hello\n")
@@ -1217,11 +1207,11 @@ def test_a_checkpoint_without_a_tokenizer_takes_ids_only(tmp_path, folder):
 def test_a_prompt_of_a_million_tokens_takes_constant_memory():
     server = serve(wide(n_layer=1))
     server.generate_text([7] * 20_000, max_new_tokens=0)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = most_memory()
     session = server.create_session()
     server.generate_text([7] * 1_000_000, session, max_new_tokens=3)
     assert server.get_session_info(session)["position"] == 1_000_003
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000  # the ids, in kB
+    assert most_memory() - before < 60_000_000  # the ids
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -1237,12 +1227,15 @@ def test_low_precision_keeps_its_state_in_float32(dtype):
     close(torch.from_numpy(now.logits), wide()(ids)[0, -1], 0.15)
 
 
-def test_a_compiled_step_gives_the_same_text():
-    texts = []
+@pytest.mark.parametrize("tokens", [2, pytest.param(100, marks=pytest.mark.slow)])
+def test_a_compiled_step_gives_the_same_text(tokens):
+    """Two tokens need one step, which compiles once; the second step compiles again."""
+    answers = []
     for compiled in (False, True):
         server = StreamingServer(free_copy(wide(n_layer=1)), tokenizer=BYTES, compiled=compiled)
-        texts.append(server.generate_text("Hello", **GREEDY))
-    assert texts[0] == texts[1]
+        answer = server.answer("Hello", as_ids=True, max_new_tokens=tokens, **GREEDY)
+        answers.append(tokens_of(answer))
+    assert answers[0] == answers[1] and len(answers[0]) > 1
 
 
 # ------------------------------------------------------------- for who takes the steps by itself
@@ -1250,7 +1243,7 @@ def test_a_compiled_step_gives_the_same_text():
 
 @pytest.mark.parametrize("optimize", [False, True])
 def test_scores_of_a_prompt_are_those_of_a_full_pass(optimize):
-    """Also over the seams of its pieces, and where it goes on in a session."""
+    """Also between two parts of a long prompt, and when a session continues."""
     server = serve(optimize_memory=optimize)
     session, ids = server.create_session(), some_ids(1, 1300)[0].tolist()
     true = server.model(torch.tensor([ids]))[0].double().log_softmax(-1)
@@ -1349,10 +1342,10 @@ def test_many_short_prompts_are_read_a_few_at_a_time_and_none_waits_for_ever(mon
     answers += [
         server.answer(some_ids(1, 100, seed=n)[0].tolist(), max_new_tokens=1) for n in range(30)
     ]
-    pieces, steps = server.decoder.plan_prompts, 0
+    plan, steps = server.decoder.plan_prompts, 0
     while any(a.to_read for a in answers):
-        now = pieces()
-        assert len(now) <= 4 and sum(len(piece) for _, piece in now) <= 512
+        now = plan()
+        assert len(now) <= 4 and sum(len(ids) for _, ids in now) <= 512
         assert answers[0] in [a for a, _ in now] or not answers[0].to_read
         server.decoder.step()
         steps += 1
