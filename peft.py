@@ -111,8 +111,6 @@ class AdapterConfig:
 #
 # testv2.py, section "branches", says what a slot is.
 
-ALL_ROWS = slice(None)
-
 
 class AdapterState:
     """What all slots of a model share: its adapters, and which of them are active."""
@@ -132,11 +130,11 @@ class AdapterSlot(nn.Module):
         self.state, self.adapters = state, nn.ModuleDict()
 
     def active(self) -> Iterator[tuple[Any, slice | list[int]]]:
-        """The active adapters here, each with the rows of the batch that use it."""
+        """The active adapters here, each with the rows that use it; a slice stands for all rows."""
         names = self.state.active
         if names is None or isinstance(names, str):
             if names in self.adapters:
-                yield self.adapters[names], ALL_ROWS
+                yield self.adapters[names], slice(None)
             return
         for name in dict.fromkeys(names):
             if name in self.adapters:
@@ -163,7 +161,7 @@ class LoRALinear(AdapterSlot):
         weight = self.base_layer.weight
         for adapter, rows in self.active():
             problem, remedy = "rows have different weights", "activate one adapter for all rows"
-            require(rows == ALL_ROWS, "adapter", problem, remedy)
+            require(isinstance(rows, slice), "adapter", problem, remedy)
             weight = adapter.merge(weight)
         return weight
 
@@ -176,7 +174,7 @@ class LoRALinear(AdapterSlot):
         """x (b, ..., in) -> (b, ..., out)."""
         y = self.base_layer(x)
         for adapter, rows in self.active():
-            if rows == ALL_ROWS:
+            if isinstance(rows, slice):
                 return adapter(x, y, self.base_layer)
             y = replace_rows(y, rows, adapter(x[rows], y[rows], self.base_layer))
         return y
@@ -221,7 +219,7 @@ class AdditiveSlot(AdapterSlot):
         """The input of the slot -> what is added; a zero without dimensions for nothing."""
         total = x.new_zeros(())
         for adapter, rows in self.active():
-            if rows == ALL_ROWS:
+            if isinstance(rows, slice):
                 return adapter(x)
             term = adapter(x[rows])
             if total.dim() == 0:
@@ -303,7 +301,8 @@ def linear_layers(model: TinyMambaModel) -> list[str]:
 
 def find_targets(model: TinyMambaModel, patterns: list[str] | None) -> list[str]:
     """The names of the linear layers that a pattern matches, in whole or as the end of a name."""
-    names, chosen = linear_layers(model), {}
+    names = linear_layers(model)
+    chosen: dict[str, None] = {}
     for pattern in patterns or [PROJECTIONS]:
         try:
             regex = re.compile(pattern)
@@ -421,13 +420,14 @@ def set_adapter(model: TinyMambaModel, names: str | None | Sequence[str | None])
 
     It costs nothing: no weight is changed.
     """
-    state, same = adapter_state(model), names is None or isinstance(names, str)
+    state = adapter_state(model)
     require_unmerged(state)
-    for name in [names] if same else names:
+    active = names if names is None or isinstance(names, str) else tuple(names)
+    for name in active if isinstance(active, tuple) else (active,):
         remedy = f"there are {', '.join(state.configs) or 'none'}"
         known = name is None or name in state.configs
         require(known, "adapter", f"there is no {name!r}", remedy)
-    state.active = names if same else tuple(names)
+    state.active = active
 
 
 # ------------------------------------------------------------------------------------ merging
@@ -757,7 +757,7 @@ class Options:
     force: bool = False  # replace files in output_dir
 
 
-SPELLING = {  # fields with a shorter flag
+SPELLING: dict[str, tuple[str, ...]] = {  # fields with a shorter flag
     "train_data_path": ("train_data_path", "train_data"),
     "val_data_path": ("val_data_path", "val_data"),
     "max_steps": ("max_steps", "steps"),

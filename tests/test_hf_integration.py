@@ -1,7 +1,5 @@
 """hf_integration.py against the native model, at the level of logits, and through transformers."""
 
-import contextlib
-import io
 import json
 import math
 import os
@@ -23,6 +21,7 @@ from helpers import (
     ROOT,
     assert_refused,
     free_port,
+    run_main,
     run_script,
     some_ids,
     tiny_config,
@@ -56,7 +55,7 @@ from hf_integration import (
 from quantize import quantize_model
 from testv2 import ModelState, TinyMambaModel, generate, load_model, save_folder
 from tinymamba.checkpoint import load_checkpoint, save_checkpoint
-from tinymamba.cli import UserError, run_cli
+from tinymamba.cli import UserError
 from tinymamba.tokenizer import SimpleTokenizer
 
 SHAPES = {
@@ -193,9 +192,9 @@ def test_logits_to_keep_are_the_last_or_the_ones_named():
 
 
 @pytest.mark.parametrize(("problem", "arguments"), [
-    ("attention_mask: of shape", {"attention_mask": torch.ones(2, 1, 9, 9)}),
-    ("attention_mask: of shape", {"attention_mask": torch.ones(2, 8)}),
-    ("has no place for recurrent states", {"past_key_values": DynamicCache()}),
+    ("attention_mask: has shape", {"attention_mask": torch.ones(2, 1, 9, 9)}),
+    ("attention_mask: has shape", {"attention_mask": torch.ones(2, 8)}),
+    ("cannot hold recurrent states", {"past_key_values": DynamicCache()}),
 ])  # fmt: skip
 def test_what_cannot_be_read_is_refused_by_name(problem, arguments):
     with pytest.raises(ValueError, match=problem):
@@ -205,16 +204,16 @@ def test_what_cannot_be_read_is_refused_by_name(problem, arguments):
 def test_a_cache_of_other_rows_or_too_small_is_refused():
     model = hf(wide())
     cache = model(some_ids(2, 9)).past_key_values
-    with pytest.raises(ValueError, match="is of 2 texts, the input of 3"):
+    with pytest.raises(ValueError, match="has 2 sequences, but the input has 3"):
         model(some_ids(3, 1), past_key_values=cache)
     full = StaticCache(config=model.config, max_cache_len=4)
     model(some_ids(2, 4), past_key_values=full)
     with pytest.raises(ValueError, match="static cache of 4 tokens is full"):
         model(some_ids(2, 1), past_key_values=full)
     assert full.get_seq_length() == 4
-    with pytest.raises(ValueError, match="input_ids: hold no new token"):
+    with pytest.raises(ValueError, match="input_ids: have no new token"):
         model(some_ids(2, 4)[:, :0], past_key_values=full)
-    with pytest.raises(ValueError, match="has no place for recurrent states"):
+    with pytest.raises(ValueError, match="cannot hold recurrent states"):
         model(some_ids(2, 4), past_key_values=((1, 2),))
 
 
@@ -634,7 +633,7 @@ def test_a_quantised_folder_loads_and_is_saved_as_small(tmp_path, bits):
     assert told.generation_config.eos_token_id == 7
     assert told.name_or_path == str(tmp_path / "one")
     assert (told.config._attn_implementation, told.model.config.dropout) == ("eager", 0.3)
-    with pytest.raises(UserError, match="is quantized, and cannot go back"):
+    with pytest.raises(UserError, match="is quantized and cannot be converted back"):
         convert(str(tmp_path / "one"), str(tmp_path / "back.pt"))
     convert(str(tmp_path / "one"), str(tmp_path / "three"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "three")
@@ -683,13 +682,9 @@ def test_a_list_of_words_is_no_fast_tokenizer(tmp_path):
         TinyMambaHFTokenizer.of(SimpleTokenizer(tmp_path / "vocab.txt"))
 
 
-def in_process(*words):
-    """hf_integration.py with these words on the command line, without starting Python anew."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(
-            SystemExit) as ended:  # fmt: skip
-        run_cli(lambda: main([str(word) for word in words]))
-    return subprocess.CompletedProcess(words, ended.value.code, out.getvalue(), err.getvalue())
+def in_process(*words) -> subprocess.CompletedProcess:
+    """hf_integration.py with these words on the command line, in this process."""
+    return run_main(main, *words)
 
 
 FRESH = """
@@ -798,7 +793,7 @@ def test_a_tokenizer_that_ends_texts_elsewhere_is_refused(tmp_path, prepared):
     native = wide(vocab_size=300, eos_id=5)
     state = {"model": native.state_dict(), "config": native.config.to_dict()}
     save_checkpoint(tmp_path / "other.pt", state)
-    with pytest.raises(UserError, match="ends a text by id 0, the model by 5"):
+    with pytest.raises(UserError, match="ends a text with id 0, but the model expects 5"):
         convert(str(tmp_path / "other.pt"), str(tmp_path / "x"),
                 str(prepared.parent / "tokenizer.json"))  # fmt: skip
 
@@ -811,7 +806,7 @@ def test_a_model_in_several_files_is_a_native_one_too(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(UserError, match=r"index.json: cannot be read"):
         load_model(tmp_path)
-    with pytest.raises(ValueError, match="push_to_hub: would send a folder without its code"):
+    with pytest.raises(ValueError, match="push_to_hub: would upload the model without its code"):
         model.save_pretrained(tmp_path, push_to_hub=True)
 
 
@@ -911,7 +906,7 @@ def test_push_makes_a_repository_and_one_commit_and_tells_no_token(
 
     refused = push(tmp_path / "hf", hub, "--token", "hf_wrongwrong")
     assert refused.returncode == 2
-    assert refused.stderr.startswith("error: --repo_id: the hub refused me/small (401)")
+    assert refused.stderr.startswith("error: --repo_id: the hub rejected me/small (401)")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     silent = in_process("push", "--model_dir", tmp_path / "hf", "--repo_id", "me/small",
                         "--token", Hub.TOKEN)  # fmt: skip

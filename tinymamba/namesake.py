@@ -22,6 +22,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Collection
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -60,7 +61,7 @@ def stand_in(module: ModuleType, name: str, names: Collection[str]) -> type:
     if name not in names:
         raise no_attribute(module, name)
 
-    def reject(self, *args, **kwargs):
+    def reject(self: object, *args: Any, **kwargs: Any) -> None:
         raise ImportError(f"{name} needs the package: pip install {module.__name__}")
 
     cls = type(name, (), {"__init__": reject, "__module__": module.__name__})
@@ -73,7 +74,7 @@ class SharedPackage:
     def __init__(self, module: ModuleType, spec: ModuleSpec):
         self.module, self.spec = module, spec
         self.lock, self.loaded = threading.RLock(), False
-        self.own = [name for name in vars(module) if not name.startswith("__")]
+        self.own = [name for name in vars(module) if not name.startswith("__")]  # of the script
         module.__path__ = list(spec.submodule_search_locations or ())
         module.__package__ = module.__name__
         module.__spec__.submodule_search_locations = module.__path__  # type: ignore[union-attr]
@@ -117,7 +118,7 @@ class SharedPackage:
         return module.__spec__
 
 
-class ImportedModule:
+class ImportedModule(Loader):
     """Loader of a module that has been imported already: gives that module and runs nothing."""
 
     def __init__(self, module: ModuleType):
