@@ -1,4 +1,4 @@
-"""Text from the ONNX folder that export_model.py writes; it stands alone, without PyTorch.
+"""Generate text from an ONNX folder of export_model.py. Needs neither PyTorch nor this project.
 
     pip install numpy onnxruntime tokenizers
     python onnx_generate.py --prompt "Once upon a time" --max_tokens 100
@@ -7,26 +7,30 @@
 As a library:
 
     model = OnnxModel("exported_models/onnx")
-    logits, state = model.advance(ids)  # any number of tokens at a time, for ever
-    logits, state = model.advance(more, state)
+    logits, state = model.advance(ids)  # any number of tokens at a time
+    logits, state = model.advance(more, state)  # as often as you like: the state does not grow
 """
 
 import argparse
+import io
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import onnxruntime
 from tokenizers import Tokenizer
 
 HERE = Path(__file__).resolve().parent
+FILES = ("prefill.onnx", "step.onnx", "weights.data", "tokenizer.json")
 
 
 class OnnxModel:
-    """Two graphs: prefill.onnx reads pieces of a text, step.onnx single tokens."""
+    """Two graphs: prefill.onnx reads several tokens at once, step.onnx one."""
 
     def __init__(self, folder: str | Path = HERE, threads: int = 0):
-        """`threads` of the CPU; 0 takes all cores."""
+        """`threads`: how many CPU threads to use; 0 uses all cores."""
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         providers = onnxruntime.get_available_providers()
@@ -37,7 +41,7 @@ class OnnxModel:
         self.names = [output.name for output in self.step.get_outputs()]
 
     def start(self, batch: int = 1) -> dict[str, np.ndarray]:
-        """The state before any token, of `batch` rows; its size never changes."""
+        """The state of `batch` rows before any token; its size never changes."""
         types = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
         return {
             i.name: np.zeros((batch, *i.shape[1:]), types[i.type])
@@ -46,7 +50,7 @@ class OnnxModel:
         }
 
     def advance(self, ids: np.ndarray, state: dict | None = None) -> tuple[np.ndarray, dict]:
-        """ids (B, L) of int64, L >= 1 -> logits (B, V) after the last one, and the new state."""
+        """int64 ids (b, l), l >= 1 -> logits (b, v) after the last id, and the new state."""
         state = state or self.start(len(ids))
         session = self.step if ids.shape[1] == 1 else self.prefill
         logits, *tensors = session.run(self.names, {"ids": ids, **state})
@@ -56,53 +60,64 @@ class OnnxModel:
 
     def generate(
         self, ids: list[int], max_tokens: int, temperature: float = 0.0, seed: int | None = None
-    ):
-        """The ids that follow, one by one; temperature 0 takes the likeliest every time.
+    ) -> Iterator[int]:
+        """Yield the next ids, one by one; temperature 0 always takes the most likely.
 
-        Nothing ends it early: stop at the id that ends a text, if there is one.
+        It yields `max_tokens` ids: if an id ends a text, the caller has to stop there.
         """
-        draw, state, piece = np.random.default_rng(seed), None, ids
+        random, state, unread = np.random.default_rng(seed), None, ids
         for _ in range(max_tokens):
-            logits, state = self.advance(np.array([piece], np.int64), state)
-            weights = logits[0].astype(np.float64)
-            if temperature > 0:
-                weights = weights / temperature + draw.gumbel(size=weights.shape)
-            piece = [int(weights.argmax())]
-            yield piece[0]
+            logits, state = self.advance(np.array([unread], np.int64), state)
+            scores = logits[0].astype(np.float64)  # (v,)
+            if temperature > 0:  # the largest of logits plus Gumbel noise is a sample
+                scores = scores / temperature + random.gumbel(size=scores.shape)
+            unread = [int(scores.argmax())]
+            yield unread[0]
 
 
-def fail(problem: str) -> None:
+def fail(problem: str) -> NoReturn:
+    """Print one line and exit with code 2."""
     print(f"error: {problem}", file=sys.stderr)
     sys.exit(2)
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
+    """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default=HERE, help="the folder [that of this file]")
-    parser.add_argument("--prompt", default="import", help="what to continue [import]")
-    parser.add_argument("--max_tokens", type=int, default=100, help="[100]")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy [0]")
-    parser.add_argument("--seed", type=int, help="the same seed gives the same text")
+    parser.add_argument("--model", default=HERE, help="the ONNX folder [that of this file]")
+    parser.add_argument("--prompt", default="import", help="text to continue [import]")
+    parser.add_argument("--max_tokens", type=int, default=100, help="tokens to generate [100]")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 always takes the most likely token [0]"
+    )
+    parser.add_argument("--seed", type=int, help="the same seed gives the same text [random]")
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="replace")  # a terminal need not know every character
-    for name in ("prefill.onnx", "step.onnx", "weights.data", "tokenizer.json"):
-        if not (Path(args.model) / name).is_file():
-            fail(f"{Path(args.model) / name}: no such file; export the model with it")
+    for path in (Path(args.model) / name for name in FILES):
+        if not path.is_file():
+            fail(f"{path}: no such file; export the model again, with a tokenizer")
+    return args
+
+
+def main() -> None:
+    """Print the prompt and its continuation."""
+    args = parse()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack some characters
     tokenizer = Tokenizer.from_file(str(Path(args.model) / "tokenizer.json"))
-    tokenizer.encode_special_tokens = True  # text is never a special token
+    tokenizer.encode_special_tokens = True  # read special tokens in the prompt as plain text
     ids = tokenizer.encode(args.prompt, add_special_tokens=False).ids
     if not ids:
         fail("--prompt: holds no token; pass some text")
-    made, shown = [], ""
+    generated, shown = [], ""
     print(args.prompt, end="")
     model = OnnxModel(args.model)
     for i in model.generate(ids, args.max_tokens, args.temperature, args.seed):
-        made.append(i)
-        text = tokenizer.decode(made)
-        if not text.endswith("\ufffd"):  # else a character is not complete yet
+        generated.append(i)
+        text = tokenizer.decode(generated)
+        if not text.endswith("\ufffd"):  # otherwise the last character is incomplete
             print(text[len(shown) :], end="", flush=True)
             shown = text
-    print(tokenizer.decode(made)[len(shown) :])
+    print(tokenizer.decode(generated)[len(shown) :])
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ import time
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -116,7 +116,8 @@ class StreamingConfig:
         limits |= dict.fromkeys(("bos_token_id", "pad_token_id"), (0, vocab_size - 1))
         limits |= {"eos_token_id": (-1, vocab_size - 1)}
         empty = [name for name in ("stop", "stop_ids") if getattr(self, name) == []]
-        check_fields(dataclasses.replace(self, **dict.fromkeys(empty)), limits)
+        nones: dict = dict.fromkeys(empty)  # check_fields rejects empty lists
+        check_fields(dataclasses.replace(self, **nones), limits)
         require("" not in (self.stop or []), "stop", "has an empty string", "remove it")
         bias = self.logit_bias or {}
         numbers = all(has_type(b, float) or b == -math.inf for b in bias.values())
@@ -318,8 +319,8 @@ class Decoder:
     """Reads prompts and generates tokens for all open answers, as one batch.
 
     It has no thread of its own: one of the threads that wait for a token runs `step`, which
-    advances every answer that has room. Answers join and leave between any two steps. The lock of
-    `condition` is never held during a computation, and no computation changes its inputs.
+    advances every answer that has room. Answers join and leave between any two steps. A step does
+    not hold the lock of `condition` while the model runs, which never changes its inputs.
     """
 
     def __init__(self, model: TinyMambaModel, batch_size: int, compiled: bool = False):
@@ -330,7 +331,7 @@ class Decoder:
         self.stepping = False  # whether a thread is in `step`
         self.answers: list[Answer] = []  # all open ones
         self.batch: list[Answer] = []  # those whose states are the rows of `batch_state`
-        self.batch_state: ModelState | None = None
+        self.batch_state: Any = None  # a ModelState, unless `batch` is empty
 
     def wait(self, answer: Answer) -> None:
         """Wait until the answer has a token or is over; take steps unless another thread does."""
@@ -368,10 +369,10 @@ class Decoder:
     # Which answers take part -----------------------------------------------------------------
 
     def plan_prompts(self) -> list[tuple[Answer, list[int]]]:
-        """The part of each prompt to read next; little if there are other answers.
+        """The prompts to read next, each with the ids to read of it.
 
-        The answer that waits longest comes first, then those with the fewest tokens left. They
-        share the tokens of a step equally, but none gets less than MIN_SHARE.
+        They share the tokens of a step equally, but only as many take part as can have MIN_SHARE
+        tokens each: the one that has waited longest, then those with the fewest tokens left.
         """
         left = SMALL_PREFILL if len(self.answers) > 1 else PREFILL
         parts = []
@@ -408,7 +409,8 @@ class Decoder:
         """
         if not chosen or chosen == self.batch:
             return chosen
-        ids, row_of = set(map(id, chosen)), {}
+        ids = set(map(id, chosen))
+        row_of: dict[int, int] = {}
         for row, answer in enumerate(self.batch):
             if answer.state is None and id(answer) in ids:
                 row_of[id(answer)] = row
@@ -526,7 +528,9 @@ class Answer:
         self.origin, self.prompt_tokens = origin, len(prompt)
         self.start = self.final = origin.followed_by(prompt)  # `start`: what `ids` follow
         # Generation: what the decoder reads and draws.
-        self.state, self.to_read, self.logits = origin.state, list(self.start.unread), None
+        self.state: Any = origin.state  # a ModelState, or None while it is a row of the batch
+        self.to_read = list(self.start.unread)
+        self.logits: Any = origin.logits  # (v,) after all tokens that the state has read
         self.recent, self.position = self.start.recent, self.start.position
         self.ids: list[int] = []  # all tokens drawn since `start`
         self.queue: deque[Token] = deque()  # those that are not given out yet
@@ -545,7 +549,7 @@ class Answer:
         self.tokenizer, self.chunks = tokenizer, self.make_chunks()
         self.stream = TextStream(tokenizer, list(self.recent[-CONTEXT:]), config.stop or [])
         if not self.to_read:
-            self.begin(origin.logits, None)
+            self.begin(self.logits, None)
         decoder.answers.append(self)
 
     def score_first(self, logits: np.ndarray | None) -> list[Token]:
@@ -586,9 +590,10 @@ class Answer:
                 return
             yield chunk
 
-    def make_chunks(self) -> Iterator[Chunk]:
+    def make_chunks(self) -> Generator[Chunk, None, None]:
         """The generator behind the iterator; at its end the answer is closed."""
-        tokens, text = [], ""
+        tokens: list[Token] = []
+        text = ""
         try:
             while True:
                 while not self.blocking and self.needs_token():
@@ -723,7 +728,7 @@ class Answer:
         if not self.to_read:
             self.begin(logits[0], gates[:, 0])
 
-    def begin(self, logits: np.ndarray, gates: np.ndarray | None) -> None:
+    def begin(self, logits: Any, gates: np.ndarray | None) -> None:
         """Draw the first token by logits (v,), now that the prompt is read."""
         self.start = self.start._replace(state=self.state, logits=logits, unread=())
         self.logits = logits
@@ -739,6 +744,7 @@ class Answer:
         self.logits, self.last = logits, None
         if self.over:  # it was stopped during the step
             return
+        assert c.seed is not None, "StreamingServer.answer sets one"
         try:
             token = draw(probabilities(logits, window, c), c.seed, self.position)
         except Exception as e:  # raised in this answer's reader only, not in the thread that steps
@@ -775,7 +781,7 @@ class Answer:
 
 @dataclass
 class Session:
-    """One conversation: where it stands, and where it stood before its last turn."""
+    """One conversation: its snapshot now, and the one before its last turn."""
 
     id: str
     now: Snapshot
@@ -816,7 +822,7 @@ class StreamingServer:
     ):
         target, config = usable_device(str(device)), config or StreamingConfig()
         problem = why_no_compile(target) if compiled else None
-        require(not problem, "compile", f"{problem}", "do without it")
+        require(not problem, "compile", f"{problem}", "leave it out")
         if isinstance(model_path, TinyMambaModel):
             self.model, beside = model_path, []
         else:
@@ -910,7 +916,7 @@ class StreamingServer:
             return answer
 
     def end_turn(self, session: Session, answer: Answer) -> None:
-        """Continue the session from where its answer ended."""
+        """Continue the session from the end of its answer."""
         session.now, session.answer, session.used = answer.final, None, time.time()
         if answer.error or answer.abandoned:
             return
@@ -1039,9 +1045,9 @@ class StreamingServer:
     def fork_session(
         self, session_id: str, new_id: str | None = None, seed: int | None = None
     ) -> str:
-        """Create a session that continues from where this one stands; returns its id.
+        """Create a session that continues from the same snapshot; returns its id.
 
-        Nothing is copied: both share one snapshot.
+        Nothing is copied.
         """
         with self.condition:
             old = self.find(session_id)
@@ -1196,7 +1202,7 @@ class StreamingInference:
 
     def generate_next_token(self, token: Any = None, **settings: Any) -> int | None:
         """Read an id, several, or none, and return the next one; None if the text ends there."""
-        ids = [] if token is None else token
+        ids: Any = [] if token is None else token
         if not isinstance(ids, list | tuple):
             ids = np.atleast_1d(ids).tolist()
         settings["max_new_tokens"] = 1
@@ -1338,9 +1344,9 @@ class Console:
         """Continue a saved session."""
         self.session = self.server.load_session(file)
 
-    def do_fork(self, *name: str) -> None:
+    def do_fork(self, name: str | None = None) -> None:
         """Fork the session, and continue in the fork."""
-        self.session = self.server.fork_session(self.session, *name)
+        self.session = self.server.fork_session(self.session, name)
         print(f"now in {self.session}")
 
     def do_use(self, name: str) -> None:
@@ -1379,7 +1385,7 @@ class Options:
     """The command line, besides the fields of StreamingConfig in SAMPLING."""
 
     checkpoint: str = "tinymamba_model_latest.pt"  # a checkpoint of testv2.py, or a model folder
-    tokenizer: str | None = None  # tokenizer.json or vocab.txt; None looks beside the checkpoint
+    tokenizer: str | None = None  # tokenizer.json or vocab.txt; else beside checkpoint or data
     adapter: str | None = None  # folder of an adapter that peft.py made
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
     dtype: torch.dtype = torch.float32  # dtype of the weights
@@ -1407,7 +1413,7 @@ def parse(argv: list[str] | None) -> tuple[Options, dict[str, Any]]:
     parser = CliParser(usage=usage, description=str(__doc__).partition("As a library")[0])
     add_flags(parser, Options)
     others = {field.name for field in dataclasses.fields(StreamingConfig)} - SAMPLING
-    spelling = {"max_new_tokens": ("max_tokens",)}
+    spelling: dict[str, tuple[str, ...]] = {"max_new_tokens": ("max_tokens",)}
     add_flags(parser, StreamingConfig, leave_out=others, spelling=spelling)
     args = parser.parse_args(argv)
     options = Options(**given_fields(Options, args))
