@@ -66,7 +66,13 @@ from tinymamba.cli import (
 from tinymamba.runtime import pick_amp_dtype, pick_device, why_no_compile
 from tinymamba.tokenizer import open_tokenizer
 
-DEFAULT = {"d_model": 320, "n_layer": 5, "vocab_size": 4096, "num_heads": 5, "bias": False}
+DEFAULT: dict[str, Any] = {
+    "d_model": 320,
+    "n_layer": 5,
+    "vocab_size": 4096,
+    "num_heads": 5,
+    "bias": False,
+}
 LENGTHS = [256, 512, 1024, 2048]  # of sequences, in tokens
 TOLERANCE = 0.02  # share by which a peer's parameter count may differ
 DECODE_TOKENS = 16  # tokens over which one decoding run is timed
@@ -373,7 +379,8 @@ def interleave(makers: dict, warmup: int, rounds: int) -> dict:
 
     In every round each function runs once; one that fails is not run again.
     """
-    runs, timings = {}, {key: Timing() for key in makers}
+    timings = {key: Timing() for key in makers}
+    runs: dict[Any, Callable[[], float]] = {}
     for key, make in makers.items():
         run, timings[key].reason = attempt(make)
         runs |= {key: run} if run else {}
@@ -588,7 +595,7 @@ def mean_nats(
 def perplexity(setup: Setup, runners: dict[str, Runner]) -> Iterator[dict]:
     """Rows of the checkpoint's loss on --eval_dataset."""
     options = setup.options
-    model = load_model(options.tinymamba_checkpoint, setup.device)
+    model = load_model(str(options.tinymamba_checkpoint), setup.device)
     facts = read_sidecar(options.eval_dataset)
     for case in cases(options, options.sequence_lengths or [setup.config.block_size]):
         data = open_eval(setup, case[1])
@@ -654,7 +661,7 @@ def open_for_harness(setup: Setup) -> dict:
     need("transformers")
     from hf_integration import TinyMambaHFModel, TinyMambaHFTokenizer
 
-    path = setup.options.tinymamba_checkpoint
+    path = str(setup.options.tinymamba_checkpoint)
     model = load_model(path, setup.device)
     tokenizer = open_tokenizer(None, model, [path])
     problem = "has no tokenizer.json beside it or beside its data"
@@ -760,7 +767,8 @@ def plot(rows: list[dict], path: Path) -> None:
     """Write a PNG of one benchmark over length, with a line for each model (and batch)."""
     figure = need("matplotlib.figure").Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes, (key, title) = figure.subplots(), MEASURES[rows[0]["benchmark"]]
-    lengths, lines = sorted({row["length"] for row in rows}), {}
+    lengths = sorted({row["length"] for row in rows})
+    lines: dict[str, list[dict]] = {}
     several = len({(row["batch"], row["length"]) for row in rows}) > len(lengths)
     for row in sorted(rows, key=lambda row: row["length"]):
         name = label(row) + (f", batch {row['batch']}" if several else "")
@@ -970,7 +978,11 @@ def main(argv: list[str] | None = None) -> int:
     models = {name: runner.size for name, runner in runners.items()}
     for name, size in models.items():
         print(f"{name}: {size['parameters']:,} parameters", flush=True)
-    results = {"machine": describe_machine(setup, argv), "models": models, "rows": []}
+    results: dict[str, Any] = {
+        "machine": describe_machine(setup, argv),
+        "models": models,
+        "rows": [],
+    }
     for benchmark in [b for kind in setup.benchmarks for b in BENCHMARKS[kind]]:
         for row in benchmark(setup, runners):
             results["rows"].append({**row, "parameters": models[row["model"]]["parameters"]})

@@ -282,7 +282,7 @@ class SSM(nn.Module):
         x, b, c = (t.transpose(1, 2) for t in (x, b, c))  # (b, h, l, p), (b, 1, l, n)
         mix = self.delta_rule if s.delta else self.trapezoid if s.trapezoid else self.euler
         y = mix(u, x, b, c, dt, decay).transpose(1, 2).flatten(2)  # (b, l, e)
-        if s.z_gate:
+        if self.z_proj is not None:
             y = y * F.silu(self.z_proj(u))
         if s.ssm_norm or not s.z_gate:
             y = rms(y, self.norm)
@@ -462,11 +462,11 @@ class Block(nn.Module):
             gates = self.weights(inputs[0])
             y = sum(gates[i] * self.branch(i, inputs[i], values, ids) for i in range(3))
             return x + self.dropout(self.scale * y)
-        gates = None
+        shared: list = []  # the weights come from the first group's input
         for place, group in enumerate(self.groups):
             u = self.convolve(rms(x), place) * self.norm[place]
-            gates = gates or self.weights(u)
-            y = sum(gates[i] * self.branch(i, u, values, ids) for i in group)
+            shared = shared or self.weights(u)
+            y = sum(shared[i] * self.branch(i, u, values, ids) for i in group)
             x = x + self.dropout(self.scale * y)
         return x
 
@@ -483,7 +483,10 @@ class Block(nn.Module):
 
     def branch(self, i: int, u: Tensor, values: list[Tensor], ids: Tensor) -> Tensor:
         """The output of branch `i`: (b, l, d) -> (b, l, d)."""
-        y = self.attention(u, values, ids) if i == 1 else (self.ssm, None, self.mlp)[i](u)
+        if BRANCHES[i] == "attention":
+            y = self.attention(u, values, ids)
+        else:
+            y = self.ssm(u) if BRANCHES[i] == "ssm" else self.mlp(u)
         return rms(y, self.branch_norm[i]) if self.s.branch_norm else y
 
 
@@ -534,7 +537,7 @@ class Model(nn.Module):
             pairs = VOCAB * F.pad(ids[:, :-1], (1, 0)) + ids
             x = x + self.bigram_embedding(pairs * PRIME % 2**16 % self.s.bigrams)
         embedded = x = rms(x) if self.s.embedding_norm else x
-        values = []
+        values: list[Tensor] = []
         for block in [*self.blocks] * self.s.loops:
             x = block(x, embedded, values, ids)
         return self.head(rms(x, self.norm))

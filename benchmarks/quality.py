@@ -1,9 +1,9 @@
 """Validation loss against transformers' Llama and Mamba2 at equal parameters and equal tokens.
 
-    python benchmarks/quality.py S --text wiki.test.raw wiki.valid.raw  # bytes, 0.8M parameters
-    python benchmarks/quality.py M                                      # built-in corpus, 10M
-    python benchmarks/quality.py M --models llama --lr 1e-3 2e-3 4e-3   # find a peer's best rate
-    python benchmarks/quality.py S --text ... --seeds 0 1 2 --output quality.jsonl
+    python -m benchmarks.quality S --text wiki.test.raw wiki.valid.raw  # bytes, 0.8M parameters
+    python -m benchmarks.quality M                                      # built-in corpus, 10M
+    python -m benchmarks.quality M --models llama --lr 1e-3 2e-3 4e-3   # find a peer's best rate
+    python -m benchmarks.quality S --text ... --seeds 0 1 2 --output quality.jsonl
 
 Every model sees the same batches of a seed, the same schedule and the same kind of optimizer: Muon
 for matrices and AdamW for the rest, or AdamW for all with --optimizer adamw. S trains on the first
@@ -11,23 +11,26 @@ file of --text and validates on the second: 2,000 steps of 12 x 64 bytes. M trai
 `python data/prepare.py` makes: 1,000 steps of 8 x 512 tokens.
 
 Each run appends a row to --output. `bits_per_byte` is on validation data cut into blocks as in
-training. `bits_per_byte_read` is on the same data read as one long text: TinyMamba by its state,
-the others by a window of one block that moves on by an eighth of a block.
+training. `bits_per_byte_read` is on the same data read as long texts: by TinyMamba with its state,
+by the others in a sliding window of one block, with a stride of an eighth of a block.
 """
 
+from __future__ import annotations
+
 import math
-import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark import append_row  # noqa: E402
-from testv2 import Config, TinyMambaModel, TokenFile, make_optimizer, read_sidecar  # noqa: E402
-from tinymamba.cli import CliParser, require, run_cli  # noqa: E402
+from benchmark import append_row
+from testv2 import Config, TinyMambaModel, TokenFile, make_optimizer, read_sidecar
+from tinymamba.cli import CliParser, add_flags, check_fields, given_fields, need, require, run_cli
 
 # Shapes with equal numbers of parameters, within 2%: about 0.8M and 9.6M.
 SHAPES = {
@@ -68,20 +71,47 @@ TASKS = {  # vocabulary, tokens of a block, blocks of a step, steps
     "S": (256, 64, 12, 2000),
     "M": (4096, 512, 8, 1000),
 }
-RATES = {  # the best that was found, with Muon
+RATES = {  # the best learning rates that were found, with Muon
     "S": {"tinymamba": 4e-3, "llama": 2e-3, "mamba2": 8e-3},
     "M": {"tinymamba": 8e-3, "llama": 4e-3, "mamba2": 8e-3},
 }
 WARMUP = 100  # steps
 
 
+@dataclass
+class Options:
+    """The command line. `task` is an argument without a flag."""
+
+    task: str
+
+    # Data
+    text: list[str] | None = None  # for S: two files, to train on and to validate on
+    data: str = "data/text"  # for M: folder with train.bin and val.bin
+    validation_tokens: int = 2**18  # at most
+
+    # Runs
+    models: list[str] | None = None  # None means all
+    seeds: list[int] | None = None  # random seeds of every model; None means 0 1 2
+    lr: list[float] | None = None  # peak learning rates; None means each model's best
+    optimizer: str = "muon"  # muon for matrices and AdamW for the rest, or adamw for all
+    weight_decay: float = 0.0  # of matrices
+    steps: int = 0  # updates; 0 means the task's own number
+    threads: int = 0  # CPU threads; 0 means all
+    output: str = "quality.jsonl"  # file of rows
+
+    CHOICES: ClassVar = {"models": tuple(SHAPES["S"]), "optimizer": ("muon", "adamw")}
+
+
+# ------------------------------------------------------------------------------------ models
+
+
 def build(task: str, name: str) -> torch.nn.Module:
+    """A model with random weights."""
     vocab, block, _, _ = TASKS[task]
-    shape = SHAPES[task][name]
+    shape: dict[str, Any] = {**SHAPES[task][name]}
     if name == "tinymamba":
         return TinyMambaModel(Config(vocab_size=vocab, dropout=0.0, bias=False, **shape))
-    import transformers
-
+    transformers = need("transformers")
     transformers.logging.set_verbosity_error()  # Mamba2 warns at length of missing CUDA kernels
     common = {"vocab_size": vocab, "tie_word_embeddings": True, "use_cache": False}
     if name == "llama":
@@ -91,76 +121,79 @@ def build(task: str, name: str) -> torch.nn.Module:
     return transformers.Mamba2ForCausalLM(config)
 
 
-def logits_of(model, ids: torch.Tensor) -> torch.Tensor:
+def logits_of(model: torch.nn.Module, ids: Tensor) -> Tensor:
     """(b, l) -> (b, l, v), float32."""
     with torch.autocast("cpu", torch.bfloat16):
         out = model(ids)
     return (out if isinstance(out, torch.Tensor) else out.logits).float()
 
 
-def load_data(args) -> tuple:
-    """Training and validation tokens, and the bytes that one validation token stands for."""
-    vocab = TASKS[args.task][0]
-    if args.task == "S":
-        require(args.text, "text", "S needs two files", "pass --text TRAIN VALIDATION")
-        for path in args.text:
+# ------------------------------------------------------------------------------------ data
+
+
+def load_data(options: Options) -> tuple[Tensor, Tensor, float]:
+    """Training and validation tokens, and the average number of bytes per validation token."""
+    vocab, last = TASKS[options.task][0], options.validation_tokens + 1
+    if options.task == "S":
+        text, remedy = options.text or [], "pass --text TRAIN VALIDATION"
+        require(len(text) == 2, "--text", "S needs two files", remedy)
+        for path in text:
             require(Path(path).is_file(), path, "no such file", "pass two files of text")
-        train, val = (np.fromfile(path, dtype=np.uint8).astype(np.int64) for path in args.text)
-        return torch.from_numpy(train), torch.from_numpy(val[: args.validation_tokens + 1]), 1.0
-    files = [TokenFile(f"{args.data}/{name}.bin", "auto") for name in ("train", "val")]
-    train, val = (torch.from_numpy(f.read(0, f.length).astype(np.int64)) for f in files)
-    facts = read_sidecar(files[1].path)
-    require(
-        int(train.max()) < vocab,
-        "data",
-        f"has ids of {vocab} and more",
-        f"python data/prepare.py --vocab_size {vocab}",
-    )
-    return train, val[: args.validation_tokens + 1], facts["bytes"] / facts["tokens"]
+        train, val = (np.fromfile(path, dtype=np.uint8).astype(np.int64) for path in text)
+        return torch.from_numpy(train), torch.from_numpy(val[:last]), 1.0
+    files = [TokenFile(f"{options.data}/{name}.bin", "auto") for name in ("train", "val")]
+    ids, val_ids = (torch.from_numpy(f.read(0, f.length).astype(np.int64)) for f in files)
+    facts, remedy = read_sidecar(files[1].path), f"python data/prepare.py --vocab_size {vocab}"
+    require(int(ids.max()) < vocab, "--data", f"has ids of {vocab} and more", remedy)
+    return ids, val_ids[:last], facts["bytes"] / facts["tokens"]
+
+
+# ------------------------------------------------------------------------------- measurements
+
+
+def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """The sum of the losses of all tokens."""
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
 
 
 @torch.no_grad()
-def blockwise(model, val: torch.Tensor, block: int) -> float:
-    """Nats per token of validation data cut into blocks, each read with nothing before it."""
+def blockwise(model: torch.nn.Module, val: Tensor, block: int) -> float:
+    """Nats per token of validation data, cut into independent blocks."""
     count = (len(val) - 1) // block * block
     x, y = val[:count].view(-1, block), val[1 : count + 1].view(-1, block)
-    step = max(1, 2**14 // block)
-    total = sum(
-        F.cross_entropy(logits_of(model, a).flatten(0, 1), b.flatten(), reduction="sum")
-        for a, b in zip(x.split(step), y.split(step), strict=True)
-    )
+    step, total = max(1, 2**14 // block), torch.zeros(())
+    for a, b in zip(x.split(step), y.split(step), strict=True):
+        total += summed_loss(logits_of(model, a), b)
     return total.item() / count
 
 
 @torch.no_grad()
-def read_through(model, val: torch.Tensor, block: int) -> float:
+def read_through(model: torch.nn.Module, val: Tensor, block: int) -> float:
     """Nats per token of validation data read as 16 long texts."""
     rows, stride = 16, block // 8
     length = (len(val) - 1) // rows // block * block
     x, y = (val[i : i + rows * length].view(rows, length) for i in (0, 1))
-    total = 0.0
+    total = torch.zeros(())
     if isinstance(model, TinyMambaModel):
         state = model.init_state(rows)
         for a, b in zip(x.split(1024, 1), y.split(1024, 1), strict=True):
             with torch.autocast("cpu", torch.bfloat16):
                 logits, state = model.advance(a, state)
-            total += F.cross_entropy(logits.float().flatten(0, 1), b.flatten(), reduction="sum")
+            total += summed_loss(logits, b)
         return total.item() / y.numel()
-    windows = [(0, block, 0)]  # begin, end, first token that counts
+    windows = [(0, block, 0)]  # begin, end, first counted token
     windows += [(i - block, i, block - stride) for i in range(block + stride, length + 1, stride)]
     for begin, end, first in windows:
         logits = logits_of(model, x[:, begin:end])[:, first:]
-        total += F.cross_entropy(
-            logits.flatten(0, 1), y[:, begin + first : end].flatten(), reduction="sum"
-        )
+        total += summed_loss(logits, y[:, begin + first : end])
     return total.item() / y.numel()
 
 
-def train(model, data: torch.Tensor, args, seed: int, lr: float) -> None:
+def train(model: torch.nn.Module, data: Tensor, options: Options, seed: int, lr: float) -> None:
     """The recipe that all models share: linear warm-up, cosine to zero, clipping at 1."""
-    _, block, batch, steps = TASKS[args.task]
-    steps = args.steps or steps
-    config = Config(lr=lr, optimizer=args.optimizer, weight_decay=args.weight_decay)
+    _, block, batch, steps = TASKS[options.task]
+    steps = options.steps or steps
+    config = Config(lr=lr, optimizer=options.optimizer, weight_decay=options.weight_decay)
     optimizer, random = make_optimizer(model, config), torch.Generator().manual_seed(1000 + seed)
     start = time.perf_counter()
     for step in range(steps):
@@ -168,7 +201,7 @@ def train(model, data: torch.Tensor, args, seed: int, lr: float) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr * min(rate, (step + 1) / WARMUP)
         begin = torch.randint(len(data) - block - 1, (batch, 1), generator=random)
-        window = data[begin + torch.arange(block + 1)]
+        window = data[begin + torch.arange(block + 1)]  # (b, l+1)
         logits = logits_of(model, window[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
         loss.backward()
@@ -176,30 +209,31 @@ def train(model, data: torch.Tensor, args, seed: int, lr: float) -> None:
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % (steps // 10 or 1) == 0:
-            print(
-                f"  step {step + 1:5d}  loss {loss.item():.4f}  "
-                f"{time.perf_counter() - start:.0f} s",
-                flush=True,
-            )
+            spent = time.perf_counter() - start
+            print(f"  step {step + 1:5d}  loss {loss.item():.4f}  {spent:.0f} s", flush=True)
 
 
-def run(args, data: tuple, name: str, seed: int, lr: float) -> dict:
+# ------------------------------------------------------------------------------------ runs
+
+
+def run(options: Options, data: tuple, name: str, seed: int, lr: float) -> dict:
+    """Train and validate one model; returns the row."""
     torch.manual_seed(seed)
-    model, (tokens, val, bytes_per_token) = build(args.task, name), data
+    model, (tokens, val, bytes_per_token) = build(options.task, name), data
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{args.task}  {name}  {parameters:,} parameters  seed {seed}  lr {lr}", flush=True)
+    print(f"{options.task}  {name}  {parameters:,} parameters  seed {seed}  lr {lr}", flush=True)
     start = time.perf_counter()
-    train(model, tokens, args, seed, lr)
+    train(model, tokens, options, seed, lr)
     seconds = time.perf_counter() - start
     model.eval()
-    block = TASKS[args.task][1]
+    block = TASKS[options.task][1]
     nats = {"": blockwise(model, val, block), "_read": read_through(model, val, block)}
-    row = {
-        "task": args.task,
+    row: dict[str, Any] = {
+        "task": options.task,
         "model": name,
         "seed": seed,
         "lr": lr,
-        "optimizer": args.optimizer,
+        "optimizer": options.optimizer,
         "parameters": parameters,
         "seconds": round(seconds, 1),
     }
@@ -209,28 +243,28 @@ def run(args, data: tuple, name: str, seed: int, lr: float) -> dict:
     return row
 
 
-def main() -> None:
-    parser = CliParser(description=__doc__)
-    parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--text", nargs=2, help="for S: text to train on, text to validate on")
-    parser.add_argument("--data", default="data/text", help="for M: folder of .bin [data/text]")
-    parser.add_argument("--models", nargs="+", choices=SHAPES["S"], default=list(SHAPES["S"]))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--lr", nargs="+", type=float, help="peak rates [each model's best]")
-    parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
-    parser.add_argument("--weight_decay", type=float, default=0.0, help="of matrices [0.0]")
-    parser.add_argument("--steps", type=int, default=0, help="0 takes the task's")
-    parser.add_argument("--validation_tokens", type=int, default=2**18, help="at most [262144]")
-    parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0 takes all")
-    parser.add_argument("--output", default="quality.jsonl", help="file of rows [quality.jsonl]")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    data = load_data(args)
-    for seed in args.seeds:
-        for name in args.models:
-            for lr in args.lr or [RATES[args.task][name]]:
-                append_row(args.output, run(args, data, name, seed, lr))
+def parse(argv: list[str] | None) -> Options:
+    """The command line, checked."""
+    usage = "python -m benchmarks.quality S|M [--FLAG VALUE ...]"
+    parser = CliParser(usage=usage, description=__doc__)
+    parser.add_argument("task", choices=TASKS, help="S: 0.8M parameters; M: 10M")
+    add_flags(parser, Options)
+    options = Options(**given_fields(Options, parser.parse_args(argv)))
+    check_fields(options, dashes="--")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    options = parse(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    data = load_data(options)
+    for seed in options.seeds or [0, 1, 2]:
+        for name in options.models or list(SHAPES["S"]):
+            for lr in options.lr or [RATES[options.task][name]]:
+                append_row(options.output, run(options, data, name, seed, lr))
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,36 +1,39 @@
 """Quantized models beside float32 and bfloat16: perplexity, size, memory, time of a token.
 
     python testv2.py --preset demo
-    python benchmarks/quantize.py --checkpoint tinymamba_model_latest.pt
-    python benchmarks/quantize.py --kinds decode products --threads 1  # random weights, no data
+    python -m benchmarks.quantize --checkpoint tinymamba_model_latest.pt
+    python -m benchmarks.quantize --kinds decode products --threads 1  # random weights, no data
 
 quality: perplexity on --val_tokens of --val_data, in blocks of the model's block_size; bytes of the
-folder's weights; that of all layers but embedding and head as a share of float32; bytes of weights
-in memory. decode: one token of one text after another, of the checkpoint, and of random weights of
---d_model; quantized layers between float32 activations, not compiled. products: a single layer.
+folder's weights; bytes of all layers except embedding and head, as a share of float32; bytes of
+weights in memory. decode: time of one token, of the checkpoint and of random weights of --d_model;
+quantized layers between float32 activations, not compiled. products: time of a single layer.
 
-All runs of one kind take turns; medians of --rounds, and their ratio to bfloat16. Every row is
-appended to --output.
+In every round each form runs once; rows have medians over --rounds and their ratio to bfloat16.
+Every row is appended to --output.
 """
+
+from __future__ import annotations
 
 import copy
 import functools
 import math
 import statistics
-import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark import append_row, interleave, timed  # noqa: E402
-from quantize import mean_loss, quantize_model, read_blocks  # noqa: E402
-from testv2 import PRESETS, Config, TinyMambaModel, load_model, save_folder  # noqa: E402
-from tinymamba.cli import CliParser, require, run_cli  # noqa: E402
-from tinymamba.kernels import QuantizedLinear  # noqa: E402
+from benchmark import append_row, interleave, timed
+from quantize import mean_loss, quantize_model, read_blocks
+from testv2 import PRESETS, Config, TinyMambaModel, load_model, save_folder
+from tinymamba.cli import parse_flags, require, run_cli, show
+from tinymamba.kernels import QuantizedLinear
 
 SCHEMES = {  # bits, mode, calibrated
     "int8 dynamic": (8, "dynamic", False),
@@ -44,8 +47,36 @@ PRODUCTS = {"3072x768": (3072, 768), "768x3072": (768, 3072), "768x768": (768, 7
 CPU = torch.device("cpu")
 
 
-def forms(model: TinyMambaModel, size: int, calibration: torch.Tensor | None):
-    """The model in every form, by name; without calibration data, those that need none."""
+@dataclass
+class Options:
+    """The command line."""
+
+    # Measurements
+    kinds: list[str] | None = None  # what to measure; None means all
+    rounds: int = 7  # rounds that are counted; two more come first
+    threads: int = 0  # CPU threads; 0 means all
+    output: str = "quantize.jsonl"  # file of rows
+
+    # Checkpoint
+    checkpoint: str | None = None  # model to quantize; quality needs one
+    calibration_data: str = "data/text/train.bin"  # .bin of tokens for GPTQ
+    calibration_tokens: int = 65_536  # tokens of it
+    val_data: str = "data/text/val.bin"  # .bin of tokens for the perplexity
+    val_tokens: int = 65_536  # tokens of it
+
+    # Layers
+    group_size: int = 64  # weights that share a scale, for 4 bits
+    d_model: int = 768  # width of the model of random weights
+    n_layer: int = 4  # layers of the model of random weights
+    tokens: int = 16  # tokens over which one decoding run is timed
+
+    CHOICES: ClassVar = {"kinds": ("quality", "decode", "products")}
+
+
+def forms(
+    model: TinyMambaModel, size: int, calibration: torch.Tensor | None
+) -> Iterator[tuple[str, TinyMambaModel]]:
+    """The model in every form, by name; without calibration data, only those that need none."""
     yield "float32", model
     yield "bfloat16", copy.deepcopy(model).to(torch.bfloat16)
     for name, (bits, mode, calibrated) in SCHEMES.items():
@@ -54,7 +85,7 @@ def forms(model: TinyMambaModel, size: int, calibration: torch.Tensor | None):
 
 
 def file_bytes(model: TinyMambaModel) -> tuple[int, int]:
-    """Bytes of all tensors of the model's folder; of those of its blocks and last norm alone."""
+    """Bytes of all tensors in the model's folder, and of those outside embedding and head."""
     with tempfile.TemporaryDirectory() as name:
         save_folder(Path(name), model)
         tensors = load_file(Path(name) / "model.safetensors")
@@ -63,17 +94,17 @@ def file_bytes(model: TinyMambaModel) -> tuple[int, int]:
     return sum(sizes.values()), sum(sizes.values()) - tables
 
 
-def held_bytes(model: TinyMambaModel) -> int:
+def memory_bytes(model: TinyMambaModel) -> int:
     """Bytes of weights in memory, shared ones once."""
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
 
-def quality(args):
-    """Rows of the checkpoint's forms."""
-    model = load_model(args.checkpoint)
-    calibration = read_blocks(args.calibration_data, model, args.calibration_tokens)
-    ids, base = read_blocks(args.val_data, model, args.val_tokens), None
-    for name, form in forms(model, args.group_size, calibration):
+def quality(options: Options) -> Iterator[dict]:
+    """Rows of the checkpoint in every form."""
+    model = load_model(str(options.checkpoint))
+    calibration = read_blocks(options.calibration_data, model, options.calibration_tokens)
+    ids, base = read_blocks(options.val_data, model, options.val_tokens), None
+    for name, form in forms(model, options.group_size, calibration):
         loss, (whole, blocks) = mean_loss(form, ids), file_bytes(form)
         base = base or (loss, blocks)
         yield {
@@ -83,12 +114,12 @@ def quality(args):
             "change": round(math.expm1(loss - base[0]), 5),
             "file_bytes": whole,
             "share_of_blocks": round(blocks / base[1], 4),
-            "held_bytes": held_bytes(form),
+            "held_bytes": memory_bytes(form),
         }
 
 
-def next_token(model: TinyMambaModel, tokens: int):
-    """Seconds a token of one text that goes on."""
+def decode_run(model: TinyMambaModel, tokens: int) -> Callable[[], float]:
+    """A function that continues one text and returns its seconds per token."""
     ids, state = torch.zeros(1, 1, dtype=torch.int64), model.init_state(1)
 
     @torch.inference_mode()
@@ -100,60 +131,55 @@ def next_token(model: TinyMambaModel, tokens: int):
     return lambda: timed(steps, CPU) / tokens
 
 
-def row_of(kind: str, makers: dict, rounds: int, **more) -> dict:
-    """Milliseconds of every rival, and how many times faster than bfloat16 it is."""
+def time_all(kind: str, makers: dict, rounds: int) -> dict:
+    """A row: milliseconds of every form, and how many times faster than bfloat16 it is."""
     timings = interleave(makers, 2, rounds)
-    row = {"kind": kind, "threads": torch.get_num_threads(), **more}
+    row: dict[str, Any] = {"kind": kind, "threads": torch.get_num_threads()}
     for name, timing in timings.items():
-        require(not timing.reason, name, str(timing.reason), "mend that")
+        require(not timing.reason, name, str(timing.reason), "fix that")
         row[f"ms {name}"] = round(1e3 * statistics.median(timing.seconds), 4)
     for name in timings:
         row[f"gain {name}"] = round(row["ms bfloat16"] / row[f"ms {name}"], 2)
     return row
 
 
-def decode(args):
+def decode(options: Options) -> Iterator[dict]:
     """Rows of the checkpoint, if there is one, and of random weights."""
-    models = {"checkpoint": lambda: load_model(args.checkpoint)} if args.checkpoint else {}
-    shape = {**PRESETS["base"], "d_model": args.d_model, "n_layer": args.n_layer}
+    shape = {**PRESETS["base"], "d_model": options.d_model, "n_layer": options.n_layer}
+    models: dict[str, Callable[[], TinyMambaModel]] = {}
+    if options.checkpoint:
+        models["checkpoint"] = lambda: load_model(str(options.checkpoint))
     models["random weights"] = lambda: TinyMambaModel(Config(**shape)).eval()
     for kind, make in models.items():
-        rivals = {
-            name: functools.partial(next_token, form, args.tokens)
-            for name, form in forms(make(), args.group_size, None)
+        runs = {
+            name: functools.partial(decode_run, form, options.tokens)
+            for name, form in forms(make(), options.group_size, None)
         }
-        yield row_of(f"decode, {kind}", rivals, args.rounds)
+        yield time_all(f"decode, {kind}", runs, options.rounds)
 
 
-def products(args):
-    """Rows of a layer alone, for a token, 8 and 512 of them."""
+def products(options: Options) -> Iterator[dict]:
+    """Rows of a single layer, for 1, 8 and 512 tokens."""
     for name, (d_out, d_in) in PRODUCTS.items():
         weight, bias = torch.randn(d_out, d_in), torch.randn(d_out)
         for count in (1, 8, 512):
             x = torch.randn(count, d_in)
-            calls = {
-                str(dtype).removeprefix("torch."): functools.partial(
-                    F.linear, *(t.to(dtype) for t in (x, weight, bias))
-                )
-                for dtype in (torch.float32, torch.bfloat16)
-            }
+            calls: dict[str, Callable] = {}
+            for dtype in (torch.float32, torch.bfloat16):
+                inputs = [t.to(dtype) for t in (x, weight, bias)]
+                calls[show(dtype)] = functools.partial(F.linear, *inputs)
             for mode in ("dynamic", "weight_only"):
-                layer = QuantizedLinear(d_in, d_out, True, 8, mode, args.group_size)
+                layer: Any = QuantizedLinear(d_in, d_out, True, 8, mode, options.group_size)
                 layer.codes.random_(-127, 128)
-                calls |= {
-                    f"{mode} {x.dtype}".replace("torch.", ""): functools.partial(layer, x)
-                    for x in (x, x.bfloat16())
-                }
+                for cast in (x, x.bfloat16()):
+                    calls[f"{mode} {show(cast.dtype)}"] = functools.partial(layer, cast)
             repeats = max(2, 100 // count)
-            yield row_of(
-                f"product {name}, {count} tokens",
-                {n: functools.partial(repeated, call, repeats) for n, call in calls.items()},
-                args.rounds,
-            )
+            runs = {n: functools.partial(repeated, call, repeats) for n, call in calls.items()}
+            yield time_all(f"product {name}, {count} tokens", runs, options.rounds)
 
 
-def repeated(call, times: int):
-    """Seconds a call."""
+def repeated(call: Callable, times: int) -> Callable[[], float]:
+    """A function that makes the call many times and returns its seconds per call."""
 
     @torch.inference_mode()
     def run() -> None:
@@ -167,43 +193,19 @@ KINDS = {"quality": quality, "decode": decode, "products": products}
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = CliParser(
-        usage="python benchmarks/quantize.py [--FLAG VALUE ...]", description=__doc__
-    )
-    whole = {"type": int, "metavar": "N"}
-    parser.add_argument("--checkpoint", metavar="FILE", help="quality needs one [none]")
-    parser.add_argument(
-        "--calibration_data",
-        default="data/text/train.bin",
-        metavar="FILE",
-        help="[data/text/train.bin]",
-    )
-    parser.add_argument("--calibration_tokens", default=65_536, help="[65536]", **whole)
-    parser.add_argument(
-        "--val_data", default="data/text/val.bin", metavar="FILE", help="[data/text/val.bin]"
-    )
-    parser.add_argument("--val_tokens", default=65_536, help="[65536]", **whole)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--group_size", default=64, help="of 4 bits [64]", **whole)
-    parser.add_argument("--d_model", default=768, help="of random weights [768]", **whole)
-    parser.add_argument("--n_layer", default=4, help="of random weights [4]", **whole)
-    parser.add_argument("--tokens", default=16, help="of one timing [16]", **whole)
-    parser.add_argument("--rounds", default=7, help="that count; two more come first [7]", **whole)
-    parser.add_argument("--threads", default=0, help="of the CPU; 0 takes all", **whole)
-    parser.add_argument("--output", default="quantize.jsonl", help="[quantize.jsonl]")
-    args = parser.parse_args(argv)
-    require(
-        args.checkpoint or "quality" not in args.kinds,
-        "--checkpoint",
-        "quality needs one",
-        "pass a checkpoint, or --kinds decode products",
-    )
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    """The command line; returns the exit code."""
+    usage = "python -m benchmarks.quantize [--FLAG VALUE ...]"
+    options = parse_flags(Options, argv, usage, __doc__)
+    kinds = options.kinds or list(KINDS)
+    remedy = "pass a checkpoint, or --kinds decode products"
+    known = options.checkpoint or "quality" not in kinds
+    require(known, "--checkpoint", "quality needs one", remedy)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    for kind in args.kinds:
-        for row in KINDS[kind](args):
-            append_row(args.output, row)
+    for kind in kinds:
+        for row in KINDS[kind](options):
+            append_row(options.output, row)
     return 0
 
 

@@ -1,44 +1,51 @@
 """The scan alone, forward and backward: ours, that of transformers' Mamba2, that of mambapy.
 
-    python benchmarks/scan.py --batch_sizes 1 4 --sequence_lengths 512 4096
-    python benchmarks/scan.py --dtype float32 --device cuda
+    python -m benchmarks.scan --batch_sizes 1 4 --sequence_lengths 512 4096
+    python -m benchmarks.scan --dtype float32 --device cuda
 
-All get the same x, dt, A, B, C, D and must give the same y, or the run fails. Each runs as in
-training: ours and Mamba2's torch path on x, B and C of --dtype, mambapy on whatever comes of
-multiplying them. In every round each runs once, in turn; the medians count.
+All scans get the same x, dt, A, B, C, D and must give the same y, or the run fails. Each runs as in
+training: ours and Mamba2's torch path take x, B and C in --dtype; mambapy computes in the dtype of
+their products. In every round each scan runs once; the medians count. Rows go to --output.
 """
 
+from __future__ import annotations
+
+import dataclasses
 import functools
 import json
 import statistics
-import sys
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark import interleave, timed  # noqa: E402
-from testv2 import selective_scan  # noqa: E402
-from tinymamba.cli import DTYPES, CliParser, need, require, run_cli  # noqa: E402
+from benchmark import interleave, timed
+from testv2 import selective_scan
+from tinymamba.cli import DTYPES, need, parse_flags, require, run_cli, show
+
+# ------------------------------------------------------------------------------------ scans
 
 
-def ours(x, dt, A, B, C, D) -> Tensor:
+def ours(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """The scan of testv2.py."""
     return selective_scan(x, dt, A, B, C, D)[0]
 
 
-def mamba2(x, dt, A, B, C, D) -> Tensor:
-    from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+def mamba2(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """The torch path of transformers' Mamba2."""
+    library = need("transformers.models.mamba2.modeling_mamba2")
+    scan = library.mamba2_chunk_scan
+    return scan(x, dt, A, B[:, :, None], C[:, :, None], chunk_size=64, D=D)
 
-    return mamba2_chunk_scan(x, dt, A, B[:, :, None], C[:, :, None], chunk_size=64, D=D)
 
-
-def mambapy(x, dt, A, B, C, D) -> Tensor:
-    """As its MambaBlock.selective_scan does, which has no heads: each channel is one."""
-    pscan = need("mambapy.pscan").pscan
-    P = x.shape[-1]
-    dt, A, D = dt.repeat_interleave(P, 2), A.repeat_interleave(P), D.repeat_interleave(P)
+def mambapy(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """As its MambaBlock.selective_scan, which has no heads: each channel is one."""
+    pscan, width = need("mambapy.pscan").pscan, x.shape[-1]
+    dt = dt.repeat_interleave(width, 2)
+    A, D = A.repeat_interleave(width), D.repeat_interleave(width)
     flat = x.flatten(2)  # (b, l, e)
     decay = torch.exp(dt * A)[..., None].expand(*dt.shape, B.shape[-1])  # (b, l, e, n)
     written = dt[..., None] * B[:, :, None] * flat[..., None]
@@ -49,87 +56,101 @@ def mambapy(x, dt, A, B, C, D) -> Tensor:
 SCANS = {"ours": ours, "mamba2": mamba2, "mambapy": mambapy}
 
 
-def draw(args, batch: int, length: int) -> list[Tensor]:
+@dataclass
+class Options:
+    """The command line."""
+
+    scans: list[str] | None = None  # None means all
+    batch_sizes: list[int] | None = None  # sequences; None means 4
+    sequence_lengths: list[int] | None = None  # in tokens; None means 512
+    heads: int = 12  # heads of the SSM
+    head_dim: int = 64  # width of a head
+    d_state: int = 16  # size of the state
+    warmup_iterations: int = 1  # rounds before those that are counted
+    test_iterations: int = 5  # rounds that are counted
+    threads: int = 0  # CPU threads; 0 means all
+    dtype: torch.dtype = torch.bfloat16  # of x, B and C
+    device: str = "cpu"  # cpu, cuda or cuda:1
+    output: str = "scan.jsonl"  # file of rows
+
+    CHOICES: ClassVar = {"scans": tuple(SCANS), "dtype": tuple(DTYPES.values())}
+
+
+# ---------------------------------------------------------------------------------- measuring
+
+
+def draw(options: Options, batch: int, length: int) -> list[Tensor]:
     """x (b, l, h, p), dt (b, l, h), A (h,), B and C (b, l, n), D (h,), as leaves of a graph."""
-    g = torch.Generator().manual_seed(0)
-    H, P, N = args.heads, args.head_dim, args.d_state
+    generator = torch.Generator().manual_seed(0)
+    heads, state = options.heads, options.d_state
 
-    def normal(*shape, dtype=torch.float32) -> Tensor:
-        t = torch.randn(*shape, generator=g)
-        return t.to(args.device, dtype).requires_grad_()
+    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        t = torch.randn(*shape, generator=generator)
+        return t.to(options.device, dtype).requires_grad_()
 
-    x = normal(batch, length, H, P, dtype=DTYPES[args.dtype])
-    B, C = (normal(batch, length, N, dtype=DTYPES[args.dtype]) for _ in "BC")
-    dt = F.softplus(normal(batch, length, H).detach() - 4).requires_grad_()
-    A = (-1 - 15 * torch.rand(H, generator=g)).to(args.device).requires_grad_()
-    return [x, dt, A, B, C, normal(H)]
+    x = normal(batch, length, heads, options.head_dim, dtype=options.dtype)
+    B, C = (normal(batch, length, state, dtype=options.dtype) for _ in range(2))
+    dt = F.softplus(normal(batch, length, heads).detach() - 4).requires_grad_()
+    A = (-1 - 15 * torch.rand(heads, generator=generator)).to(options.device).requires_grad_()
+    return [x, dt, A, B, C, normal(heads)]
 
 
-def maker(scan, inputs: list[Tensor], args):
+def make_run(scan: Callable, inputs: list[Tensor]) -> Callable[[], float]:
     """A function that runs the scan once, forward and backward, and returns its seconds."""
-    dy = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(args.device)
+    device = inputs[0].device
+    dy = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(device)
 
     def work() -> None:
         y = scan(*inputs)
         torch.autograd.grad(y, inputs, dy.to(y.dtype))
 
-    return functools.partial(timed, work, torch.device(args.device))
+    return functools.partial(timed, work, device)
 
 
-def compare(args, batch: int, length: int) -> list[dict]:
-    """A row for each scan; those that do not agree with ours are refused."""
-    inputs, rows = draw(args, batch, length), []
-    near = 1e-3 if args.dtype == "float32" else 3e-2
+def compare(options: Options, batch: int, length: int) -> list[dict]:
+    """A row for each scan; one that disagrees with ours is an error."""
+    inputs, names = draw(options, batch, length), options.scans or list(SCANS)
+    near = 1e-3 if options.dtype == torch.float32 else 3e-2
     expected = ours(*inputs).float()
-    for name in args.scans:
+    for name in names:
         error = (SCANS[name](*inputs).float() - expected).abs().max() / expected.abs().max()
-        require(error < near, name, f"differs from ours by {error:.1e}", "do not compare them")
-    makers = {n: functools.partial(maker, SCANS[n], inputs, args) for n in args.scans}
-    for name, timing in interleave(makers, args.warmup_iterations, args.test_iterations).items():
+        problem, remedy = f"differs from ours by {error:.1e}", "leave it out of --scans"
+        require(error < near, name, problem, remedy)
+    makers = {name: functools.partial(make_run, SCANS[name], inputs) for name in names}
+    timings = interleave(makers, options.warmup_iterations, options.test_iterations)
+    rows = []
+    for name, timing in timings.items():
         require(not timing.reason, name, f"failed ({timing.reason})", "leave it out of --scans")
-        rows.append(
-            {
-                "scan": name,
-                "batch": batch,
-                "length": length,
-                "seconds": statistics.median(timing.seconds),
-                "all": timing.seconds,
-            }
-        )
+        median = statistics.median(timing.seconds)
+        row = {"scan": name, "batch": batch, "length": length, "seconds": median}
+        rows.append({**row, "all": timing.seconds})
     return rows
 
 
-def main() -> None:
-    parser = CliParser(description=__doc__)
-    parser.add_argument("--scans", nargs="+", choices=SCANS, default=list(SCANS))
-    for name, default in (("batch_sizes", [4]), ("sequence_lengths", [512])):
-        parser.add_argument(f"--{name}", nargs="+", type=int, default=default)
-    for name, default, text in (
-        ("heads", 12, "H"),
-        ("head_dim", 64, "P"),
-        ("d_state", 16, "N"),
-        ("warmup_iterations", 1, "rounds that do not count"),
-        ("test_iterations", 5, "rounds"),
-        ("threads", 0, "of the CPU; 0 takes all"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} [{default}]")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of x, B, C [bfloat16]")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", default="scan.jsonl", help="file of rows [scan.jsonl]")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    for batch in args.batch_sizes:
-        for length in args.sequence_lengths:
-            rows = compare(args, batch, length)
-            with open(args.output, "a") as file:
-                file.writelines(json.dumps({**vars(args), **row}) + "\n" for row in rows)
-            first = rows[0]["seconds"]
-            for row in rows:
-                print(
-                    f"batch {batch}  length {length}  {row['scan']:8s} "
-                    f"{1000 * row['seconds']:9.1f} ms  {row['seconds'] / first:6.1f} x"
-                )
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    options = parse_flags(Options, argv, "python -m benchmarks.scan [--FLAG VALUE ...]", __doc__)
+    batch_sizes, lengths = options.batch_sizes or [4], options.sequence_lengths or [512]
+    options = dataclasses.replace(
+        options,
+        scans=options.scans or list(SCANS),
+        batch_sizes=batch_sizes,
+        sequence_lengths=lengths,
+    )
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    for batch, length in [(batch, length) for batch in batch_sizes for length in lengths]:
+        rows = compare(options, batch, length)
+        about = {**dataclasses.asdict(options), "dtype": show(options.dtype)}
+        with open(options.output, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps({**about, **row}) + "\n" for row in rows)
+        for row in rows:
+            ratio = row["seconds"] / rows[0]["seconds"]
+            print(
+                f"batch {batch}  length {length}  {row['scan']:8s} "
+                f"{1000 * row['seconds']:9.1f} ms  {ratio:6.1f} x"
+            )
+    return 0
 
 
 if __name__ == "__main__":

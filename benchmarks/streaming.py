@@ -1,43 +1,71 @@
-"""Streaming: time for a token after a short, a long and a very long text; many sessions; prefill.
+"""Streaming: time per token after short and very long texts; many sessions; adapters; prefill.
 
-    python benchmarks/streaming.py                                  # 9.6M parameters, float32
-    python benchmarks/streaming.py --dtype bfloat16 --compile
-    python benchmarks/streaming.py --tinymamba_checkpoint tinymamba_model_latest.pt
+    python -m benchmarks.streaming                                  # 9.6M parameters, float32
+    python -m benchmarks.streaming --dtype bfloat16 --compile
+    python -m benchmarks.streaming --tinymamba_checkpoint tinymamba_model_latest.pt
 
-token: one text goes on by --tokens tokens after so many of context: TinyMamba through its server,
-sampling included, transformers' Llama of equal size with its cache of keys and values, greedy. The
-cache is filled with random numbers, as reading a long text with Llama would take minutes;
-TinyMamba has read its context.
+token: one text is continued by --tokens tokens after each length of --contexts: by TinyMamba
+through its server, sampling included, and by transformers' Llama of equal size with its KV cache,
+greedily. The cache is filled with random numbers, as reading a long text with Llama would take
+minutes; TinyMamba has read its context.
 sessions: --sessions answers as one batch, against one after another.
-adapters: no LoRA adapter, one, two that take turns from token to token.
+adapters: no LoRA adapter, one, and two that alternate from token to token.
 prefill: a prompt of 4,096 tokens, against the forward pass of training on 8 x 512 of them.
 
-All runs of one kind take turns; medians of --rounds. Every row is appended to --output.
+In every round each form runs once; rows have medians over --rounds. Every row is appended to
+--output.
 """
+
+from __future__ import annotations
 
 import contextlib
 import copy
 import functools
+import math
 import statistics
-import sys
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark import DEFAULT, PEERS, append_row, count, fit, interleave, timed  # noqa: E402
-from peft import apply_lora_to_model, set_adapter  # noqa: E402
-from streaming import StreamingConfig, StreamingServer  # noqa: E402
-from testv2 import Config, TinyMambaModel, load_model  # noqa: E402
-from tinymamba.cli import DTYPES, CliParser, require, run_cli  # noqa: E402
-from tinymamba.runtime import pick_device  # noqa: E402
+from benchmark import DEFAULT, PEERS, append_row, count, fit, interleave, timed
+from peft import apply_lora_to_model, set_adapter
+from streaming import StreamingConfig, StreamingServer
+from testv2 import Config, TinyMambaModel, load_model
+from tinymamba.cli import parse_flags, require, run_cli, show
+from tinymamba.runtime import pick_device
 
 BATCH, BLOCK = 8, 512  # texts of a training pass, and tokens of each
+CONTEXTS = [100, 512, 32_768, 1_000_000]
 GREEDY = StreamingConfig(temperature=0.0, eos_token_id=-1)
 
 
+@dataclass
+class Options:
+    """The command line."""
+
+    tinymamba_checkpoint: str | None = None  # model to measure; None means random weights
+    contexts: list[int] | None = None  # tokens before; None means 100 512 32768 1000000
+    llama_context: int = 32_768  # Llama's longest context in tokens
+    tokens: int = 32  # tokens that are timed
+    sessions: int = 32  # sessions that answer at one time
+    rounds: int = 7  # rounds that are counted; two more come first
+    dtype: torch.dtype = torch.float32  # dtype of the weights
+    compile: bool = False  # measure the compiled step as well
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
+    threads: int = 0  # CPU threads; 0 means all
+    output: str = "streaming.jsonl"  # file of rows
+
+    CHOICES: ClassVar = {"dtype": (torch.float32, torch.bfloat16)}
+    LIMITS: ClassVar = dict.fromkeys(("tokens", "sessions", "rounds"), (2, math.inf))
+
+
+# ------------------------------------------------------------------------------------ tokens
+
+
 def read(server: StreamingServer, context: int) -> str:
-    """A session that has read so many random tokens."""
+    """A session that has read `context` random tokens."""
     session = server.create_session()
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(server.vocab_size, (context,), generator=random).tolist()
@@ -45,14 +73,14 @@ def read(server: StreamingServer, context: int) -> str:
     return session
 
 
-def go_on(server: StreamingServer, context: int, tokens: int):
-    """Seconds a token of an answer, again and again from the same place."""
+def token_run(server: StreamingServer, context: int, tokens: int) -> Callable[[], float]:
+    """A function that returns the seconds per token of an answer, always after the same text."""
     session = read(server, context)
 
     def run() -> float:
         fork = server.fork_session(session)
         answer = server.answer([], fork, as_ids=True, max_new_tokens=tokens + 1)
-        next(answer)  # its logits were known
+        next(answer)  # its logits are known already
         spent = timed(lambda: list(answer), server.decoder.device)
         server.delete_session(fork)
         return spent / tokens
@@ -60,7 +88,7 @@ def go_on(server: StreamingServer, context: int, tokens: int):
     return run
 
 
-def go_on_with_cache(model, context: int, tokens: int):
+def llama_run(model: Any, context: int, tokens: int) -> Callable[[], float]:
     """The same for Llama."""
     from transformers import DynamicCache
 
@@ -85,8 +113,11 @@ def go_on_with_cache(model, context: int, tokens: int):
     return run
 
 
+# ------------------------------------------------------------------- sessions, adapters, prefill
+
+
 def together(server: StreamingServer, sessions: int, tokens: int) -> float:
-    """Seconds a token of all, as one batch; prompts are read before."""
+    """Seconds per token of all sessions as one batch, after their prompts are read."""
     answers = [server.answer([1 + i], as_ids=True, max_new_tokens=tokens) for i in range(sessions)]
     for answer in answers:
         next(answer)
@@ -103,29 +134,30 @@ def together(server: StreamingServer, sessions: int, tokens: int) -> float:
 
 
 def one_by_one(server: StreamingServer, sessions: int, tokens: int) -> float:
+    """Seconds per token of the same answers, one after another."""
     spent = 0.0
     for i in range(sessions):
-        with contextlib.closing(
-            server.answer([1 + i], as_ids=True, max_new_tokens=tokens)
-        ) as answer:
+        stream = server.answer([1 + i], as_ids=True, max_new_tokens=tokens)
+        with contextlib.closing(stream) as answer:
             next(answer)
             spent += timed(functools.partial(list, answer), server.decoder.device)
     return spent / (sessions * (tokens - 1))
 
 
 def prefill(server: StreamingServer, ids: list[int]) -> float:
-    """Seconds a token."""
+    """Seconds per token of a prompt."""
     answer = server.answer(ids, as_ids=True, max_new_tokens=0)
     return timed(functools.partial(list, answer), server.decoder.device) / len(ids)
 
 
 def training_forward(model: TinyMambaModel, ids: torch.Tensor, dtype: torch.dtype) -> float:
+    """Seconds per token of the forward pass of training."""
     with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
         return timed(lambda: model(ids, ids), ids.device) / ids.numel()
 
 
 def switching(model: TinyMambaModel, names: list[str | None], tokens: int) -> float:
-    """Seconds a token where each of these adapters takes its turn."""
+    """Seconds per token with these adapters, which alternate from token to token."""
     state, ids = model.init_state(1), torch.zeros(1, 1, dtype=torch.int64)
     ids = ids.to(model.embedding.weight.device)
 
@@ -139,103 +171,91 @@ def switching(model: TinyMambaModel, names: list[str | None], tokens: int) -> fl
     return timed(steps, ids.device) / tokens
 
 
-def make_models(args) -> tuple[dict[str, StreamingServer], torch.nn.Module, TinyMambaModel]:
-    """TinyMamba's servers by name; Llama; TinyMamba as it trains, float32."""
-    dtype = DTYPES[args.dtype]
+# ------------------------------------------------------------------------------------ main
 
-    def tinymamba() -> TinyMambaModel:
-        torch.manual_seed(0)
-        return (
-            load_model(args.tinymamba_checkpoint)
-            if args.tinymamba_checkpoint
-            else (TinyMambaModel(Config(**DEFAULT, dropout=0.0)))
+
+def make_tinymamba(options: Options) -> TinyMambaModel:
+    """The checkpoint, or a model with random weights."""
+    torch.manual_seed(0)
+    if options.tinymamba_checkpoint:
+        return load_model(options.tinymamba_checkpoint)
+    return TinyMambaModel(Config(**DEFAULT, dropout=0.0))
+
+
+def make_servers(options: Options, device: torch.device) -> dict[str, StreamingServer]:
+    """TinyMamba's servers by name."""
+    forms = {"tinymamba": False} | ({"tinymamba compiled": True} if options.compile else {})
+    return {
+        name: StreamingServer(
+            make_tinymamba(options), str(device), GREEDY, dtype=options.dtype, compiled=compiled
         )
-
-    forms = {"tinymamba": False} | ({"tinymamba compiled": True} if args.compile else {})
-    servers = {
-        name: StreamingServer(tinymamba(), str(args.device), GREEDY, dtype=dtype, compiled=compiled)
         for name, compiled in forms.items()
     }
+
+
+def make_llama(options: Options, config: Config, positions: int) -> torch.nn.Module:
+    """Llama of the size of the TinyMamba model with this config."""
+    size = fit("llama", config, positions, count(TinyMambaModel, config))
+    llama = PEERS["llama"].make(config, positions, size["layers"], size["width"])
+    return llama.to(options.dtype).eval()
+
+
+def kinds(options: Options, device: torch.device) -> Iterator[tuple[str, dict]]:
+    """For each kind of measurement, the functions to compare; each returns seconds per token."""
+    contexts, tokens = options.contexts or CONTEXTS, options.tokens
+    servers = make_servers(options, device)
     config = servers["tinymamba"].model.config
-    positions = max(args.contexts) + args.tokens
-    facts = fit("llama", config, positions, count(TinyMambaModel, config))
-    llama = PEERS["llama"].make(config, positions, facts["layers"], facts["width"])
-    return servers, llama.to(args.device, dtype).eval(), tinymamba().to(args.device).train()
-
-
-def kinds(args):
-    """For each kind of run, what takes turns in it: a function that gives seconds a token."""
-    servers, llama, trained = make_models(args)
-    for context in args.contexts:
-        rivals = {
-            name: functools.partial(go_on, server, context, args.tokens)
-            for name, server in servers.items()
-        }
-        if context <= args.llama_context:
-            rivals["llama"] = functools.partial(go_on_with_cache, llama, context, args.tokens)
-        yield f"token after {context}", {name: make() for name, make in rivals.items()}
+    llama = make_llama(options, config, max(contexts) + tokens).to(device)
+    trained = make_tinymamba(options).to(device).train()
+    for context in contexts:
+        runs = {name: token_run(server, context, tokens) for name, server in servers.items()}
+        if context <= options.llama_context:
+            runs["llama"] = llama_run(llama, context, tokens)
+        yield f"token after {context}", runs
     for name, server in servers.items():
-        yield (
-            f"{args.sessions} sessions, {name}",
-            {
-                way.__name__: functools.partial(way, server, args.sessions, args.tokens)
-                for way in (together, one_by_one)
-            },
-        )
-    adapted = (
-        apply_lora_to_model(apply_lora_to_model(copy.deepcopy(trained).eval(), name="a"), name="b")
-        .requires_grad_(False)
-        .to(DTYPES[args.dtype])
-    )
+        ways = {"together": together, "one_by_one": one_by_one}
+        sizes = server, options.sessions, tokens
+        runs = {way: functools.partial(measure, *sizes) for way, measure in ways.items()}
+        yield f"{options.sessions} sessions, {name}", runs
+    adapted = copy.deepcopy(trained).eval()
+    for name in ("a", "b"):
+        apply_lora_to_model(adapted, name=name)
+    adapted.requires_grad_(False).to(options.dtype)
+    choices: dict[str, list] = {"none": [None], "one": ["a"], "two": ["a", "b"]}
     yield (
         "adapters",
         {
-            way: functools.partial(switching, adapted, names, args.tokens)
-            for way, names in {"none": [None], "one": ["a"], "two": ["a", "b"]}.items()
+            way: functools.partial(switching, adapted, names, tokens)
+            for way, names in choices.items()
         },
     )
-    ids = torch.randint(trained.config.vocab_size, (BATCH, BLOCK), device=args.device)
+    ids = torch.randint(config.vocab_size, (BATCH, BLOCK), device=device)
     yield (
         "prefill",
         {
             "prefill": functools.partial(prefill, servers["tinymamba"], ids.flatten().tolist()),
-            "training": functools.partial(training_forward, trained, ids, DTYPES[args.dtype]),
+            "training": functools.partial(training_forward, trained, ids, options.dtype),
         },
     )
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = CliParser(
-        usage="python benchmarks/streaming.py [--FLAG VALUE ...]", description=__doc__
-    )
-    whole = {"type": int, "metavar": "N"}
-    parser.add_argument("--tinymamba_checkpoint", metavar="FILE", help="[a fresh model]")
-    parser.add_argument("--contexts", nargs="+", default=[100, 512, 32_768, 1_000_000], **whole)
-    parser.add_argument("--llama_context", default=32_768, help="Llama's longest [32768]", **whole)
-    parser.add_argument("--tokens", default=32, help="that follow [32]", **whole)
-    parser.add_argument("--sessions", default=32, help="at one time [32]", **whole)
-    parser.add_argument("--rounds", default=7, help="that count; two more come first [7]", **whole)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--compile", action="store_true", help="the step compiled, too")
-    parser.add_argument("--device", default="auto", help="[auto]")
-    parser.add_argument("--threads", default=0, help="of the CPU; 0 takes all", **whole)
-    parser.add_argument("--output", default="streaming.jsonl", help="[streaming.jsonl]")
-    args = parser.parse_args(argv)
-    for name in ("tokens", "sessions", "rounds"):
-        require(getattr(args, name) > 1, f"--{name}", "is too small", "use 2 or more")
-    args.device = pick_device(args.device)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    for kind, runs in kinds(args):
-        timings = interleave(
-            {name: lambda run=run: run for name, run in runs.items()}, 2, args.rounds
-        )
-        row = {"kind": kind, "dtype": args.dtype, "threads": torch.get_num_threads()}
+    """The command line; returns the exit code."""
+    usage = "python -m benchmarks.streaming [--FLAG VALUE ...]"
+    options = parse_flags(Options, argv, usage, __doc__)
+    device = pick_device(options.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    for kind, runs in kinds(options, device):
+        makers = {name: lambda run=run: run for name, run in runs.items()}
+        timings = interleave(makers, 2, options.rounds)
+        row: dict[str, Any] = {"kind": kind, "dtype": show(options.dtype)}
+        row["threads"] = torch.get_num_threads()
         for name, timing in timings.items():
-            require(not timing.reason, name, str(timing.reason), "mend that")
+            require(not timing.reason, name, str(timing.reason), "fix that")
             row[f"ms {name}"] = round(1e3 * statistics.median(timing.seconds), 4)
             row[f"spread {name}"] = [round(1e3 * f(timing.seconds), 4) for f in (min, max)]
-        append_row(args.output, row)
+        append_row(options.output, row)
     return 0
 
 

@@ -1,25 +1,23 @@
 """The scripts in benchmarks/: their tasks are what they say, their command lines work."""
 
-import argparse
 import json
 import math
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, assert_refused, run_script, tiny_config
+from helpers import assert_refused, flags, run_main, run_script, tiny_config
 
-sys.path.append(str(ROOT / "benchmarks"))  # behind the root: some names are in both
-import finetune  # noqa: E402
-import quality  # noqa: E402
-import scan  # noqa: E402
-import synthetic  # noqa: E402
+from benchmarks import finetune, quality, scan, streaming, synthetic
+from testv2 import TinyMambaModel
+from tinymamba.checkpoint import save_checkpoint
+from tinymamba.cli import UserError
+from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer, byte_alphabet
 
-from testv2 import TinyMambaModel  # noqa: E402
-from tinymamba.checkpoint import save_checkpoint  # noqa: E402
-from tinymamba.cli import UserError  # noqa: E402
-from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer, byte_alphabet  # noqa: E402
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def random() -> torch.Generator:
@@ -53,53 +51,47 @@ def test_parity_is_that_of_the_bits_so_far():
         assert odd[1:] == [sum(row[1 : i + 1]) % 2 for i in range(1, 11)]
 
 
-def test_long_texts_are_read_in_pieces_as_in_one_pass(monkeypatch):
-    args = synthetic.parse(["induction", "--d_model", "32", "--test_samples", "8"])
-    model = synthetic.build(args)
+def test_long_texts_are_read_in_chunks_as_in_one_pass(monkeypatch):
+    options = synthetic.parse(["induction", "--d_model", "32", "--test_samples", "8"])
+    model = synthetic.build(options)
     torch.nn.init.normal_(model.embedding.weight)
-    whole = synthetic.accuracy(model, "induction", args, 100)
+    whole = synthetic.accuracy(model, options, 100)
     monkeypatch.setattr(synthetic, "AT_ONCE", 10)
-    monkeypatch.setattr(synthetic, "PIECE", 7)
-    assert synthetic.accuracy(model, "induction", args, 100) == whole
+    monkeypatch.setattr(synthetic, "CHUNK", 7)
+    assert synthetic.accuracy(model, options, 100) == whole
 
 
 @pytest.mark.parametrize(
     "task, model", [("mqar", "tinymamba"), ("induction", "llama"), ("parity", "tinymamba")]
 )
 def test_synthetic_command(task, model, tmp_path):
-    words = (
-        "--model",
-        model,
-        "--steps",
-        2,
-        "--d_model",
-        32,
-        "--d_state",
-        8,
-        "--read",
-        64,
-        "--length",
-        64,
-        "--pairs",
-        4,
-        "--test_samples",
-        4,
-        "--seeds",
-        0,
-        1,
+    words = flags(
+        model=model,
+        steps=2,
+        d_model=32,
+        d_state=8,
+        read=64,
+        length=64,
+        pairs=4,
+        test_samples=4,
+        seeds=[0, 1],
     )
-    done = run_script("benchmarks/synthetic.py", task, *words, cwd=tmp_path)
+    if task == "parity":  # one of them in a process of its own
+        done = run_script("benchmarks.synthetic", task, *words, cwd=tmp_path)
+    else:
+        done = run_main(synthetic.main, task, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "synthetic.jsonl").read_text().splitlines()]
+    rows = rows_of(tmp_path / "synthetic.jsonl")
     assert [row["seed"] for row in rows] == [0, 1]
+    assert all(row["task"] == task and row["model"] == model for row in rows)
     assert all(math.isfinite(row["loss"]) and 0 <= row["accuracy"]["64"] <= 1 for row in rows)
 
 
 def test_synthetic_refuses_what_does_not_fit(tmp_path):
     words = ("mqar", "--length", 32, "--pairs", 16)
-    assert_refused(run_script("benchmarks/synthetic.py", *words, cwd=tmp_path), "length")
+    assert_refused(run_main(synthetic.main, *words, cwd=tmp_path), "length")
     words = ("induction", "--model", "llama", "--read", 8192, "--steps", 1, "--d_model", 32)
-    assert_refused(run_script("benchmarks/synthetic.py", *words, cwd=tmp_path), "read")
+    assert_refused(run_main(synthetic.main, *words, cwd=tmp_path), "read")
 
 
 @pytest.mark.parametrize("task", quality.TASKS)
@@ -115,25 +107,10 @@ def test_compared_models_have_equal_sizes(task):
 def test_quality_command(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).write_bytes(bytes(range(256)) * 20)
-    words = (
-        "S",
-        "--text",
-        "a",
-        "b",
-        "--steps",
-        2,
-        "--seeds",
-        0,
-        "--lr",
-        1e-3,
-        2e-3,
-        "--models",
-        "tinymamba",
-        "llama",
-    )
-    done = run_script("benchmarks/quality.py", *words, cwd=tmp_path)
+    words = flags(text=["a", "b"], steps=2, seeds=0, lr=[1e-3, 2e-3], models=["tinymamba", "llama"])
+    done = run_main(quality.main, "S", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "quality.jsonl").read_text().splitlines()]
+    rows = rows_of(tmp_path / "quality.jsonl")
     assert [(row["model"], row["lr"]) for row in rows] == [
         (name, lr) for name in ("tinymamba", "llama") for lr in (1e-3, 2e-3)
     ]
@@ -142,8 +119,8 @@ def test_quality_command(tmp_path):
 
 
 def test_quality_needs_its_data(tmp_path):
-    assert_refused(run_script("benchmarks/quality.py", "S", cwd=tmp_path), "text")
-    assert_refused(run_script("benchmarks/quality.py", "M", cwd=tmp_path), "train.bin")
+    assert_refused(run_main(quality.main, "S", cwd=tmp_path), "text")
+    assert_refused(run_script("benchmarks.quality", "M", cwd=tmp_path), "train.bin")
 
 
 def test_a_sliding_window_counts_every_token_once():
@@ -161,64 +138,49 @@ def test_a_sliding_window_counts_every_token_once():
     assert quality.read_through(Counting(), val, 64) == pytest.approx(expected, rel=1e-4)
 
 
+SCAN = {"heads": 2, "head_dim": 8, "d_state": 4}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_scan_command_compares_scans_that_agree(tmp_path, dtype):
-    words = (
-        "--sequence_lengths",
-        40,
-        100,
-        "--heads",
-        2,
-        "--head_dim",
-        8,
-        "--d_state",
-        4,
-        "--dtype",
-        dtype,
-        "--batch_sizes",
-        2,
-        "--test_iterations",
-        3,
-    )
-    done = run_script("benchmarks/scan.py", *words, cwd=tmp_path)
+    words = flags(**SCAN, sequence_lengths=[40, 100], dtype=dtype, batch_sizes=2, test_iterations=3)
+    done = run_main(scan.main, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "scan.jsonl").read_text().splitlines()]
+    rows = rows_of(tmp_path / "scan.jsonl")
     assert [(row["length"], row["scan"]) for row in rows] == [
         (length, name) for length in (40, 100) for name in ("ours", "mamba2", "mambapy")
     ]
     assert all(len(row["all"]) == 3 and row["seconds"] == sorted(row["all"])[1] for row in rows)
+    assert all(row["dtype"] == dtype and row["batch_sizes"] == [2] for row in rows)
+
+
+def test_scan_command_in_its_own_process(tmp_path):
+    words = flags(**SCAN, scans=["ours", "mambapy"], sequence_lengths=20)
+    done = run_script("benchmarks.scan", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [row["scan"] for row in rows_of(tmp_path / "scan.jsonl")] == ["ours", "mambapy"]
 
 
 def test_a_scan_that_differs_is_not_timed(monkeypatch):
     monkeypatch.setitem(scan.SCANS, "mamba2", lambda *inputs: scan.ours(*inputs) * 1.1)
-    args = argparse.Namespace(
-        heads=2, head_dim=8, d_state=4, device="cpu", dtype="float32", scans=["ours", "mamba2"]
-    )
+    options = scan.Options(**SCAN, dtype=torch.float32, scans=["ours", "mamba2"])
     with pytest.raises(UserError, match="mamba2: differs from ours"):
-        scan.compare(args, 1, 20)
+        scan.compare(options, 1, 20)
 
 
 def test_streaming_command_times_tokens_sessions_adapters_and_prefill(tmp_path, small_checkpoint):
-    words = (
-        "--tinymamba_checkpoint",
-        small_checkpoint,
-        "--contexts",
-        5,
-        40,
-        "--llama_context",
-        5,
-        "--tokens",
-        3,
-        "--sessions",
-        2,
-        "--rounds",
-        2,
-        "--threads",
-        1,
+    words = flags(
+        tinymamba_checkpoint=small_checkpoint,
+        contexts=[5, 40],
+        llama_context=5,
+        tokens=3,
+        sessions=2,
+        rounds=2,
+        threads=1,
     )
-    done = run_script("benchmarks/streaming.py", *words, cwd=tmp_path)
+    done = run_main(streaming.main, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "streaming.jsonl").read_text().splitlines()]
+    rows = rows_of(tmp_path / "streaming.jsonl")
     assert [row["kind"] for row in rows] == [
         "token after 5",
         "token after 40",
@@ -241,6 +203,11 @@ def test_streaming_command_times_tokens_sessions_adapters_and_prefill(tmp_path, 
                 assert 0 < low <= value <= high
 
 
+def test_streaming_command_refuses_a_single_token(tmp_path):
+    done = run_script("benchmarks.streaming", "--tokens", 1, cwd=tmp_path)
+    assert_refused(done, "--tokens: 1 is out of range")
+
+
 @pytest.fixture
 def small_checkpoint(tmp_path):
     model = TinyMambaModel(tiny_config(d_model=64, vocab_size=64))
@@ -253,8 +220,8 @@ def small_checkpoint(tmp_path):
 def finetune_data(task, tmp_path) -> tuple[str, list]:
     """The training text of a task, and what is asked in the end."""
     tokenizer = SimpleTokenizer()
-    asked = finetune.make_data(task, argparse.Namespace(text=None), tokenizer, tmp_path)
-    assert len(asked) == finetune.ASKED
+    asked = finetune.make_data(task, None, tokenizer, tmp_path)
+    assert len(asked) == finetune.QUESTIONS
     return tokenizer.decode(np.fromfile(tmp_path / "train.bin", dtype=np.int32)), asked
 
 
@@ -284,31 +251,30 @@ def test_the_share_of_right_answers(monkeypatch):
     assert finetune.share_right(None, tokenizer, asked) == 0.5
 
 
-def test_finetune_runs_every_method_and_refuses_bad_words(tmp_path):
+@pytest.fixture
+def finetune_words(tmp_path):
+    """The base model and its tokenizer, in tmp_path; flags that name them."""
     model = TinyMambaModel(tiny_config(vocab_size=300))
     save_checkpoint(
         tmp_path / "m.pt", {"model": model.state_dict(), "config": model.config.to_dict()}
     )
     (tmp_path / "vocab.txt").write_text("\n".join([*byte_alphabet(), EOS_TOKEN]) + "\n")
-    words = ["--checkpoint", "m.pt", "--tokenizer", "vocab.txt", "--steps", 2]
-    done = run_script(
-        "benchmarks/finetune.py",
-        *words,
-        "--tasks",
-        "lookup",
-        "--methods",
-        "lora",
-        "full",
-        cwd=tmp_path,
-    )
+    return flags(checkpoint="m.pt", tokenizer="vocab.txt", steps=2)
+
+
+def test_finetune_runs_methods_in_processes_of_their_own(tmp_path, finetune_words, monkeypatch):
+    words = [*finetune_words, *flags(tasks="lookup", methods="lora")]
+    done = run_script("benchmarks.finetune", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "finetune.jsonl").read_text().splitlines()]
-    assert [row["method"] for row in rows] == ["lora", "full"]
-    assert rows[0]["trained"] < rows[1]["trained"] == 1.0 and rows[0]["right"] == 0.0
-    assert_refused(run_script("benchmarks/finetune.py", *words, cwd=tmp_path), "--text")
-    assert_refused(
-        run_script(
-            "benchmarks/finetune.py", "--checkpoint", "x", "--tasks", "format", cwd=tmp_path
-        ),
-        "x",
-    )
+    [lora] = rows_of(tmp_path / "finetune.jsonl")
+    monkeypatch.chdir(tmp_path)
+    options = finetune.Options(checkpoint="m.pt", tokenizer="vocab.txt", steps=2)
+    full = finetune.run("lookup", "full", None, options)
+    assert [lora["method"], full["method"]] == ["lora", "full"] and lora.keys() == full.keys()
+    assert lora["trained"] < full["trained"] == 1.0 and lora["right"] == full["right"] == 0.0
+
+
+def test_finetune_refuses_bad_words(tmp_path, finetune_words):
+    assert_refused(run_main(finetune.main, *finetune_words, cwd=tmp_path), "--text")
+    words = flags(checkpoint="x", tasks="format")
+    assert_refused(run_main(finetune.main, *words, cwd=tmp_path), "x")
