@@ -68,12 +68,12 @@ def tokens_of(answer: Answer) -> list[int]:
 
 
 def next_logits(server: StreamingServer, session: str) -> torch.Tensor:
-    """What the model would say next in a session, (v,)."""
+    """Logits (v,) of the next token of a session."""
     return torch.from_numpy(server.decoder.read_unread(server.find(session).now, None).logits)
 
 
 def assert_has_read(server: StreamingServer, session: str, ids: list[int]) -> None:
-    """The session stands where a full pass over these ids ends."""
+    """The session is what a full pass over these ids gives."""
     info = server.get_session_info(session)
     assert info["position"] == len(ids)
     close(next_logits(server, session), server.model(torch.tensor([ids]))[0, -1], 1e-4)
@@ -142,12 +142,12 @@ LOGITS = np.array([1.0, 3.0, -2.0, 2.5, 0.0], np.float32)
         ({"logit_bias": {1: -math.inf}, "temperature": 0.0}, {3}),
     ],
 )
-def test_corners_of_sampling(words, alive):
+def test_extreme_settings_of_sampling(words, alive):
     p = probabilities(LOGITS, (), StreamingConfig(**{"temperature": 1.0, "top_k": 0, **words}))
     assert set(p.nonzero()[0]) == alive and p.sum() == pytest.approx(1.0)
 
 
-def test_an_empty_choice_and_logits_that_are_no_numbers_are_refused():
+def test_banning_every_token_and_logits_of_nan_are_rejected():
     nothing = StreamingConfig(logit_bias=dict.fromkeys(range(5), -math.inf))
     with pytest.raises(UserError, match="every token is banned"):
         probabilities(LOGITS, (), nothing)
@@ -155,7 +155,7 @@ def test_an_empty_choice_and_logits_that_are_no_numbers_are_refused():
         probabilities(LOGITS * np.nan, (), StreamingConfig())
 
 
-def test_draws_have_their_probabilities_and_are_a_pure_function():
+def test_draws_follow_their_probabilities_and_are_a_pure_function():
     p = np.array([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
     drawn = [draw(p, 7, position) for position in range(20_000)]
     assert drawn == [draw(p, 7, position) for position in range(20_000)]
@@ -163,11 +163,11 @@ def test_draws_have_their_probabilities_and_are_a_pure_function():
     assert drawn != [draw(p, 8, position) for position in range(20_000)]
 
 
-def test_the_penalty_looks_back_on_the_window_only():
+def test_the_penalty_applies_to_the_window_only():
     server = serve(repetition_penalty=1000.0, repetition_window=3)
     ids = tokens_of(server.answer(list(range(1, 20)), as_ids=True, max_new_tokens=40))
     assert all(i not in ids[max(0, n - 3) : n] for n, i in enumerate(ids))
-    assert len(set(ids)) < len(ids), "out of the window, a token is free again"
+    assert len(set(ids)) < len(ids), "outside the window, a token is allowed again"
     assert max(ids.count(i) for i in ids) > 1
     plain = serve(repetition_penalty=1000.0, repetition_window=0)
     assert tokens_of(plain.answer([5, 6], as_ids=True)) == tokens_of(
@@ -208,7 +208,7 @@ def test_the_penalty_looks_back_on_the_window_only():
         ("topk", 3),
     ],
 )
-def test_bad_settings_are_refused_by_name_and_change_nothing(field, value):
+def test_bad_settings_are_rejected_by_name_and_change_nothing(field, value):
     server = serve()
     session = server.create_session()
     with pytest.raises(UserError, match=field):
@@ -260,7 +260,7 @@ def test_streamed_text_is_the_text_in_whole_characters(tokenizers, kind, text):
 
 @examples(200)
 @given(data=st.binary(max_size=24), cut=st.integers(1, 3))
-def test_bytes_that_are_no_character_are_left_out(data, cut):
+def test_bytes_that_are_not_a_character_are_left_out(data, cut):
     tokens = [data[i : i + cut] for i in range(0, len(data), cut)]
     texts, _ = streamed(Vocabulary(*tokens), range(len(tokens)))
     want = data.decode(errors="ignore")
@@ -273,7 +273,7 @@ def test_bytes_that_are_no_character_are_left_out(data, cut):
     stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
     cut=st.integers(1, 4),
 )
-def test_stop_strings_end_the_text_and_never_leak(text, stops, cut):
+def test_stop_strings_end_the_text_and_are_never_part_of_it(text, stops, cut):
     tokens = [text[i : i + cut].encode() for i in range(0, len(text), cut)]
     texts, stopped = streamed(Vocabulary(*tokens), range(len(tokens)), stops)
     got, seen = "".join(texts), ""
@@ -291,18 +291,18 @@ def test_stop_strings_end_the_text_and_never_leak(text, stops, cut):
 
 
 @pytest.mark.parametrize("seed, sessions", [(0, 30), pytest.param(1, 300, marks=pytest.mark.slow)])
-def test_random_sessions_stand_where_a_full_pass_ends(seed, sessions):
-    """Turns of random prompts, closed at random places."""
-    dice, server = random.Random(seed), serve(state_buffer_size=3)
+def test_random_sessions_equal_a_full_pass(seed, sessions):
+    """Random prompts, and answers closed at random places."""
+    rng, server = random.Random(seed), serve(state_buffer_size=3)
     for number in range(sessions):
         session, ids = server.create_session(), []
-        for _ in range(dice.randint(1, 4)):
-            prompt = some_ids(1, dice.randint(0 if ids else 1, 30), seed=dice.random()).tolist()[0]
+        for _ in range(rng.randint(1, 4)):
+            prompt = some_ids(1, rng.randint(0 if ids else 1, 30), seed=rng.random()).tolist()[0]
             settings = {
-                "max_new_tokens": dice.randint(0, 20),
+                "max_new_tokens": rng.randint(0, 20),
                 "top_k": 40,
                 "seed": number,
-                "temperature": dice.choice([0.0, 1.0]),
+                "temperature": rng.choice([0.0, 1.0]),
             }
             ids += prompt
             with contextlib.closing(
@@ -310,12 +310,12 @@ def test_random_sessions_stand_where_a_full_pass_ends(seed, sessions):
             ) as answer:
                 for chunk in answer:
                     ids += [token.id for token in chunk.tokens]
-                    if dice.random() < 0.1:
+                    if rng.random() < 0.1:
                         break
         assert_has_read(server, session, ids)
 
 
-def test_a_stream_that_is_closed_early_leaves_the_session_after_the_text_given_out():
+def test_a_session_ends_where_its_reader_closed_the_stream():
     for taken in range(8):
         server = serve(temperature=1.0, seed=3, top_k=0)
         session = server.create_session()
@@ -331,7 +331,7 @@ def test_a_stream_that_is_closed_early_leaves_the_session_after_the_text_given_o
         assert_has_read(server, session, list(read))
 
 
-def test_a_stop_string_is_neither_given_out_nor_read():
+def test_a_stop_string_is_neither_returned_nor_read():
     server = serve(temperature=1.0, top_k=0, seed=5)
     whole = server.generate_text("Hello", max_new_tokens=60)
     for size in (1, 2, 3, 5):
@@ -345,7 +345,7 @@ def test_a_stop_string_is_neither_given_out_nor_read():
         assert_has_read(server, session, list(read))
 
 
-def test_a_stop_inside_of_a_token_leaves_what_is_before_it():
+def test_text_before_a_stop_string_inside_a_token_is_kept():
     tokenizer = Vocabulary(b"ab<", b"!>c", *(bytes([b]) for b in range(255)))
     server = StreamingServer(
         free_copy(wide()),
@@ -365,7 +365,7 @@ def test_a_stop_inside_of_a_token_leaves_what_is_before_it():
     assert_has_read(server, session, list(read))
 
 
-def test_text_before_an_unfinished_character_is_read_as_it_was_given_out():
+def test_text_before_an_incomplete_character_is_read_as_it_was_returned():
     tokenizer = Vocabulary(b"ab\xc3", *(bytes([b]) for b in range(256)))
     server = StreamingServer(
         free_copy(wide()),
@@ -377,8 +377,8 @@ def test_text_before_an_unfinished_character_is_read_as_it_was_given_out():
     assert tokenizer.decode(server.find(session).now.recent) == "xab"
 
 
-def test_words_go_on_in_context(tmp_path):
-    """A tokenizer that begins every text with a space, and one with hidden tokens between."""
+def test_words_are_encoded_and_decoded_in_context(tmp_path):
+    """A tokenizer that begins every text with a space, and has special tokens without text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     words = {
@@ -399,13 +399,13 @@ def test_words_go_on_in_context(tmp_path):
     assert "".join(texts) == tokenizer.decode([words["\u2581b"], words["\u2581hello"]])
 
 
-def test_text_held_back_for_a_stop_is_given_out_at_the_end():
+def test_text_held_for_a_stop_string_is_returned_at_the_end():
     server = serve()
     text = server.generate_text("Hello", max_new_tokens=20)
     assert server.generate_text("Hello", max_new_tokens=20, stop=[text[-1] + "zzz"]) == text
 
 
-def test_an_answer_longer_than_what_is_kept_of_it(monkeypatch):
+def test_a_long_answer_keeps_only_its_last_part(monkeypatch):
     monkeypatch.setattr(streaming, "MAX_REPLAY", 16)
     server = serve(temperature=1.0, top_k=0, eos_token_id=-1)
     session, ids = server.create_session(seed=1), []
@@ -427,7 +427,7 @@ def test_an_answer_longer_than_what_is_kept_of_it(monkeypatch):
     assert_has_read(server, "a", [7, *ids[:90]])
 
 
-def test_eos_ends_an_answer_and_with_reset_on_eos_the_memory():
+def test_eos_ends_an_answer_and_reset_on_eos_clears_the_session():
     first = tokens_of(serve().answer("Hello", as_ids=True))[4]
     for reset in (False, True):
         server = serve(eos_token_id=first, reset_on_eos=reset)
@@ -443,7 +443,7 @@ def test_eos_ends_an_answer_and_with_reset_on_eos_the_memory():
     assert tokens_of(serve(eos_token_id=-1).answer("Hello", as_ids=True))[4] == first
 
 
-def test_how_a_session_begins():
+def test_the_first_token_of_a_session():
     server = serve(bos_token_id=9)
     session = server.create_session()
     server.generate_text("ab", session, max_new_tokens=0)
@@ -492,7 +492,7 @@ def test_the_same_seed_gives_the_same_text():
     assert len(free) > 1
 
 
-def test_sessions_know_nothing_of_each_other():
+def test_sessions_are_independent():
     server = serve()
     alone = [serve().generate_text(p) for p in ("Hello, my name is", "The weather")]
     one, two = server.create_session(), server.create_session()
@@ -534,7 +534,7 @@ def test_session_ids_are_plain_names(name):
     assert not server.sessions
 
 
-def test_old_sessions_are_cleaned_up_but_not_those_that_answer():
+def test_cleanup_deletes_old_sessions_unless_they_are_answering():
     server = serve()
     old, young, busy = (server.create_session(name) for name in ("old", "young", "busy"))
     answer = server.answer("Hello", busy)
@@ -563,19 +563,19 @@ def test_next_tokens_one_at_a_time():
 # --------------------------------------------------------------------------- forks and rollbacks
 
 
-def test_forks_and_rollbacks_share_one_state_and_go_their_own_ways():
+def test_forks_and_rollbacks_share_a_snapshot_and_then_differ():
     server = serve()
     trunk, ids = server.create_session(), some_ids(1, 50).tolist()[0]
     server.generate_text(ids, trunk, max_new_tokens=0)
-    tree, dice = {trunk: ids}, random.Random(1)
+    tree, rng = {trunk: ids}, random.Random(1)
     for number in range(30):
-        parent = dice.choice(sorted(tree))
+        parent = rng.choice(sorted(tree))
         fork = server.fork_session(parent, f"fork{number}")
         assert server.find(fork).now is server.find(parent).now, "nothing is copied"
         more = some_ids(1, 3, seed=number).tolist()[0]
         answer = server.answer(more, fork, as_ids=True, max_new_tokens=4)
         tree[fork] = tree[parent] + more + tokens_of(answer)
-        if dice.random() < 0.3:
+        if rng.random() < 0.3:
             server.rollback(fork)
             tree[fork] = tree[parent]
             with pytest.raises(UserError, match="no turn to undo"):
@@ -584,7 +584,7 @@ def test_forks_and_rollbacks_share_one_state_and_go_their_own_ways():
         assert_has_read(server, session, read)
 
 
-def test_a_fork_answers_bit_for_bit_as_its_origin_would():
+def test_a_fork_answers_exactly_like_its_origin():
     server = serve(temperature=1.0, top_k=0)
     one = server.create_session(seed=3)
     server.generate_text("Hello", one)
@@ -597,9 +597,9 @@ def test_a_fork_answers_bit_for_bit_as_its_origin_would():
 # ---------------------------------------------------------------------------- many at one time
 
 
-def test_answers_that_come_and_go_at_any_step_are_what_they_are_alone():
+def test_batching_at_any_step_does_not_change_an_answer():
     server = serve(temperature=1.0, top_k=20, batch_size=4, state_buffer_size=3)
-    dice, open_, done, sizes = random.Random(0), {}, {}, set()
+    rng, open_, done, sizes = random.Random(0), {}, {}, set()
     step = server.decoder.draw_tokens
 
     def counted(ready, *rest):
@@ -608,12 +608,12 @@ def test_answers_that_come_and_go_at_any_step_are_what_they_are_alone():
 
     server.decoder.draw_tokens = counted
     for number in range(40):
-        settings = {"seed": number, "max_new_tokens": dice.randint(1, 20)}
-        prompt = "x" * dice.randint(1, 20) + str(number)
+        settings = {"seed": number, "max_new_tokens": rng.randint(1, 20)}
+        prompt = "x" * rng.randint(1, 20) + str(number)
         answer = server.answer(prompt, as_ids=True, **settings)
         open_[number] = (answer, prompt, settings, [])
-        for _ in range(dice.randint(0, 8)):
-            key = dice.choice(sorted(open_))
+        for _ in range(rng.randint(0, 8)):
+            key = rng.choice(sorted(open_))
             chunk = next(open_[key][0], None)
             if chunk:
                 open_[key][3].extend(token.id for token in chunk.tokens)
@@ -629,18 +629,18 @@ def test_answers_that_come_and_go_at_any_step_are_what_they_are_alone():
     assert not server.decoder.answers and server.decoder.batch_state is None
 
 
-def test_64_threads_hammer_one_server():
+def test_64_threads_use_one_server():
     server = serve(temperature=1.0, top_k=20, max_new_tokens=8)
     shared, results, errors = server.create_session("shared", seed=1), {}, []
     old = sys.getswitchinterval()
 
     def work(number: int) -> None:
-        dice = random.Random(number)
+        rng = random.Random(number)
         try:
             session = server.create_session(seed=number)
             texts = [server.generate_text(f"I am {number}", session)]
             fork = server.fork_session(session)
-            if dice.random() < 0.5:
+            if rng.random() < 0.5:
                 stream = server.generate_stream("?", session)
                 next(stream, None)
                 stream.close()
@@ -670,7 +670,7 @@ def test_64_threads_hammer_one_server():
     assert not server.decoder.answers and len(server.sessions) == 65
 
 
-def test_a_long_prompt_does_not_hold_up_the_others():
+def test_others_get_tokens_while_a_long_prompt_is_read():
     server = serve(max_new_tokens=30, eos_token_id=-1)
     short = server.answer("Hello", as_ids=True)
     next(short)
@@ -721,8 +721,8 @@ def test_closed_answers_leave_the_batch_at_once():
     assert len(tokens_of(live)) == 50 - 7
 
 
-def test_what_was_made_ahead_is_undone_by_closing():
-    """Steps that another answer asks for run this one into its end."""
+def test_closing_undoes_tokens_generated_ahead():
+    """The steps of another answer generate this one to its end."""
     whole = tokens_of(serve().answer("Hello", as_ids=True))
     server = serve(reset_on_eos=True, eos_token_id=whole[3])
     session = server.create_session()
@@ -759,7 +759,7 @@ def test_an_answer_may_be_closed_while_another_thread_waits_for_it(monkeypatch):
     assert_has_read(server, session, BYTES.encode("Hello"))
 
 
-def test_an_interrupted_step_leaves_no_one_waiting(monkeypatch):
+def test_an_interrupted_step_does_not_block_later_ones(monkeypatch):
     server = serve()
     answer = server.answer("Hello", as_ids=True)
     read = server.decoder.read
@@ -814,7 +814,7 @@ def test_arrays_and_tensors_are_ids_too():
 
 
 @pytest.mark.parametrize("document_mask", [False, True])
-def test_a_saved_session_goes_on_bit_for_bit(tmp_path, document_mask):
+def test_a_saved_session_continues_exactly(tmp_path, document_mask):
     eos = {"document_mask": True, "eos_id": 0} if document_mask else {}
     server = serve(
         wide(**eos),
@@ -857,7 +857,7 @@ def test_a_session_without_text_can_be_saved(tmp_path):
     assert server.generate_text("Hello", again) == serve().generate_text("Hello")
 
 
-def test_the_file_is_as_large_after_a_hundred_thousand_tokens_as_after_ten(tmp_path):
+def test_the_size_of_a_file_does_not_depend_on_the_number_of_tokens(tmp_path):
     server, sizes = serve(wide(n_layer=1)), set()
     session = server.create_session("s", seed=1)
     for count in (0, 10, 100, 99_890):
@@ -878,11 +878,11 @@ def saved(tmp_path_factory):
     return server, path.read_bytes()
 
 
-def test_damaged_files_are_refused_and_leave_no_session(tmp_path, saved):
+def test_damaged_files_are_rejected_and_leave_no_session(tmp_path, saved):
     server, good = saved
-    path, dice, before = tmp_path / "s", random.Random(0), set(server.sessions)
+    path, rng, before = tmp_path / "s", random.Random(0), set(server.sessions)
     header = 8 + int.from_bytes(good[:8], "little")
-    spots = [*range(0, header, 5), *(dice.randrange(header, len(good)) for _ in range(200))]
+    spots = [*range(0, header, 5), *(rng.randrange(header, len(good)) for _ in range(200))]
     damaged = [good[:at] + bytes([good[at] ^ (1 << at % 8)]) + good[at + 1 :] for at in spots]
     damaged += [good[:size] for size in (0, 7, 8, header, len(good) // 2, len(good) - 1)]
     damaged += [good + b"x", b"", os.urandom(1000), good[:8] + b"{" * 1000]
@@ -896,7 +896,7 @@ def test_damaged_files_are_refused_and_leave_no_session(tmp_path, saved):
 
 
 def hostile(change) -> bytes:
-    """A file with a right checksum and wrong contents."""
+    """A file with a correct checksum and wrong contents."""
     from safetensors.torch import save
 
     server = serve()
@@ -937,7 +937,7 @@ def hostile(change) -> bytes:
         lambda t, n: n.update(format="tinymamba-state-1"),
     ],
 )
-def test_hostile_files_are_refused(tmp_path, change):
+def test_hostile_files_are_rejected(tmp_path, change):
     (tmp_path / "s").write_bytes(hostile(change))
     server = serve()
     with pytest.raises(UserError):
@@ -945,8 +945,8 @@ def test_hostile_files_are_refused(tmp_path, change):
     assert not server.sessions
 
 
-def test_a_huge_tensor_in_a_file_is_refused_before_it_is_read(tmp_path):
-    """A sparse file whose header is in order: 8 GB that must not be allocated."""
+def test_a_huge_tensor_in_a_file_is_rejected_before_it_is_read(tmp_path):
+    """A sparse file with a valid header: its 8 GB must not be allocated."""
     path = tmp_path / "s"
     header = json.dumps(
         {"logits": {"dtype": "F32", "shape": [1, 2 * 10**9], "data_offsets": [0, 8 * 10**9]}}
@@ -960,7 +960,7 @@ def test_a_huge_tensor_in_a_file_is_refused_before_it_is_read(tmp_path):
     assert most_memory() - before < 100_000_000
 
 
-def test_deep_json_is_refused(tmp_path):
+def test_deep_json_is_rejected(tmp_path):
     (tmp_path / "s").write_bytes(hostile(lambda t, n: None))
     server = serve()
     assert server.load_session(tmp_path / "s")
@@ -970,7 +970,7 @@ def test_deep_json_is_refused(tmp_path):
         server.load_session(tmp_path / "deep")
 
 
-def test_a_session_takes_the_place_of_an_older_one_and_of_nothing_else(tmp_path):
+def test_a_saved_session_replaces_an_older_one_and_no_other_file(tmp_path):
     server = serve()
     session = server.create_session()
     for _ in range(2):
@@ -1002,7 +1002,7 @@ def test_threads_may_save_to_one_file(tmp_path):
     assert not errors, errors[0]
 
 
-def test_the_session_of_another_model_is_refused(tmp_path, saved):
+def test_the_session_of_another_model_is_rejected(tmp_path, saved):
     (tmp_path / "s").write_bytes(saved[1])
     other = free_copy(wide())
     other.head.weight.data[0, 0] += 1e-3
@@ -1011,12 +1011,12 @@ def test_the_session_of_another_model_is_refused(tmp_path, saved):
 
 
 @POSIX
-def test_kill_9_while_saving_never_leaves_half_a_session(tmp_path):
+def test_kill_9_while_saving_never_damages_the_session(tmp_path):
     script = textwrap.dedent("""
         import os, random, sys, time
         sys.path[:0] = sys.argv[1:3]
         from test_streaming import serve
-        server, dice, path = serve(), random.Random(0), "s.safetensors"
+        server, rng, path = serve(), random.Random(0), "s.safetensors"
         session = server.create_session("s", seed=1)
         server.save_session(session, path)
         for _ in range(8):
@@ -1027,7 +1027,7 @@ def test_kill_9_while_saving_never_leaves_half_a_session(tmp_path):
                 server.save_session(session, path)
             while os.stat(path).st_mtime_ns == saved:
                 time.sleep(0.001)
-            time.sleep(dice.uniform(0, 0.05))
+            time.sleep(rng.uniform(0, 0.05))
             os.kill(child, 9)
             os.waitpid(child, 0)
             assert server.generate_text("a", server.load_session(path))
@@ -1125,7 +1125,7 @@ def test_a_conversation_on_the_console(folder):
     assert (folder / "talk.safetensors").exists()
 
 
-def test_a_session_goes_on_from_a_file(folder):
+def test_a_session_continues_from_a_file(folder):
     words = [*CHECKPOINT, "--temperature", 0, "--max_tokens"]
     whole = run(folder, *words, 12, "--prompt", "abc").stdout
     first = run(folder, *words, 6, "--prompt", "abc", "--save_session", "s")
@@ -1136,17 +1136,17 @@ def test_a_session_goes_on_from_a_file(folder):
     assert (first.stdout.removesuffix("\n") + rest) == whole.removesuffix("\n")
     again = run(folder, *words, 3, "--load_session", "s", "--save_session", "s", "--force")
     assert again.returncode == 0 and rest.startswith(again.stdout.removesuffix("\n"))
-    assert len(again.stdout.removesuffix("\n")) == 3, "flags go before the settings of the file"
+    assert len(again.stdout.removesuffix("\n")) == 3, "flags override the settings of the file"
 
 
 @POSIX
-def test_output_that_no_one_reads_to_the_end(folder):
+def test_a_closed_pipe_is_no_error(folder):
     command = f"{sys.executable} {ROOT / 'streaming.py'} --max_tokens 3000 --streaming | head -c 9"
     done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
 
 
-def test_output_in_an_encoding_without_every_character(folder, monkeypatch):
+def test_characters_missing_in_the_encoding_are_replaced(folder, monkeypatch):
     output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "stdout", output)
@@ -1164,7 +1164,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(folder):
     process.stdin.write(b"Hello\n")
     process.stdin.flush()
     process.stdout.readline()
-    assert process.stdout.read(40), "it answers"
+    assert process.stdout.read(40), "an answer has started"
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(b"/reset\n/stats\n/help\n", timeout=60)
     assert process.returncode == 0, err
@@ -1185,7 +1185,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(folder):
         (["--prompt", "x", "--save_session", "vocab.txt"], ["vocab.txt", "--force"]),
     ],
 )
-def test_bad_commands_are_refused_in_one_line(folder, words, fragments):
+def test_bad_commands_are_rejected_in_one_line(folder, words, fragments):
     assert_refused(run(folder, *words), *fragments)
 
 
@@ -1238,7 +1238,7 @@ def test_a_compiled_step_gives_the_same_text(tokens):
     assert answers[0] == answers[1] and len(answers[0]) > 1
 
 
-# ------------------------------------------------------------- for who takes the steps by itself
+# ---------------------------------------------------------------- for callers of Decoder.step
 
 
 @pytest.mark.parametrize("optimize", [False, True])
@@ -1266,7 +1266,7 @@ def test_scores_of_a_prompt_are_those_of_a_full_pass(optimize):
     assert answer.scores == [] == server.answer(ids[:3], max_new_tokens=0).scores
 
 
-def test_answers_stepped_from_outside_are_what_they_are_alone():
+def test_calling_step_directly_does_not_change_an_answer():
     server, prompts = serve(), [some_ids(1, n, seed=n)[0].tolist() for n in (3, 40, 200, 9)]
     want = [server.generate_text(p, seed=n, temperature=1.0) for n, p in enumerate(prompts)]
     answers = [server.answer(p, seed=n, temperature=1.0) for n, p in enumerate(prompts)]
@@ -1299,7 +1299,7 @@ def test_no_step_is_taken_for_chunks_that_are_ready(monkeypatch):
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
-def test_an_abandoned_answer_leaves_no_trace(steps):
+def test_an_abandoned_answer_is_undone(steps):
     server = serve()
     session = server.create_session(seed=1)
     server.generate_text("abc", session)
@@ -1328,15 +1328,15 @@ def test_the_token_that_ends_an_answer_is_known():
     assert answer.closing.logprob == pytest.approx(float(true[256]), abs=1e-4)
 
 
-def test_alternatives_of_one_likelihood_come_by_id():
+def test_equally_likely_alternatives_are_sorted_by_id():
     logits = np.array([1.0, 3.0, 3.0, 0.0, 3.0, 2.0], np.float32)
     for count in range(7):
         _, top = streaming.top_logprobs(logits, 0, count)
         assert [i for i, _ in top] == [1, 2, 4, 5, 0, 3][:count]
 
 
-def test_many_short_prompts_are_read_a_few_at_a_time_and_none_waits_for_ever(monkeypatch):
-    """A pass over eight tokens costs as much as one over a hundred."""
+def test_many_short_prompts_are_read_a_few_at_a_time(monkeypatch):
+    """Reading eight tokens costs as much as reading a hundred; no prompt waits forever."""
     server = serve()
     answers = [server.answer(some_ids(1, 2000)[0].tolist(), max_new_tokens=1)]
     answers += [
