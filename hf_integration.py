@@ -354,8 +354,8 @@ class TinyMambaHFBackbone(TinyMambaModel):
         assert input_ids is not None
         if input_ids.shape[1] == 0:
             raise ValueError(
-                "input_ids: have no new token; with a cache, pass the whole text, or its new "
-                "tokens and the attention_mask of the whole"
+                "input_ids: have no new token; with a cache, pass the whole text, or its "
+                "new tokens and the attention_mask of the whole text"
             )
         return input_ids
 

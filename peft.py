@@ -300,7 +300,7 @@ def linear_layers(model: TinyMambaModel) -> list[str]:
 
 
 def find_targets(model: TinyMambaModel, patterns: list[str] | None) -> list[str]:
-    """The names of the linear layers that a pattern matches, in whole or as the end of a name."""
+    """The linear layers whose name or end of name is a pattern, or that a pattern matches."""
     names = linear_layers(model)
     chosen: dict[str, None] = {}
     for pattern in patterns or [PROJECTIONS]:

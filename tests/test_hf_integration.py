@@ -18,6 +18,7 @@ from helpers import (
     DOCUMENTS,
     EOS,
     GATES,
+    POSIX,
     ROOT,
     assert_refused,
     free_port,
@@ -42,6 +43,7 @@ from transformers import (
 )
 
 import benchmark
+from data.prepare import main as prepare
 from hf_integration import (
     TinyMambaConfig,
     TinyMambaForCausalLM,
@@ -101,14 +103,14 @@ def test_logits_and_states_equal_the_native_ones_for_every_split(shape):
     close(model(ids, use_cache=False).logits, want, 1e-6)
     for split in SPLITS:
         for cache in caches(model):
-            got = [model(piece, past_key_values=cache).logits for piece in ids.split(split, dim=1)]
+            got = [model(chunk, past_key_values=cache).logits for chunk in ids.split(split, dim=1)]
             close(torch.cat(got, dim=1), want)
             assert cache.get_seq_length() == 40
             same_state(read_cache(cache, native, 3), state)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_padding_on_any_side_and_in_any_piece_leaves_a_row_as_it_is_alone(shape):
+def test_padding_on_any_side_and_in_any_chunk_leaves_a_row_as_it_is_alone(shape):
     native = wide(**SHAPES[shape])
     model, texts = hf(native), some_ids(4, 40, seed=4)
     generator = torch.Generator().manual_seed(5)
@@ -121,16 +123,16 @@ def test_padding_on_any_side_and_in_any_piece_leaves_a_row_as_it_is_alone(shape)
     for split in SPLITS:
         for cache in caches(model):
             got, at = [], 0
-            for piece in ids.split(split, dim=1):
-                at += piece.shape[1]
-                out = model(piece, attention_mask=masks[:, :at], past_key_values=cache)
+            for chunk in ids.split(split, dim=1):
+                at += chunk.shape[1]
+                out = model(chunk, attention_mask=masks[:, :at], past_key_values=cache)
                 got.append(out.logits)
             got = torch.cat(got, dim=1)
             for r, logits in enumerate(want):
                 close(got[r, masks[r].bool()], logits)
 
 
-def test_positions_that_begin_anew_begin_a_document():
+def test_positions_that_restart_begin_a_document():
     model, ids = hf(wide()), some_ids(2, 30)
     cuts = [(0, 9), (9, 10), (10, 30)]
     positions = torch.cat([torch.arange(e - b) for b, e in cuts])[None].expand(2, -1)
@@ -156,8 +158,8 @@ def test_documents_stay_apart_wherever_a_packed_row_is_cut(cut):
     model, positions = hf(native), torch.cat((torch.arange(8), torch.arange(12)))[None]
     want = torch.cat([native(part) for part in ids.split((8, 12), dim=1)], dim=1)
     for cache in caches(model):
-        got = [model(ids[:, piece], position_ids=positions[:, piece], past_key_values=cache).logits
-               for piece in (slice(cut), slice(cut, None))]  # fmt: skip
+        got = [model(ids[:, chunk], position_ids=positions[:, chunk], past_key_values=cache).logits
+               for chunk in (slice(cut), slice(cut, None))]  # fmt: skip
         close(torch.cat(got, dim=1), want)
 
 
@@ -165,7 +167,7 @@ def test_packed_rows_have_the_gradient_of_the_rows_alone():
     packed, alone = hf(wide()).train(), hf(wide()).train()
     ids, positions = some_ids(1, 25), torch.cat((torch.arange(11), torch.arange(14)))[None]
     labels = ids.clone()
-    labels[0, 11] = -100  # no token of one document tells that of another
+    labels[0, 11] = -100  # no token of one document predicts one of another
     packed(ids, position_ids=positions, labels=labels).loss.backward()
     losses = [alone(part, labels=part, num_items_in_batch=23).loss
               for part in ids.split((11, 14), 1)]  # fmt: skip
@@ -196,12 +198,12 @@ def test_logits_to_keep_are_the_last_or_the_ones_named():
     ("attention_mask: has shape", {"attention_mask": torch.ones(2, 8)}),
     ("cannot hold recurrent states", {"past_key_values": DynamicCache()}),
 ])  # fmt: skip
-def test_what_cannot_be_read_is_refused_by_name(problem, arguments):
+def test_what_cannot_be_read_is_rejected_by_name(problem, arguments):
     with pytest.raises(ValueError, match=problem):
         hf(wide())(some_ids(2, 9), **arguments)
 
 
-def test_a_cache_of_other_rows_or_too_small_is_refused():
+def test_a_cache_of_other_rows_or_too_small_is_rejected():
     model = hf(wide())
     cache = model(some_ids(2, 9)).past_key_values
     with pytest.raises(ValueError, match="has 2 sequences, but the input has 3"):
@@ -223,7 +225,7 @@ def test_a_cache_that_is_reset_has_read_nothing():
     for cache in caches(model):
         model(some_ids(2, 20, seed=5), past_key_values=cache)
         cache.reset()
-        got = [model(piece, past_key_values=cache).logits for piece in ids.split((5, 7), dim=1)]
+        got = [model(chunk, past_key_values=cache).logits for chunk in ids.split((5, 7), dim=1)]
         close(torch.cat(got, dim=1), want)
 
 
@@ -264,7 +266,7 @@ def test_left_padded_rows_generate_what_they_do_alone():
         close(logits[r], want[0])
 
 
-def test_a_returned_cache_goes_on_with_a_turn_of_several_tokens():
+def test_a_returned_cache_continues_with_a_turn_of_several_tokens():
     native = wide()
     model, first, turn = hf(native), some_ids(2, 9), some_ids(2, 6, seed=9)
     for cache in caches(model):
@@ -276,7 +278,7 @@ def test_a_returned_cache_goes_on_with_a_turn_of_several_tokens():
         close(logits, native(again.sequences)[:, text.shape[1] - 1 : -1])
 
 
-def test_a_turn_of_rows_of_other_lengths_goes_on_from_padded_ones():
+def test_turns_of_different_lengths_continue_padded_rows():
     native = wide()
     model, texts, turns = hf(native), some_ids(2, 9), some_ids(2, 6, seed=9)
     ids, mask = texts.clone(), torch.ones(2, 15, dtype=torch.int64)
@@ -360,7 +362,7 @@ def test_streamers_criteria_and_pipelines_work(tmp_path):
     assert ids.shape[1] == 11
 
 
-def test_what_a_state_cannot_do_is_refused():
+def test_what_a_state_cannot_do_is_rejected():
     model, prompt = hf(wide()), some_ids(1, 5)
     with pytest.raises(ValueError, match="assisted generation is not supported"):
         model.generate(prompt, assistant_model=model, max_new_tokens=3)
@@ -418,9 +420,9 @@ def test_attention_weights_and_hidden_states_are_those_that_were_used():
     first = model.model.embedding(ids)
     close(out.hidden_states[0], first, 0)
     close(model.model.head(out.hidden_states[-1]), out.logits, 0)
-    x, piece = first[:1], native.make_context(ids[:1], None, None, None)
+    x, context = first[:1], native.make_context(ids[:1], None, None, None)
     for block, hidden in zip(native.blocks[:1], out.hidden_states[1:], strict=False):
-        close(block(x, piece, None)[0], hidden[:1])
+        close(block(x, context, None)[0], hidden[:1])
     step = model(ids[:, :1], past_key_values=plain.past_key_values, output_attentions=True)
     assert step.attentions[0].shape == (2, 2, 1, W)
 
@@ -461,7 +463,7 @@ def test_checkpointed_activations_give_the_same_gradients():
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_outputs_can_be_taken_down_while_activations_are_not_kept(reentrant):
+def test_outputs_are_recorded_while_blocks_are_recomputed(reentrant):
     plain, frugal = (hf(wide(), attn_implementation="eager").train() for _ in range(2))
     frugal.activation_checkpointing_enable({"use_reentrant": reentrant})
     frugal.enable_input_require_grads()
@@ -611,7 +613,7 @@ def test_in_bfloat16_the_decays_stay_float32(tmp_path):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantised_folder_loads_and_is_saved_as_small(tmp_path, bits):
+def test_a_quantized_folder_loads_and_is_saved_as_small(tmp_path, bits):
     quantized = quantize_model(wide(d_model=64, ssm_head_dim=16), bits=bits, group_size=32)
     (tmp_path / "one").mkdir()
     save_folder(tmp_path / "one", quantized)
@@ -651,9 +653,9 @@ def prepared(tmp_path_factory):
     """A checkpoint beside a trained tokenizer.json."""
     folder = tmp_path_factory.mktemp("prepared")
     (folder / "text.txt").write_text("the cat and the hat sat on the mat\n" * 200)
-    done = run_script("data/prepare.py", "--input", folder / "text.txt", "--output_dir", folder,
-                      "--vocab_size", 300, cwd=folder)  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = run_main(prepare, "--input", folder / "text.txt", "--output_dir", folder,
+                    "--vocab_size", 300, cwd=folder)  # fmt: skip
+    assert not done.returncode, done.stderr
     model = wide(vocab_size=300, eos_id=EOS)
     path = folder / "model.pt"
     save_checkpoint(path, {"model": model.state_dict(), "config": model.config.to_dict()})
@@ -688,33 +690,42 @@ def in_process(*words) -> subprocess.CompletedProcess:
 
 
 FRESH = """
-import os, sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
-folder, saved = sys.argv[1:]
-try:
-    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
-    sys.exit("code was run that nobody trusts")
-except ValueError as e:
-    assert "trust_remote_code=True" in str(e), e
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder)
-assert not {"testv2", "hf_integration"} & set(sys.modules), "the repository was used"
-ids = tokenizer("the cat", return_tensors="pt")["input_ids"]
-cache = DynamicCache(config=model.config)
-torch.save({"weights": dict(model.model.state_dict()), "ids": ids,
-            "logits": model(ids, past_key_values=cache).logits.detach(),
-            "text": tokenizer.decode(model.generate(ids, max_new_tokens=9, do_sample=False)[0])},
-           saved + "/out.pt")
-model.save_pretrained(saved)
-tokenizer.save_pretrained(saved)
-if os.path.exists(folder + "/README.md"):
-    exec(open(folder + "/README.md").read().split("```python\\n")[1].split("```")[0])
+import contextlib, io, multiprocessing, os, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+
+def load(folder, saved):
+    try:
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+        sys.exit("code was run without trust")
+    except ValueError as e:
+        assert "trust_remote_code=True" in str(e), e
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert not {"testv2", "hf_integration", "tinymamba"} & {*sys.modules}, "not the folder's code"
+    ids, card = tokenizer("the cat", return_tensors="pt")["input_ids"], io.StringIO()
+    cache = DynamicCache(config=model.config)
+    logits = model(ids, past_key_values=cache).logits.detach()
+    text = tokenizer.decode(model.generate(ids, max_new_tokens=9, do_sample=False)[0])
+    model.save_pretrained(saved)
+    tokenizer.save_pretrained(saved)
+    if os.path.exists(folder + "/README.md"):
+        with contextlib.redirect_stdout(card):
+            exec(open(folder + "/README.md").read().split("```python\\n")[1].split("```")[0], {})
+    torch.save({"weights": dict(model.model.state_dict()), "ids": ids, "logits": logits,
+                "text": text, "card": card.getvalue()}, saved + "/out.pt")
+
+for folder, saved in (("hf", "again"), ("again", "third")):
+    child = multiprocessing.get_context("fork").Process(target=load, args=(folder, saved))
+    child.start()
+    child.join()
+    assert not child.exitcode, folder
 """
 
 
+@POSIX
 def test_a_converted_folder_loads_in_a_fresh_process_and_comes_back(tmp_path, prepared):
-    folder, again = tmp_path / "hf", tmp_path / "again"
-    again.mkdir()
+    """Each load is in a fork of a process that has imported transformers, and nothing of ours."""
+    folder = tmp_path / "hf"
     script = tmp_path / "fresh.py"
     script.write_text(FRESH)
     done = run_script("hf_integration.py", "convert", "--checkpoint", prepared, "--output_dir",
@@ -725,19 +736,18 @@ def test_a_converted_folder_loads_in_a_fresh_process_and_comes_back(tmp_path, pr
                      "tokenizer.json", "tokenizer_config.json", "hf_integration.py"}  # fmt: skip
     native = load_model(prepared)
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"),
-           "PYTHONPATH": ""}  # fmt: skip
-    for source, target in ((folder, again), (again, tmp_path / "third")):
-        target.mkdir(exist_ok=True)
-        done = subprocess.run([sys.executable, script, source, target], cwd=tmp_path, env=env,
-                              capture_output=True, text=True)  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        out = torch.load(target / "out.pt", weights_only=True)
+           "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=env,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for target in ("again", "third"):
+        out = torch.load(tmp_path / target / "out.pt", weights_only=True)
         for name, t in native.state_dict().items():
             assert torch.equal(out["weights"][name], t)
         assert torch.equal(out["logits"], native.advance(out["ids"], native.init_state(1))[0])
         assert out["text"].startswith("the cat")
-        assert ("Once" in done.stdout) == (source == folder), "the snippet of the card"
-    assert in_process("convert", "--checkpoint", again, "--output_dir",
+        assert ("Once" in out["card"]) == (target == "again"), "the snippet of the card"
+    assert in_process("convert", "--checkpoint", tmp_path / "again", "--output_dir",
                       tmp_path / "back.pt").returncode == 0  # fmt: skip
     back = load_checkpoint(tmp_path / "back.pt")
     assert all(torch.equal(back["model"][n], t) for n, t in native.state_dict().items())
@@ -755,15 +765,13 @@ def test_nothing_is_overwritten_and_bad_input_is_one_line(tmp_path, prepared):
         (["--checkpoint", prepared, "--output_dir", tmp_path / "there"], "there holds config.json"),
         (["--checkpoint", prepared, "--output_dir", tmp_path / "file", "--force"], "is a file"),
         (["--checkpoint", prepared, "--output_dir", ROOT, "--force"], "holds the code itself"),
-        (["--checkpoint", tmp_path / "no.pt", *new], "no such checkpoint"),
+        (["--checkpoint", tmp_path / "no.pt", *new], "no.pt: no such checkpoint"),
         (["--checkpoint", prepared, *new, "--tokenizer_file", tmp_path / "words" / "vocab.txt"],
          "matches the longest"),
         (["--checkpoint", prepared], "--output_dir"),
         (["--checkpoint", prepared, *new, "--tokenizer", "x"], "--tokenizer: unknown flag"),
     ):  # fmt: skip
         assert_refused(in_process("convert", *words), problem)
-    done = run_script("hf_integration.py", "convert", "--checkpoint", "no.pt", *new, cwd=tmp_path)
-    assert_refused(done, "no.pt: no such checkpoint")
     assert (tmp_path / "there" / "config.json").read_text() == "mine"
     assert (tmp_path / "file").read_text() == "mine"
     assert not (tmp_path / "x").exists()
@@ -789,7 +797,7 @@ def test_force_replaces_a_models_files_and_no_other(tmp_path, prepared, monkeypa
     assert TinyMambaHFTokenizer.from_pretrained("tuned").chat_template == "{{ messages }}"
 
 
-def test_a_tokenizer_that_ends_texts_elsewhere_is_refused(tmp_path, prepared):
+def test_a_tokenizer_that_ends_texts_elsewhere_is_rejected(tmp_path, prepared):
     native = wide(vocab_size=300, eos_id=5)
     state = {"model": native.state_dict(), "config": native.config.to_dict()}
     save_checkpoint(tmp_path / "other.pt", state)
@@ -904,12 +912,12 @@ def test_push_makes_a_repository_and_one_commit_and_tells_no_token(
     assert header["summary"] == "First words"
     assert {f["path"] for f in files} == {p.name for p in (tmp_path / "hf").iterdir()}
 
-    refused = push(tmp_path / "hf", hub, "--token", "hf_wrongwrong")
-    assert refused.returncode == 2
-    assert refused.stderr.startswith("error: --repo_id: the hub rejected me/small (401)")
+    command = ["push", "--model_dir", tmp_path / "hf", "--repo_id", "me/small"]
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub)
+    refused = in_process(*command, "--token", "hf_wrongwrong")
+    assert_refused(refused, "error: --repo_id: the hub rejected me/small (401)")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    silent = in_process("push", "--model_dir", tmp_path / "hf", "--repo_id", "me/small",
-                        "--token", Hub.TOKEN)  # fmt: skip
+    silent = in_process(*command, "--token", Hub.TOKEN)
     assert_refused(silent, "cannot be reached (ConnectError)")
     for said in (done, refused, silent):
         assert "secret" not in said.stdout + said.stderr
@@ -994,22 +1002,9 @@ def test_lm_eval_has_the_likelihoods_of_the_native_model(tmp_path, prepared):
             rest="output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: answer",
         )
     )
-    env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    done = run_script(
-        "benchmark.py",
-        "--benchmark_type",
-        "lm_eval",
-        "--tinymamba_checkpoint",
-        prepared,
-        "--tasks",
-        "mine",
-        "--include_path",
-        tmp_path,
-        "--device",
-        "cpu",
-        cwd=tmp_path,
-        env=env,
-    )
+    command = ["--benchmark_type", "lm_eval", "--tinymamba_checkpoint", prepared,
+               "--include_path", tmp_path]  # fmt: skip
+    done = run_main(benchmark.main, *command, "--tasks", "mine", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "benchmark_results" / "results.json").read_text())["rows"]
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
@@ -1017,7 +1012,6 @@ def test_lm_eval_has_the_likelihoods_of_the_native_model(tmp_path, prepared):
     for row in written:
         assert row["value"] == again["results"]["mine"][f"{row['metric']},{row['filter']}"]
     assert {row["metric"] for row in written} >= {"acc", "acc_norm"}
-    with pytest.raises(UserError, match="tasks: no_such: no such task"):
-        benchmark.main(["--benchmark_type", "lm_eval", "--tinymamba_checkpoint", str(prepared),
-                        "--tasks", "no_such", "--include_path", str(tmp_path),
-                        "--output_dir", str(tmp_path / "none")])  # fmt: skip
+    done = run_main(benchmark.main, *command, "--tasks", "no_such", "--output_dir",
+                    tmp_path / "none")  # fmt: skip
+    assert_refused(done, "tasks: no_such: no such task")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
+    POSIX,
     ROOT,
     adapted,
     assert_refused,
@@ -119,14 +120,14 @@ def test_gradients_are_those_of_finite_differences(config):
 
 @EVERY
 @pytest.mark.parametrize("gate", ["softmax", "top_k"])
-def test_text_in_pieces_gives_the_logits_of_one_pass(config, gate):
+def test_text_in_chunks_gives_the_logits_of_one_pass(config, gate):
     model = adapted(config, gate=gate)
-    whole, state, pieces, at = model(IDS), model.init_state(3), [], 0
+    whole, state, chunks, at = model(IDS), model.init_state(3), [], 0
     for size in (1, 16, 3, 1, 9, 7):
         logits, state = model.advance(IDS[:, at : at + size], state)
-        pieces.append(logits)
+        chunks.append(logits)
         at += size
-    close(torch.cat(pieces, 1), whole, 1e-4)
+    close(torch.cat(chunks, 1), whole, 1e-4)
     mask = torch.ones(3, 41, dtype=torch.int64)
     mask[:, :4] = 0
     padded = model(torch.cat((IDS[:, :4], IDS), 1), attention_mask=mask)
@@ -371,7 +372,7 @@ FIRST = "base_model.model.blocks.0.mlp.in_proj.lora_A.weight"
         (lambda c, t: t.clear(), "lacks"),
     ],
 )
-def test_files_that_do_not_fit_are_refused_and_leave_the_model_alone(tmp_path, change, words):
+def test_files_that_do_not_fit_are_rejected_and_leave_the_model_alone(tmp_path, change, words):
     save_adapter(adapted(AdapterConfig()), tmp_path)
     damage(tmp_path, change)
     model = free_copy(wide())
@@ -384,7 +385,7 @@ def test_files_that_do_not_fit_are_refused_and_leave_the_model_alone(tmp_path, c
     load_adapter(model, load_good)
 
 
-def test_damaged_files_and_foreign_bases_are_refused(tmp_path):
+def test_damaged_files_and_foreign_bases_are_rejected(tmp_path):
     save_adapter(adapted(AdapterConfig()), tmp_path)
     other = free_copy(wide())
     with torch.no_grad():
@@ -601,7 +602,7 @@ def test_each_request_chooses_its_adapter_in_one_batch(folders):
     assert alone[None][0] == logits[0, -1].argmax()
 
 
-def test_a_session_with_an_adapter_is_saved_and_goes_on(folders, tmp_path):
+def test_a_session_with_an_adapter_is_saved_and_continues(folders, tmp_path):
     server = serve(folders)
     config = dataclasses.replace(server.config, adapter="prefix")
     session = server.create_session(config=config)
@@ -617,7 +618,7 @@ def test_a_session_with_an_adapter_is_saved_and_goes_on(folders, tmp_path):
         serve({}).load_session(tmp_path / "s")
 
 
-def test_adapters_that_are_not_there_are_refused(folders, tmp_path):
+def test_adapters_that_are_not_there_are_rejected(folders, tmp_path):
     with pytest.raises(UserError, match="there is no 'x'"):
         serve(folders).answer("Hello", adapter="x")
     with pytest.raises(UserError, match="there are none"):
@@ -646,7 +647,13 @@ def test_streaming_takes_an_adapter_on_the_command_line(based, tmp_path):
 
 # Runs codes in forks of one process, whose imports take most of the time.
 FORKS = """
-import json, os, sys, traceback
+import json, multiprocessing, os, sys
+def run(code, place):
+    os.makedirs(place, exist_ok=True)
+    os.chdir(place)
+    printed = os.open("printed", os.O_WRONLY | os.O_CREAT)
+    os.dup2(printed, 1), os.dup2(printed, 2)
+    exec(code, {"__name__": "__main__"})
 codes, folder, first, site = json.load(sys.stdin)
 if site:
     sys.path = [p for p in sys.path if "site-packages" not in p] + [site]
@@ -654,20 +661,10 @@ exec(first)
 assert not {"peft", "testv2"} & {name.partition(".")[0] for name in sys.modules}
 failed = {}
 for name, code in codes.items():
-    os.makedirs(f"{folder}/{name}", exist_ok=True)
-    child = os.fork()
-    if not child:
-        os.chdir(f"{folder}/{name}")
-        printed, failure = os.open("printed", os.O_WRONLY | os.O_CREAT), 1
-        os.dup2(printed, 1), os.dup2(printed, 2)
-        try:
-            exec(code, {"__name__": "__main__"})
-            failure = 0
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(failure)
-    failed[name] = os.waitpid(child, 0)[1]
+    child = multiprocessing.get_context("fork").Process(target=run, args=(code, f"{folder}/{name}"))
+    child.start()
+    child.join()
+    failed[name] = child.exitcode
 print(json.dumps(failed))
 """
 TORCH, TRANSFORMERS = "import torch", "import torch; from transformers import PreTrainedModel"
@@ -852,15 +849,18 @@ def without_peft(tmp_path_factory, site_without_peft):
     return folder, run_forks(codes, folder, TORCH, site_without_peft)
 
 
+@POSIX
 def test_importing_costs_nothing_until_something_of_the_package_is_asked_for(with_torch):
     assert printed(with_torch["costs"]) == ["False", "False", "True", "True"]
 
 
+@POSIX
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_to_the_package_gives_one_and_the_same(way, with_transformers):
     assert printed(with_transformers[way]) == ["peft", str(ROOT / "peft.py")]
 
 
+@POSIX
 def test_no_name_here_is_one_of_the_package(with_transformers):
     theirs = printed(with_transformers["theirs"])
     assert "LoraConfig" in theirs and "LoRALinear" not in theirs
@@ -871,21 +871,25 @@ def test_no_name_here_is_one_of_the_package(with_transformers):
     assert not own & {n for n in theirs if not n.startswith("__")}
 
 
-def test_hugging_face_trains_as_ever_with_the_package(with_torch):
+@POSIX
+def test_hugging_face_trains_with_the_package(with_torch):
     assert printed(with_torch["trained"])[-2:] == ["peft", str(ROOT / "peft.py")]
 
 
-def test_hugging_face_trains_as_ever_without_the_package(without_peft):
+@POSIX
+def test_hugging_face_trains_without_the_package(without_peft):
     _, results = without_peft
     assert printed(results["trained"])[-1] == "none"
 
 
+@POSIX
 def test_our_adapters_work_without_the_package(without_peft):
     folder, results = without_peft
     printed(results["ours"])
     load_adapter(free_copy(wide()), folder / "ours" / "a")
 
 
+@POSIX
 def test_a_copy_of_the_file_under_another_name_shares_no_name(with_torch):
     assert printed(with_torch["copied"]) == ["False", "False", "False"]
 
