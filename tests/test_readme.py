@@ -1,73 +1,165 @@
-"""Every command and every snippet of the README is run here, in the README's order.
+"""README.md and docs/: every command and every Python snippet runs, every link leads somewhere.
 
-Training commands are read as they stand, and then run with a few flags more that make them short.
+All run in one folder, on a tiny model. RUNS says how a command of a script is made short, CHECKS
+how all other commands are tested. The README's commands run as processes, those of docs/ in this
+one: for these, the tests of each script start the processes.
 """
 
 import contextlib
+import importlib
+import importlib.metadata
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-from helpers import ROOT, flags, free_port, run_script, write_tokens
-from test_container import SERVICES
-from test_package import COMMANDS as INSTALLED_COMMANDS
-from test_package import EXTRAS
+import torch
+from helpers import EXTRAS, ROOT, SERVICES, flags, run_main, run_script, write_tokens
+from torch.distributed.run import get_args_parser
 
 import benchmark
 import export_model
 import hf_integration
-from testv2 import parse_command_line
+from data import prepare
+from testv2 import Config, parse_command_line
+from tinymamba import __main__ as package
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.M | re.S)
-LINES = [line for language, body in BLOCKS if language == "bash" for line in body.splitlines()]
-COMMANDS = list(dict.fromkeys(line.split("  #")[0].strip() for line in LINES))
-SNIPPETS = [body for language, body in BLOCKS if language == "python" and "import" in body]
-SHORT = flags(
-    max_steps=2, n_layer=1, d_model=32, num_heads=2, ssm_head_dim=8, batch_size=2, block_size=16,
-    validation_steps=1, generation_length=5, gradient_accumulation_steps=1, use_compile="false",
-    device="cpu",
-)  # fmt: skip
-# By requirements-dev.txt.
-INSTALLED = {"wandb", "pyarrow", "tiktoken", "onnx", "onnxscript", "onnxruntime", "transformers",
-             "accelerate", "fastapi", "uvicorn", "prometheus-client"}  # fmt: skip
+README = ROOT / "README.md"
+DOCS = sorted(ROOT.glob("docs/*.md"))
+PAGES = {path: path.read_text(encoding="utf-8") for path in (README, *DOCS)}
+
+
+def code_blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.M | re.S)
+
+
+def commands_in(text: str) -> list[str]:
+    """The lines of its bash blocks, without comments."""
+    lines = "".join(code_blocks(text, "bash")).splitlines()
+    commands = [re.sub(r"(^|\s+)# .*", "", line).strip() for line in lines]
+    return [command for command in commands if command]
+
+
+COMMANDS = list(dict.fromkeys(c for text in PAGES.values() for c in commands_in(text)))
+BLOCKS = list(dict.fromkeys(b for text in PAGES.values() for b in code_blocks(text, "python")))
+SNIPPETS = [block for block in BLOCKS if "import" in block]
+PREPARE, TRAIN = "python data/prepare.py", "python testv2.py --preset demo"
+IN_PROCESS = {*COMMANDS} - {*commands_in(PAGES[README])} | {PREPARE}
+
+# ---------------------------------------------------------------------------------- the folder
+
+
+class Workspace:
+    """A folder in which each command runs once, after those whose output it reads."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.printed: dict[str, str] = {}
+        self.closing = contextlib.ExitStack()
+        self.url = ""
+
+    def run(self, command: str) -> str:
+        """What the command prints."""
+        if command not in self.printed:
+            self.make_inputs(command)
+            self.printed[command] = self.execute(command)
+        return self.printed[command]
+
+    def make_inputs(self, text: str) -> None:
+        """Run the commands that make what a command or a snippet reads."""
+        for name, command in MAKERS.items():
+            if name in text and command != text:
+                self.run(command)
+
+    def execute(self, command: str) -> str:
+        row = next((row for row in RUNS if re.match(row.pattern, command)), None)
+        assert row, f"no row of RUNS or CHECKS is for this command: {command}"
+        words = shlex.split(command)
+        script, *argv = words[2:] if words[1] == "-m" else words[1:]
+        if row.module == "benchmarks.streaming":  # tests/test_streaming.py compiles
+            argv = [word for word in argv if word != "--compile"]
+        argv += row.short
+        if script == "testv2.py" and command != TRAIN:
+            path = f"run{len(self.printed)}.pt"  # the others' checkpoint stays as it is
+            shutil.copy(self.folder / "tinymamba_model_latest.pt", self.folder / path)
+            argv += ["--checkpoint_path", path]
+        if script == "benchmark.py":
+            argv += ["--output_dir", f"results{len(self.printed)}"]
+        if command in IN_PROCESS:
+            main = importlib.import_module(row.module).main
+            done = run_main(main, *argv, cwd=self.folder, input="Hello\n/reset\n")
+        else:
+            done = run_script(script, *argv, cwd=self.folder)
+        assert done.returncode in (None, 0), done.stderr
+        assert row.says in done.stdout + done.stderr
+        return done.stdout
+
+    def server(self) -> str:
+        """The address of a server that runs until the end."""
+        self.url = self.url or self.closing.enter_context(serving([], self.folder))
+        return self.url
+
+
+@contextlib.contextmanager
+def serving(words: list[str], folder: Path) -> Iterator[str]:
+    """serve.py with these words, on a free port; its address."""
+    command = [sys.executable, str(ROOT / "serve.py"), *words, "--port", "0"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, cwd=folder, env=env, stdout=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            line = server.stdout.readline()
+            assert line.startswith("serving tinymamba_model_latest at http://")
+            yield line.split()[-1]
+        finally:
+            server.terminate()
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory) -> Path:
-    """A copy of the project with the files that the README's commands name."""
+def place(tmp_path_factory) -> Iterator[Workspace]:
+    """A folder with the files that commands name, prepared data and a trained model."""
     folder = tmp_path_factory.mktemp("readme")
-    for name in ("testv2.py", "ssm_kernels.py", "streaming.py", "peft.py", "quantize.py",
-                 "export_model.py", "onnx_generate.py", "benchmark.py", "hf_integration.py",
-                 "serve.py", "page.html",
-                 "Makefile", "requirements.txt", "requirements-dev.txt"):  # fmt: skip
-        shutil.copy(ROOT / name, folder)
-    (folder / "data").mkdir()
-    shutil.copy(ROOT / "data" / "prepare.py", folder / "data")
     text = "Once there was a book, and this was its text, line after line.\n" * 60
-    (folder / "book.txt").write_text(text)
     (folder / "texts").mkdir()
-    for i in range(25):
-        (folder / "texts" / f"{i}.txt").write_text(f"Text {i}. " + text)
-    for name in ("wiki.test.raw", "wiki.valid.raw"):
-        (folder / name).write_text(text)
+    files = ["book.txt", "wiki.test.raw", "wiki.valid.raw", *(f"texts/{i}.txt" for i in range(25))]
+    for i, name in enumerate(files):
+        (folder / name).write_text(f"Text {i}. " + text)
     rows = [json.dumps({"text": f"Row {i}. {text}"}) for i in range(20)]
     (folder / "rows.jsonl").write_text("\n".join(rows))
     for name in ("a", "b"):
         write_tokens(folder / f"{name}.bin", text)
-    make_gpt2_stand_in(folder / "gpt2")
-    return folder
+    (folder / "random").mkdir()
+    for name in ("train", "val"):
+        write_tokens(folder / "random" / f"{name}.bin", [7 * i % 4096 for i in range(8193)])
+        counts = json.dumps({"tokens": 8193, "bytes": 30_000})
+        (folder / "random" / f"{name}.json").write_text(counts)
+    (folder / "docs").mkdir()
+    for name in ("ablations.md", "ablations.jsonl"):
+        shutil.copy(ROOT / "docs" / name, folder / "docs")
+    save_stand_in_for_gpt2(folder / "gpt2")
+    workspace, sample = Workspace(folder), prepare.sample_files()
+    with pytest.MonkeyPatch.context() as patch, workspace.closing:
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setattr(prepare, "sample_files", lambda: sample[:40])
+        workspace.run(PREPARE)
+        workspace.run(TRAIN)
+        for i in (1, 2, 3):
+            write_tokens(folder / "data" / "text" / f"dataset{i}.bin", "words " * 2000)
+        yield workspace
 
 
-def make_gpt2_stand_in(folder: Path) -> None:
-    """A local folder of that name is what `from_pretrained("gpt2")` finds first, offline."""
+def save_stand_in_for_gpt2(folder: Path) -> None:
+    """`from_pretrained("gpt2")` takes a local folder of that name first, without the network."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -80,235 +172,420 @@ def make_gpt2_stand_in(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def random_data(workspace: Path) -> Path:
-    """A folder of ids below 4,096, enough for a short run."""
-    folder = workspace / "random"
-    folder.mkdir(exist_ok=True)
-    for name in ("train", "val"):
-        write_tokens(folder / f"{name}.bin", [7 * i % 4096 for i in range(8193)])
-        (folder / f"{name}.json").write_text(json.dumps({"tokens": 8193, "bytes": 30_000}))
-    return folder
+# ------------------------------------------------------------------------- commands of scripts
+
+TINY = flags(
+    max_steps=2, n_layer=1, d_model=32, num_heads=2, ssm_head_dim=8, vocab_size=512, batch_size=2,
+    block_size=16, validation_steps=1, generation_length=5, gradient_accumulation_steps=1,
+    use_compile="false", device="cpu",
+)  # fmt: skip
+BRIEF = flags(steps=2, batch_size=2, block_size=16, validation_steps=1, generation_length=5)
+CALIBRATION = flags(calibration_tokens=512, group_size=8)
+COMPARISON = flags(
+    d_model=32, n_layer=1, vocab_size=64, sequence_lengths=16, tokens_per_step=32,
+    warmup_iterations=1, test_iterations=1, models_to_compare="llama", compile="off",
+)  # fmt: skip
+TRAINED = flags(tinymamba_checkpoint="tinymamba_model_latest.pt")
+TASK = flags(steps=1, seeds=0, read=16, test_samples=2, d_model=32, batch_size=2)
 
 
-def run(command: list, cwd: Path, **how) -> str:
-    """Run a command, offline and on one thread; its output."""
-    done = run_script(command[0], *command[1:], cwd=cwd, env={"WANDB_MODE": "offline"}, **how)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+class Run(NamedTuple):
+    """How a command runs: the module whose main(argv) it is, and flags that make it short."""
+
+    pattern: str
+    module: str
+    short: list[str] = []
+    says: str = ""  # a part of what it prints
 
 
-def run_training(words: list[str], cwd: Path) -> str:
-    parse_command_line(words)  # legal as written
-    if "--help" in words:
-        return run([cwd / "testv2.py", *words], cwd)
-    extra = flags(max_steps=3) if "--resume" in words else SHORT
-    return run([cwd / "testv2.py", *words, *extra], cwd)
+RUNS = [  # the first pattern that a command begins with counts
+    Run(r"python testv2.py --help", "testv2", says="--d_model"),
+    Run(r"python testv2.py --resume", "testv2", flags(max_steps=3), "validation at step 3"),
+    Run(r"python testv2.py", "testv2", TINY),
+    Run(r"python data/prepare.py", "data.prepare", flags(vocab_size=300), "bytes per token"),
+    Run(r"python streaming.py --help", "streaming", says="--prompt"),
+    Run(r"python streaming.py", "streaming", flags(max_tokens=8)),
+    Run(r"python peft.py .*--merge", "peft", says="merged.pt"),
+    Run(r"python peft.py", "peft", BRIEF, "validation at step 2"),
+    Run(r"python quantize.py .*--report", "quantize", CALIBRATION, "ssm state"),
+    Run(r"python quantize.py .*--bits 4", "quantize", CALIBRATION, "of float32"),
+    Run(r"python quantize.py", "quantize", says="of float32"),
+    Run(r"python export_model.py .*onnx", "export_model", flags(seq_length=8), "MB"),
+    Run(r"python export_model.py", "export_model", flags(format="pytorch"), "MB"),
+    Run(r"python hf_integration.py", "hf_integration", says="made of"),
+    Run(r"python benchmark.py --help", "benchmark", says="--tasks"),
+    Run(r"python benchmark.py .*perplexity", "benchmark", flags(sequence_lengths=16), "perplexity"),
+    Run(
+        r"python benchmark.py --preset",
+        "benchmark",
+        [*COMPARISON, "--benchmark_type", "training"],
+        "llama",
+    ),
+    Run(r"python benchmark.py", "benchmark", COMPARISON, "llama"),
+    Run(
+        r"python -m benchmarks.quality S",
+        "benchmarks.quality",
+        flags(steps=1, seeds=0, validation_tokens=1024),
+        "bits_per_byte",
+    ),
+    Run(
+        r"python -m benchmarks.quality M",
+        "benchmarks.quality",
+        flags(steps=1, seeds=0, validation_tokens=4096, data="random", models="tinymamba"),
+        "bits_per_byte",
+    ),
+    Run(
+        r"python -m benchmarks.streaming",
+        "benchmarks.streaming",
+        [*flags(contexts=8, llama_context=8, tokens=2, sessions=2, rounds=2), *TRAINED],
+        "sessions",
+    ),
+    Run(
+        r"python -m benchmarks.quantize",
+        "benchmarks.quantize",
+        [*CALIBRATION, *flags(val_tokens=512, d_model=96, n_layer=1, tokens=2, rounds=2)],
+        "random weights",
+    ),
+    Run(
+        r"python -m benchmarks.serve",
+        "benchmarks.serve",
+        flags(streams=2, seconds=1, tokens=4, disconnects=3),
+        "errors 0",
+    ),
+    Run(
+        r"python -m benchmarks.finetune",
+        "benchmarks.finetune",
+        flags(steps=2, methods="lora", tasks="style"),
+        "style",
+    ),
+    Run(
+        r"python -m benchmarks.synthetic mqar",
+        "benchmarks.synthetic",
+        [*TASK, *flags(length=16, pairs=2, vocab_size=32)],
+        "accuracy",
+    ),
+    Run(r"python -m benchmarks.synthetic", "benchmarks.synthetic", TASK, "accuracy"),
+    Run(
+        r"python -m benchmarks.scan",
+        "benchmarks.scan",
+        flags(batch_sizes=1, sequence_lengths=16),
+        "mamba2",
+    ),
+    Run(
+        r"python -m benchmarks.ablations .*--run",
+        "benchmarks.ablations",
+        flags(run="no_gate gate=none steps=1", output="runs.jsonl"),
+        "nats_per_byte",
+    ),
+    Run(r"python -m benchmarks.ablations", "benchmarks.ablations"),
+]
+MAKERS = {  # what a command or a snippet reads, and the command that makes it
+    found[1]: command
+    for command in COMMANDS
+    if (found := re.search(r"--output_dir (?:\./)?(\S+)", command))
+} | {"onnx_generate": "python export_model.py --format onnx --optimize --benchmark --force"}
+
+# ---------------------------------------------------------------------------- other commands
 
 
-def run_finetuning(words: list[str], cwd: Path) -> str:
-    short = (
-        []
-        if "--adapter" in words
-        else flags(steps=2, batch_size=2, block_size=16, validation_steps=1, generation_length=5)
-    )
-    return run([cwd / "peft.py", *words, *short], cwd)
+def check_script(place: Workspace, words: list[str]) -> None:
+    place.run(shlex.join(words))
 
 
-def launch(words: list[str], cwd: Path) -> None:
-    """torchrun and torch.distributed.launch, run by this Python; two nodes on one machine."""
-    module = {"torchrun": "torch.distributed.run"}.get(words[0], words[2])
-    rest, port = words[words.index("--nproc_per_node=2") :], str(free_port())
-    command = [sys.executable, "-m", module, "--master_addr=127.0.0.1", "--master_port", port]
-    nodes = ["--node_rank=0", "--node_rank=1"] if "--nnodes=2" in words else []
-    commands = [[*command, "--nnodes=2", node, *rest, *SHORT] for node in nodes]
-    agents = [
-        subprocess.Popen(c, cwd=cwd, stderr=subprocess.PIPE, text=True)
-        for c in commands or [[*command, *rest, *SHORT]]
-    ]
-    for agent in agents:
-        _, err = agent.communicate(timeout=300)
-        assert agent.returncode == 0, err
+def check_slow_export(place: Workspace, words: list[str]) -> None:
+    """In full it takes minutes; tests/test_export_model.py does that."""
+    assert export_model.parse([*words[2:], "--output_dir", str(place.folder / "exported")])
 
 
-@contextlib.contextmanager
-def serving(words: list[str], cwd: Path):
-    """serve.py with these words, on a free port; its address."""
-    command = [sys.executable, cwd / "serve.py", *words, "--port", "0"]
-    with subprocess.Popen(
-        command,
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    ) as server:
-        try:
-            said = server.stdout.readline()
-            assert said.startswith("serving tinymamba_model_latest at http://")
-            yield said.split()[-1]
-        finally:
-            server.terminate()
+def check_push(place: Workspace, words: list[str]) -> None:
+    """Tests/test_hf_integration.py uploads a folder to a hub of its own."""
+    assert hf_integration.parse(words[2:])
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_command(command, workspace):
-    words = shlex.split(command)
-    match words:
-        case ["python", "testv2.py", "--help"]:
-            with pytest.raises(SystemExit):
-                parse_command_line(["--help"])
-            assert "--d_model" in run([workspace / "testv2.py", "--help"], workspace)
-        case ["python", "testv2.py", *rest]:
-            assert run_training(rest, workspace)
-        case ["python", "data/prepare.py", *rest]:
-            assert "bytes per token" in run([workspace / "data/prepare.py", *rest], workspace)
-        case ["python", "streaming.py", *rest]:
-            talk = "Hello\n/reset\n" if "--interactive" in rest else None
-            assert run([workspace / "streaming.py", *rest], workspace, input=talk)
-        case ["python", "serve.py", *rest]:
-            with serving(rest, workspace) as url, urllib.request.urlopen(url + "/health") as told:
-                assert told.status == 200
-        case ["python", "peft.py", *rest]:
-            done = run_finetuning(rest, workspace)
-            assert "merged.pt" in done if "--merge" in rest else "validation at step 2" in done
-        case ["python", "export_model.py", *rest] if {"--aoti", "--quantize"} & {*rest}:
-            # In full it takes minutes; tests/test_export_model.py runs it, marked slow.
-            assert export_model.parse([*rest, "--output_dir", str(workspace / "made")])
-        case ["python", "export_model.py", *rest]:
-            quick = ["--format", "torchscript"] if "all" in rest else []
-            quick += ["--vocab_file", "data/text/tokenizer.json"]  # the last run had other data
-            assert "MB" in run([workspace / "export_model.py", *rest, *quick], workspace)
-        case ["python", "exported_models/onnx/onnx_generate.py", *rest]:
-            assert "import os" in run([workspace / words[1], *rest], workspace)
-        case ["python", "quantize.py", *rest]:
-            small = flags(calibration_tokens=512, group_size=8) if "4" in rest else []
-            done = run([workspace / "quantize.py", *rest, *small], workspace)
-            assert "ssm state" in done if "--report" in rest else "of float32" in done
-        case ["python", "hf_integration.py", "convert", *rest]:
-            assert "made of" in run([workspace / "hf_integration.py", *words[2:]], workspace)
-        case ["python", "hf_integration.py", "push", *rest]:
-            # tests/test_hf_integration.py sends a folder to a hub of its own.
-            assert hf_integration.parse(words[2:])
-        case ["python", "benchmark.py", *rest] if "lm_eval" in rest:
-            assert benchmark.parse(rest).tasks  # its data would have to be fetched
-        case ["transformers", "serve", folder, *rest]:
-            # tests/test_hf_integration.py starts it, marked slow.
-            assert folder == "./hf_model" and "--trust-remote-code" in rest
-        case ["lm_eval", *rest]:
-            assert "--model_args" in rest
-            check([sys.executable, "-m", "lm_eval", "run", "--help"], workspace)
-        case ["python", "benchmark.py", *rest]:
-            small = flags(
-                d_model=32,
-                n_layer=1,
-                vocab_size=64,
-                sequence_lengths=16,
-                tokens_per_step=32,
-                test_iterations=1,
-                compile="off",
-                output_dir=f"results{COMMANDS.index(command)}",
-            )
-            assert "llama" in run([ROOT / "benchmark.py", *rest, *small], workspace)
-        case ["python", "benchmarks/quality.py", *rest]:
-            small = flags(steps=1, seeds=0, validation_tokens=8192, data=random_data(workspace))
-            assert "bits_per_byte" in run(
-                [ROOT / "benchmarks/quality.py", *rest, *small], workspace
-            )
-        case ["python", "benchmarks/streaming.py", *rest]:
-            small = flags(contexts=[8], llama_context=8, tokens=2, sessions=2, rounds=2)
-            eager = [word for word in rest if word != "--compile"]  # tests/test_streaming.py does
-            assert "sessions" in run([ROOT / "benchmarks/streaming.py", *eager, *small], workspace)
-        case ["python", "benchmarks/quantize.py", *rest]:
-            small = flags(
-                calibration_tokens=512,
-                val_tokens=512,
-                group_size=8,
-                d_model=96,
-                n_layer=1,
-                tokens=2,
-                rounds=2,
-            )
-            assert "random weights" in run(
-                [ROOT / "benchmarks/quantize.py", *rest, *small], workspace
-            )
-        case ["python", "benchmarks/serve.py", *rest]:
-            small = flags(streams=2, seconds=1, tokens=4, disconnects=3)
-            assert "errors 0" in run([ROOT / "benchmarks/serve.py", *rest, *small], workspace)
-        case ["python", "benchmarks/finetune.py", *rest]:
-            assert "style" in run(
-                [
-                    ROOT / "benchmarks/finetune.py",
-                    *rest,
-                    "--steps",
-                    "2",
-                    "--methods",
-                    "lora",
-                    "--tasks",
-                    "style",
-                ],
-                workspace,
-            )
-        case ["python", "-m", "torch.distributed.launch", *_] | ["torchrun", *_]:
-            launch(words, workspace)
-        case ["python", "-m", "pytest"]:
-            check([sys.executable, "-m", "pytest", "--collect-only", "-q"], ROOT)
-        case ["pip", "install", target] if target.startswith("."):  # tests/test_package.py does
-            assert target == "." or target[2:-1] in EXTRAS
-        case ["tinymamba", "--help"]:
-            assert {"prepare", "train", "generate"} <= INSTALLED_COMMANDS.keys()
-        case ["tinymamba", name, *_]:  # as a script it is run where that stands
-            script = INSTALLED_COMMANDS[name][0]
-            assert command.replace(f"tinymamba {name}", f"python {script}") in COMMANDS
-        case ["docker", "build", "--tag", _, *rest, "."]:  # see tests/test_container.py
-            assert rest in ([], ["--build-arg", "DEVICE=cuda"])
-        case ["docker", "compose", *_, service]:
-            assert service in SERVICES
-        case ["make", target]:
-            assert target in ("demo", "test")
-            check(["make", "--dry-run", target], workspace)
-        case ["pip", "install", "-r", file]:
-            assert (ROOT / file).read_text()
-        case ["pip", "install", *packages]:
-            packages = [re.match(r"[\w-]+", package)[0] for package in packages]
-            assert INSTALLED.issuperset(packages)
-            modules = ", ".join(packages).replace("-", "_")
-            check([sys.executable, "-c", f"import {modules}"], workspace)
-        case ["ruff", *rest]:
-            check([sys.executable, "-m", "ruff", *rest], ROOT)
-        case ["tensorboard", *rest]:
-            shown = check([sys.executable, "-m", "tensorboard.main", *rest, "--inspect"], workspace)
-            assert "train/loss" in shown
-        case ["python", "-m", "venv", _]:
-            check([sys.executable, "-m", "venv", "--without-pip", "venv"], workspace)
-        case ["source", *_] | ["git", "clone", _] | ["cd", "tinymamba"]:
-            assert workspace.exists()
-        case _:
-            pytest.fail(f"no test knows how to run this command: {command}")
+def check_lm_eval(place: Workspace, words: list[str]) -> None:
+    """Its tasks would have to be downloaded."""
+    from lm_eval._cli import HarnessCLI
+
+    if words[0] == "python":
+        assert benchmark.parse(words[2:]).tasks
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", words)
+        assert HarnessCLI().parse_args().model == "hf"
 
 
-def check(command: list, cwd: Path) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+def check_onnx_generate(place: Workspace, words: list[str]) -> None:
+    place.make_inputs(words[1])
+    assert "import os" in check_output([sys.executable, *words[1:]], place.folder)
+
+
+def check_serve(place: Workspace, words: list[str]) -> None:
+    with serving(words[2:], place.folder) as url, urllib.request.urlopen(url + "/health") as got:
+        assert got.status == 200
+
+
+def check_curl(place: Workspace, words: list[str]) -> None:
+    _, address, header, named, data, body = words
+    assert (header, data) == ("-H", "-d")
+    url = address.replace("http://127.0.0.1:8000", place.server())
+    request = urllib.request.Request(url, body.encode(), dict([named.split(": ")]))
+    with urllib.request.urlopen(request) as got:
+        assert json.load(got)["choices"][0]["text"]
+
+
+def check_launch(place: Workspace, words: list[str]) -> None:
+    """Training in several processes is run in tests/test_training.py, test_reliability.py and
+    test_package.py."""
+    arguments = words[words.index("torch.distributed.launch") + 1 if "-m" in words[:2] else 1 :]
+    given = get_args_parser().parse_args(arguments)
+    assert given.training_script == ("tinymamba.testv2" if given.module else "testv2.py")
+    assert given.nproc_per_node == "2" and parse_command_line(given.training_script_args)
+
+
+def check_timed_training(place: Workspace, words: list[str]) -> None:
+    assert parse_command_line(words[words.index("testv2.py") + 1 :])
+
+
+def check_tinymamba(place: Workspace, words: list[str]) -> None:
+    """The package's command runs a script, which is run in the same way."""
+    if words[1] == "--help":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", words)
+            assert "prepare" in run_main(lambda argv: package.main()).stdout
+        return
+    script = package.COMMANDS[words[1]][0]
+    command = f"python {script} {shlex.join(words[2:])}".replace("'", '"').strip()
+    assert command in COMMANDS
+    place.run(command)
+
+
+def check_pip(place: Workspace, words: list[str]) -> None:
+    """Tests/test_package.py installs the package."""
+    match words[2:]:
+        case ["-r", file]:
+            assert (ROOT / file).is_file()
+        case ["."] | ["-e", "."]:
+            pass
+        case [target] if target.startswith(".["):
+            assert target[2:-1] in EXTRAS
+        case packages:
+            for package_name in {re.match(r"[\w-]+", name)[0] for name in packages} - NOT_USED:
+                assert importlib.metadata.version(package_name)
+
+
+NOT_USED = {"torchvision", "torchaudio"}  # of the first README's command
+
+
+def check_make(place: Workspace, words: list[str]) -> None:
+    check_output(["make", "--dry-run", *words[1:]], ROOT)
+
+
+def check_style(place: Workspace, words: list[str]) -> None:
+    check_output([sys.executable, "-m", *words], ROOT)
+
+
+def check_pytest(place: Workspace, words: list[str]) -> None:
+    assert all((ROOT / word).is_file() for word in words if word.endswith(".py"))
+
+
+def check_tensorboard(place: Workspace, words: list[str]) -> None:
+    from tensorboard import default, program
+
+    board = program.TensorBoard(default.get_plugins())
+    board.configure(argv=[*words, "--inspect"])
+    done = run_main(lambda argv: board.main(), cwd=place.folder)
+    assert "train/loss" in done.stdout
+
+
+def check_docker(place: Workspace, words: list[str]) -> None:
+    """Tests/test_container.py reads the files."""
+    if words[1] == "compose":
+        assert words[-1] in SERVICES
+    else:
+        assert words[4:-1] in ([], ["--build-arg", "DEVICE=cuda"]) and words[-1] == "."
+
+
+def check_transformers_serve(place: Workspace, words: list[str]) -> None:
+    """Tests/test_hf_integration.py starts it, marked slow."""
+    assert words[2] == "./hf_model" and "--trust-remote-code" in words
+
+
+def check_venv(place: Workspace, words: list[str]) -> None:
+    check_output([sys.executable, *words[1:3], "--without-pip", words[3]], place.folder)
+    assert (place.folder / words[3] / "pyvenv.cfg").is_file()
+
+
+def check_shell(place: Workspace, words: list[str]) -> None:
+    assert words[0] in ("source", "git", "cd")
+
+
+def check_output(command: list[str], cwd: Path) -> str:
+    """What a process prints that must end well."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
+CHECKS = [
+    (r"python export_model.py .*(--aoti|--quantize|onnx_models)", check_slow_export),
+    (r"python hf_integration.py push ", check_push),
+    (r"(python benchmark.py .*)?lm_eval ", check_lm_eval),
+    (r"python exported_models/onnx/onnx_generate.py ", check_onnx_generate),
+    (r"python serve.py ", check_serve),
+    (r"curl ", check_curl),
+    (r"(python -m torch.distributed.launch|torchrun) ", check_launch),
+    (r"/usr/bin/time ", check_timed_training),
+    (r"tinymamba ", check_tinymamba),
+    (r"pip install ", check_pip),
+    (r"make (demo|test|chaos)$", check_make),
+    (r"ruff ", check_style),
+    (r"python -m pytest|mypy$", check_pytest),
+    (r"tensorboard ", check_tensorboard),
+    (r"docker (build --tag|compose) ", check_docker),
+    (r"transformers serve ", check_transformers_serve),
+    (r"python -m venv ", check_venv),
+    (r"(source|git clone|cd) ", check_shell),
+    (r"python ", check_script),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(command, place):
+    check = next((check for pattern, check in CHECKS if re.match(pattern, command)), None)
+    assert check, f"no row of CHECKS is for this command: {command}"
+    if check is check_script:
+        place.run(command)
+    else:
+        check(place, shlex.split(command))
+
+
+def test_the_tests_are_those_of_the_makefile():
+    recipe = re.search(r"^test: .*\n((\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)[1]
+    in_make = [re.sub(r"^\t.*?\$\(BIN\)/", "", line) for line in recipe.splitlines()]
+    block = next(b for b in code_blocks(PAGES[README], "bash") if "requirements-dev" in b)
+    assert block.splitlines()[1:] == in_make
+
+
+# ----------------------------------------------------------------------------------- snippets
+
+
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))
-def test_snippet(number, workspace, tmp_path):
-    snippet, folder = SNIPPETS[number], workspace
+def test_snippet(number, place, tmp_path):
+    snippet, folder = SNIPPETS[number], place.folder
+    place.make_inputs(snippet)
     if "tofile" in snippet:  # it writes data of its own
         folder = tmp_path
         (folder / "data" / "text").mkdir(parents=True)
-        shutil.copytree(workspace / "gpt2", folder / "gpt2")
-    if "load_adapter" in snippet:  # of the checkpoint that the last command has left
-        for words in (shlex.split(c)[2:] for c in COMMANDS if c.startswith("python peft.py")):
-            if {"lora", "prefix"} & set(words):
-                run_finetuning([*words, "--force"], workspace)
-    for i in (1, 2, 3):
-        write_tokens(workspace / "data" / "text" / f"dataset{i}.bin", "words " * 2000)
-    with contextlib.ExitStack() as stack:
-        if "http://127.0.0.1:8000" in snippet:
-            url = stack.enter_context(serving([], workspace))
-            snippet = snippet.replace("http://127.0.0.1:8000", url)
-        (folder / "snippet.py").write_text(snippet)
-        run([folder / "snippet.py"], folder)
+        shutil.copytree(place.folder / "gpt2", folder / "gpt2")
+    if "http://127.0.0.1:8000" in snippet:
+        snippet = snippet.replace("http://127.0.0.1:8000", place.server())
+    (folder / "snippet.py").write_text(snippet)
+    done = run_main(lambda argv: runpy.run_path("snippet.py") and None, cwd=folder)
+    assert done.returncode is None, done.stderr
     if "tofile" in snippet:
         assert (folder / "data/text/train.bin").stat().st_size % 4 == 0
+
+
+def test_the_fields_of_config_have_the_defaults_that_are_listed():
+    listed = {}
+    exec(next(b for b in BLOCKS if b.startswith("class Config:")), {"torch": torch}, listed)
+    values = {name: v for name, v in vars(listed["Config"]).items() if not name.startswith("__")}
+    assert len(values) == 36
+    assert values == {name: getattr(Config, name) for name in values}
+
+
+def test_packages_by_name_are_those_that_are_required():
+    lines = [c for c in commands_in(PAGES[ROOT / "docs/install.md"]) if "numpy" in c or "saf" in c]
+    named = {word for line in lines for word in shlex.split(line)[2:]} - NOT_USED
+    required = (ROOT / "requirements.txt").read_text().splitlines()
+    assert named == {re.match(r"[\w-]+", line)[0] for line in required}
+
+
+# ------------------------------------------------------------------------------ pages and links
+
+
+def prose(text: str) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of its headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", prose(text), flags=re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def links(path: Path) -> list[tuple[Path, str]]:
+    """The file and the anchor of every relative link."""
+    found = re.findall(r"\]\(([^()\s]+)\)", prose(path.read_text(encoding="utf-8")))
+    parts = [target.partition("#") for target in found if not re.match(r"\w+:", target)]
+    return [((path.parent / name).resolve() if name else path, at) for name, _, at in parts]
+
+
+def test_the_readme_is_short():
+    assert len(PAGES[README]) < 11_000
+
+
+@pytest.mark.parametrize("path", sorted({*PAGES, *ROOT.glob("*.md")}), ids=lambda path: path.name)
+def test_every_link_leads_somewhere(path):
+    for target, anchor in links(path):
+        assert target.exists(), target
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), f"{target}#{anchor}"
+
+
+def test_every_page_is_linked_from_the_readme():
+    assert {*DOCS} <= {target for target, _ in links(README)}
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_a_page_starts_with_what_one_came_for(path):
+    assert re.match(r"# [^\n]+\n\n```(bash|python)\n", PAGES[path])
+
+
+def test_the_tests_that_reliability_names_exist():
+    named = re.findall(r"`(test_\w+?)(_\.\.\.)?`", PAGES[ROOT / "docs/reliability.md"])
+    tests = (ROOT / "tests/test_reliability.py").read_text()
+    assert len(named) > 20
+    for name, rest in named:
+        assert re.search(rf"def {name}" + (r"_" if rest else r"\("), tests), name
+
+
+# What the first README documents, and the page on which it is now.
+PROMISED = {
+    "README.md": """Installation|License|state space|gate|RMSNorm|scan|DeepNet|low-rank
+        |Weights & Biases|profiling|TorchScript|LoRA|prefix|streaming""",
+    "docs/install.md": """pip install torch torchvision torchaudio numpy tqdm tensorboard
+        |pip install wandb|pip install onnx|git clone https://github.com/NimraProject/tinymamba.git
+        |source venv/bin/activate|## Container|## As a package""",
+    "docs/data.md": """# Preparing Training Data|token_array.tofile("data/text/train.bin")|vocab.txt
+        |## Adding a Custom Tokenizer|class HuggingFaceTokenizerWrapper:
+        |## Using Multiple Datasets|train_dataset = StreamingTokenDataset(""",
+    "docs/training.md": """## Basic Training|## Distributed Training (Multiple GPUs)
+        |python -m torch.distributed.launch --nproc_per_node=2 testv2.py
+        |## Configuration|class Config:|## Logging and Monitoring|### TensorBoard
+        |tensorboard --logdir=./logs|### Weights & Biases|use_wandb = True""",
+    "docs/export.md": """# Exporting a Trained Model|`--checkpoint`|`--output_dir`|`--format`
+        |`--optimize`|`--verify`|`--generate`|`--prompt`|## ONNX
+        |--checkpoint ./tinymamba_model_latest.pt --format all --verify --generate
+        |--format onnx --output_dir ./onnx_models""",
+    "docs/architecture.md": """# Model Architecture|Token embeddings|Blocks|Output layer|RoPE|SwiGLU
+        |## TokenAdaptiveGating|Token Content → Lightweight Controller → Dynamic Branch Weights""",
+    "docs/finetuning.md": """# Parameter-Efficient Fine-Tuning (PEFT)|## LoRA (Low-Rank Adaptation)
+        |--method lora --lora_rank 8 --lora_alpha 16.0 --output_dir ./lora_model|## Prefix Tuning
+        |--method prefix --prefix_length 16 --output_dir ./prefix_model""",
+    "docs/streaming.md": """# Streaming Inference
+        |--prompt "Once upon a time" --max_tokens 100 --streaming|## Multi-Session Support
+        |text1_continued = server.generate_text("I live in", session_id=session1)""",
+    "docs/quantization.md": "# Quantization|--bits 8|--bits 4",
+    "docs/huggingface.md": "# Hugging Face|transformers",
+    "docs/benchmarks.md": "# Benchmarks|python benchmark.py",
+    "docs/serving.md": "# Serving|OpenAI",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("page", PROMISED)
+def test_what_the_first_readme_documents_is_on_a_page(page):
+    for text in re.split(r"\s*\|", PROMISED[page]):
+        assert text in PAGES[ROOT / page], text
