@@ -185,8 +185,8 @@ def read_cache(cache: Cache, model: TinyMambaModel, batch: int, new: int = 0) ->
 def last_keys(cached: Tensor, read: int, count: int) -> Tensor:
     """The last `count` keys of cached (b, a, m, f) after `read` tokens.
 
-    Keys from before the first token have any value, as attention masks them. In a static cache,
-    unused places follow the ones that were filled.
+    Keys from before the first token are arbitrary: attention masks them. In a static cache, unused
+    entries follow the filled ones.
     """
     filled = min(read, cached.shape[2])
     if filled == count == cached.shape[2]:
@@ -214,7 +214,7 @@ def write_keys(cache: Cache, layer: LayerState, i: int, length: int, padded: boo
     if length > count:
         tails = tuple(F.pad(t, (0, 0, length - count, 0)) for t in tails)
     cache.update(*(t[:, :, -length:] for t in tails), i)
-    if padded:  # the update has moved a row's older keys back by its padding, too: write all again
+    if padded:  # `update` has shifted a row's older keys by its padding as well: write all again
         stored = cache.layers[i]
         filled = min(cache.get_seq_length(i), stored.keys.shape[2])
         kept = min(filled, count)
@@ -258,7 +258,7 @@ class Recorder:
         return new
 
     def record_hidden(self, x: Tensor) -> Tensor:
-        """Record a block's input; returns it as a function of the record, which has gradients."""
+        """Record a block's input, and return it so that gradients pass through the record."""
         if self.back is None:
             return self.record(self.hidden, x)
         return take_tokens(self.record(self.hidden, take_tokens(x, self.back)), self.order)
@@ -474,7 +474,7 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
         self.model.head = value
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """As for every model; keeps the native config in step."""
+        """As for every model; sets vocab_size of the native config, too."""
         embedding = super().resize_token_embeddings(*args, **kwargs)
         self.model.config.vocab_size = self.config.vocab_size
         for table in (embedding, self.model.head):
@@ -823,10 +823,8 @@ def push(
     printable = used.isascii() and used.isprintable()
     require(printable, "--token", "has a character that no token has", "copy it again")
     for name in ("config.json", "hf_integration.py"):
-        problem, remedy = (
-            f"{folder} has no {name}",
-            "write it with python hf_integration.py convert",
-        )
+        problem = f"{folder} has no {name}"
+        remedy = "write the folder with python hf_integration.py convert"
         require((folder / name).is_file(), "--model_dir", problem, remedy)
     load_folder(folder)
     api = HfApi(token=token)
