@@ -201,14 +201,11 @@ class Config:
     wandb_run_name: str = ""  # name of the W&B run and log folder; empty takes the start time
 
     CHOICES: ClassVar = {
-        "activation": ("silu", "gelu", "relu"),
-        "gate": ("softmax", "top_k", "sparsemax"),
-        "scan": ("chunked", "sequential"),
-        "optimizer": ("muon", "adamw"),
-        "parallel": ("ddp", "fsdp"),
-        "data_dtype": ("auto", "int32", "uint16"),
+        "activation": ("silu", "gelu", "relu"), "gate": ("softmax", "top_k", "sparsemax"),
+        "scan": ("chunked", "sequential"), "optimizer": ("muon", "adamw"),
+        "parallel": ("ddp", "fsdp"), "data_dtype": ("auto", "int32", "uint16"),
         "amp_dtype": tuple(DTYPES.values()),
-    }
+    }  # fmt: skip
     AT_LEAST_ONE: ClassVar = """d_model n_layer vocab_size d_state d_conv expand_factor ssm_head_dim
         chunk_size window_size num_heads rope_theta block_size batch_size
         gradient_accumulation_steps num_epochs max_bad_steps early_stopping_patience
@@ -220,11 +217,9 @@ class Config:
         **dict.fromkeys(AT_LEAST_ONE.split(), (1, math.inf)),
         **dict.fromkeys(AT_LEAST_ZERO.split(), (0, math.inf)),
         **dict.fromkeys(("dropout", "beta1", "beta2"), (0, 0.9999)),
-        "min_lr_ratio": (0, 1),
-        "gate_top_k": (1, 3),
-        "eos_id": (-1, math.inf),
+        "min_lr_ratio": (0, 1), "gate_top_k": (1, 3), "eos_id": (-1, math.inf),
         "seed": (0, 2**63 - 1),
-    }
+    }  # fmt: skip
 
     def validate(self) -> Config:
         """Reject ill-typed and impossible values with a UserError; return self."""
@@ -294,6 +289,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., dim) -> the same shape."""
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -311,6 +307,7 @@ class RotaryEmbedding(nn.Module):
         self.head_dim, self.theta = head_dim, theta
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The cos and sin at `positions`."""
         pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float64)
         device = positions.device
         wide = "cpu" if device.type == "mps" else device  # MPS has no float64
@@ -334,6 +331,7 @@ class Float32Linear(nn.Linear):
     """A linear map in float32, also under autocast and with weights of another dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., d_in) -> (..., d_out), float32."""
         with torch.autocast(x.device.type, enabled=False):
             bias = None if self.bias is None else upcast(self.bias)
             return F.linear(upcast(x), upcast(self.weight), bias)
@@ -348,6 +346,7 @@ class LowRankProjection(nn.Module):
         self.up = nn.Linear(rank, d_out, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., d_in) -> (..., d_out)."""
         return self.up(self.down(x))
 
 
@@ -390,7 +389,7 @@ def selective_scan(
     method: str = "chunked",
     chunk_size: int = 32,
 ) -> tuple[Tensor, Tensor]:
-    """Run the selective recurrence of Mamba-2 (Dao & Gu, arXiv 2405.21060, eq. 2 with scalar A):
+    """Run the recurrence of Mamba-2 (Dao & Gu, arXiv 2405.21060, eq. 2 with scalar A).
 
         h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T        y_t = h_t C_t + D x_t
 
@@ -790,7 +789,7 @@ class TinyMambaModel(nn.Module):
         self.norm = RMSNorm(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.start: nn.Module | None = None  # slot: list of zero LayerState -> the initial ones
-        self.quantization: dict | None = None  # set by quantize.py, and kept in config.json
+        self.quantization: Any = None  # a dict set by quantize.py, and kept in config.json
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         init_weights(self)
@@ -1842,13 +1841,13 @@ class Trainer:
             if self.check_signals():
                 self.model.train()
                 return None
-            x, y = next(batches, (None, None))
-            if x is None:  # the others have one more: take part in FSDP's communication
+            batch: Any = next(batches, None)
+            if batch is None:  # the others have one more: take part in FSDP's communication
                 self.model(torch.zeros(1, 1, dtype=torch.int64, device=self.device))
                 continue
             with self.autocast():
-                loss, gates = self.model(x, y, return_gates=True)
-            total, count = total + loss.item() * y.numel(), count + y.numel()
+                loss, gates = self.model(*batch, return_gates=True)
+            total, count = total + loss.item() * batch[1].numel(), count + batch[1].numel()
             values = values or gate_statistics(gates)
         self.model.train()
         total, count = all_reduce([total, count], self.device)

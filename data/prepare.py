@@ -450,7 +450,7 @@ def write_outputs(files: Files, options: Options, folder: Path) -> dict[str, dic
     """Write all OUTPUTS; returns the facts of each side."""
     tokenizer, eos = get_tokenizer(files, options)
     tokens = {i: token for token, i in tokenizer.get_vocab().items()}
-    fact = {"dtype": options.dtype, "vocab_size": max(tokens) + 1, "eos_id": eos}
+    fact: dict[str, Any] = {"dtype": options.dtype, "vocab_size": max(tokens) + 1, "eos_id": eos}
     check_fits(fact["vocab_size"], options.dtype)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "vocab.txt").write_text(vocab_text(tokens), encoding="utf-8", newline="\n")

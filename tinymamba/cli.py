@@ -236,8 +236,10 @@ def add_flags(
 
 
 def given_fields(cls: type, args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a dataclass that flags have set; one word for a field that takes one or many
-    is that word."""
+    """The fields of a dataclass that flags have set.
+
+    One word for a field that takes one or several is that word, not a list.
+    """
     hints, given = typing.get_type_hints(cls), vars(args)
     names = [field.name for field in dataclasses.fields(cls) if field.name in given]
     values = {name: given[name] for name in names}

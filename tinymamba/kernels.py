@@ -12,6 +12,8 @@ Letters in the comments on shapes:
     n d_state    k d_conv        q chunk_size          c chunks (l / q)
 """
 
+from __future__ import annotations
+
 import math
 from typing import Any, NamedTuple
 
@@ -32,7 +34,18 @@ class ChunkedScan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, dt, log_decay, B, C, D, state, chunk_size):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dt: Tensor,
+        log_decay: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor,
+        state: Tensor,
+        chunk_size: int,
+    ) -> tuple[Tensor, Tensor]:
+        """The y (b, l, h, p) and the last state (b, h, n, p)."""
         inputs = to_chunks(chunk_size, x, dt, log_decay, B, C)
         y, last, begins = torch.empty_like(inputs[0]), torch.empty_like(state), []
         rows, spans = tiles(inputs[0])
@@ -40,7 +53,8 @@ class ChunkedScan(torch.autograd.Function):
             h = state[row]
             for span in spans:
                 begins.append(h)
-                y[row, span], h = tile_forward(*(t[row, span] for t in inputs), D, h)
+                tile = [t[row, span] for t in inputs]
+                y[row, span], h = tile_forward(tile, D, h)
             last[row] = h
         ctx.save_for_backward(x, dt, log_decay, B, C, D, *begins)
         ctx.chunk_size = chunk_size
@@ -48,17 +62,19 @@ class ChunkedScan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, dlast):
+    def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of the inputs, in their order."""
         x, dt, log_decay, B, C, D, *begins = ctx.saved_tensors
         inputs = to_chunks(ctx.chunk_size, x, dt, log_decay, B, C)
         [dy] = to_chunks(ctx.chunk_size, dy)
-        grads, dD, dstate = [torch.empty_like(t) for t in inputs], torch.zeros_like(D), []
+        grads, dD = [torch.empty_like(t) for t in inputs], torch.zeros_like(D)
+        dstate: list[Tensor] = []
         rows, spans = tiles(inputs[0])
         for row in reversed(rows):
             dh = dlast[row]
             for span in reversed(spans):
-                tile = (t[row, span] for t in inputs)
-                *parts, part_D, dh = tile_backward(*tile, D, begins.pop(), dy[row, span], dh)
+                tile = [t[row, span] for t in inputs]
+                *parts, part_D, dh = tile_backward(tile, D, begins.pop(), dy[row, span], dh)
                 for grad, part in zip(grads, parts, strict=True):
                     grad[row, span] = part
                 dD += part_D
@@ -67,11 +83,19 @@ class ChunkedScan(torch.autograd.Function):
         return *grads, dD, torch.cat(dstate), None
 
 
-def scan_in_one_tile(x, dt, log_decay, B, C, D, state, chunk_size) -> tuple[Tensor, Tensor]:
+def scan_in_one_tile(
+    x: Tensor,
+    dt: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    state: Tensor,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
     """The forward pass of ChunkedScan without a loop over tiles: one graph for every length."""
     length = x.shape[1]
-    x, dt, log_decay, B, C = to_chunks(chunk_size, x, dt, log_decay, B, C)
-    y, last = tile_forward(x, dt, log_decay, B, C, D, state)
+    y, last = tile_forward(to_chunks(chunk_size, x, dt, log_decay, B, C), D, state)
     return y.flatten(1, 2)[:, :length], last
 
 
@@ -126,7 +150,9 @@ class Tile(NamedTuple):
     states: Tensor  # (b, c+1, h, n, p) before each chunk, and after the last
 
 
-def make_tile(x, dt, log_decay, B, C, D, state) -> Tile:
+def make_tile(
+    x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor
+) -> Tile:
     """The intermediate values of a tile.
 
     x (b, c, h, q, p), dt and log_decay (b, c, h, q), B and C (b, c, 1, q, n).
@@ -153,19 +179,23 @@ def heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.transpose(2, 3).contiguous() for t in tensors)
 
 
-def tile_forward(x, dt, log_decay, B, C, D, state) -> tuple[Tensor, Tensor]:
+def tile_forward(inputs: list[Tensor], D: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """The y and the last state of one tile.
 
-    x (b, c, q, h, p), dt and log_decay (b, c, q, h), B and C (b, c, q, n).
+    inputs: x (b, c, q, h, p), dt and log_decay (b, c, q, h), B and C (b, c, q, n).
     """
+    x, dt, log_decay, B, C = inputs
     x, dt, log_decay = heads_first(x, dt, log_decay)
     t = make_tile(x, dt, log_decay, B[:, :, None], C[:, :, None], D, state)
     y = t.scores @ x + t.reads @ t.states[:, :-1].to(x.dtype)
     return y.transpose(2, 3), t.states[:, -1]
 
 
-def tile_backward(x, dt, log_decay, B, C, D, state, dy, dlast) -> tuple[Tensor, ...]:
-    """The gradients of a tile's inputs, in their order, from those of y and the last state."""
+def tile_backward(
+    inputs: list[Tensor], D: Tensor, state: Tensor, dy: Tensor, dlast: Tensor
+) -> tuple[Tensor, ...]:
+    """The gradients of `inputs`, D and state from those of y and the last state."""
+    x, dt, log_decay, B, C = inputs
     x, dt, log_decay, dy = heads_first(x, dt, log_decay, dy)
     B, C = B[:, :, None], C[:, :, None]
     t = make_tile(x, dt, log_decay, B, C, D, state)
@@ -236,13 +266,15 @@ class DepthwiseConv(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, history: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, history: Tensor, weight: Tensor) -> Tensor:
+        """The convolution."""
         ctx.save_for_backward(history, weight)
         return depthwise(history, weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of history and weight."""
         history, weight = ctx.saved_tensors
         length, width = dy.shape[1], weight.shape[1]
         wide = torch.promote_types(dy.dtype, torch.float32)
@@ -289,7 +321,7 @@ class QuantizedLinear(nn.Module):
             self.register_buffer("factors", groups)
         self.bias = nn.Parameter(torch.zeros(d_out), requires_grad=False) if bias else None
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
         scale = self.scale
         super()._apply(fn, recurse)
         if self.scale.dtype != scale.dtype:  # float32 in a model of any dtype
@@ -316,6 +348,7 @@ class QuantizedLinear(nn.Module):
         return packed if factors is None else unpack(packed, factors)
 
     def extra_repr(self) -> str:
+        """What print(model) shows of the layer."""
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, dynamic={self.dynamic}"
 
 
@@ -326,14 +359,18 @@ class QuantizedProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, codes, scale, bias, dynamic):
+    def forward(
+        ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dynamic: bool
+    ) -> Tensor:
+        """The product."""
         ctx.save_for_backward(codes, scale)
         ctx.dtype = x.dtype
         return quantized_product(x, codes, scale, bias, dynamic)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of x, and None for the rest."""
         dx = dy @ dequantize(*ctx.saved_tensors).to(dy.dtype)
         return dx.to(ctx.dtype), None, None, None, None
 

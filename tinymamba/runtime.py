@@ -68,8 +68,9 @@ def why_no_compile(device: torch.device) -> str | None:
     """Why torch.compile cannot work on this device, as far as that is known beforehand."""
     if device.type == "mps":
         return "it is experimental on Apple GPUs"
-    compilers = (os.environ.get("CXX", "g++"), "g++", "clang++")
-    compilers = ("cl",) if os.name == "nt" else compilers  # the only one that Windows can use
+    compilers = [os.environ.get("CXX", "g++"), "g++", "clang++"]
+    if os.name == "nt":  # torch.compile knows no other compiler on Windows
+        compilers = ["cl"]
     missing = device.type == "cpu" and not any(map(shutil.which, compilers))
     return "no C++ compiler was found" if missing else None
 

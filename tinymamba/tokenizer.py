@@ -153,8 +153,10 @@ def find_tokenizer(data_path: str) -> SimpleTokenizer | None:
 
 
 def open_tokenizer(given: Any, model: nn.Module, beside: list) -> Any:
-    """The one `given` (a path or an object), or one found beside these files or, last, beside the
-    model's training data; None if there is none."""
+    """The tokenizer that is `given`, as a path or an object, or else one that is found.
+
+    It is looked for beside the files of `beside`, then beside the model's training data.
+    """
     if given is not None:
         return SimpleTokenizer(given) if isinstance(given, str | Path) else given
     data: Any = model.config.train_data_path
