@@ -1,36 +1,37 @@
 PYTHON ?= python3
 BIN := .venv/bin
+# pip need not compile what nobody imports: the first import writes the bytecode.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-slow test-gpu chaos clean
 
 demo: .venv/core data/text/train.bin  ## train a small model on the built-in corpus
 	$(BIN)/python testv2.py --preset demo
 
-test: .venv/dev  ## style and tests
+test: .venv/dev  ## style, types and tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: .venv/dev  ## the checks that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
-test-gpu: .venv/dev  ## that a GPU gives what the CPU gives, where there is one
+test-gpu: .venv/dev  ## that a GPU, if there is one, gives the same results as the CPU
 	$(BIN)/python -m pytest -m gpu
 
-chaos: .venv/dev  ## break runs on purpose, a hundred times over: half an hour
+chaos: .venv/dev  ## break runs on purpose a hundred times: half an hour
 	OMP_NUM_THREADS=1 CHAOS=1 $(BIN)/python -m pytest -m 'not gpu' tests/test_reliability.py
 
-clean:  ## remove what can be made again
-	rm -rf .venv data/text build dist *.egg-info
+clean:  ## remove the environment, caches, builds and prepared data
+	rm -rf .venv data/text build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 data/text/train.bin: | .venv/core
 	$(BIN)/python data/prepare.py
 
 .venv/core: requirements.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -r requirements.txt
-	touch $@
-
-.venv/dev: requirements-dev.txt .venv/core
-	$(BIN)/python -m pip install -r requirements-dev.txt
+.venv/dev: requirements-dev.txt requirements.txt
+.venv/core .venv/dev:
+	$(PYTHON) -m venv --upgrade-deps .venv  # a new pip installs in half the time
+	$(BIN)/python -m pip install --no-compile -r $<
 	touch $@
