@@ -231,7 +231,7 @@ RUNS = [  # the first pattern that a command begins with counts
     Run(
         r"python -m benchmarks.quality M",
         "benchmarks.quality",
-        flags(steps=1, seeds=0, validation_tokens=4096, data="random", models="tinymamba"),
+        flags(steps=1, seeds=0, validation_tokens=8192, data="random", models="tinymamba"),
         "bits_per_byte",
     ),
     Run(
@@ -450,7 +450,7 @@ CHECKS = [
 ]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
 def test_command(command, place):
     check = next((check for pattern, check in CHECKS if re.match(pattern, command)), None)
     assert check, f"no row of CHECKS is for this command: {command}"
