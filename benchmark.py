@@ -854,7 +854,7 @@ class Options:
     warmup_iterations: int = 2  # rounds before those that are counted
     test_iterations: int = 5  # rounds that are counted
     compile: str = "off"  # use torch.compile
-    dtype: torch.dtype = torch.bfloat16  # of autocast, on hardware that is fast in it
+    dtype: torch.dtype = torch.bfloat16  # dtype of autocast, on hardware that is fast in it
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
 
     # Evaluation of the checkpoint

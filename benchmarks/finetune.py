@@ -52,9 +52,9 @@ class Options:
     tokenizer: str = "data/text/train.bin"  # the tokenizer is beside this file
 
     # Runs
-    tasks: list[str] | None = None  # None means all
+    tasks: list[str] | None = None  # None means all of these
     text: list[str] | None = None  # for style: two files, to train on and to test on
-    methods: list[str] | None = None  # None means all
+    methods: list[str] | None = None  # None means all of these
     lr: list[float] | None = None  # peak learning rates; None means each method's own
     steps: int = 300  # updates, of 8 x 128 tokens
     threads: int = 0  # CPU threads; 0 means all

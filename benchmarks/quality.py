@@ -87,14 +87,14 @@ class Options:
     # Data
     text: list[str] | None = None  # for S: two files, to train on and to validate on
     data: str = "data/text"  # for M: folder with train.bin and val.bin
-    validation_tokens: int = 2**18  # at most
+    validation_tokens: int = 2**18  # validation tokens at most
 
     # Runs
-    models: list[str] | None = None  # None means all
+    models: list[str] | None = None  # None means all of these
     seeds: list[int] | None = None  # random seeds of every model; None means 0 1 2
     lr: list[float] | None = None  # peak learning rates; None means each model's best
     optimizer: str = "muon"  # muon for matrices and AdamW for the rest, or adamw for all
-    weight_decay: float = 0.0  # of matrices
+    weight_decay: float = 0.0  # weight decay of matrices
     steps: int = 0  # updates; 0 means the task's own number
     threads: int = 0  # CPU threads; 0 means all
     output: str = "quality.jsonl"  # file of rows

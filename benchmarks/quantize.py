@@ -52,7 +52,7 @@ class Options:
     """The command line."""
 
     # Measurements
-    kinds: list[str] | None = None  # what to measure; None means all
+    kinds: list[str] | None = None  # what to measure; None means all of these
     rounds: int = 7  # rounds that are counted; two more come first
     threads: int = 0  # CPU threads; 0 means all
     output: str = "quantize.jsonl"  # file of rows

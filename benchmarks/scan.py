@@ -60,7 +60,7 @@ SCANS = {"ours": ours, "mamba2": mamba2, "mambapy": mambapy}
 class Options:
     """The command line."""
 
-    scans: list[str] | None = None  # None means all
+    scans: list[str] | None = None  # None means all of these
     batch_sizes: list[int] | None = None  # sequences; None means 4
     sequence_lengths: list[int] | None = None  # in tokens; None means 512
     heads: int = 12  # heads of the SSM
@@ -69,7 +69,7 @@ class Options:
     warmup_iterations: int = 1  # rounds before those that are counted
     test_iterations: int = 5  # rounds that are counted
     threads: int = 0  # CPU threads; 0 means all
-    dtype: torch.dtype = torch.bfloat16  # of x, B and C
+    dtype: torch.dtype = torch.bfloat16  # dtype of x, B and C
     device: str = "cpu"  # cpu, cuda or cuda:1
     output: str = "scan.jsonl"  # file of rows
 

@@ -47,9 +47,9 @@ class Options:
     tokenizer: str | None = None  # tokenizer.json or vocab.txt; else beside the training data
 
     # Load
-    streams: int = 64  # at one time
-    seconds: float = 120.0  # of load
-    tokens: int = 128  # of an answer
+    streams: int = 64  # streams at one time
+    seconds: float = 120.0  # seconds of load
+    tokens: int = 128  # tokens of an answer
     disconnects: int = 200  # clients that disconnect
     output: str = "serve.jsonl"  # file of rows
 

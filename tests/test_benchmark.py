@@ -5,7 +5,6 @@ import copy
 import io
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,12 +12,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_refused, files_below, flags, run_script, tiny_config, write_tokens
+from helpers import (
+    assert_refused,
+    files_below,
+    flags,
+    run_main,
+    run_script,
+    tiny_config,
+    write_tokens,
+)
 
 import benchmark
 from testv2 import PRESETS, Config, TinyMambaModel, load_model
 from tinymamba.checkpoint import save_checkpoint
-from tinymamba.cli import UserError, run_cli
+from tinymamba.cli import UserError
 
 SMALL = {"d_model": 32, "n_layer": 2, "vocab_size": 257}
 QUICK = {"sequence_lengths": 16, "batch_sizes": 2, "warmup_iterations": 0, "test_iterations": 2,
@@ -329,12 +336,6 @@ def test_batches_follow_the_tokens_per_step():
 # ------------------------------------------------------------------------------------ bad input
 
 
-def refused(capsys, *words) -> subprocess.CompletedProcess:
-    with pytest.raises(SystemExit) as ended:
-        run_cli(lambda: run(*words))
-    return subprocess.CompletedProcess(words, ended.value.code, *capsys.readouterr())
-
-
 BAD = [
     ({"batch_sizes": 0}, "--batch_sizes: 0 is out of range; it must be at least 1"),
     ({"test_iterations": "x"}, "--test_iterations: 'x' is invalid; pass int"),
@@ -350,26 +351,30 @@ BAD = [
 
 
 @pytest.mark.parametrize(("words", "message"), BAD, ids=[next(iter(w)) for w, _ in BAD])
-def test_bad_flags_are_refused_in_one_line(words, message, capsys):
-    assert_refused(refused(capsys, *flags(**words)), message)
+def test_bad_flags_are_refused_in_one_line(words, message):
+    assert_refused(run_main(benchmark.main, *flags(**words)), message)
     assert not list(Path().iterdir())
 
 
-def test_checkpoint_says_its_own_size_and_needs_its_data(tmp_path, capsys):
+def test_checkpoint_says_its_own_size_and_needs_its_data(tmp_path):
     write_checkpoint(tmp_path)
     words = flags(tinymamba_checkpoint="model.pt")
     assert_refused(
-        refused(capsys, *words, *flags(n_layer=3)), "--n_layer: is set by the checkpoint"
+        run_main(benchmark.main, *words, *flags(n_layer=3)), "--n_layer: is set by the checkpoint"
     )
-    done = refused(capsys, *words, *flags(benchmark_type="perplexity", eval_dataset="no.bin"))
+    done = run_main(
+        benchmark.main, *words, *flags(benchmark_type="perplexity", eval_dataset="no.bin")
+    )
     assert_refused(done, "no.bin: no such file")
 
 
 @pytest.mark.parametrize(("module", "model"), [("transformers", "llama"), ("mambapy", "mambapy")])
-def test_missing_package_is_named(monkeypatch, capsys, module, model):
+def test_missing_package_is_named(monkeypatch, module, model):
     for name in [module, f"{module}.mamba"]:
         monkeypatch.setitem(sys.modules, name, None)
-    done = refused(capsys, *flags(**SMALL, models_to_compare=model, benchmark_type="training"))
+    done = run_main(
+        benchmark.main, *flags(**SMALL, models_to_compare=model, benchmark_type="training")
+    )
     assert_refused(done, f"{module}: is not installed; pip install {module}")
 
 
@@ -378,8 +383,8 @@ def test_program_refuses_in_one_line(tmp_path):
     assert_refused(done, "--sequence_lengths: 'none' is invalid; pass int")
 
 
-def test_help_shows_the_flags(capsys):
+def test_help_shows_the_flags():
     asked = """tinymamba_checkpoint models_to_compare benchmark_type batch_sizes sequence_lengths
         warmup_iterations test_iterations eval_dataset output_dir device generate_plots"""
-    done = refused(capsys, "--help")
+    done = run_main(benchmark.main, "--help")
     assert done.returncode == 0 and all(f"\n  --{name} " in done.stdout for name in asked.split())
