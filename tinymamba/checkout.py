@@ -63,7 +63,7 @@ class ScriptLoader(importlib.abc.SourceLoader):
 
     def get_data(self, path: str) -> bytes:  # type: ignore[override]
         """Its text as a module."""
-        return as_module(Path(path).read_text(encoding="utf-8"), find_scripts(ROOT)).encode()
+        return as_module(Path(path).read_bytes().decode(), find_scripts(ROOT)).encode()
 
 
 class ScriptFinder(importlib.abc.MetaPathFinder):
