@@ -265,7 +265,7 @@ def require_onnx_layers(model: TinyMambaModel) -> None:
     scheme = model.quantization or {"layers": {}}
     if 4 in scheme["layers"].values():
         size = scheme["group_size"]
-        problem, remedy = f"ONNX Runtime has no groups of {size}", "use 16, 32, 64 or so on"
+        problem, remedy = f"ONNX Runtime has no groups of {size}", "use a power of 2 from 16 on"
         require(size >= 16 and size & (size - 1) == 0, "group_size", problem, remedy)
     fits = not model.config.tie_embeddings or scheme["layers"].get("head", 8) == 8
     require(fits, "checkpoint", "has a tied head of 4 bits", "quantize the head to 8 bits")
@@ -310,7 +310,7 @@ def write_onnx_files(protos: dict[str, Any], folder: Path) -> None:
 
 
 def optimize_onnx(name: str, proto: Any, folder: Path) -> Any:
-    """The graph as ONNX Runtime optimizes it, which otherwise happens at every start."""
+    """The graph as ONNX Runtime optimizes it: done once here instead of at every start."""
     onnx: Any = need("onnx")
     runtime: Any = need("onnxruntime")
     paths = {kind: str(folder / f"{kind}.onnx") for kind in ("plain", "optimized")}
