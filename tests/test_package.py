@@ -284,12 +284,18 @@ def environment(request) -> Environment:
     return request.getfixturevalue(request.param)
 
 
+SLOW_IF_INSTALLED = pytest.mark.parametrize(  # its sources are those that the checkout loads
+    "environment", ["editable", pytest.param("installed", marks=pytest.mark.slow)], indirect=True
+)
+
+
 def test_nothing_else_lands_among_the_packages(site):
     info = next(site.glob("*.dist-info"))
     assert {p.name for p in site.iterdir()} == {"tinymamba", "bin", info.name}
     assert [p.stem for p in (site / "bin").iterdir()] == ["tinymamba"]
 
 
+@SLOW_IF_INSTALLED
 def test_names_come_from_the_package_and_peft_is_hugging_faces(environment, tmp_path):
     environment.run_code(
         """
