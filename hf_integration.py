@@ -60,7 +60,6 @@ from testv2 import (
     load_model,
     padding_last,
     save_folder,
-    stored_tensors,
     take_tokens,
 )
 from tinymamba.checkpoint import new_folder, replace_files, save_checkpoint, write_json
@@ -73,7 +72,7 @@ from tinymamba.cli import (
     require,
     run_cli,
 )
-from tinymamba.kernels import QuantizedLinear, quantize_like
+from tinymamba.kernels import QuantizedLinear, quantize_like, stored_tensors
 from tinymamba.tokenizer import EOS_NAMES, SimpleTokenizer, byte_tokenizer, open_tokenizer
 
 # ------------------------------------------------------------------------------ configuration

@@ -34,7 +34,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -77,16 +77,15 @@ from tinymamba.cli import (
 from tinymamba.kernels import (
     ChunkedScan,
     DepthwiseConv,
-    QuantizedLinear,
     count_blocks,
     depthwise,
-    dequantize,
+    fill_model,
     is_writing_graph,
     lower_triangle,
     quantize_like,
-    quantized_layers,
     running_max,
     scan_in_one_tile,
+    stored_tensors,
 )
 from tinymamba.runtime import (
     Logger,
@@ -131,7 +130,7 @@ class Config:
     chunk_size: int = 32  # tokens per chunk of the parallel scan
     window_size: int = 64  # a token attends to itself and the window_size-1 tokens before it
     num_heads: int = 6  # attention heads
-    rope_theta: float = 10000.0  # longest RoPE period in tokens, divided by 2 pi
+    rope_theta: float = 10000.0  # base of the RoPE frequencies
     gate: str = "softmax"  # how the three branch weights of a token are computed
     gate_top_k: int = 2  # branches kept per token by gate=top_k
     document_mask: bool = False  # after eos, reset conv, SSM and attention
@@ -148,11 +147,11 @@ class Config:
     min_lr_ratio: float = 0.1  # last learning rate, as a fraction of the peak
     warmup_steps: int = 1000  # steps of linear warm-up, at most a tenth of the run
     grad_clip: float = 1.0  # largest gradient norm; 0 turns clipping off
-    weight_decay: float = 0.01  # weight decay of projection matrices; all else has none
+    weight_decay: float = 0.01  # weight decay, of projection matrices only
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
     max_bad_steps: int = 10  # steps in a row without a finite gradient before the run ends
-    skip_spikes: float = 0.0  # skip gradient norms this many deviations above the mean; 0 is off
+    skip_spikes: float = 0.0  # skip steps whose gradient norm is so many deviations high; 0 is off
     seed: int = 1337  # initial weights, data order, dropout, samples
 
     # Hardware
@@ -168,9 +167,11 @@ class Config:
 
     # Data
     train_data_path: str | list[str] = "./data/text/train.bin"  # one .bin of tokens, or several
-    train_data_weights: list[float] | None = None  # weights of several sources; None goes by size
+    train_data_weights: list[float] | None = (
+        None  # weights of several sources; None takes their sizes
+    )
     val_data_path: str | list[str] = "./data/text/val.bin"  # .bin of tokens to validate on
-    data_dtype: str = "auto"  # type of the ids in the .bin; auto reads its .json, or takes int32
+    data_dtype: str = "auto"  # dtype of the ids in the .bin; auto: as its .json says, else int32
     accept_changed_data: bool = False  # resume although the training data have changed
 
     # Checkpoints
@@ -191,7 +192,7 @@ class Config:
     generation_interval: int = 1000  # steps between samples
     generation_length: int = 200  # tokens in a sample
     generation_temperature: float = 0.8  # 0 takes the likeliest token every time
-    generation_prompt: str = ""  # how a sample begins; empty begins a new document
+    generation_prompt: str = ""  # text that a sample continues; empty starts a new document
 
     # Logging
     log_interval: int = 20  # steps between console lines
@@ -226,7 +227,7 @@ class Config:
         check_fields(self)
         d, e = self.d_model, self.expand_factor * self.d_model
         heads = [n for n in range(1, d + 1) if d % (2 * n) == 0]
-        problem = f"{self.num_heads} heads do not divide d_model={d} into the even widths of RoPE"
+        problem = f"{self.num_heads} heads do not divide d_model={d} into equal, even widths"
         remedy = f"use one of {heads}" if heads else "make d_model even"
         require(self.num_heads in heads, "num_heads", problem, remedy)
         problem = f"{self.ssm_head_dim} does not divide expand_factor*d_model = {e}"
@@ -234,7 +235,7 @@ class Config:
         require(e % self.ssm_head_dim == 0, "ssm_head_dim", problem, remedy)
         problem = f"{self.d_state} cannot be split into pairs"
         require(self.d_state % 2 == 0, "d_state", problem, "make it even")
-        problem = f"{self.low_rank} saves nothing at d_model={d}"
+        problem = f"rank {self.low_rank} saves no weights at d_model={d}"
         require(self.low_rank < d, "low_rank", problem, f"it must be from 0 to {d - 1}")
         problem = f"{self.eos_id} is not in the vocabulary"
         remedy = f"it must be from -1 to {self.vocab_size - 1}"
@@ -248,22 +249,22 @@ class Config:
     @staticmethod
     def from_dict(values: dict) -> Config:
         """The opposite of `to_dict`; an unknown name is a UserError."""
+        known, remedy = {f.name for f in fields(Config)}, "update TinyMamba, or remove the field"
         for name in values:
-            known = name in Config.__dataclass_fields__
-            require(known, name, "is not a field of Config", "was a newer release used?")
+            require(name in known, name, "is not a field of Config", remedy)
         dtype = DTYPES.get(show(values.get("amp_dtype", Config.amp_dtype)))
         return Config(**{**values, "amp_dtype": dtype}).validate()
 
 
-# What gives the weights and states of a checkpoint their meaning: fixed once they are trained.
+# Fields that determine what weights and states mean: fixed once they are trained.
 SHAPE_FIELDS = [
     "d_model", "n_layer", "vocab_size", "bias", "tie_embeddings", "low_rank", "activation",
     "d_state", "d_conv", "expand_factor", "ssm_head_dim", "window_size", "num_heads",
     "rope_theta", "gate", "gate_top_k", "document_mask",
 ]  # fmt: skip
-# What a model folder keeps of the Config.
+# Fields in the config.json of a model folder.
 FOLDER_FIELDS = [*SHAPE_FIELDS, "eos_id", "block_size", "deepnet", "scan", "chunk_size", "dropout"]
-# What a resumed run cannot change.
+# Fields that a resumed run cannot change.
 RUN_FIELDS = [*SHAPE_FIELDS, "optimizer", "block_size", "seed", "train_data_weights"]
 
 # -------------------------------------------------------------------------------- primitives
@@ -356,8 +357,8 @@ def projection(d_in: int, parts: list[int], config: Config) -> nn.Module:
     Its rank is config.low_rank. The optimizer treats the rows of each part as a separate matrix.
     """
     d_out, rank, bias = sum(parts), config.low_rank, config.bias
-    kind: Any = functools.partial(LowRankProjection, rank=rank) if rank else nn.Linear
-    linear = kind(d_in, d_out, bias=bias)
+    low: Any = LowRankProjection(d_in, d_out, rank, bias) if rank else None
+    linear = low or nn.Linear(d_in, d_out, bias)
     last_layer(linear).parts = parts
     return linear
 
@@ -462,11 +463,11 @@ class SequenceContext(NamedTuple):
     starts: Any = None  # (b, l) or None: index at which each token's document begins
     lengths: Tensor | None = None  # (b,) tokens of each row, which padding follows
     packed: bool = False  # documents may begin inside the call, at `starts`
-    attend: Callable | None = None  # called in place of LocalAttention's own, with that first
+    attend: Callable | None = None  # replaces LocalAttention's, which is its first argument
 
 
 def keep_last(history: Tensor, count: int, lengths: Tensor | None) -> Tensor:
-    """The last `count` of history (b, count + l, ...), up to the end of each row's tokens."""
+    """The `count` entries of history (b, count + l, ...) that end at each row's last token."""
     if lengths is None:
         return history[:, history.shape[1] - count :]
     index = lengths[:, None] + torch.arange(count, device=history.device)  # (b, count)
@@ -509,7 +510,7 @@ class ShortConv(nn.Module):
 class MambaSSM(nn.Module):
     """Selective state-space branch: Mamba-2 (arXiv 2405.21060, section 7) with a rotating state.
 
-    Every token rotates the pairs of state channels (n, n + N/2), N = d_state, by angles that are a
+    Every token rotates the pairs of state channels (i, i + n/2) by angles that are a
     function of its content, so that a state can count (Mamba-3, arXiv 2603.15569). As with RoPE,
     rotating B and C by the sum of all angles so far is the same as rotating the state. An angle is
     exactly 0 or exactly pi over wide ranges of its input, so no error builds up over a long text.
@@ -559,8 +560,8 @@ class MambaSSM(nn.Module):
 def running_phase(half_turns: Tensor, phase: Tensor | None) -> Tensor:
     """Cumulative sum of half_turns (b, l, n/2), plus the phase before, modulo 2.
 
-    Whole half turns are exact. The sum is taken in float64, where the device has it, so that the
-    others are as exact after a long text as after a short one.
+    Whole half turns add up exactly. Other angles are summed in float64 (not on MPS), so that their
+    error does not grow with the text.
     """
     wide = half_turns if half_turns.device.type == "mps" else half_turns.double()
     total = wide.cumsum(1) if phase is None else wide.cumsum(1) + phase[:, None]
@@ -616,13 +617,14 @@ class LocalAttention(nn.Module):
     def is_plain(self, length: int, device: torch.device) -> bool:
         """Whether to use plain products: faster on a CPU, but not for a few tokens."""
         any_length = is_writing_graph() and not isinstance(length, int)
-        on_cpu = device.type == "cpu" and length >= self.window
-        return not self.use_flash_attn or any_length or on_cpu
+        if any_length or not self.use_flash_attn:
+            return True
+        return device.type == "cpu" and length >= self.window
 
     def mask(self, length: int, starts: Tensor | None, device: torch.device) -> Tensor:
         """The attention mask of one call, the same in every layer; bool.
 
-        Plain: True at hidden keys, (b or 1, 1, blocks, w, w), without the blocks that see all.
+        Plain: True at hidden keys, (b or 1, 1, blocks, w, w), only for the blocks that hide any.
         Fused: True at visible keys, (b or 1, 1, blocks, block, w-1+block).
         """
         window, plain = self.window, self.is_plain(length, device)
@@ -670,9 +672,9 @@ class LocalAttention(nn.Module):
         blocks = count_blocks(length, window)
         q, keys, values = (
             F.pad(t, (0, 0, 0, blocks * window - length))
-            .unflatten(2, (blocks + more, window))
+            .unflatten(2, (blocks + extra, window))
             .flatten(0, 1)  # (b*a, blocks, w, f)
-            for t, more in ((q * self.head_dim**-0.5, 0), (keys, 1), (values, 1))
+            for t, extra in ((q * self.head_dim**-0.5, 0), (keys, 1), (values, 1))
         )
         own = lower_triangle(q.new_empty(window, window))
         scores = torch.where(own, q @ keys[:, 1:].mT, q @ keys[:, :-1].mT)  # (b*a, blocks, w, w)
@@ -771,7 +773,7 @@ class TinyMambaBlock(nn.Module):
 
 
 class TinyMambaModel(nn.Module):
-    """The language model: `forward` for training, `advance` for text that arrives in pieces."""
+    """The language model: `forward` for training, `advance` for text that arrives in parts."""
 
     BLOCK = TinyMambaBlock
     LOSS_CHUNK = 512  # tokens whose logits are in memory at a time
@@ -803,7 +805,7 @@ class TinyMambaModel(nn.Module):
     ) -> Any:
         """ids (b, l) of int64 -> logits (b, l, v); with targets (b, l), their mean loss in nats.
 
-        attention_mask (b, l) is 0 at padding, which leaves a row exactly as if it were not there.
+        attention_mask (b, l) is 0 at padding, which has no effect on the other tokens.
         `return_gates` adds the branch weights, (n_layer, b, l, 3).
         """
         hidden, _, gates = self.run(ids, attention_mask=attention_mask)
@@ -849,7 +851,8 @@ class TinyMambaModel(nn.Module):
         """
         back, lengths = None, None
         if ids.shape[1] == 0 or (attention_mask is not None and attention_mask.shape != ids.shape):
-            raise ValueError(f"ids {tuple(ids.shape)} must hold a token, and attention_mask fit")
+            shape = tuple(ids.shape)
+            raise ValueError(f"ids {shape} need a token, and attention_mask the same shape")
         x = self.embedding(ids) if embedded is None else embedded
         found, given = self.find_ends(ids), ends is not None
         if found is not None:
@@ -877,7 +880,9 @@ class TinyMambaModel(nn.Module):
             x, *gates = (take_tokens(t, back) for t in (x, *gates))
         if state is not None:
             state = state.after(layers, document, ids.shape[1] if lengths is None else lengths)
-            state = state.forget_inputs() if given else state  # document_mask checks ages itself
+            state = (
+                state.forget_inputs() if given else state
+            )  # with document_mask ShortConv does it
         return x, state, torch.stack(gates)
 
     def find_ends(self, ids: Tensor) -> Tensor | None:
@@ -1145,7 +1150,12 @@ def read_sidecar(path: str) -> dict:
     except ValueError as e:
         raise UserError(str(sidecar), f"is not JSON ({e})", "fix it or delete it") from None
     known = isinstance(facts, dict) and facts.get("dtype", "int32") in ("int32", "uint16")
-    require(known, str(sidecar), "has another dtype than int32 or uint16", "fix it or delete it")
+    require(
+        known,
+        str(sidecar),
+        "must be an object whose dtype is int32 or uint16",
+        "fix it or delete it",
+    )
     return facts
 
 
@@ -1181,8 +1191,8 @@ class TokenFile:
     def sampled_hash(self) -> str:
         """SHA-256 over 64 pieces of 2,048 ids, evenly spaced from the first to the last."""
         last, h = max(0, self.length - 2048), hashlib.sha256()
-        for i in range(64):
-            h.update(self.read(begin := last * i // 63, min(begin + 2048, self.length)).tobytes())
+        for begin in (last * i // 63 for i in range(64)):
+            h.update(self.read(begin, min(begin + 2048, self.length)).tobytes())
         return h.hexdigest()
 
     def __getstate__(self) -> dict:
@@ -1222,7 +1232,9 @@ def permute(index: int, size: int, key: bytes) -> int:
 
 
 class MixtureSchedule:
-    """Assigns samples 0, 1, 2, ... to sources: after n samples each has had n * weight, within 2.
+    """Assigns samples 0, 1, 2, ... to sources in proportion to their weights.
+
+    After n samples each source has provided n * weight / sum(weights) of them, within 2.
 
     A balanced binary tree: of its first n samples a node sends round(n * left / total) to the left,
     in integers, so no error builds up. No inner child holds over 2/3 of its parent's weight, so the
@@ -1247,8 +1259,8 @@ class MixtureSchedule:
         node = self.tree
         while not isinstance(node, int):
             low, high, left, total = node
-            share, after = ((2 * n * left + total) // (2 * total) for n in (sample, sample + 1))
-            node, sample = (low, share) if after > share else (high, sample - share)
+            to_left, after = ((2 * n * left + total) // (2 * total) for n in (sample, sample + 1))
+            node, sample = (low, to_left) if after > to_left else (high, sample - to_left)
         return node, sample
 
     def counts(self, n: int, node: Any = None) -> dict[int, int]:
@@ -1257,8 +1269,8 @@ class MixtureSchedule:
         if isinstance(node, int):
             return {node: n}
         low, high, left, total = node
-        share = (2 * n * left + total) // (2 * total)
-        return self.counts(share, low) | self.counts(n - share, high)
+        to_left = (2 * n * left + total) // (2 * total)
+        return self.counts(to_left, low) | self.counts(n - to_left, high)
 
 
 class StreamingTokenDataset(torch.utils.data.Dataset):
@@ -1293,9 +1305,12 @@ class StreamingTokenDataset(torch.utils.data.Dataset):
                 file.check(vocab_size, 0, file.length)
         self.blocks = [(file.length - 1) // block_size for file in self.files]
         integers = self.blocks if weights is None else self._integer_weights(weights)
-        self.shares = MixtureSchedule(integers)
+        self.schedule = MixtureSchedule(integers)
         self.length = sum(self.blocks) if weights is None else self._epoch_length()
-        self.epoch, self.given = 0, self.shares.counts(0)  # samples before the current epoch
+        self.epoch, self.before_epoch = (
+            0,
+            self.schedule.counts(0),
+        )  # samples before the current epoch
 
     def _integer_weights(self, given: list[float]) -> list[int]:
         weights, field = [float(w) for w in given], "train_data_weights"
@@ -1310,8 +1325,9 @@ class StreamingTokenDataset(torch.utils.data.Dataset):
 
     def _epoch_length(self) -> int:
         """The most samples in which no source can run out, in any epoch."""
-        total, weights = sum(self.shares.weights), self.shares.weights
+        total, weights = sum(self.schedule.weights), self.schedule.weights
         whole_cycles = min(b // w for b, w in zip(self.blocks, weights, strict=True)) * total
+        # The schedule is within 2 at both ends of an epoch, so 4 blocks of slack are always enough.
         with_slack = min((b - 4) * total // w for b, w in zip(self.blocks, weights, strict=True))
         return max(whole_cycles, with_slack, min(self.blocks))
 
@@ -1324,10 +1340,10 @@ class StreamingTokenDataset(torch.utils.data.Dataset):
         i = operator.index(i)  # any integer type, as numpy's
         if i < 0:
             raise IndexError(f"sample {i}: samples are numbered from 0")
-        epoch, (source, nth) = i // self.length, self.shares.locate(i)
+        epoch, (source, nth) = i // self.length, self.schedule.locate(i)
         if epoch != self.epoch:
-            self.epoch, self.given = epoch, self.shares.counts(epoch * self.length)
-        nth -= self.given[source]
+            self.epoch, self.before_epoch = epoch, self.schedule.counts(epoch * self.length)
+        nth -= self.before_epoch[source]
         if not self.shuffle:
             return source, nth
         key = hashlib.sha256(b"%d %d %d" % (self.seed, source, epoch)).digest()
@@ -1346,9 +1362,9 @@ class StreamingTokenDataset(torch.utils.data.Dataset):
         return map(self.__getitem__, range(len(self)))
 
     def fingerprint(self) -> dict:
-        """What must be the same for a position in the data to mean the same."""
+        """What a position in the data depends on; a resumed run compares it."""
         files = [[Path(f.path).name, f.length, str(f.dtype), f.sampled_hash()] for f in self.files]
-        weights = [str(w) for w in self.shares.weights]
+        weights = [str(w) for w in self.schedule.weights]
         order = {"block_size": self.block_size, "seed": self.seed, "shuffle": self.shuffle}
         return {**order, "sources": files, "weights": weights}
 
@@ -1387,19 +1403,19 @@ class MuonAdamW(torch.optim.Optimizer):
         self.adamw = torch.optim.AdamW(others, config.lr, betas, weight_decay=0.0, fused=True)
         muon = {"params": list(matrices), "lr": config.lr, "weight_decay": config.weight_decay}
         super().__init__([muon, *self.adamw.param_groups], {})
-        self.share()
+        self.link_adamw()
 
-    def share(self) -> None:
+    def link_adamw(self) -> None:
         """Let the inner AdamW use this optimizer's groups and state."""
         self.adamw.param_groups, self.adamw.state = self.param_groups[1:], self.state
 
     def __setstate__(self, state: dict) -> None:  # load_state_dict replaces groups and state
         super().__setstate__(state)
-        self.share()
+        self.link_adamw()
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> Any:
-        """One update; `closure`, if given, computes the loss anew."""
+        """One update; `closure`, if given, computes the loss again."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         self.adamw.step()
         group, updates = self.param_groups[0], {}
@@ -1508,20 +1524,6 @@ def save_folder(folder: Path, model: TinyMambaModel) -> None:
     write_json(folder / "config.json", describe_model(model))
 
 
-def stored_tensors(model: TinyMambaModel) -> dict[str, Tensor]:
-    """The tensors that a file holds of a model.
-
-    Codes of 4 bits are stored two per byte. Of tied matrices one is kept: the head if it is
-    quantized, else the embedding.
-    """
-    tensors = model.state_dict()
-    for name, layer in quantized_layers(model).items():
-        tensors[f"{name}.codes"] = layer.pack()
-    if model.config.tie_embeddings:
-        tensors.pop("head.weight" if "head.weight" in tensors else "embedding.weight")
-    return tensors
-
-
 def describe_model(model: TinyMambaModel) -> dict:
     """The content of config.json."""
     config = {name: getattr(model.config, name) for name in FOLDER_FIELDS}
@@ -1554,18 +1556,6 @@ def load_folder(folder: Path) -> TinyMambaModel:
     except (RuntimeError, KeyError):
         raise UserError(str(path), "does not fit its config.json", remedy) from None
     return model
-
-
-def fill_model(model: TinyMambaModel, tensors: dict[str, Tensor]) -> None:
-    """Load what `stored_tensors` has given; a KeyError or RuntimeError if it does not fit."""
-    for name, layer in quantized_layers(model).items():
-        packed, factors = tensors[f"{name}.codes"], tensors.get(f"{name}.factors")
-        tensors[f"{name}.codes"] = layer.unpack(packed, factors)
-    if model.config.tie_embeddings and isinstance(model.head, QuantizedLinear):
-        tensors["embedding.weight"] = dequantize(tensors["head.codes"], tensors["head.scale"])
-    elif model.config.tie_embeddings:
-        tensors["head.weight"] = tensors["embedding.weight"]
-    model.load_state_dict(tensors)
 
 
 # ------------------------------------------------------------------------------------ sampling
@@ -1653,7 +1643,7 @@ class Trainer:
             "best": [],  # [validation loss, file name] of the save_top_k best, best first
             "lowest": math.inf, "bad_validations": 0, "bad_steps": 0, "skipped": 0,
             "norm": [0.0, 0.0, 0],  # mean and variance of the gradient norm, and their steps
-            "unfinished": False,  # a signal ended the run between this step and its validation
+            "unfinished": False,  # a signal ended the run before this step's validation was done
             "folder": config.wandb_run_name or time.strftime("%Y%m%d-%H%M%S"),
         }  # fmt: skip
         self.resumed = saved is not None
@@ -1697,8 +1687,7 @@ class Trainer:
     def open_data(self, tokenizer: Any) -> None:
         """Open the data and find the tokenizer."""
         c = self.config
-        kind: dict[str, Any] = {"vocab_size": c.vocab_size, "data_dtype": c.data_dtype}
-        kind["seed"] = c.seed
+        kind: Any = {"vocab_size": c.vocab_size, "data_dtype": c.data_dtype, "seed": c.seed}
         self.train_data = StreamingTokenDataset(
             c.train_data_path, c.block_size, c.train_data_weights, shuffle=True, **kind
         )
@@ -1739,8 +1728,10 @@ class Trainer:
         """This rank's batches of the samples first .. last-1, on the device."""
         c, pinned = self.config, self.device.type == "cuda"
         plan = ShardedBatches(first, last, c.batch_size, self.rank, self.world)
-        loader = functools.partial(torch.utils.data.DataLoader, data, batch_sampler=plan)
-        for x, y in loader(num_workers=c.num_workers, pin_memory=pinned):
+        loader = torch.utils.data.DataLoader(
+            data, batch_sampler=plan, num_workers=c.num_workers, pin_memory=pinned
+        )
+        for x, y in loader:
             yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
     def train_step(self, batches: Iterator) -> tuple[float, float]:
@@ -1792,7 +1783,9 @@ class Trainer:
         p["bad_steps"] = 0
         (mean, variance, steps), deviation = p["norm"], p["norm"][1] ** 0.5
         spike = limit > 0 and steps >= SPIKE_WARMUP and norm > mean + limit * deviation
-        seen = min(norm, mean + limit * deviation) if spike else norm  # later norms may be as high
+        seen = (
+            min(norm, mean + limit * deviation) if spike else norm
+        )  # so that the mean follows norms that stay high
         rate = max(SPIKE_RATE, 1 / (steps + 1))
         change = seen - mean
         p["norm"] = [mean + rate * change, (1 - rate) * (variance + rate * change**2), steps + 1]
@@ -1805,7 +1798,7 @@ class Trainer:
         return not spike
 
     def accumulate(self, micro_batches: list) -> float:
-        """Add up the gradients of the mean loss, all-reduced once; returns that loss."""
+        """Accumulate the gradients of the mean loss, all-reduced once; return that loss."""
         c, count = self.config, len(micro_batches)
         # Dropout is a function of (seed, step, rank): a resumed run needs no generator state.
         torch.manual_seed(((c.seed * 1_000_003 + self.step) * 65_537 + self.rank) % (1 << 63))
@@ -1864,7 +1857,7 @@ class Trainer:
         self.progress["history"]["val"].append([self.step, loss])
         return loss
 
-    def judge(self, loss: float) -> bool:
+    def record_validation(self, loss: float) -> bool:
         """Keep the checkpoint if it is among the best; return whether to stop early."""
         c, p = self.config, self.progress
         if loss < p["lowest"] - c.early_stopping_min_delta:
@@ -1913,8 +1906,9 @@ class Trainer:
         self.model.eval()
         with self.autocast():
             settings = (c.generation_length, c.generation_temperature, generator)
-            until = lambda: self.signals.stop and not self.fsdp  # noqa: E731
-            out = generate(self.model, prompt, *settings, until=until)
+            out = generate(
+                self.model, prompt, *settings, until=lambda: self.signals.stop and not self.fsdp
+            )
         self.model.train()
         text = self.tokenizer.decode(out[0].tolist())
         self.log.say(f"sample at step {self.step}:\n{text}\n")
@@ -1997,20 +1991,20 @@ class Trainer:
         Both let the current step finish and save; SIGUSR1 saves and continues.
         """
         error = None
-        try:
-            with self.signals:
+        with self.signals:  # until the end: a launcher may send SIGTERM while the cause is found
+            try:
                 self.train()
-        except Exception as e:  # raised again, after the other processes are told
-            error = e
-            if self.watchdog and (isinstance(e, dist.DistError) or "gloo" in str(e)):
-                self.watchdog.blame(e)
-            raise
-        finally:
-            self.close(error)
+            except Exception as e:  # raised again, after the other processes are told
+                error = e
+                if self.watchdog and (isinstance(e, dist.DistError) or "gloo" in str(e)):
+                    self.watchdog.raise_cause(e)
+                raise
+            finally:
+                self.close(error)
         return 128 + self.stopped_by if self.stopped_by else 0
 
     def train(self) -> None:
-        """All steps, the last checkpoint and the picture of the loss curve."""
+        """Move an earlier run's files aside, run all steps, save, and plot the loss."""
         self.announce()
         if self.main and not self.resumed:
             for file in run_files(self.config.checkpoint_path):
@@ -2023,7 +2017,7 @@ class Trainer:
             self.log.say(f"loss curve in {self.folder / 'loss_curve.png'}")
 
     def loop(self) -> None:
-        """Step after step, and what comes between two steps."""
+        """Run the remaining steps, with validation, samples and saves between them."""
         from tqdm import tqdm
 
         c = self.config
@@ -2065,7 +2059,7 @@ class Trainer:
             if (loss := self.validate()) is None:
                 return True
             self.progress["unfinished"] = False
-            stop = self.judge(loss)
+            stop = self.record_validation(loss)
         elif self.val_data is None and self.step % c.validation_interval == 0:
             with torch.no_grad(), self.autocast():
                 gates = self.model(self.last_ids[:1], return_gates=True)[1]
@@ -2141,7 +2135,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def parse_command_line(argv: list[str] | None = None) -> tuple[Config, dict, bool]:
-    """The Config of a preset and the flags over it; the fields so named; whether to profile.
+    """Parse the flags: a preset's Config with the flags applied, the fields given, --profile.
 
     A Config that resumes is not validated: most of its fields are still to come from a checkpoint.
     """
@@ -2150,7 +2144,7 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[Config, dict, boo
     parser = CliParser(usage=usage, description=description)
     presets = "demo: 3.2M parameters, minutes on a CPU; small: 21M; base: the defaults, 153M"
     parser.add_argument("--preset", choices=PRESETS, default="base", help=presets)
-    profile = "time a few steps with torch.profiler, write a trace, and end"
+    profile = "time a few steps with torch.profiler, write a trace, and exit"
     parser.add_argument("--profile", action="store_true", help=profile)
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     add_flags(parser, Config)

@@ -196,7 +196,7 @@ def test_weighted_sources_keep_their_share_and_repeat_no_block(sized, weights, s
 @example(weights=[1, 1, 1], n=10**9)
 def test_shares_hold_within_two_samples_at_any_number(sized, weights, n):
     files = [sized(k, 30) for k in range(len(weights))]
-    deal = StreamingTokenDataset(files, S, weights).shares.counts
+    deal = StreamingTokenDataset(files, S, weights).schedule.counts
     counts, after = deal(n), deal(n + 1)
     assert sum(counts.values()) == n and set(counts) == set(range(len(weights)))
     assert sorted(after[k] - counts[k] for k in counts) == [0] * (len(weights) - 1) + [1]

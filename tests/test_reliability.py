@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import (
     LATEST,
     LINUX,
@@ -528,6 +529,30 @@ def wait_for(process: subprocess.Popen, beginning: str) -> None:
     assert any(line.startswith(beginning) for line in process.stdout), process.stderr.read()
 
 
+def test_a_signal_while_the_cause_of_a_failure_is_found_does_not_hide_it(place, monkeypatch):
+    """A launcher sends SIGTERM to the others as soon as one process has ended."""
+
+    class Watchdog:
+        def raise_cause(self, error: Exception) -> None:
+            signal.raise_signal(signal.SIGTERM)
+            raise UserError("WORLD_SIZE", f"rank 1 has failed ({error})", "see its message")
+
+        def close(self, error: Exception | None) -> None:
+            assert isinstance(error, dist.DistError)
+
+    def fail() -> None:
+        raise dist.DistError("connection closed")
+
+    trainer = Trainer(brief_config(max_steps=2))
+    trainer.watchdog = Watchdog()
+    monkeypatch.setattr(trainer, "train", fail)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(UserError, match="rank 1 has failed"):
+        trainer.run()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 @POSIX
 @pytest.mark.parametrize("how", ["SIGSTOP", "SIGKILL"])
 def test_a_process_that_is_dead_or_hangs_ends_the_others_by_name(place, how):
@@ -539,7 +564,7 @@ def test_a_process_that_is_dead_or_hangs_ends_the_others_by_name(place, how):
     assert_refused(
         subprocess.CompletedProcess(words, first.returncode, "", err),
         f"rank 1 (process {second.pid} on ",
-        "silent",
+        "no heartbeat",
     )
 
 

@@ -1,4 +1,4 @@
-"""Files that survive: atomic writes, checksums, tensor files, checkpoints and model folders.
+"""Atomic, checksummed files: tensors, checkpoints and model folders.
 
 A file is written under a temporary name, flushed, and renamed; a checksum over its content finds
 every flipped bit. Only tensors and plain values are read, so no code in a file is ever run.
@@ -241,7 +241,7 @@ def load_newest(path: str | Path, say: Callable[[str], object] | None = print) -
             continue
         if say:
             for other, error in damaged.items():
-                say(f"warning: {error}: continuing from {file}")
+                say(f"warning: {other}: {error.args[1]}; continuing from {file}")
                 move_aside(other, ".damaged", say)
         return saved
     raise next(iter(damaged.values()))

@@ -1,4 +1,4 @@
-"""What every command line shares: errors of three parts, flags from a dataclass, checks of fields.
+"""What every command line shares: three-part errors, flags from a dataclass, field checks.
 
 A dataclass is the whole command line. The comment beside a field is its help text, a comment line
 above fields is the heading of their group, and the class attributes `LIMITS` and `CHOICES` say
@@ -60,7 +60,7 @@ def require(holds: object, field: str, problem: str, remedy: str) -> None:
 
 
 def require_plain_name(name: object, field: str) -> None:
-    """Reject what could not be part of a path or of another name."""
+    """Reject a name that is unsafe in a path."""
     require(
         isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name),
         field,
@@ -146,7 +146,7 @@ def has_type(value: Any, hint: Any) -> bool:
 def check_fields(holder: Any, limits: dict | None = None, dashes: str = "") -> None:
     """Reject a field of a wrong type, or outside the LIMITS and CHOICES of its class.
 
-    `limits` are more of them; `dashes` come before a field's name in the message.
+    `limits` adds to LIMITS; `dashes` precede field names in messages.
     """
     cls, hints = type(holder), typing.get_type_hints(type(holder))
     limits = {**getattr(cls, "LIMITS", {}), **(limits or {})}
@@ -171,7 +171,7 @@ def check_fields(holder: Any, limits: dict | None = None, dashes: str = "") -> N
 
 
 def parse_as(hint: Any, text: str) -> Any:
-    """The value of type `hint` that the text of a flag stands for."""
+    """Convert the text of a flag to the type `hint`."""
     words = WORDS.get(hint)
     try:
         return hint(text) if words is None else words[text.lower()]
@@ -208,7 +208,7 @@ def add_flags(
     leave_out: Collection[str] = (),
     spelling: dict[str, tuple[str, ...]] | None = None,
 ) -> None:
-    """Add one flag for every described field of a dataclass; only flags that are given are set.
+    """Add one flag for every described field of a dataclass; a flag not given sets nothing.
 
     `defaults` are shown in place of the class's own; `spelling` names the flags of some fields.
     """
@@ -238,7 +238,7 @@ def add_flags(
 def given_fields(cls: type, args: argparse.Namespace) -> dict[str, Any]:
     """The fields of a dataclass that flags have set.
 
-    One word for a field that takes one or several is that word, not a list.
+    One word for a field of type `str | list[str]` is stored as that word.
     """
     hints, given = typing.get_type_hints(cls), vars(args)
     names = [field.name for field in dataclasses.fields(cls) if field.name in given]

@@ -7,7 +7,7 @@ are plain PyTorch, on every device. Time them with
     python -m benchmarks.scan
     python -m benchmarks.quantize
 
-Letters in the comments on shapes:
+Dimension letters in the comments on shapes:
     b batch      l length        d channels            h SSM heads  p SSM head width
     n d_state    k d_conv        q chunk_size          c chunks (l / q)
 """
@@ -117,8 +117,8 @@ def to_chunks(chunk_size: int, *tensors: Tensor) -> list[Tensor]:
     length = tensors[0].shape[1]
     count = count_blocks(length, chunk_size)
     pad = count * chunk_size - length
-    spare = is_writing_graph() or pad > 0
-    padded = (F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) if spare else t for t in tensors)
+    needs_pad = is_writing_graph() or pad > 0
+    padded = (F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) if needs_pad else t for t in tensors)
     return [t.unflatten(1, (count, chunk_size)) for t in padded]
 
 
@@ -344,7 +344,7 @@ class QuantizedLinear(nn.Module):
         return self.codes if self.bits == 8 else pack(self.codes, self.factors)
 
     def unpack(self, packed: Tensor, factors: Tensor | None) -> Tensor:
-        """The opposite of `pack`, with the factors that lie beside `packed` in its file."""
+        """The opposite of `pack`; `factors` (out, groups) are those of the file, with 4 bits."""
         return packed if factors is None else unpack(packed, factors)
 
     def extra_repr(self) -> str:
@@ -409,7 +409,7 @@ def quantized_product(
 
 
 def to_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (..., in) as integers from -127 to 127, and their step size (..., 1) per row."""
+    """x (..., in) rounded to integers from -127 to 127, still floating, and their step (..., 1)."""
     step = torch.linalg.vector_norm(x, math.inf, -1, keepdim=True).clamp(min=1e-30) / 127
     return (x / step).round(), step
 
@@ -457,3 +457,29 @@ def quantize_like(model: Any, scheme: dict) -> None:
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     """The quantized layers by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+
+
+def stored_tensors(model: Any) -> dict[str, Tensor]:
+    """The tensors that a file holds of a model.
+
+    Codes of 4 bits are stored two per byte. Of tied matrices one is kept: the head if it is
+    quantized, else the embedding.
+    """
+    tensors = model.state_dict()
+    for name, layer in quantized_layers(model).items():
+        tensors[f"{name}.codes"] = layer.pack()
+    if model.config.tie_embeddings:
+        tensors.pop("head.weight" if "head.weight" in tensors else "embedding.weight")
+    return tensors
+
+
+def fill_model(model: Any, tensors: dict[str, Tensor]) -> None:
+    """Load what `stored_tensors` has given; a KeyError or RuntimeError if it does not fit."""
+    for name, layer in quantized_layers(model).items():
+        factors = tensors[f"{name}.factors"] if layer.bits == 4 else None
+        tensors[f"{name}.codes"] = layer.unpack(tensors[f"{name}.codes"], factors)
+    if model.config.tie_embeddings and isinstance(model.head, QuantizedLinear):
+        tensors["embedding.weight"] = dequantize(tensors["head.codes"], tensors["head.scale"])
+    elif model.config.tie_embeddings:
+        tensors["head.weight"] = tensors["embedding.weight"]
+    model.load_state_dict(tensors)

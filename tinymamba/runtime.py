@@ -1,6 +1,6 @@
-"""The surroundings of a run: launcher, device and dtype, other processes, signals, logs, profile.
+"""What a run needs from its environment: launcher, device, other processes, signals, logs, profile.
 
-Nothing here knows the model.
+Nothing here depends on the model.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def all_reduce(
     values: list[float], device: torch.device, op: Any = dist.ReduceOp.SUM
 ) -> list[float]:
     """Each value summed (or reduced by `op`) over all processes; alone, the values themselves."""
-    if not dist.is_initialized():
+    if from_launcher("WORLD_SIZE", 1) == 1:
         return values
     t = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(t, op)
@@ -126,42 +126,42 @@ class Watchdog:
     def __init__(self, store: Any, rank: int, world: int, timeout: float):
         self.store, self.rank, self.world, self.timeout = store.clone(), rank, world, timeout
         self.store.set_timeout(timedelta(seconds=timeout))
-        self.over = threading.Event()
-        self.heard: dict[int, tuple[str, float]] = {}  # rank: its last message, and since when
-        self.say("alive 0")
+        self.stopped = threading.Event()
+        self.seen: dict[int, tuple[str, float]] = {}  # rank: its last message, and since when
+        self.publish("alive 0")
         self.store.set(f"name {rank}", f"rank {rank} (process {os.getpid()} on {gethostname()})")
         dist.barrier()
         self.thread = threading.Thread(target=self.watch, daemon=True)
         self.thread.start()
 
-    def say(self, text: str) -> None:
+    def publish(self, text: str) -> None:
         """Leave a message for the other processes."""
         self.store.set(f"rank {self.rank}", text)
 
     def watch(self) -> None:
         """Send a heartbeat and check the others, once a second."""
         beat = 0
-        while not self.over.wait(1.0):
+        while not self.stopped.wait(1.0):
             beat += 1
             try:
-                self.say(f"alive {beat}")
+                self.publish(f"alive {beat}")
                 for other in range(self.world):
-                    self.listen(other)
+                    self.check(other)
             except dist.DistError as e:
-                self.end(f"the store shared by the processes is gone ({e})")
+                self.end(f"the store shared by the processes cannot be reached ({e})")
 
-    def listen(self, other: int) -> None:
+    def check(self, other: int) -> None:
         """Read the message of a process; end this one if it failed or shows no heartbeat."""
         said, now = self.store.get(f"rank {other}").decode(), time.monotonic()
-        before, since = self.heard.get(other, ("", now))
+        before, since = self.seen.get(other, ("", now))
         since = since if said == before else now
-        self.heard[other] = said, since
+        self.seen[other] = said, since
         if other == self.rank or said == "done":
             return
         if said.startswith("failed"):
             self.end(f"{self.name(other)} {said}")
         if now - since > self.timeout:
-            self.end(f"{self.name(other)} has been silent for {self.timeout} seconds")
+            self.end(f"{self.name(other)} has sent no heartbeat for {self.timeout} seconds")
 
     def name(self, other: int) -> str:
         """Rank, process id and host."""
@@ -171,34 +171,36 @@ class Watchdog:
         """Print one line and exit with code 2, whatever the main thread is doing."""
         print(f"error: {why}; fix that and pass --resume", file=sys.stderr, flush=True)
         with contextlib.suppress(dist.DistError):
-            self.say("ended")
+            self.publish("ended")
         os._exit(2)  # the main thread may wait for ever
 
-    def blame(self, error: Exception) -> typing.NoReturn:
+    def raise_cause(self, error: Exception) -> typing.NoReturn:
         """After a failed collective operation: wait for the message of the process that failed."""
         self.timeout = min(self.timeout, 5.0)
         self.thread.join(3 * self.timeout)
-        raise UserError("WORLD_SIZE", f"the processes lost touch ({error})", "see their messages")
+        raise UserError(
+            "WORLD_SIZE", f"a collective operation failed ({error})", "see their messages"
+        )
 
     def close(self, error: BaseException | None) -> None:
         """Tell the others how this process ended, and wait until they can have read it."""
-        self.over.set()
+        self.stopped.set()
         self.thread.join()
         why = str(error) if isinstance(error, UserError) else repr(error)
         until = time.monotonic() + min(self.timeout, 5.0)
         with contextlib.suppress(dist.DistError):
-            self.say(f"failed ({why})" if error else "done")
-            while self.rank == 0 and self.others_go_on() and time.monotonic() < until:
+            self.publish(f"failed ({why})" if error else "done")
+            while self.rank == 0 and self.others_running() and time.monotonic() < until:
                 time.sleep(0.02)
 
-    def others_go_on(self) -> bool:
+    def others_running(self) -> bool:
         """Whether any other process is still running."""
         said = (self.store.get(f"rank {other}").decode() for other in range(1, self.world))
         return any(text.startswith("alive") for text in said)
 
 
 class Signals:
-    """While entered, notes signals instead of dying of them: SIGTERM, SIGINT, and SIGUSR1."""
+    """Inside `with`, SIGTERM, SIGINT and SIGUSR1 are recorded instead of ending the process."""
 
     NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")  # Windows lacks the last
 
@@ -207,8 +209,8 @@ class Signals:
         self.saves_asked = 0  # how many SIGUSR1 have come
         self.before: dict[int, Any] = {}
 
-    def note(self, number: int, frame: object) -> None:
-        """The handler."""
+    def handle(self, number: int, frame: object) -> None:
+        """Record a signal."""
         if number == getattr(signal, "SIGUSR1", None):
             self.saves_asked += 1
         else:
@@ -216,7 +218,7 @@ class Signals:
 
     def __enter__(self) -> Signals:
         numbers = [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]
-        self.before = {number: signal.signal(number, self.note) for number in numbers}
+        self.before = {number: signal.signal(number, self.handle) for number in numbers}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -246,10 +248,10 @@ class Logger:
         """A run of Weights & Biases; a UserError if it cannot start."""
         try:
             import wandb
+
+            return wandb.init(dir=str(folder), **arguments)
         except ModuleNotFoundError as e:
             raise UserError("use_wandb", str(e), "pip install wandb") from None
-        try:
-            return wandb.init(dir=str(folder), **arguments)
         except wandb.Error as e:
             remedy = "wandb login, or set WANDB_MODE=offline"
             raise UserError("use_wandb", str(e).split("\n")[0], remedy) from None

@@ -32,7 +32,7 @@ class SimpleTokenizer:
     """Text to ids and back: a `tokenizer.json`, a `vocab.txt` by longest match, or plain bytes.
 
     Every string survives the round trip: a byte that `vocab.txt` has no token for gets a new id
-    after the last one. Special tokens are never read out of the text, unless
+    after the last one. Text that looks like a special token is encoded as plain text, unless
     `encode(..., allow_special=True)`.
     """
 
@@ -94,7 +94,7 @@ class SimpleTokenizer:
         self.eos_token_id = next((i for t, i in self.special.items() if t in EOS_NAMES), None)
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """The ids of `text`; half of a surrogate pair, which is not a character, is read as "?"."""
+        """The ids of `text`; an unpaired surrogate is read as "?"."""
         text = text.encode(errors="replace").decode()
         if self.library is not None:
             self.library.encode_special_tokens = not allow_special
@@ -113,7 +113,7 @@ class SimpleTokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """The text of `ids`; bytes that are not UTF-8 and unknown ids become U+FFFD, or nothing."""
+        """The text of `ids`; invalid UTF-8 becomes U+FFFD, unknown ids that or nothing."""
         ids = [int(i) for i in ids]
         if self.library is not None:
             return self.library.decode(ids, skip_special_tokens=skip_special_tokens)
