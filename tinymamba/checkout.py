@@ -1,11 +1,10 @@
 """The scripts at the top of the repository as modules of the package tinymamba.
 
-Scripts import each other by plain names. As modules, testv2.py is `tinymamba.testv2`, and what
-the others import from it is imported from there. Two users of `as_module`:
+Scripts import each other by plain names, `testv2`; modules of the package by `tinymamba.testv2`.
+`as_module` turns the text of the one into the other. It has two users:
 
-- setup.py, which copies the scripts into the package that it builds;
-- `ScriptFinder`, which loads them from where they are, in a checkout and after
-  `pip install --editable .`.
+- setup.py copies the scripts into the package that it builds;
+- `ScriptFinder` loads them from where they are, in a checkout and after `pip install --editable .`
 """
 
 import importlib.abc
@@ -28,7 +27,8 @@ def find_scripts(root: Path) -> list[str]:
 
 def as_module(text: str, scripts: Iterable[str]) -> str:
     """The text of a file as a module: imports of scripts, and the commands in messages and help."""
-    from tinymamba.__main__ import COMMANDS  # runpy warns if `import tinymamba` imports this
+    # Not at the head: runpy warns if importing the package imports the module that it is to run.
+    from tinymamba.__main__ import COMMANDS
 
     names = "|".join(s.removesuffix(".py").replace("/", r"\.") for s in scripts)
     imports = rf"^([ \t]*)from ({names}) import\b"
