@@ -878,6 +878,7 @@ class Options:
     LIMITS: ClassVar = {
         **dict.fromkeys(("d_model", "n_layer", "vocab_size", "limit"), (1, math.inf)),
         **dict.fromkeys(("tokens_per_step", "test_iterations"), (1, math.inf)),
+        **dict.fromkeys(("sequence_lengths", "batch_sizes"), (1, math.inf)),
         "warmup_iterations": (0, math.inf),
     }
 
@@ -900,9 +901,6 @@ def parse(argv: list[str]) -> Options:
     add_flags(parser, Options, SHOWN)
     options = Options(**given_fields(Options, parser.parse_args(argv)))
     check_fields(options, dashes="--")
-    for name in ("sequence_lengths", "batch_sizes"):
-        for value in getattr(options, name) or ():
-            require(value > 0, f"--{name}", f"{value} is out of range", "it must be at least 1")
     return options
 
 

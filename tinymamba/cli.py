@@ -157,11 +157,11 @@ def check_fields(holder: Any, limits: dict | None = None, dashes: str = "") -> N
         require(has_type(value, hint), name, f"{value!r} is not {field.type}", remedy)
         if value is None:
             continue
-        if field.name in limits:
-            low, high = limits[field.name]
-            span = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            require(low <= value <= high, name, f"{value} is out of range", f"it must be {span}")
         for each in value if isinstance(value, list) else [value]:
+            if field.name in limits:
+                low, high = limits[field.name]
+                span = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+                require(low <= each <= high, name, f"{each} is out of range", f"it must be {span}")
             valid = choices.get(field.name, (each,))
             listed = ", ".join(map(show, valid))
             require(each in valid, name, f"{show(each)} is not a choice", f"use one of {listed}")
