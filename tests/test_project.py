@@ -87,16 +87,20 @@ JOB = WORKFLOW["jobs"]["test"]
 
 def make_commands(target: str) -> list[str]:
     """What `make TARGET` runs in a fresh checkout, without the folder of the environment."""
-    rules, recipe = {}, None
+    rules, names = {}, []  # target: (what it needs, its commands)
     for line in read("Makefile").splitlines():
-        if rule := re.match(r"([\w./-]+): *([^#]*)", line):
-            needs = rule[2].replace("|", " ").split()
-            recipe = rules.setdefault(rule[1], (needs, []))[1]
+        if rule := re.match(r"([\w./ -]+?): *([^#]*)", line):
+            names = rule[1].split()
+            for name in names:
+                rules.setdefault(name, ([], []))[0].extend(rule[2].replace("|", " ").split())
         elif line.startswith("\t"):
-            recipe.append(line.strip().replace("$(BIN)/", "").replace("$(PYTHON)", "python"))
+            command = line.strip().partition("  #")[0]
+            for name in names:
+                rules[name][1].append(command.replace("$(BIN)/", "").replace("$(PYTHON)", "python"))
 
     def commands(name: str) -> list[str]:
         needs, own = rules.get(name, ([], []))
+        own = [command.replace("$<", "".join(needs[:1])) for command in own]
         return [*(c for need in needs for c in commands(need)), *own]
 
     found = dict.fromkeys(commands(target))
