@@ -466,9 +466,12 @@ def verify(runner: Runner, graph: Graph, text: list[int]) -> str:
     """
     tolerance = ROUNDED if graph.model.quantization else EXACT
     comparison = Comparison(list(runner.state), tolerance)
-    for batch, length in itertools.product((1, 3), LENGTHS):
-        where = f"at length {length}, batch {batch}"
-        state = list(graph.prefill(random_ids(graph, batch, 70), *graph.start(batch))[1:])
+    states = {}
+    for batch in (1, 3):
+        ids = random_ids(graph, batch, 70)
+        states[batch] = list(graph.prefill(ids, *graph.start(batch))[1:])
+    for batch, length in itertools.product(states, LENGTHS):
+        where, state = f"at length {length}, batch {batch}", states[batch]
         rows = [[text[(row * 97 + i) % len(text)] for i in range(length)] for row in range(batch)]
         for ids in (random_ids(graph, batch, length, seed=length), torch.tensor(rows)):
             logits, after = runner.advance(ids, state)

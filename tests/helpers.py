@@ -135,7 +135,7 @@ def stir(model: TinyMambaModel, name: str, seed: int = 5) -> None:
 
 
 def piece_of(model, length: int, starts=None, lengths=None) -> SequenceContext:
-    """What the blocks are told of a piece; without more, of one document without padding."""
+    """The context of `length` tokens: by default one document without padding."""
     ids = torch.zeros(1, length, dtype=torch.int64)
     return model.make_context(ids, None, starts, lengths, model.config.document_mask)
 
@@ -159,8 +159,8 @@ def close(got, want, tolerance, scale=None):
 def close_angles(got, want, tolerance):
     """The same for angles in half turns, of which 0 and 2 are the same."""
     got, want = (torch.polar(torch.ones_like(t), math.pi * t) for t in (got, want))
-    turn = got - want
-    close(turn.abs(), torch.zeros_like(turn.abs()), tolerance, scale=1.0)
+    difference = (got - want).abs()
+    close(difference, torch.zeros_like(difference), tolerance, scale=1.0)
 
 
 def most_memory() -> int:

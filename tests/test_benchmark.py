@@ -83,15 +83,25 @@ def everything(tmp_path_factory):
     return folder, out.getvalue()
 
 
+def test_the_command_measures_memory_in_new_processes(tmp_path):
+    words = flags(benchmark_type="memory", models_to_compare="llama", sequence_lengths=16)
+    words += flags(batch_sizes=1, d_model=32, n_layer=1, vocab_size=64, output_dir="out")
+    done = run_script("benchmark.py", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [(row["model"], row["status"]) for row in rows] == [("tinymamba", "ok"), ("llama", "ok")]
+
+
 # ------------------------------------------------------------------------------------ peers
 
 
 @pytest.mark.parametrize("values", [
     benchmark.DEFAULT, {**SMALL, "num_heads": 1}, {"d_model": 768, "n_layer": 2,
-    "tie_embeddings": False}, *(pytest.param(values, marks=pytest.mark.slow) for values in (
-        PRESETS["demo"], PRESETS["small"], PRESETS["base"],
+    "tie_embeddings": False}, PRESETS["base"],
+    *(pytest.param(values, marks=pytest.mark.slow) for values in (
+        PRESETS["demo"], PRESETS["small"],
         {"d_model": 128, "n_layer": 24, "num_heads": 2, "bias": False})),
-], ids=["default", "tiny", "untied", "demo", "small", "base", "deep"])  # fmt: skip
+], ids=["default", "tiny", "untied", "base", "demo", "small", "deep"])  # fmt: skip
 @pytest.mark.parametrize("name", [*PEERS, "mambapy"])
 def test_peers_have_as_many_parameters(name, values):
     config = Config(**values)

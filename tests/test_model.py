@@ -57,7 +57,7 @@ def prefilled(model, ids):
 
 @st.composite
 def texts_in_pieces(draw):
-    """SequenceContext sizes, and ids (2, l) with EOS in random and in awkward places."""
+    """Chunk sizes, and ids (2, l) with EOS in random and in awkward places."""
     sizes = draw(st.lists(st.sampled_from([0, 1, 1, 2, 3, 7, 8, 9, 17, 33]), min_size=1))
     sizes = [*sizes[:7], draw(st.integers(1, 20))]
     ends = [end - 1 for end in itertools.accumulate(sizes) if end]

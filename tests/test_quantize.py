@@ -369,7 +369,6 @@ def test_an_exported_layer_fits_every_length(bits, mode):
         close(exported(x), layer(x), 0.05 if mode == "dynamic" else 1e-3)
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_an_exported_graph_fits_every_length():
     model = quantized(4, "weight_only", n_layer=1)

@@ -385,7 +385,18 @@ def check_style(place: Workspace, words: list[str]) -> None:
 
 
 def check_pytest(place: Workspace, words: list[str]) -> None:
+    """Pytest takes the flags; mypy is run by make test itself."""
     assert all((ROOT / word).is_file() for word in words if word.endswith(".py"))
+    if "pytest" in words:
+        one = [] if any(word.endswith(".py") for word in words) else ["tests/test_project.py"]
+        command = [sys.executable, *words[1:], *one, "--collect-only", "-p", "no:cacheprovider"]
+        check_output(command, ROOT)
+    else:
+        assert importlib.metadata.version("mypy") and "[tool.mypy]" in read_pyproject()
+
+
+def read_pyproject() -> str:
+    return (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
 def check_tensorboard(place: Workspace, words: list[str]) -> None:

@@ -113,19 +113,25 @@ def go_on_until(number: int) -> int:
     return trainer.run()
 
 
+AMPS = (torch.float32, torch.bfloat16, torch.float16)
 STOPS = [(1, 2), (3, 4), (6, 7), (7, 8), (9, 1), (11, 5)]
 
 
-@pytest.mark.parametrize("amp", [torch.float32, torch.bfloat16, torch.float16])
-def test_stopped_twice_anywhere_is_bitwise_never_stopped(place, monkeypatch, amp):
+@pytest.mark.parametrize(
+    "amp, stops",
+    [
+        *((amp, STOPS[i::3]) for i, amp in enumerate(AMPS)),
+        *(pytest.param(amp, STOPS, marks=pytest.mark.slow) for amp in AMPS),
+    ],
+)
+def test_stopped_twice_anywhere_is_bitwise_never_stopped(place, monkeypatch, amp, stops):
     """Float16 brings the GradScaler, whose first steps overflow."""
     monkeypatch.setattr(testv2, "pick_amp_dtype", lambda *_: amp)
     (place / "data/text/more.bin").write_bytes((place / "data/text/train.bin").read_bytes()[:4000])
     config = brief_config(**EVERYTHING, wandb_run_name="run")
     assert Trainer(config).run() == 0
     expected = load_checkpoint(LATEST)
-    share = (torch.float32, torch.bfloat16, torch.float16).index(amp)
-    for first, second in STOPS if CHAOS else STOPS[share::3]:
+    for first, second in stops:
         trainer = Trainer(config)
         stop_in_forward(trainer, first)
         assert trainer.run() == 143
@@ -707,11 +713,13 @@ def test_compiled_autocast_and_recomputed_on_two_processes(place, parallel):
     assert losses() == pytest.approx(eager, abs=2e-2) and len(eager) == 3
 
 
-SHARES = [(1, 2), (1, 4), (2, 0), (2, 2), (2, 4), (4, 0), (4, 2), (4, 4)]
+MORE = [(1, 2), (1, 4), (2, 0), (2, 4), (4, 0), (4, 2), (4, 4)]
 
 
-@pytest.mark.skipif(not CHAOS, reason="the two nodes below show it for two ranks and two workers")
-@pytest.mark.parametrize("ranks, workers", SHARES)
+@POSIX
+@pytest.mark.parametrize(
+    "ranks, workers", [(2, 2), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in MORE)]
+)
 def test_any_number_of_processes_and_workers_gives_the_same_losses(place, ranks, workers):
     call(*brief_flags(**STEPS))
     expected = losses()

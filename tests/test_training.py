@@ -656,10 +656,7 @@ TOGETHER = {  # stops early after step 3: of 9, so that the rate has far to go
 
 
 @POSIX
-@pytest.mark.parametrize(
-    "launcher",
-    ["torch.distributed.launch", pytest.param("torch.distributed.run", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("launcher", ["torch.distributed.launch", "torch.distributed.run"])
 def test_two_processes_train_as_one_with_twice_the_batch(place, monkeypatch, launcher):
     one = call(*brief_flags(**TOGETHER))
     command = [sys.executable, "-m", launcher, "--nproc_per_node=2", f"--master_port={free_port()}"]
