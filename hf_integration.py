@@ -156,8 +156,9 @@ def read_cache(cache: Cache, model: TinyMambaModel, batch: int, new: int = 0) ->
             "pass DynamicCache(config=model.config) or a StaticCache with this config"
         )
     kernel, window = model.config.d_conv, model.config.window_size
-    needed = min(first.get_seq_length() + new, window - 1)
-    if isinstance(first, StaticLayer) and first.max_cache_len < needed:
+    if isinstance(first, StaticLayer) and first.max_cache_len < min(
+        first.get_seq_length() + new, window - 1
+    ):
         raise ValueError(
             f"past_key_values: a static cache of {first.max_cache_len} tokens is full; "
             "use a larger max_cache_len"
@@ -664,6 +665,7 @@ CODE = (
 OUTPUTS = (
     "model.safetensors", "config.json", "generation_config.json", "README.md", "vocab.txt",
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", *CODE,
+    "ssm_kernels.py",  # of folders that the first release wrote
 )  # fmt: skip
 
 
@@ -692,7 +694,8 @@ def convert(
         return
     require(not folder.is_file(), "--output_dir", f"{folder} is a file", "pass a folder")
     code, problem = Path(__file__).resolve().parent, "holds the code itself"
-    require(folder != code, "--output_dir", problem, "pass another folder")
+    own = folder in (code, code / "tinymamba")
+    require(not own, "--output_dir", problem, "pass another folder")
     found = [name for name in OUTPUTS if (folder / name).exists()]
     problem, remedy = f"{folder} holds {', '.join(found)}", "pass another folder, or --force"
     require(force or not found, "--output_dir", problem, remedy)

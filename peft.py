@@ -266,8 +266,12 @@ class InitialState(nn.Module):
     def __init__(self, model: TinyMambaModel):
         super().__init__()
         layers = model.init_state(1).layers
-        self.conv = nn.Parameter(torch.stack([layer.conv[0] for layer in layers]))  # (n, k-1, d)
-        self.ssm = nn.Parameter(torch.stack([layer.ssm[0] for layer in layers]))  # (n, h, p, n)
+        self.conv = nn.Parameter(
+            torch.stack([layer.conv[0] for layer in layers])
+        )  # (n_layer, k-1, d)
+        self.ssm = nn.Parameter(
+            torch.stack([layer.ssm[0] for layer in layers])
+        )  # (n_layer, h, p, n)
 
 
 class StateOffset(nn.Module):
@@ -536,10 +540,11 @@ def config_to_json(config: AdapterConfig, base: str | None) -> dict[str, Any]:
             "fan_in_fan_out": False,
             "target_modules": config.target_modules,
         }
-    values = {"tinymamba_method": config.method, "base_model_name_or_path": base}
-    return (
-        {**values, "prefix_length": config.prefix_length} if config.method == "prefix" else values
-    )
+    values: dict[str, Any] = {"tinymamba_method": config.method}
+    values["base_model_name_or_path"] = base
+    if config.method == "prefix":
+        values["prefix_length"] = config.prefix_length
+    return values
 
 
 def read_config(folder: Path) -> AdapterConfig:

@@ -128,7 +128,7 @@ class Options:
     # Sessions
     session_dir: str = ""  # folder of saved sessions; without it, none can be saved or loaded
     keep_sessions: bool = False  # save all sessions when the server stops, load them at the start
-    max_sessions: int = 1024  # most open sessions, and most saved ones
+    max_sessions: int = 1024  # maximum number of open sessions, and of saved ones
     session_timeout: int = 86400  # seconds after which an unused session is deleted
 
     CHOICES: ClassVar = {"dtype": tuple(DTYPES.values())}
@@ -142,7 +142,7 @@ class Options:
 
 
 def parse(argv: list[str] | None) -> Options:
-    """The command line, checked; an empty key and model name are replaced."""
+    """Parse and check the command line; fill in an empty API key and model name."""
     usage = "python serve.py --checkpoint FILE [--FLAG VALUE ...]"
     options = parse_flags(Options, argv, usage, str(__doc__).split("Chat: the")[0])
     has_folder = options.session_dir or not options.keep_sessions
@@ -188,7 +188,7 @@ class Event(NamedTuple):
 
     kind          value
     started       number of prompt tokens
-    prompt        the tokens of the prompt, now that it is read; none unless they were asked for
+    prompt        prompt tokens with their logprobs, once the prompt is read; none unless asked for
     chunk         a Chunk
     done          finish reason, list with the end-of-text token if there was one, session fields
     failed        an ApiError
@@ -458,7 +458,7 @@ class Engine(threading.Thread):
         return session
 
     def check_new(self, session_id: str | None) -> None:
-        """Reject an id that exists, and a session too many."""
+        """Reject an existing id, or a session beyond max_sessions."""
         if session_id in self.server.sessions:
             raise ApiError(409, f"id: {session_id} exists; choose another", "id", "id_taken")
         if len(self.server.sessions) >= self.options.max_sessions:
@@ -608,7 +608,7 @@ class ChatTemplate:
     USER = "\n\nuser:"  # ends the answers of a model without a template
 
     def __init__(self, tokenizer: Any):
-        """`tokenizer` must not be shared: to encode special tokens changes its settings."""
+        """Nothing else may use `tokenizer`: encoding special tokens changes its settings."""
         self.tokenizer = tokenizer
         self.template: Any = None
         self.special_tokens: dict[str, str] = {}
@@ -646,7 +646,7 @@ class ChatTemplate:
         return [] if self.template else [self.USER]
 
     def encode(self, messages: list[Message]) -> list[int]:
-        """The token ids of the messages, and of what makes the model answer them."""
+        """The token ids of the messages and of the assistant prompt after them."""
         if not self.template:
             lines = [f"{m.role}: {m.text()}" for m in messages]
             return self.tokenizer.encode("\n\n".join([*lines, "assistant:"]))
@@ -735,7 +735,7 @@ class Middleware:
 
         async def limited_receive() -> dict:
             nonlocal size, complete
-            if complete:  # the next message is the disconnect, at any time
+            if complete:  # only a disconnect can follow, and it has no deadline
                 return await receive()
             try:
                 async with asyncio.timeout_at(deadline):
@@ -833,7 +833,7 @@ class Call:
         self.mailbox.put_nowait(Event(0, "disconnected"))
 
     async def start(self, jobs: list[Job]) -> None:
-        """Submit the jobs; waits until they run, as an error before that has its own status."""
+        """Submit the jobs, and wait for the first result: an earlier error sets the status."""
         self.jobs = jobs
         self.watcher = asyncio.ensure_future(self.watch_client())
         self.api.engine.submit(jobs)
@@ -856,7 +856,7 @@ class Call:
             yield event
 
     async def batches(self) -> AsyncIterator[list[Event]]:
-        """All events, in lists of what came at the same time."""
+        """All events, in lists that arrived together."""
         yield self.first_events
         while self.unfinished:
             yield [event async for event in self.new_events()]
@@ -1277,7 +1277,7 @@ class Api:
             return await self.session_response(lambda: session_id)
 
     def check_save(self, file: Path, overwrite: bool) -> None:
-        """Reject a name that exists, unless it may be overwritten, and a file too many."""
+        """Reject an existing name unless `overwrite`, or a file beyond max_sessions."""
         if os.path.lexists(file):
             if not overwrite:
                 problem = f"name: {file.stem} exists; set overwrite or choose another"
@@ -1312,7 +1312,7 @@ class Api:
         return Path(self.options.session_dir) / "kept"
 
     def load_kept_sessions(self) -> None:
-        """Load the sessions that the last run has saved."""
+        """Load the sessions saved by the previous run."""
         for file in sorted(self.kept_folder.glob("*.safetensors")):
             try:
                 self.server.load_session(file, file.stem)
@@ -1320,7 +1320,7 @@ class Api:
                 raise UserError(str(file), e.args[1], "move it to another folder") from None
 
     def save_kept_sessions(self) -> None:
-        """Save all sessions, and delete the files of those that are gone."""
+        """Save all sessions, and delete the files of sessions that no longer exist."""
         for file in self.kept_folder.glob("*.safetensors"):
             if file.stem not in self.server.sessions:
                 file.unlink()
@@ -1379,7 +1379,7 @@ class Api:
             status: int = 200,
             **more: Any,
         ) -> None:
-            """Add a route; `ok` is what the document says of its success."""
+            """Add a route; `ok` describes the success response in /openapi.json."""
             router.add_api_route(
                 path,
                 handler,

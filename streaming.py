@@ -26,7 +26,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import io
 import json
 import math
 import os
@@ -68,9 +67,9 @@ from tinymamba.tokenizer import open_tokenizer
 RECENT = 512  # last tokens a session keeps, for the repetition penalty
 CONTEXT = 8  # last tokens a tokenizer may need to decode the next ones
 PREFILL = 4096  # prompt tokens read in one step
-SMALL_PREFILL = 512  # the same while there are other answers, which wait for the step
-MIN_SHARE = 128  # least prompt tokens read at once; fewer would take as long
-MAX_REPLAY = 1024  # tokens of an answer after which its start moves forward
+SMALL_PREFILL = 512  # the same while other answers wait for the step
+MIN_SHARE = 128  # minimum prompt tokens per read; fewer take as long
+MAX_REPLAY = 1024  # after this many tokens of an answer, `start` moves forward
 
 # ------------------------------------------------------------------------------------ config
 
@@ -79,7 +78,7 @@ MAX_REPLAY = 1024  # tokens of an answer after which its start moves forward
 class StreamingConfig:
     """How to generate. Every method that generates also takes these fields as keywords."""
 
-    max_new_tokens: int = 100  # most tokens of an answer; 0 only reads the prompt
+    max_new_tokens: int = 100  # maximum tokens of an answer; 0 only reads the prompt
     temperature: float = 0.8  # 0 always takes the most likely token
     top_k: int = 50  # sample from this many of the most likely tokens; 0 means all
     top_p: float = 1.0  # sample from the fewest tokens whose probabilities reach this sum
@@ -97,8 +96,8 @@ class StreamingConfig:
     eos_token_id: int | None = None  # None takes the model's or the tokenizer's; -1 means none
     bos_token_id: int | None = None  # first token of a session; None: eos, if the prompt is empty
     pad_token_id: int | None = None  # is never sampled
-    batch_size: int = 64  # most answers decoded together; can only be set for a whole server
-    state_buffer_size: int = 8  # most tokens generated ahead of a slow reader
+    batch_size: int = 64  # maximum answers decoded together; set for a whole server
+    state_buffer_size: int = 8  # maximum tokens generated ahead of a slow reader
     optimize_memory: bool = False  # read prompts 512 tokens at a time, not 4,096
 
     LIMITS: ClassVar = {
@@ -744,8 +743,8 @@ class Answer:
         self.logits, self.last = logits, None
         if self.over:  # it was stopped during the step
             return
-        assert c.seed is not None, "StreamingServer.answer sets one"
         try:
+            assert c.seed is not None, "StreamingServer.answer sets one"
             token = draw(probabilities(logits, window, c), c.seed, self.position)
         except Exception as e:  # raised in this answer's reader only, not in the thread that steps
             self.error = e
@@ -1417,7 +1416,8 @@ def parse(argv: list[str] | None) -> tuple[Options, dict[str, Any]]:
     add_flags(parser, StreamingConfig, leave_out=others, spelling=spelling)
     args = parser.parse_args(argv)
     options = Options(**given_fields(Options, args))
-    settings = given_fields(StreamingConfig, args)
+    given = given_fields(StreamingConfig, args)
+    settings = {name: value for name, value in given.items() if name in SAMPLING}
     if options.adapter:
         settings["adapter"] = ADAPTER
     check_fields(options, dashes="--")
@@ -1431,8 +1431,6 @@ def parse(argv: list[str] | None) -> tuple[Options, dict[str, Any]]:
 def main(argv: list[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     options, settings = parse(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may lack some characters
     server = StreamingServer(
         options.checkpoint,
         options.device,

@@ -167,9 +167,7 @@ class Config:
 
     # Data
     train_data_path: str | list[str] = "./data/text/train.bin"  # one .bin of tokens, or several
-    train_data_weights: list[float] | None = (
-        None  # weights of several sources; None takes their sizes
-    )
+    train_data_weights: list[float] | None = None  # weights of several sources; None: by size
     val_data_path: str | list[str] = "./data/text/val.bin"  # .bin of tokens to validate on
     data_dtype: str = "auto"  # dtype of the ids in the .bin; auto: as its .json says, else int32
     accept_changed_data: bool = False  # resume although the training data have changed

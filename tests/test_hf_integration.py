@@ -765,6 +765,8 @@ def test_nothing_is_overwritten_and_bad_input_is_one_line(tmp_path, prepared):
         (["--checkpoint", prepared, "--output_dir", tmp_path / "there"], "there holds config.json"),
         (["--checkpoint", prepared, "--output_dir", tmp_path / "file", "--force"], "is a file"),
         (["--checkpoint", prepared, "--output_dir", ROOT, "--force"], "holds the code itself"),
+        (["--checkpoint", prepared, "--output_dir", ROOT / "tinymamba", "--force"],
+         "holds the code itself"),
         (["--checkpoint", tmp_path / "no.pt", *new], "no.pt: no such checkpoint"),
         (["--checkpoint", prepared, *new, "--tokenizer_file", tmp_path / "words" / "vocab.txt"],
          "matches the longest"),

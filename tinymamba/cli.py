@@ -143,12 +143,19 @@ def has_type(value: Any, hint: Any) -> bool:
     return isinstance(value, Path) if hint is Path else type(value) is hint
 
 
+@functools.cache
+def field_types(cls: type) -> dict[str, Any]:
+    """The annotations of a dataclass, evaluated once: servers check fields for every answer."""
+    return typing.get_type_hints(cls)
+
+
 def check_fields(holder: Any, limits: dict | None = None, dashes: str = "") -> None:
     """Reject a field of a wrong type, or outside the LIMITS and CHOICES of its class.
 
     `limits` adds to LIMITS; `dashes` precede field names in messages.
     """
-    cls, hints = type(holder), typing.get_type_hints(type(holder))
+    cls: Any = type(holder)
+    hints = field_types(cls)
     limits = {**getattr(cls, "LIMITS", {}), **(limits or {})}
     choices = getattr(cls, "CHOICES", {})
     for field in dataclasses.fields(holder):
@@ -213,7 +220,7 @@ def add_flags(
     `defaults` are shown in place of the class's own; `spelling` names the flags of some fields.
     """
     groups: dict[str, Any] = {"": parser}
-    hints, choices = typing.get_type_hints(cls), getattr(cls, "CHOICES", {})
+    hints, choices = field_types(cls), getattr(cls, "CHOICES", {})
     for name, (title, text) in describe_fields(cls).items():
         if name in leave_out:
             continue
@@ -240,7 +247,7 @@ def given_fields(cls: type, args: argparse.Namespace) -> dict[str, Any]:
 
     One word for a field of type `str | list[str]` is stored as that word.
     """
-    hints, given = typing.get_type_hints(cls), vars(args)
+    hints, given = field_types(cls), vars(args)
     names = [field.name for field in dataclasses.fields(cls) if field.name in given]
     values = {name: given[name] for name in names}
     for name, value in values.items():

@@ -272,7 +272,7 @@ ERROR_TYPES = {
     500: "server_error",
     503: "server_error",
 }
-FIELD_NAMES = {"max_new_tokens": "max_tokens", "stop_ids, logit_bias": "logit_bias"}
+FIELD_NAMES = {"max_new_tokens": "max_tokens"}
 UNSUPPORTED_FIELDS = {
     name
     for body in (CompletionBody, ChatBody)
