@@ -34,4 +34,4 @@ data/text/train.bin: | .venv/core
 .venv/core .venv/dev:
 	$(PYTHON) -m venv --upgrade-deps .venv  # a new pip installs in half the time
 	$(BIN)/python -m pip install --no-compile -r $<
-	touch $@
+	touch .venv/core $@

@@ -413,7 +413,7 @@ def spiked_trainer(spikes: set[int], **changes) -> Trainer:
     return trainer
 
 
-def test_a_spike_leaves_weights_and_optimiser_as_they_were(place, capsys):
+def test_a_spike_leaves_weights_and_optimizer_as_they_were(place, capsys):
     trainer = spiked_trainer({25, 27}, max_steps=30, skip_spikes=6.0)
     states = []
     trainer.optimizer.register_step_post_hook(lambda *_: states.append(trainer.step))
