@@ -34,6 +34,7 @@ from helpers import (
     free_port,
     go_on,
     most_memory,
+    run_script,
     tiny_config,
 )
 from torch.utils._pytree import tree_leaves
@@ -505,7 +506,7 @@ def test_keys_and_environment_reach_no_file(place, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("MY_OTHER_SECRET", "hunter2hunter2")
     words = brief_flags(max_steps=3, use_wandb="true", checkpoint_interval=2)
-    done = call(*words)
+    done = run_script("testv2.py", *words, cwd=place)  # W&B would change this process's environment
     assert done.returncode == 0, done.stderr
     secrets = [os.environ[name].encode() for name in ("WANDB_API_KEY", "MY_OTHER_SECRET")]
     said = [done.stdout.encode(), done.stderr.encode()]
