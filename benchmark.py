@@ -56,8 +56,7 @@ from tinymamba.cli import (
     CliParser,
     UserError,
     add_flags,
-    check_fields,
-    given_fields,
+    make_options,
     need,
     require,
     run_cli,
@@ -899,9 +898,7 @@ def parse(argv: list[str]) -> Options:
     """The command line, each flag checked by itself."""
     parser = CliParser(usage="python benchmark.py [--FLAG VALUE ...]", description=__doc__)
     add_flags(parser, Options, SHOWN)
-    options = Options(**given_fields(Options, parser.parse_args(argv)))
-    check_fields(options, dashes="--")
-    return options
+    return make_options(Options, parser.parse_args(argv))
 
 
 def choose_config(options: Options) -> Config:

@@ -63,15 +63,7 @@ from testv2 import (
     take_tokens,
 )
 from tinymamba.checkpoint import new_folder, replace_files, save_checkpoint, write_json
-from tinymamba.cli import (
-    CliParser,
-    UserError,
-    add_flags,
-    check_fields,
-    given_fields,
-    require,
-    run_cli,
-)
+from tinymamba.cli import CliParser, UserError, add_flags, make_options, require, run_cli
 from tinymamba.kernels import QuantizedLinear, quantize_like, stored_tensors
 from tinymamba.tokenizer import EOS_NAMES, SimpleTokenizer, byte_tokenizer, open_tokenizer
 
@@ -887,8 +879,7 @@ def parse(argv: list[str] | None) -> ConvertOptions | PushOptions:
         )
     args = parser.parse_args(argv)
     cls, _ = COMMANDS[args.command]
-    options = cls(**given_fields(cls, args))
-    check_fields(options, dashes="--")
+    options = make_options(cls, args)
     for name in required(cls):
         require(getattr(options, name), f"--{name}", "is missing", "--help lists every flag")
     return options

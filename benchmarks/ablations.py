@@ -44,7 +44,7 @@ from tinymamba.cli import (
     add_flags,
     check_fields,
     describe_fields,
-    given_fields,
+    make_options,
     need,
     parse_as,
     require,
@@ -924,8 +924,7 @@ def parse(argv: list[str] | None) -> Options:
     description = str(__doc__).split("Dimension")[0]
     parser = CliParser(usage=usage, description=description, epilog=settings_help())
     add_flags(parser, Options)
-    options = Options(**given_fields(Options, parser.parse_args(argv)))
-    check_fields(options, dashes="--")
+    options = make_options(Options, parser.parse_args(argv))
     asked = options.run or options.table or options.plot
     require(asked, "--run", "there is nothing to do", "pass --run, --table or --plot")
     two, remedy = len(options.text or ()) == 2, "pass --text TRAIN VALIDATION"

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from benchmark import append_row
 from testv2 import Config, TinyMambaModel, TokenFile, make_optimizer, read_sidecar
-from tinymamba.cli import CliParser, add_flags, check_fields, given_fields, need, require, run_cli
+from tinymamba.cli import CliParser, add_flags, make_options, need, require, run_cli
 
 # Shapes with equal numbers of parameters, within 2%: about 0.8M and 9.6M.
 SHAPES = {
@@ -249,9 +249,7 @@ def parse(argv: list[str] | None) -> Options:
     parser = CliParser(usage=usage, description=__doc__)
     parser.add_argument("task", choices=TASKS, help="S: 0.8M parameters; M: 10M")
     add_flags(parser, Options)
-    options = Options(**given_fields(Options, parser.parse_args(argv)))
-    check_fields(options, dashes="--")
-    return options
+    return make_options(Options, parser.parse_args(argv))
 
 
 def main(argv: list[str] | None = None) -> int:

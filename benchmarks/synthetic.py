@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from testv2 import Config, TinyMambaModel, make_optimizer
-from tinymamba.cli import CliParser, add_flags, check_fields, given_fields, need, require, run_cli
+from tinymamba.cli import CliParser, add_flags, make_options, need, require, run_cli
 
 VOCABULARY = {"mqar": 8192, "induction": 16, "parity": 3}
 STEPS = {"mqar": 3000, "induction": 3000, "parity": 3000}
@@ -238,8 +238,7 @@ def parse(argv: list[str] | None = None) -> Options:
     parser = CliParser(usage=usage, description=__doc__)
     parser.add_argument("task", choices=STEPS, help="see above")
     add_flags(parser, Options)
-    options = Options(**given_fields(Options, parser.parse_args(argv)))
-    check_fields(options, dashes="--")
+    options = make_options(Options, parser.parse_args(argv))
     task, length, pairs = options.task, options.length, options.pairs
     problem = f"{length} tokens do not hold {pairs} pairs twice"
     require(length >= 4 * pairs, "--length", problem, f"it must be at least {4 * pairs}")

@@ -256,12 +256,17 @@ def given_fields(cls: type, args: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
+def make_options(cls: type[Options], args: argparse.Namespace) -> Options:
+    """The dataclass with the fields that flags have set, checked."""
+    options = cls(**given_fields(cls, args))
+    check_fields(options, dashes="--")
+    return options
+
+
 def parse_flags(
     cls: type[Options], argv: list[str] | None, usage: str, description: str | None
 ) -> Options:
     """The dataclass that a command line gives, checked; see the head of this file."""
     parser = CliParser(usage=usage, description=description)
     add_flags(parser, cls)
-    options = cls(**given_fields(cls, parser.parse_args(argv)))
-    check_fields(options, dashes="--")
-    return options
+    return make_options(cls, parser.parse_args(argv))
