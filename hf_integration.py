@@ -879,7 +879,7 @@ def parse(argv: list[str] | None) -> ConvertOptions | PushOptions:
         )
     args = parser.parse_args(argv)
     cls, _ = COMMANDS[args.command]
-    options = make_options(cls, args)
+    options: Any = make_options(cls, args)
     for name in required(cls):
         require(getattr(options, name), f"--{name}", "is missing", "--help lists every flag")
     return options
