@@ -1,5 +1,7 @@
 """What every test has: fixed seeds, one thread, and folders with data where it asks for them."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,9 @@ from tinymamba.tokenizer import EOS_TOKEN
 def seeded():
     torch.manual_seed(0)
     np.random.seed(0)
+    yield
+    # Weights & Biases tells child processes to use this process's service. Other tests' must not.
+    os.environ.pop("WANDB_SERVICE", None)
 
 
 @pytest.fixture
