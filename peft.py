@@ -64,6 +64,7 @@ from tinymamba.cli import (
     add_flags,
     check_fields,
     given_fields,
+    make_options,
     require,
     require_plain_name,
     run_cli,
@@ -778,11 +779,9 @@ def parse(argv: list[str] | None) -> tuple[Options, dict[str, Any], dict[str, An
     defaults = {**DEFAULTS, "lr": "by method", "optimizer": "adamw"}
     add_flags(parser, Config, defaults, NOT_FLAGS, SPELLING)
     args = parser.parse_args(argv)
-    options = Options(**given_fields(Options, args))
-    adapter_fields = given_fields(AdapterConfig, args)
-    for checked in (options, AdapterConfig(**adapter_fields)):
-        check_fields(checked, dashes="--")
-    return options, adapter_fields, given_fields(Config, args)
+    options = make_options(Options, args)
+    make_options(AdapterConfig, args)  # an invalid flag is rejected by name
+    return options, given_fields(AdapterConfig, args), given_fields(Config, args)
 
 
 def settings(options: Options, method: str, fields: dict[str, Any], base: TinyMambaModel) -> Config:

@@ -57,6 +57,7 @@ from tinymamba.cli import (
     check_fields,
     given_fields,
     has_type,
+    make_options,
     require,
     require_plain_name,
     run_cli,
@@ -1415,12 +1416,11 @@ def parse(argv: list[str] | None) -> tuple[Options, dict[str, Any]]:
     spelling: dict[str, tuple[str, ...]] = {"max_new_tokens": ("max_tokens",)}
     add_flags(parser, StreamingConfig, leave_out=others, spelling=spelling)
     args = parser.parse_args(argv)
-    options = Options(**given_fields(Options, args))
+    options = make_options(Options, args)
     given = given_fields(StreamingConfig, args)
     settings = {name: value for name, value in given.items() if name in SAMPLING}
     if options.adapter:
         settings["adapter"] = ADAPTER
-    check_fields(options, dashes="--")
     pick_device(options.device)
     exists = options.save_session and os.path.lexists(options.save_session)
     problem, remedy = f"{options.save_session} exists", "pass --force or choose another"

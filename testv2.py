@@ -1036,9 +1036,10 @@ def init_ssm(ssm: MambaSSM) -> None:
 # ------------------------------------------------------------------------------------ state
 
 
-def erase_ssm(layer: LayerState, rows: Tensor) -> LayerState:
-    """The layer with zeros for its SSM state in the rows (b,) of bool."""
-    return layer._replace(ssm=layer.ssm.masked_fill(rows[:, None, None, None], 0.0))
+def erase_ssm(layers: list[LayerState], rows: Tensor) -> list[LayerState]:
+    """The layers with zeros for their SSM states in the rows (b,) of bool."""
+    rows = rows[:, None, None, None]
+    return [layer._replace(ssm=layer.ssm.masked_fill(rows, 0.0)) for layer in layers]
 
 
 @dataclass
@@ -1084,7 +1085,7 @@ class ModelState:
         """The state `count` tokens later; the next document begins at index `document` (b,)."""
         position, start = self.position + count, self.position + document
         ended = (start == position) & (position > 0)  # (b,) the last token was eos
-        layers = [erase_ssm(new, ended) for new in layers]
+        layers = erase_ssm(layers, ended)
         layers = [
             LayerState(*(n.to(o.dtype) for n, o in zip(new, old, strict=True)))
             for new, old in zip(layers, self.layers, strict=True)
@@ -1093,7 +1094,7 @@ class ModelState:
 
     def begin_document(self, rows: Tensor) -> ModelState:
         """Erase the past in the rows (b,) of bool: a document begins there."""
-        layers = [erase_ssm(layer, rows) for layer in self.layers]
+        layers = erase_ssm(self.layers, rows)
         start = torch.where(rows, self.position, self.document_start)
         return ModelState(layers, self.position, start).forget_inputs()
 
