@@ -290,7 +290,7 @@ class TinyMambaHFBlock(GradientCheckpointingLayer, TinyMambaBlock):
 
     def forward(
         self, x: Tensor, context: SequenceContext, past: LayerState | None
-    ) -> tuple[Tensor, LayerState, Tensor]:
+    ) -> tuple[Tensor, LayerState | None, Tensor]:
         """As TinyMambaBlock.forward."""
         if isinstance(context.attend, Recorder):
             x = context.attend.record_hidden(x)
@@ -652,7 +652,7 @@ AutoModelForCausalLM.register(TinyMambaConfig, TinyMambaHFModel, exist_ok=True)
 # The code of a model folder, and all files that `convert` may write.
 CODE = (
     "hf_integration.py", "testv2.py", "checkpoint.py", "cli.py", "kernels.py", "runtime.py",
-    "tokenizer.py",
+    "token_file.py", "tokenizer.py",
 )  # fmt: skip
 OUTPUTS = (
     "model.safetensors", "config.json", "generation_config.json", "README.md", "vocab.txt",

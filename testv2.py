@@ -36,6 +36,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -101,6 +102,7 @@ from tinymamba.runtime import (
     shard_like,
     why_no_compile,
 )
+from tinymamba.token_file import TokenFile, read_sidecar
 from tinymamba.tokenizer import SimpleTokenizer, find_tokenizer  # noqa: F401
 
 # ------------------------------------------------------------------------------------ config
@@ -159,7 +161,7 @@ class Config:
     use_compile: bool = True  # use torch.compile if a compiler is present
     use_flash_attn: bool = True  # PyTorch's fused attention; false uses plain products and softmax
     amp_dtype: torch.dtype = torch.bfloat16  # autocast dtype, if the hardware has it
-    empty_cache_freq: int = 50  # steps between clearings of the CUDA cache; 0 is never
+    empty_cache_freq: int = 0  # steps between clearings of the CUDA cache; 0 is never
     num_workers: int = 0  # processes that read data ahead
     parallel: str = "ddp"  # several processes: ddp, or fsdp for a model too large for one of them
     checkpoint_activations: bool = False  # recompute blocks in the backward pass: saves memory
@@ -307,10 +309,10 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The cos and sin at `positions`."""
-        pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float64)
         device = positions.device
         wide = "cpu" if device.type == "mps" else device  # MPS has no float64
-        rates = self.theta ** (-pairs.to(wide) / self.head_dim)
+        pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=wide)
+        rates = self.theta ** (-pairs / self.head_dim)
         angles = positions.to(wide).double()[..., None] * rates
         return angles.cos().float().to(device), angles.sin().float().to(device)
 
@@ -462,6 +464,7 @@ class SequenceContext(NamedTuple):
     lengths: Tensor | None = None  # (b,) tokens of each row, which padding follows
     packed: bool = False  # documents may begin inside the call, at `starts`
     attend: Callable | None = None  # replaces LocalAttention's, which is its first argument
+    stateless: bool = False  # the states after the call are not needed
 
 
 def keep_last(history: Tensor, count: int, lengths: Tensor | None) -> Tensor:
@@ -561,9 +564,10 @@ def running_phase(half_turns: Tensor, phase: Tensor | None) -> Tensor:
     Whole half turns add up exactly. Other angles are summed in float64 (not on MPS), so that their
     error does not grow with the text.
     """
-    wide = half_turns if half_turns.device.type == "mps" else half_turns.double()
-    total = wide.cumsum(1) if phase is None else wide.cumsum(1) + phase[:, None]
-    return total.remainder(2).to(half_turns.dtype).remainder(2)  # rounding may have made it 2
+    wide = half_turns.mT  # a scan over the last dimension is fast on a GPU
+    wide = wide if wide.device.type == "mps" else wide.double()
+    total = wide.cumsum(-1) if phase is None else wide.cumsum(-1) + phase[..., None]
+    return total.remainder(2).to(half_turns.dtype).remainder(2).mT  # rounding may have made it 2
 
 
 class LocalAttention(nn.Module):
@@ -623,42 +627,45 @@ class LocalAttention(nn.Module):
         """The attention mask of one call, the same in every layer; bool.
 
         Plain: True at hidden keys, (b or 1, 1, blocks, w, w), only for the blocks that hide any.
-        Fused: True at visible keys, (b or 1, 1, blocks, block, w-1+block).
+        Fused: True at visible keys, (b or 1, blocks, 1, block, w+block).
         """
         window, plain = self.window, self.is_plain(length, device)
         block = window if plain else min(length, window)
         blocks = count_blocks(length, window) if plain else -(-length // block)
         first = block * torch.arange(blocks, device=device)[:, None, None]
         token = first + torch.arange(block, device=device)[:, None]  # (blocks, block, 1)
-        begin = torch.zeros_like(token)
+        begin = torch.zeros_like(token)[None]
         if starts is not None:
             begin = F.pad(starts, (0, blocks * block - length)).unflatten(1, (blocks, block))
-            begin = begin[:, None, ..., None]  # (b, 1, blocks, block, 1)
+            begin = begin[..., None]  # (b, blocks, block, 1)
         if plain:
             key = first + torch.arange(window, device=device)
-            hidden = torch.where(key <= token, key, key - window) < begin
-            return hidden[:1][None, None] if starts is None else hidden
-        key = first - (window - 1) + torch.arange(window - 1 + block, device=device)
+            hidden = (torch.where(key <= token, key, key - window) < begin)[:, None]
+            return hidden[:, :, :1] if starts is None else hidden
+        key = first - window + torch.arange(window + block, device=device)
         visible = (key <= token) & (key > token - window) & (key >= begin)
-        return visible[None, None] if starts is None else visible
+        return visible[:, :, None]
 
     def attend_fused(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """q (b, a, l, f), keys and values (b, a, w+l, f) -> (b, a, l, f), by PyTorch's kernels.
 
-        The first cached key is padding, so a block of queries sees w-1 cached ones.
+        Blocks of queries become rows of the batch: the kernels take four dimensions, and with more
+        PyTorch computes in float32 and stores all scores.
         """
-        length, window = q.shape[2], self.window
-        if length <= window:
-            return F.scaled_dot_product_attention(
-                q, keys[:, :, 1:], values[:, :, 1:], attn_mask=mask[:, :, 0]
-            )
-        pad = (0, 0, 0, -length % window)
-        q = F.pad(q, pad).unflatten(2, (-1, window))  # (b, a, blocks, w, f)
-        keys, values = (
-            F.pad(t[:, :, 1:], pad).unfold(2, 2 * window - 1, window).mT for t in (keys, values)
-        )  # (b, a, blocks, 2w-1, f)
+        (batch, _, length), window = q.shape[:3], self.window
+        blocks, block = mask.shape[1], mask.shape[3]
+        pad = (0, 0, 0, blocks * block - length)
+        q = F.pad(q, pad).unflatten(2, (blocks, block)).transpose(1, 2)  # (b, blocks, a, block, f)
+        if blocks == 1:
+            keys, values = keys[:, None], values[:, None]
+        else:
+            pairs = (F.pad(t, pad).unflatten(2, (blocks + 1, window)) for t in (keys, values))
+            pairs = (t.transpose(1, 2) for t in pairs)  # (b, blocks+1, a, w, f)
+            keys, values = (torch.cat((t[:, :-1], t[:, 1:]), dim=3) for t in pairs)
+        mask = mask.expand(batch, -1, -1, -1, -1)
+        q, keys, values, mask = (t.flatten(0, 1) for t in (q, keys, values, mask))
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-        return y.flatten(2, 3)[:, :, :length]
+        return y.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
 
     def attend_plain(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """The same as `attend_fused`, in matrix products of w x w.
@@ -750,8 +757,8 @@ class TinyMambaBlock(nn.Module):
 
     def forward(
         self, x: Tensor, context: SequenceContext, past: LayerState | None
-    ) -> tuple[Tensor, LayerState, Tensor]:
-        """x (b, l, d) -> new x, new LayerState, gate weights (b, l, 3)."""
+    ) -> tuple[Tensor, LayerState | None, Tensor]:
+        """x (b, l, d) -> new x, new LayerState (None if stateless), gate weights (b, l, 3)."""
         u, conv_tail = self.conv(to_autocast(self.norm(x)), context, past)
         gates = self.gate(u)
         g = gates.to(u.dtype).unsqueeze(-2)  # (b, l, 1, 3)
@@ -759,11 +766,16 @@ class TinyMambaBlock(nn.Module):
         attention, keys, values = self.attention(u, context, past)
         mix = g[..., 0] * ssm + g[..., 1] * attention + g[..., 2] * self.run_mlp(u, gates[..., 2])
         x = x + self.residual_scale * self.dropout(mix)
-        return x, LayerState(conv_tail, ssm_state, phase, keys, values), gates
+        layer = LayerState(conv_tail, ssm_state, phase, keys, values)
+        return x, None if context.stateless else layer, gates
 
     def run_mlp(self, u: Tensor, weight: Tensor) -> Tensor:
-        """The MLP, only for tokens to which a sparse gate gives it weight (it has no state)."""
-        if self.gate.form == "softmax" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        """The MLP; on a CPU only for tokens to which a sparse gate gives it weight.
+
+        A GPU would wait to learn how many these are, and a graph has a fixed number.
+        """
+        in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if self.gate.form == "softmax" or in_graph or u.device.type != "cpu":
             return self.mlp(u)
         chosen = weight > 0  # (b, l)
         rows = self.mlp(u[chosen])
@@ -809,6 +821,26 @@ class TinyMambaModel(nn.Module):
         hidden, _, gates = self.run(ids, attention_mask=attention_mask)
         out = self.head(hidden) if targets is None else self.cross_entropy(hidden, targets)
         return (out, gates) if return_gates else out
+
+    def compile_blocks(self) -> None:
+        """Compile what a training step runs: one graph serves all blocks, another the loss.
+
+        Blocks, and not the model, so that compilation takes as long for 2 blocks as for 200, and
+        DDP and FSDP can send a block's gradients while the next block computes its own. A new
+        shape is compiled anew; inside `torch.compiler.set_stance("force_eager")` nothing is.
+        """
+        for module, name in self.compiled_parts():
+            method = getattr(module, name)
+            vars(module)[name] = torch.compile(method, dynamic=False, fullgraph=True)
+
+    def interpret_blocks(self) -> None:
+        """Undo compile_blocks."""
+        for module, name in self.compiled_parts():
+            vars(module).pop(name, None)
+
+    def compiled_parts(self) -> list[tuple[nn.Module, str]]:
+        """Modules and their methods. A block's forward, as its hooks stay outside of the graph."""
+        return [(self, "chunk_loss"), *((block, "forward") for block in self.blocks)]
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy in nats over targets (b, l), without those of -100."""
@@ -864,7 +896,7 @@ class TinyMambaModel(nn.Module):
             past = self.init_state(ids.shape[0])
         starts, document = find_documents(ids, ends, past, lengths)
         context = self.make_context(ids, past, starts, lengths, ends is not None)
-        context = context._replace(attend=attend)
+        context = context._replace(attend=attend, stateless=state is None)
         x, layers, gates = self.dropout(x), [], []
         for i, block in enumerate(self.blocks):
             call: Callable = block
@@ -906,14 +938,14 @@ class TinyMambaModel(nn.Module):
     def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean loss; logits are computed LOSS_CHUNK tokens at a time, and again in the backward."""
         hidden, targets = hidden.flatten(0, 1), targets.flatten()
-
-        def chunk_loss(h: Tensor, t: Tensor) -> Tensor:
-            return F.cross_entropy(upcast(self.head(h)), t, reduction="sum")
-
         total = torch.zeros((), device=hidden.device)
         for h, t in zip(hidden.split(self.LOSS_CHUNK), targets.split(self.LOSS_CHUNK), strict=True):
-            total = total + recompute_in_backward(chunk_loss, h, t, use_reentrant=False)
+            total = total + recompute_in_backward(self.chunk_loss, h, t, use_reentrant=False)
         return total / (targets != -100).sum().clamp(min=1)
+
+    def chunk_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """The sum of the losses of some tokens: hidden (tokens, d), targets (tokens,)."""
+        return F.cross_entropy(upcast(self.head(hidden)), targets, reduction="sum")
 
     def init_state(self, batch: int) -> ModelState:
         """The state before any token, for `batch` rows."""
@@ -1137,79 +1169,6 @@ class ModelState:
 
 
 # ------------------------------------------------------------------------------------ data
-
-
-def read_sidecar(path: str) -> dict:
-    """The .json beside a .bin: dtype, vocab_size, eos_id, tokens, bytes; {} if there is none."""
-    sidecar = Path(path).with_suffix(".json")
-    if not sidecar.is_file():
-        return {}
-    try:
-        facts = json.loads(sidecar.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise UserError(str(sidecar), f"is not JSON ({e})", "fix it or delete it") from None
-    known = isinstance(facts, dict) and facts.get("dtype", "int32") in ("int32", "uint16")
-    require(
-        known,
-        str(sidecar),
-        "must be an object whose dtype is int32 or uint16",
-        "fix it or delete it",
-    )
-    return facts
-
-
-class TokenFile:
-    """The raw ids of one .bin file, memory-mapped and never read as a whole."""
-
-    def __init__(self, path: str | Path, data_dtype: str = "auto"):
-        self.path, self.tokens = str(path), None  # type: str, np.ndarray | None
-        remedy = "make it with python data/prepare.py"
-        require(Path(path).is_file(), self.path, "no such file", remedy)
-        facts = read_sidecar(self.path)
-        asked = facts.get("dtype", "int32") if data_dtype == "auto" else data_dtype
-        problem = f"{asked}, but the .json of {self.path} says {facts.get('dtype')}"
-        require(facts.get("dtype", asked) == asked, "data_dtype", problem, "leave it out")
-        self.dtype, size = np.dtype(asked), os.path.getsize(path)
-        hint = "is it cut off?" if size % 2 else "pass --data_dtype uint16 if it holds uint16"
-        self.length, rest = divmod(size, self.dtype.itemsize)
-        require(not rest, self.path, f"{size} bytes are not a whole number of {asked} ids", hint)
-        problem = f"has {self.length} tokens, its .json says {facts.get('tokens')}"
-        remedy = "prepare it again, or delete the .json if it describes another file"
-        require(facts.get("tokens", self.length) == self.length, self.path, problem, remedy)
-
-    def read(self, begin: int, end: int) -> np.ndarray:
-        """Ids begin .. end-1; a UserError if the file has become shorter."""
-        if self.tokens is None:
-            self.tokens = np.memmap(self.path, self.dtype, mode="r")
-        size = os.path.getsize(self.path) if os.path.exists(self.path) else 0
-        there = min(len(self.tokens), size // self.dtype.itemsize)
-        problem = f"was cut to {there} tokens while it was read"
-        require(end <= there, self.path, problem, "restore it and start again")
-        return self.tokens[begin:end]
-
-    def sampled_hash(self) -> str:
-        """SHA-256 over 64 pieces of 2,048 ids, evenly spaced from the first to the last."""
-        last, h = max(0, self.length - 2048), hashlib.sha256()
-        for begin in (last * i // 63 for i in range(64)):
-            h.update(self.read(begin, min(begin + 2048, self.length)).tobytes())
-        return h.hexdigest()
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "tokens": None}  # a worker process maps the file itself
-
-    def check(self, vocab_size: int, begin: int, end: int) -> None:
-        """Reject ids outside the vocabulary, naming the first one and its offset."""
-        for at in range(begin, end, 1 << 22):
-            ids = self.read(at, min(at + (1 << 22), end))
-            if ids.max() < vocab_size and ids.min() >= 0:
-                continue
-            first = int(np.flatnonzero((ids >= vocab_size) | (ids < 0))[0])
-            remedy = "raise --vocab_size, or tokenize the text again"
-            halves = ids.copy().view(np.uint16)  # two uint16 ids read as one int32 are large
-            if np.mean((ids < 0) | (ids >= 1 << 16)) > 0.5 and halves.max() < vocab_size:
-                remedy = "it looks like uint16 ids: pass --data_dtype uint16"
-            problem = f"id {ids[first]} at offset {at + first} is outside vocab_size={vocab_size}"
-            raise UserError(self.path, problem, remedy)
 
 
 def permute(index: int, size: int, key: bytes) -> int:
@@ -1617,8 +1576,11 @@ class Trainer:
         self.config = config = replace(config).validate()
         self.rank, self.world = from_launcher("RANK", 0), from_launcher("WORLD_SIZE", 1)
         self.main = self.rank == 0
-        self.signals, self.saves_done = Signals(), 0
+        self.signals = Signals()
         self.stopped_by = 0  # the signal that all processes agreed to stop for
+        self.ready: list = []  # micro-batches of the next step
+        self.unread: UserError | None = None  # why this process could not read them
+        self.news = [0.0] * 4  # how many processes could not, and were sent each signal
         self.writer = BackgroundWriter(config.async_save)
         self.device = pick_device(config.device, from_launcher("LOCAL_RANK", 0))
         self.amp = pick_amp_dtype(config.amp_dtype, self.device)
@@ -1629,7 +1591,6 @@ class Trainer:
         if self.world > 1:
             self.watchdog = join_process_group(self.device, config.rank_timeout)
         torch.manual_seed(config.seed)
-        torch.set_float32_matmul_precision("high")
         self.model: Any = self.build().to(self.device)
         self.fsdp = config.parallel == "fsdp" and self.world > 1
         if self.fsdp:
@@ -1710,14 +1671,16 @@ class Trainer:
     def wrap(self, compiled: bool) -> Any:
         """The model as the training step calls it: compiled, and data-parallel with DDP."""
         reason = why_no_compile(self.device) if compiled else None
+        self.compiled = compiled and not reason
         if reason:
             self.log.say(f"torch.compile is off: {reason}")
-        model: Any = torch.compile(self.model) if compiled and not reason else self.model
+        if self.compiled:
+            self.model.compile_blocks()
         if self.world == 1 or self.fsdp:
-            return model
+            return self.model
         ids = [self.device.index] if self.device.type == "cuda" else None
         ddp = nn.parallel.DistributedDataParallel
-        return ddp(model, device_ids=ids, forward_sync_buffers=False)
+        return ddp(self.model, device_ids=ids, forward_sync_buffers=False)
 
     def autocast(self) -> torch.autocast:
         """Autocast to the dtype of the run."""
@@ -1734,44 +1697,61 @@ class Trainer:
             yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
     def train_step(self, batches: Iterator) -> tuple[float, float]:
-        """Read `gradient_accumulation_steps` batches, update once: (mean loss, gradient norm)."""
-        c = self.config
+        """Update once, from `gradient_accumulation_steps` batches: (mean loss, gradient norm).
+
+        The host waits for the device only in `exchange`; before, it reads the next batches.
+        """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.total_steps, c)
-        micro_batches = self.read(batches)
+            group["lr"] = learning_rate(self.step, self.total_steps, self.config)
+        micro_batches = self.take_batches(batches)
         try:
             loss = self.accumulate(micro_batches)
         except torch._dynamo.exc.TorchDynamoException as e:
             reason = str(e).partition("\n")[0]
             self.log.say(f"torch.compile failed, continuing without it: {reason}")
             self.optimizer.zero_grad()
-            self.forward = self.wrap(compiled=False)
+            self.model.interpret_blocks()
+            self.compiled = False
             loss = self.accumulate(micro_batches)
         self.scaler.unscale_(self.optimizer)
-        limit = c.grad_clip or math.inf
-        norm = full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), limit)).item()
-        if self.is_good(loss, norm):
+        limit = self.config.grad_clip or math.inf
+        norm = full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        self.read(batches)
+        mean_loss, mean_norm = self.exchange(loss, norm)
+        if self.is_good(mean_loss, mean_norm):
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         self.step += 1
         self.samples += self.samples_per_step
-        self.tokens += self.samples_per_step * c.block_size
-        return loss, norm
+        self.tokens += self.samples_per_step * self.config.block_size
+        return mean_loss, mean_norm
 
-    def read(self, batches: Iterator) -> list:
-        """The micro-batches of one step; if one process cannot read its own, all save and end."""
-        micro_batches, error = [], None
-        try:
-            for _ in range(self.config.gradient_accumulation_steps):
-                micro_batches.append(next(batches))
-        except UserError as e:
-            error = e
-        if all_reduce([float(error is not None)], self.device)[0]:
+    def take_batches(self, batches: Iterator) -> list:
+        """The micro-batches of this step; if a process could not read its own, all save and end."""
+        if not self.ready and not self.news[0]:  # the first step of this run
+            self.read(batches)
+            self.news[0] = all_reduce([float(self.unread is not None)], self.device)[0]
+        if self.news[0]:
             self.save()
             problem = "another process could not read its data"
-            raise error or UserError("train_data_path", problem, "see its message, and resume")
-        return micro_batches
+            raise self.unread or UserError(
+                "train_data_path", problem, "see its message, and resume"
+            )
+        return self.ready
+
+    def read(self, batches: Iterator) -> None:
+        """Read the micro-batches of the next step: none after the last one."""
+        try:
+            self.ready = list(islice(batches, self.config.gradient_accumulation_steps))
+        except UserError as e:
+            self.ready, self.unread = [], e
+
+    def exchange(self, loss: Any, norm: Any) -> tuple[float, float]:
+        """The means of loss and gradient norm over all processes; with them come their news."""
+        mine = [float(self.unread is not None), *self.signals.take()]
+        loss, norm, *self.news = all_reduce([loss, norm, *mine], self.device)
+        return loss / self.world, norm / self.world
 
     def is_good(self, loss: float, norm: float) -> bool:
         """Whether a step may change the weights: loss and gradient are finite, and not a spike."""
@@ -1796,19 +1776,19 @@ class Trainer:
             )
         return not spike
 
-    def accumulate(self, micro_batches: list) -> float:
-        """Accumulate the gradients of the mean loss, all-reduced once; return that loss."""
+    def accumulate(self, micro_batches: list) -> Tensor:
+        """Accumulate gradients, all-reduced once; return the mean loss of this process."""
         c, count = self.config, len(micro_batches)
         # Dropout is a function of (seed, step, rank): a resumed run needs no generator state.
         torch.manual_seed(((c.seed * 1_000_003 + self.step) * 65_537 + self.rank) % (1 << 63))
-        total, self.last_ids = 0.0, micro_batches[-1][0]
+        total, self.last_ids = torch.zeros((), device=self.device), micro_batches[-1][0]
         for i, (x, y) in enumerate(micro_batches):
             with self.synchronized(i == count - 1):
                 with self.autocast():
                     loss = self.forward(x, y) / count
                 self.scaler.scale(loss).backward()
-            total += loss.item()
-        return all_reduce([total], self.device)[0] / self.world
+            total += loss.detach()
+        return total
 
     def synchronized(self, last: bool) -> Any:
         """All-reduce gradients only on the last micro-batch."""
@@ -1817,33 +1797,39 @@ class Trainer:
         skip = self.world > 1 and not self.fsdp and not last
         return self.forward.no_sync() if skip else contextlib.nullcontext()
 
-    @torch.no_grad()
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The model in eval mode, not compiled: its inputs have many lengths here."""
+        self.model.eval()
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+        self.model.train()
+
     def validate(self) -> float | None:
         """Mean loss in nats on the first `validation_steps` batches of the validation data.
 
         Bits per byte use the bytes per token of the whole file. None if a signal ended it early.
         """
-        c, last, total, count = self.config, len(self.val_data), 0.0, 0.0
+        c, last = self.config, len(self.val_data)
         values: dict[str, float] = {}
         if c.validation_steps:
             last = min(last, c.validation_steps * c.batch_size * self.world)
-        self.model.eval()
         batches = self.batches(self.val_data, 0, last)
-        for _ in range(math.ceil(last / (c.batch_size * self.world))):
-            if self.check_signals():
-                self.model.train()
-                return None
-            batch: Any = next(batches, None)
-            if batch is None:  # the others have one more: take part in FSDP's communication
-                self.model(torch.zeros(1, 1, dtype=torch.int64, device=self.device))
-                continue
-            with self.autocast():
-                loss, gates = self.model(*batch, return_gates=True)
-            total, count = total + loss.item() * batch[1].numel(), count + batch[1].numel()
-            values = values or gate_statistics(gates)
-        self.model.train()
-        total, count = all_reduce([total, count], self.device)
-        values["val/loss"] = loss = total / count
+        total, count = torch.zeros((), device=self.device), 0
+        with self.evaluating():
+            for _ in range(math.ceil(last / (c.batch_size * self.world))):
+                if self.check_signals():
+                    return None
+                batch: Any = next(batches, None)
+                if batch is None:  # the others have one more: take part in FSDP's communication
+                    self.model(torch.zeros(1, 1, dtype=torch.int64, device=self.device))
+                    continue
+                with self.autocast():
+                    loss, gates = self.model(*batch, return_gates=True)
+                total, count = total + loss * batch[1].numel(), count + batch[1].numel()
+                values = values or gate_statistics(gates)
+        nats, tokens = all_reduce([total, count], self.device)
+        values["val/loss"] = loss = nats / tokens
         line = f"validation at step {self.step}: {loss:.4f} nats"
         if self.bytes_per_token:
             values["val/bits_per_byte"] = loss / math.log(2) / self.bytes_per_token
@@ -1902,13 +1888,11 @@ class Trainer:
             return
         prompt = torch.tensor([ids or [max(c.eos_id, 0)]], device=self.device)
         generator = torch.Generator().manual_seed(c.seed)
-        self.model.eval()
-        with self.autocast():
+        with self.evaluating(), self.autocast():
             settings = (c.generation_length, c.generation_temperature, generator)
             out = generate(
                 self.model, prompt, *settings, until=lambda: self.signals.stop and not self.fsdp
             )
-        self.model.train()
         text = self.tokenizer.decode(out[0].tolist())
         self.log.say(f"sample at step {self.step}:\n{text}\n")
         self.log.record_text("sample", text, self.step)
@@ -2019,7 +2003,7 @@ class Trainer:
         """Run the remaining steps, with validation, samples and saves between them."""
         from tqdm import tqdm
 
-        c = self.config
+        c, first = self.config, self.step
         last = self.samples + (self.total_steps - self.step) * self.samples_per_step
         batches, since, seconds = self.batches(self.train_data, self.samples, last), self.step, 0.0
         bar = tqdm(total=self.total_steps, initial=self.step, disable=None if self.main else True)
@@ -2029,11 +2013,15 @@ class Trainer:
         while not done:
             begin = time.perf_counter()
             loss, norm = self.train_step(batches)
-            seconds += time.perf_counter() - begin
+            spent = time.perf_counter() - begin
+            seconds += spent
             bar.update()
             self.check_gradient(loss, norm)
             if self.step % c.log_interval == 0 or self.step == self.total_steps:
                 self.report(loss, norm, seconds / (self.step - since))
+                since, seconds = self.step, 0.0
+            if self.compiled and self.step == first + 1:
+                self.log.say(f"the first step took {spent:.0f} s, compilation included")
                 since, seconds = self.step, 0.0
             done = self.between_steps()
         bar.close()
@@ -2053,31 +2041,39 @@ class Trainer:
     def between_steps(self) -> bool:
         """Validation, samples, saves and signals, when they are due; True ends the run."""
         c, end, stop = self.config, self.step == self.total_steps, False
-        if self.val_data is not None and (end or self.step % c.validation_interval == 0):
+        stopped = self.obey(self.news[1:])
+        validates = end or self.step % c.validation_interval == 0
+        saves = c.checkpoint_interval and self.step % c.checkpoint_interval == 0 and not end
+        if self.val_data is not None and validates:
             self.progress["unfinished"] = True
             if (loss := self.validate()) is None:
                 return True
             self.progress["unfinished"] = False
             stop = self.record_validation(loss)
-        elif self.val_data is None and self.step % c.validation_interval == 0:
-            with torch.no_grad(), self.autocast():
+        elif self.step % c.validation_interval == 0:
+            with self.evaluating(), self.autocast():
                 gates = self.model(self.last_ids[:1], return_gates=True)[1]
-                self.log.record(gate_statistics(gates), self.step)
-        if c.generate_samples and (end or stop or self.step % c.generation_interval == 0):
+            self.log.record(gate_statistics(gates), self.step)
+        samples = c.generate_samples and (end or stop or self.step % c.generation_interval == 0)
+        if samples:
             self.sample()
-        if c.checkpoint_interval and self.step % c.checkpoint_interval == 0 and not end:
+        if saves:
             self.save()
         if c.empty_cache_freq and self.step % c.empty_cache_freq == 0:
             torch.cuda.empty_cache()  # does nothing without CUDA
-        return self.check_signals() or end or stop
+        if self.world == 1 or validates or samples or saves:  # else the next step brings the news
+            stopped = self.check_signals() or stopped
+        return stopped or end or stop
 
     def check_signals(self) -> bool:
-        """Save if any process was asked to; return whether any was asked to stop."""
-        asked = self.signals.saves_asked
-        mine = [float(self.signals.stop), float(asked > self.saves_done)]
-        found = all_reduce(mine, self.device, dist.ReduceOp.MAX)
-        self.stopped_by, self.saves_done = int(found[0]), asked
-        if found[1]:
+        """Ask all processes for their signals now; see `obey`."""
+        return self.obey(all_reduce(self.signals.take(), self.device))
+
+    def obey(self, sent: list[float]) -> bool:
+        """Save if SIGUSR1 was sent to a process; return whether SIGTERM or SIGINT was to any."""
+        for number, processes in zip(Signals.STOPPING, sent, strict=False):
+            self.stopped_by = number if processes else self.stopped_by
+        if sent[-1]:
             self.save()
         return self.stopped_by != 0
 

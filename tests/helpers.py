@@ -212,6 +212,11 @@ def after_step(trainer: Trainer, step: int, act) -> None:
     trainer.optimizer.register_step_post_hook(hook)
 
 
+def assert_compiled(said: str) -> None:
+    """What a run printed shows that it was compiled, and did not fall back."""
+    assert "compilation included" in said and "torch.compile" not in said, said
+
+
 def go_on(stop_after: int | None = None) -> Trainer:
     """Resume as main does, and stop in the middle of that step of this run."""
     saved = load_checkpoint(LATEST)

@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import (
     EOS,
     GATES,
@@ -24,6 +25,7 @@ from helpers import (
 )
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import testv2
 from testv2 import (
@@ -458,6 +460,62 @@ def test_both_ways_to_attend_equal_a_dense_softmax(monkeypatch, L, W, documents,
             close(got, want, 1e-12)
             for one, two in zip(gradients([got], [q, keys, values]), slopes, strict=True):
                 close(one, two, 1e-11)
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operations that PyTorch carries out."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["one_text", "documents"])
+@pytest.mark.parametrize("L", [1, 7, 45])
+def test_fused_attention_is_fused(monkeypatch, L, documents):
+    """PyTorch has one kernel for it, with and without gradients, and takes no other way."""
+    attention = wide().blocks[0].attention
+    monkeypatch.setattr(attention, "is_plain", lambda *_: False)
+    starts = torch.zeros(2, L, dtype=torch.int64) if documents else None
+    q = torch.randn(2, 2, L, 16, requires_grad=True)
+    keys, values = (torch.randn(2, 2, 8 + L, 16, requires_grad=True) for _ in range(2))
+    with Calls() as calls:
+        attention.attend_fused(
+            q, keys, values, attention.mask(L, starts, q.device)
+        ).sum().backward()
+    fused = "_scaled_dot_product_flash_attention_for_cpu"
+    assert {fused, f"{fused}_backward"} <= calls.names
+    assert not calls.names & {"bmm", "_softmax", "_safe_softmax"}
+
+
+@pytest.mark.parametrize("L", [1, 7, 45])
+def test_what_the_kernels_of_a_gpu_ask_of_fused_attention(monkeypatch, L):
+    """Four dimensions, one dtype, dense last dimensions, a mask without gradient for every row."""
+    seen = []
+    attend = F.scaled_dot_product_attention
+
+    def spy(q, k, v, attn_mask):
+        seen.append((q, k, v, attn_mask))
+        return attend(q, k, v, attn_mask=attn_mask)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    model = wide()
+    for block in model.blocks:
+        monkeypatch.setattr(block.attention, "is_plain", lambda *_: False)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(some_ids(3, L), some_ids(3, L))
+    assert len(seen) == len(model.blocks)
+    for q, k, v, mask in seen:
+        assert q.dim() == k.dim() == v.dim() == mask.dim() == 4
+        assert q.dtype == k.dtype == v.dtype == torch.bfloat16
+        assert q.shape[:2] == k.shape[:2] == v.shape[:2] and k.shape == v.shape
+        assert all(t.stride(-1) == 1 for t in (q, k, v))
+        assert mask.dtype == torch.bool
+        assert mask.shape == (q.shape[0], 1, q.shape[2], k.shape[2])
 
 
 @pytest.mark.parametrize(("L", "W"), SHAPES)

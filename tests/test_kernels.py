@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from helpers import Census, close
 
 from testv2 import selective_scan
+from tinymamba import kernels
 from tinymamba.kernels import ChunkedScan
 
 METHODS = pytest.mark.parametrize("method", ["chunked", "sequential"])
@@ -201,6 +202,22 @@ def test_a_long_memory_crosses_from_tile_to_tile(monkeypatch, everywhere):
         close(got, want, 1e-9)
     for got, want in zip(chunked, scan_by_hand(*inputs, None), strict=False):
         close(got, want, 1e-9)
+
+
+@pytest.mark.parametrize("count", [4, 5, 16, 17, 75])  # one, two, two, three and four levels
+def test_states_carried_through_groups_of_groups_equal_those_of_one_product(monkeypatch, count):
+    g = torch.Generator().manual_seed(0)
+    log_decay = -torch.rand(2, count, 3, generator=g).double().pow(4) * 40
+    written = torch.randn(2, count, 3, 5, 4, generator=g).double()
+    inputs = [log_decay, written, torch.randn(2, 3, 5, 4, generator=g).double()]
+    inputs = [t.requires_grad_() for t in inputs]
+    monkeypatch.setattr(kernels, "GROUP", 4)
+    got, want = kernels.carry(*inputs), kernels.carry_in_group(*inputs)
+    close(got, want, 1e-12)
+    weight = torch.randn(want.shape, generator=g).double()
+    slopes = (torch.autograd.grad((t * weight).sum(), inputs) for t in (got, want))
+    for one, two in zip(*slopes, strict=True):
+        close(one, two, 1e-11)
 
 
 @pytest.mark.parametrize("strong", [1.6, 40.0])

@@ -1,6 +1,7 @@
 """The model of testv2.py as a whole: the state law, masks, initialization, loss, sampling."""
 
 import copy
+import functools
 import itertools
 import math
 
@@ -797,6 +798,62 @@ def test_training_compiles_without_a_graph_break_and_equals_eager(gate):
     pairs = zip(*(torch.autograd.grad(x, weights) for x in (loss, want)), strict=True)
     for got, gradient in pairs:
         close(got, gradient, 1e-4)
+
+
+FORMS = {
+    "softmax": {},
+    "top_k": {"gate": "top_k"},
+    "sparsemax": {"gate": "sparsemax"},
+    "documents": DOCUMENTS,
+    "recomputed": {"checkpoint_activations": True},
+    "low_rank": {"low_rank": 8},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_compiled_blocks_are_one_graph_and_equal_eager_ones(monkeypatch, form):
+    """Two graphs in all: of a block, for all three of them, and of the loss."""
+    model = free_copy(wide(n_layer=3, **FORMS[form]))
+    model.LOSS_CHUNK = 40
+    ids = some_ids(2, 40)
+    ids[0, 5] = EOS
+    weights = list(model.parameters())
+    want = model(ids, ids.roll(-1, 1))
+    slopes = torch.autograd.grad(want, weights)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    model.compile_blocks()
+    for _ in range(2):
+        loss = model(ids, ids.roll(-1, 1))
+        close(loss, want, 1e-6)
+        for got, slope in zip(torch.autograd.grad(loss, weights), slopes, strict=True):
+            close(got, slope, 1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        _, state = model.advance(ids, model.init_state(2))
+        model.advance(ids[:, :1], state)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    model.interpret_blocks()
+    close(model(ids, ids.roll(-1, 1)), want, 0.0)
+
+
+def test_the_graph_of_a_block_has_no_loop_over_the_text(monkeypatch):
+    """As many operations for 8,192 tokens as for 4,096."""
+    sizes = []
+
+    def count(graph, inputs):
+        sizes.append(len(graph.graph.nodes))
+        return graph
+
+    model = free_copy(wide(n_layer=1))
+    for length in (4096, 8192):
+        torch.compiler.reset()
+        step = torch.compile(model.blocks[0].forward, backend=count, dynamic=False, fullgraph=True)
+        ids = some_ids(1, length)
+        context = model.make_context(ids, None, None, None)._replace(stateless=True)
+        step(model.embedding(ids), context, None)
+    assert len(sizes) == 2 and sizes[0] == sizes[1]
 
 
 # --------------------------------------------------------------------------------- wrong calls

@@ -24,6 +24,9 @@ from torch.autograd.function import once_differentiable
 
 # ------------------------------------------------------------------------------------ scan
 
+CPU_TILE, GPU_TILE = 512, 65_536  # tokens whose intermediate values are in memory at a time
+GROUP = 64  # chunks whose states one product computes
+
 
 class ChunkedScan(torch.autograd.Function):
     """`selective_scan` in matrix products over chunks of q tokens (arXiv 2405.21060, section 6).
@@ -101,7 +104,8 @@ def scan_in_one_tile(
 
 def is_writing_graph() -> bool:
     """Whether torch.export or torch.jit.trace records a graph for inputs of any length."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    # torch.compile of PyTorch 2.11 takes torch.compiler.is_exporting() for True.
+    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
 
 
 def count_blocks(length: int, size: int) -> int:
@@ -125,14 +129,15 @@ def to_chunks(chunk_size: int, *tensors: Tensor) -> list[Tensor]:
 def tiles(x: Tensor) -> tuple[list[slice], list[slice]]:
     """Slices of rows and of chunks of x (b, c, q, h, p) that make up the tiles.
 
-    On a CPU a tile fits the cache. On other devices, and when compiled, it has up to 64 chunks: the
-    product that connects the states of a tile grows with the square of that number.
+    On a CPU a tile fits the cache. A GPU wants few and large ones; torch.compile wants one, as it
+    unrolls the loop over tiles.
     """
     batch, chunks, size = x.shape[:3]
-    span, row = 64, batch
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        span = min(max(1, 512 // size), chunks)
-        row = max(1, 512 // (size * span))
+    if torch.compiler.is_compiling():
+        return [slice(0, batch)], [slice(0, chunks)]
+    tokens = CPU_TILE if x.device.type == "cpu" else GPU_TILE
+    span = min(max(1, tokens // size), chunks)
+    row = max(1, tokens // (size * span))
     rows = [slice(i, i + row) for i in range(0, batch, row)]
     return rows, [slice(i, i + span) for i in range(0, chunks, span)]
 
@@ -232,6 +237,26 @@ def carry(log_decay: Tensor, written: Tensor, state: Tensor) -> Tensor:
     """States between chunks, (b, c+1, h, n, p): before the first chunk, then after each one.
 
     log_decay (b, c, h) is the sum over each chunk; written (b, c, h, n, p), state (b, h, n, p).
+    The work of `carry_in_group` grows with the square of the number of chunks. Many chunks are
+    therefore split into groups: first from group to group, then inside of all groups at once.
+    """
+    batch, count = log_decay.shape[:2]
+    if is_writing_graph() or count <= GROUP:
+        return carry_in_group(log_decay, written, state)
+    pad = -count % GROUP  # with zeros, which leave the state as it is
+    log_decay = F.pad(log_decay, (0, 0, 0, pad)).unflatten(1, (-1, GROUP))  # (b, groups, 64, h)
+    written = F.pad(written, (0, 0) * 3 + (0, pad)).unflatten(1, (-1, GROUP))
+    later = F.pad(log_decay[:, :, 1:], (0, 0, 0, 1)).flip(2).cumsum(2).flip(2)
+    total = (later.exp()[..., None, None] * written).sum(2)  # (b, groups, h, n, p)
+    begins = carry(log_decay.sum(2), total, state)  # (b, groups+1, h, n, p)
+    parts = (t.flatten(0, 1) for t in (log_decay, written, begins[:, :-1]))
+    inside = carry_in_group(*parts)[:, :-1].unflatten(0, (batch, -1)).flatten(1, 2)
+    return torch.cat((inside[:, :count], begins[:, -1:]), dim=1)
+
+
+def carry_in_group(log_decay: Tensor, written: Tensor, state: Tensor) -> Tensor:
+    """The same as `carry`, in one product.
+
     The sum over a chunk can be in the thousands, so sums from chunk j to i are added up one by one:
     a difference of two cumulative sums would lose all digits.
     """
@@ -285,7 +310,15 @@ class DepthwiseConv(torch.autograd.Function):
 
 
 def depthwise(x: Tensor, weight: Tensor) -> Tensor:
-    """Depthwise conv2d on a height-1 image in channels-last layout, the fast path."""
+    """The causal convolution of x (b, k-1+l, d) with weight (d, k): (b, l, d).
+
+    On a CPU as depthwise conv2d on a height-1 image in channels-last layout, the fast path. A
+    compiler of graphs, and a GPU, does better with a sum of k products.
+    """
+    sums_well = torch.compiler.is_compiling() or x.device.type != "cpu"
+    if sums_well and not is_writing_graph():
+        length = x.shape[1] - weight.shape[1] + 1
+        return sum(x[:, k : k + length] * weight[:, k] for k in range(weight.shape[1]))
     return F.conv2d(x.mT.unsqueeze(2), weight[:, None, None], groups=len(weight)).squeeze(2).mT
 
 
