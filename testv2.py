@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import inspect
 import json
 import math
 import operator
@@ -1680,7 +1681,9 @@ class Trainer:
             return self.model
         ids = [self.device.index] if self.device.type == "cuda" else None
         ddp = nn.parallel.DistributedDataParallel
-        return ddp(self.model, device_ids=ids, forward_sync_buffers=False)
+        new = "forward_sync_buffers" in inspect.signature(ddp).parameters  # since PyTorch 2.13
+        name = "forward_sync_buffers" if new else "broadcast_buffers"
+        return ddp(self.model, device_ids=ids, **{name: False})
 
     def autocast(self) -> torch.autocast:
         """Autocast to the dtype of the run."""
@@ -1703,12 +1706,13 @@ class Trainer:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.total_steps, self.config)
-        micro_batches = self.take_batches(batches)
+        micro_batches, failure = self.take_batches(batches), None
         try:
             loss = self.accumulate(micro_batches)
         except torch._dynamo.exc.TorchDynamoException as e:
-            reason = str(e).partition("\n")[0]
-            self.log.say(f"torch.compile failed, continuing without it: {reason}")
+            failure = str(e).partition("\n")[0]
+        if failure is not None:  # not in `except`, where the failed forward pass is still alive
+            self.log.say(f"torch.compile failed, continuing without it: {failure}")
             self.optimizer.zero_grad()
             self.model.interpret_blocks()
             self.compiled = False

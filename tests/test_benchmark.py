@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import io
 import json
 import math
@@ -193,6 +194,27 @@ def test_one_that_fails_drops_out_and_the_others_go_on():
     assert timings["built"].reason == timings["first"].reason == "ValueError: no such thing"
     assert timings["later"].reason.startswith("StopIteration")
     assert timings["good"].seconds == [2.0] * 3 and timings["good"].reason is None
+
+
+@pytest.mark.parametrize("name", ["tinymamba", "llama"])
+def test_plain_runs_of_a_compiled_model_run_no_compiled_code(name, monkeypatch):
+    calls = []
+
+    def backend(graph, inputs):
+        return lambda *args: calls.append(graph) or graph(*args)
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    runner, ids = benchmark.make_runner(name, setup()), benchmark.random_ids(setup(), 2, 16)
+    compiled, plain = (
+        benchmark.make_run("training", runner, form, ids, setup()) for form in (True, False)
+    )
+    assert compiled() > 0 and calls
+    before = len(calls)
+    assert plain() > 0 and benchmark.make_run("decode", runner, False, ids, setup())() > 0
+    assert len(calls) == before
+    runner.model.train()
+    assert compiled() > 0 and len(calls) > before
+    torch.compiler.reset()
 
 
 def test_each_decoding_run_starts_from_the_prompt():

@@ -1,5 +1,6 @@
 """The model of testv2.py as a whole: the state law, masks, initialization, loss, sampling."""
 
+import contextlib
 import copy
 import functools
 import itertools
@@ -24,7 +25,10 @@ from helpers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import testv2
 from testv2 import LowRankProjection, ModelState, TinyMambaModel, generate, make_optimizer
 from tinymamba.cli import UserError
 
@@ -836,6 +840,47 @@ def test_compiled_blocks_are_one_graph_and_equal_eager_ones(monkeypatch, form):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     model.interpret_blocks()
     close(model(ids, ids.roll(-1, 1)), want, 0.0)
+
+
+class Visits(TorchDispatchMode):
+    """Operations that touch a tensor in host memory, or bring a number there."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+        if any(t.device.type == "cpu" for t in tensors):
+            self.found.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_step_on_a_device_needs_nothing_of_the_host(monkeypatch, form):
+    """On the device `meta`, where tensors have no values: whoever reads one fails.
+
+    The fused AdamW of PyTorch, which `meta` lacks, is left out.
+    """
+    monkeypatch.setattr(testv2, "to_autocast", lambda x: x)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    with torch.device("meta"):
+        model = TinyMambaModel(tiny_config(**FORMS[form]))
+        ids = torch.zeros(2, 70, dtype=torch.int64)
+        state = model.init_state(2)
+    optimizer = testv2.make_optimizer(model, tiny_config())
+    monkeypatch.setattr(optimizer.adamw, "step", lambda: None)
+    with Visits() as visits:
+        for _ in range(2):
+            model(ids, ids).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            for part in ids.split([69, 1], dim=1):
+                _, state = model.advance(part, state)
+    assert not visits.found
 
 
 def test_the_graph_of_a_block_has_no_loop_over_the_text(monkeypatch):

@@ -272,6 +272,12 @@ RUNS = [  # the first pattern that a command begins with counts
         "mamba2",
     ),
     Run(
+        r"python -m benchmarks.gpu",
+        "benchmarks.gpu",
+        ["--tiny", "--force", *flags(stages="ceilings")],
+        "copy in memory",
+    ),
+    Run(
         r"python -m benchmarks.ablations .*--run",
         "benchmarks.ablations",
         flags(run="no_gate gate=none steps=1", output="runs.jsonl"),

@@ -42,7 +42,14 @@ from torch.utils._pytree import tree_leaves
 
 import testv2
 from testv2 import Trainer
-from tinymamba.checkpoint import digest, load_checkpoint, load_newest, save_checkpoint, sibling
+from tinymamba.checkpoint import (
+    copy_to_host,
+    digest,
+    load_checkpoint,
+    load_newest,
+    save_checkpoint,
+    sibling,
+)
 from tinymamba.cli import UserError
 from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer, byte_alphabet
 
@@ -322,6 +329,16 @@ def test_saves_in_the_background_hold_the_same(place):
         for path in found:
             path.unlink()
     assert files[0] == files[1] and len(files[0]) == 5
+
+
+def test_the_copy_for_the_background_is_of_all_and_tied_tensors_stay_tied():
+    weight = torch.arange(6.0).view(2, 3)
+    state = {"a": weight, "tied": [weight], "view": weight.T, "n": {"list": [1, [2, "x"]]}}
+    before, made = digest(state), copy_to_host(state)
+    weight.zero_()
+    state["n"]["list"][1].append(3)
+    assert digest(made) == before and made["a"] is made["tied"][0]
+    assert torch.equal(made["view"], made["a"].T)
 
 
 def test_an_error_in_the_background_ends_the_run(place, monkeypatch):

@@ -34,6 +34,7 @@ from helpers import (
     write_tokens,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import testv2
 from testv2 import (
@@ -46,7 +47,7 @@ from testv2 import (
 )
 from tinymamba.checkpoint import digest, load_checkpoint
 from tinymamba.cli import UserError
-from tinymamba.runtime import Signals
+from tinymamba.runtime import Signals, pick_device
 from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer, byte_alphabet
 
 BEST = Path("tinymamba_model_best.pt")
@@ -659,6 +660,67 @@ def test_real_compile_trains_as_eager(place):
     assert_compiled(compiled.stdout)
     found = [[float(loss) for *_, loss in STEP.findall(d.stdout)] for d in (eager, compiled)]
     assert found[0] == pytest.approx(found[1], abs=1e-3) and len(found[0]) == 2
+
+
+class Numbers(TorchDispatchMode):
+    """Operations that make the host wait for the numbers of a device."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.found += [name] if name in self.WAITING else []
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("settings", [{}, {"skip_spikes": 6.0, "amp_dtype": torch.bfloat16}])
+def test_a_step_brings_loss_norm_and_news_to_the_host_at_once(place, monkeypatch, settings):
+    trainer = Trainer(brief_config(max_steps=3, gradient_accumulation_steps=2, **settings))
+    batches, asked = trainer.batches(trainer.train_data, 0, 100), []
+    real = testv2.all_reduce
+    monkeypatch.setattr(testv2, "all_reduce", lambda *args: asked.append(args[0]) or real(*args))
+    trainer.train_step(batches)
+    asked.clear()
+    with Numbers() as numbers:
+        loss, norm = trainer.train_step(batches)
+    [[loss_there, norm_there, *news]] = asked
+    assert (loss_there.item(), norm_there.item()) == (loss, norm) and news == [0.0] * 4
+    assert not numbers.found
+
+
+def test_the_next_batches_are_read_before_the_host_waits(place, monkeypatch):
+    trainer, order = Trainer(brief_config(max_steps=3)), []
+    for name in ("accumulate", "read", "exchange"):
+        method = getattr(trainer, name)
+        monkeypatch.setattr(
+            trainer, name, lambda *a, name=name, method=method: order.append(name) or method(*a)
+        )
+    assert trainer.run() == 0
+    assert order == ["read", *["accumulate", "read", "exchange"] * 3]
+
+
+def test_products_in_float32_are_not_rounded_in_any_script(monkeypatch):
+    """`pick_device`, which every script calls, makes the setting, and nothing else touches it."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        pick_device("cpu")
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before)
+    setting = re.compile("set_float32_matmul_precision|allow_tf32|fp32_precision")
+    scripts = [
+        f for folder in (".", "tinymamba", "benchmarks") for f in ROOT.glob(f"{folder}/*.py")
+    ]
+    assert {f.name for f in scripts if setting.search(f.read_text())} == {"runtime.py"}
+    for name in ("testv2", "streaming", "benchmark", "export_model"):
+        assert "pick_device(" in (ROOT / f"{name}.py").read_text(), name
 
 
 def test_profile_prints_a_table_writes_a_trace_and_touches_no_checkpoint(place):

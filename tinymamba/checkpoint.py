@@ -7,7 +7,6 @@ every flipped bit. Only tensors and plain values are read, so no code in a file 
 from __future__ import annotations
 
 import contextlib
-import copy
 import glob
 import hashlib
 import json
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from tinymamba.cli import UserError, require
 
@@ -255,12 +255,12 @@ class BackgroundWriter:
         self.pending: Future | None = None
 
     def write(self, path: str | Path, state: dict, previous: Path | None = None) -> None:
-        """Save one file: now, or in the background from a copy of `state`."""
+        """Save one file: now, or in the background from a copy of `state` in host memory."""
         self.finish()
         if not self.background:
             save_checkpoint(path, state, previous)
             return
-        self.pending = self.pool.submit(save_checkpoint, path, copy.deepcopy(state), previous)
+        self.pending = self.pool.submit(save_checkpoint, path, copy_to_host(state), previous)
 
     def finish(self) -> None:
         """Wait for the write in progress; its error is raised here."""
@@ -271,6 +271,19 @@ class BackgroundWriter:
     def close(self) -> None:
         """End the thread."""
         self.pool.shutdown()
+
+
+def copy_to_host(state: Any) -> Any:
+    """A copy of nested dicts and lists, with all tensors in host memory; tied ones stay tied."""
+    copies: dict[tuple, Tensor] = {}
+
+    def copy_one(t: Tensor) -> Tensor:
+        key = t.device, t.untyped_storage().data_ptr(), t.storage_offset(), t.shape, t.stride()
+        if key not in copies:
+            copies[key] = t.detach().to("cpu", copy=True)
+        return copies[key]
+
+    return tree_map(lambda value: copy_one(value) if isinstance(value, Tensor) else value, state)
 
 
 def sibling(path: str | Path, tag: str) -> Path:

@@ -67,7 +67,8 @@ class ChunkedScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of the inputs, in their order."""
-        x, dt, log_decay, B, C, D, *begins = ctx.saved_tensors
+        x, dt, log_decay, B, C, D, *stored = ctx.saved_tensors
+        begins = list(stored)  # torch.compile of PyTorch 2.11 takes `stored` for a tuple
         inputs = to_chunks(ctx.chunk_size, x, dt, log_decay, B, C)
         [dy] = to_chunks(ctx.chunk_size, dy)
         grads, dD = [torch.empty_like(t) for t in inputs], torch.zeros_like(D)
