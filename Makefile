@@ -3,7 +3,7 @@ BIN := .venv/bin
 # pip need not compile what nobody imports: the first import writes the bytecode.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-slow test-gpu chaos clean
+.PHONY: demo test test-slow test-gpu test-oldest chaos clean
 
 demo: .venv/core data/text/train.bin  ## train a small model on the built-in corpus
 	$(BIN)/python testv2.py --preset demo
@@ -20,11 +20,15 @@ test-slow: .venv/dev  ## the checks that take minutes
 test-gpu: .venv/dev  ## that a GPU, if there is one, gives the same results as the CPU
 	$(BIN)/python -m pytest -m gpu
 
+test-oldest: .venv-oldest/dev  ## model, scan, training and compile on the oldest PyTorch that works
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadfile \
+	    tests/test_model.py tests/test_branches.py tests/test_kernels.py tests/test_training.py
+
 chaos: .venv/dev  ## break runs on purpose a hundred times: half an hour
 	OMP_NUM_THREADS=1 CHAOS=1 $(BIN)/python -m pytest -m 'not gpu' tests/test_reliability.py
 
-clean:  ## remove the environment, caches, builds and prepared data
-	rm -rf .venv data/text build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+clean:  ## remove the environments, caches, builds and prepared data
+	rm -rf .venv .venv-oldest data/text build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 data/text/train.bin: | .venv/core
 	$(BIN)/python data/prepare.py
@@ -35,3 +39,9 @@ data/text/train.bin: | .venv/core
 	$(PYTHON) -m venv --upgrade-deps .venv  # a new pip installs in half the time
 	$(BIN)/python -m pip install --no-compile -r $<
 	touch .venv/core $@
+
+.venv-oldest/dev: requirements-dev.txt requirements.txt
+	$(PYTHON) -m venv --upgrade-deps .venv-oldest
+	grep -hv '^-r' requirements.txt requirements-dev.txt | sed 's/^torch==.*/torch==2.11.0/' > .venv-oldest/packages
+	.venv-oldest/bin/python -m pip install --no-compile -r .venv-oldest/packages
+	touch $@

@@ -1,14 +1,18 @@
 """A GPU gives what the CPU gives. Run by `make test-gpu`; without a GPU, CPU against CPU."""
 
+import functools
 import json
 import math
 
 import pytest
 import torch
 from helpers import (
+    EOS,
     GATES,
     ROOT,
     TINY,
+    assert_compiled,
+    brief_config,
     close,
     close_angles,
     flags,
@@ -18,13 +22,16 @@ from helpers import (
     tiny_config,
     wide,
 )
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from testv2 import TinyMambaModel, make_optimizer, orthogonalize, selective_scan
-from tinymamba.checkpoint import load_checkpoint
+from testv2 import TinyMambaModel, Trainer, make_optimizer, orthogonalize, selective_scan
+from tinymamba.checkpoint import copy_to_host, load_checkpoint
+from tinymamba.runtime import pick_device
 
 pytestmark = pytest.mark.gpu
-DEVICE = torch.accelerator.current_accelerator() or torch.device("cpu")
-LENGTH = 300  # tokens: many windows, chunks, and more than one tile
+DEVICE = pick_device("auto")  # with the trainer's setting for products in float32
+LENGTH = 300  # tokens: many windows and chunks
+CUDA = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs CUDA")
 
 
 def on_both(model, work) -> list:
@@ -32,24 +39,100 @@ def on_both(model, work) -> list:
     return [work(free_copy(model).to(device), device) for device in (torch.device("cpu"), DEVICE)]
 
 
-@pytest.fixture(autouse=True)
-def exact_products():
-    torch.set_float32_matmul_precision("highest")
+def loss_and_gradients(model, device, rows: int = 3, length: int = LENGTH):
+    """Of a training step on random ids, brought back to the CPU."""
+    ids = some_ids(rows, length).to(device)
+    loss = model(ids, ids.roll(-1, 1))
+    loss.backward()
+    return loss.detach().cpu(), {n: p.grad.cpu() for n, p in model.named_parameters()}
+
+
+def close_steps(got, want, of_loss: float, of_gradients: float) -> None:
+    close(got[0], want[0], of_loss)
+    for name, gradient in want[1].items():
+        close(got[1][name], gradient, of_gradients)
 
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("gate", GATES)
 def test_loss_and_gradients(gate, fused):
-    def work(model, device):
-        ids = some_ids(3, LENGTH).to(device)
-        loss = model(ids, ids.roll(-1, 1))
-        loss.backward()
-        return loss.detach().cpu(), {n: p.grad.cpu() for n, p in model.named_parameters()}
+    here, there = on_both(wide(gate=gate, use_flash_attn=fused), loss_and_gradients)
+    close_steps(there, here, 1e-5, 1e-3)
 
-    (loss, gradients), (loss_there, there) = on_both(wide(gate=gate, use_flash_attn=fused), work)
-    close(loss_there, loss, 1e-5)
-    for name, gradient in gradients.items():
-        close(there[name], gradient, 1e-3)
+
+def test_loss_and_gradients_of_a_text_of_several_groups_of_chunks():
+    work = functools.partial(loss_and_gradients, rows=1, length=5000)
+    here, there = on_both(wide(document_mask=True, eos_id=EOS), work)
+    close_steps(there, here, 1e-5, 1e-3)
+
+
+def compiled_or_not(compiled: bool, dtype: torch.dtype, **changes) -> tuple:
+    torch.compiler.reset()
+    model = free_copy(wide(**changes)).to(DEVICE)
+    if compiled:
+        model.compile_blocks()
+    with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+        return loss_and_gradients(model, DEVICE)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_compiled_blocks_are_eager_ones(gate):
+    eager, compiled = (compiled_or_not(way, torch.float32, gate=gate) for way in (False, True))
+    close_steps(compiled, eager, 1e-5, 1e-3)
+
+
+def test_compiled_blocks_are_as_near_to_float32_in_bfloat16_as_eager_ones():
+    exact, eager, compiled = (
+        compiled_or_not(way, dtype)
+        for way, dtype in ((0, torch.float32), (0, torch.bfloat16), (1, torch.bfloat16))
+    )
+    close(compiled[0], exact[0], 1e-3)
+    for name, want in exact[1].items():
+        off = [((found[1][name] - want).norm() / want.norm()).item() for found in (eager, compiled)]
+        assert off[1] <= 2 * off[0] + 0.02, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("documents", [False, True], ids=["one_text", "documents"])
+def test_attention_needs_no_kernel_that_stores_all_scores(documents, dtype):
+    """Without PyTorch's plain products, a call that no fused kernel takes is an error."""
+    model = free_copy(wide(document_mask=documents, eos_id=EOS)).to(DEVICE)
+    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    with sdpa_kernel(fused), torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+        loss_and_gradients(model, DEVICE)
+        state = model.init_state(2)
+        with torch.no_grad():
+            for piece in some_ids(2, 100).to(DEVICE).split([99, 1], dim=1):
+                _, state = model.advance(piece, state)
+
+
+@CUDA
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_host_waits_for_the_device_once_in_a_step(data, monkeypatch, compiled):
+    monkeypatch.chdir(data)
+    trainer = Trainer(brief_config(device="cuda", max_steps=4, use_compile=compiled))
+    batches = trainer.batches(trainer.train_data, 0, 100)
+    exchange = trainer.exchange
+
+    def exchange_waiting(*values):
+        torch.cuda.set_sync_debug_mode("default")
+        found = exchange(*values)
+        torch.cuda.set_sync_debug_mode("error")
+        return found
+
+    trainer.train_step(batches)  # compiles, and makes the optimizer's state
+    monkeypatch.setattr(trainer, "exchange", exchange_waiting)
+    monkeypatch.setattr(trainer, "read", lambda batches: None)  # from ordinary memory, it waits
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        trainer.train_step(batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_copy_of_a_checkpoint_is_in_host_memory():
+    state = copy_to_host({"model": wide().to(DEVICE).state_dict()})
+    assert {t.device.type for t in state["model"].values()} == {"cpu"}
 
 
 @pytest.mark.parametrize("split", [(300,), (1, 7, 64, 65, 163)])
@@ -134,6 +217,8 @@ def test_training_resumes_on_the_gpu_and_loads_on_the_cpu(data, compiled):
     )
     done = run_script("testv2.py", *words, cwd=data, timeout=600)
     assert done.returncode == 0, done.stderr
+    if compiled:
+        assert_compiled(done.stdout)
     done = run_script("testv2.py", "--resume", "--max_steps", 6, cwd=data, timeout=600)
     assert done.returncode == 0, done.stderr
     saved = load_checkpoint(data / "tinymamba_model_latest.pt")

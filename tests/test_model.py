@@ -852,7 +852,7 @@ class Visits(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
-        if any(t.device.type == "cpu" for t in tensors):
+        if any(t.device.type == "cpu" and t.numel() for t in tensors):
             self.found.append(str(func))
         return out
 
