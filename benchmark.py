@@ -11,7 +11,8 @@
 
 The peers come from `transformers` (and `mambapy`, if installed). They have random weights and the
 parameter count of the TinyMamba model, within 2%. In every round each model runs once on the same
-random ids; the reported numbers are medians over rounds.
+random ids; the reported numbers are medians over rounds. With --compile, peers are compiled as a
+whole and TinyMamba block by block, as in training.
 
     training    one whole step: forward, loss, backward, clipping, AdamW
     inference   prefill: one forward pass over a prompt, logits at every position, no gradients
@@ -27,6 +28,7 @@ Results go to results.json and results.md in --output_dir, and plots beside them
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import importlib
@@ -105,7 +107,7 @@ class Setup(NamedTuple):
 class Runner:
     """A model and the calls that are timed. The model is built on first use.
 
-    ids are (b, l) of int64; `call` is the model or its compiled form.
+    ids are (b, l) of int64; `call` is the model or its compiled form, see `form`.
     """
 
     def __init__(self, make: Callable[[], nn.Module], device: torch.device, size: dict):
@@ -126,6 +128,10 @@ class Runner:
             self.model.parameters(), Config.lr, betas, weight_decay=decay, fused=True
         )
 
+    def form(self, compiled: bool) -> Callable:
+        """The model, or the model compiled as a whole for ids of one shape."""
+        return torch.compile(self.model, dynamic=False) if compiled else self.model
+
     def loss(self, call: Callable, ids: Tensor) -> Tensor:
         """The mean loss of predicting each next token."""
         return call(ids, ids.roll(-1, 1))
@@ -145,6 +151,12 @@ class Runner:
 
 class TinyMamba(Runner):
     """The model of testv2.py."""
+
+    def form(self, compiled: bool) -> Callable:
+        """The model. Its blocks are compiled in place: see `as_compiled` for calls without that."""
+        if compiled:
+            self.model.compile_blocks()
+        return self.model
 
     def read(self, ids: Tensor) -> Any:
         """The state after a prompt."""
@@ -413,9 +425,22 @@ def make_run(
     benchmark: str, runner: Runner, compiled: bool, ids: Tensor, setup: Setup
 ) -> Callable[[], float]:
     """A function that runs the benchmark once and returns its seconds."""
-    model = runner.model.train(benchmark == "training")
-    call = torch.compile(model) if compiled else model
-    return RUNS[benchmark](runner, call, ids, setup)
+    runner.model.train(benchmark == "training")
+    with as_compiled(compiled):
+        run = RUNS[benchmark](runner, runner.form(compiled), ids, setup)
+
+    def measured() -> float:
+        with as_compiled(compiled):
+            return run()
+
+    return measured
+
+
+def as_compiled(compiled: bool) -> contextlib.AbstractContextManager:
+    """Inside `with`, compiled functions run as the plain ones that they are, unless `compiled`."""
+    if compiled or "torch._dynamo" not in sys.modules:  # without it nothing has been compiled
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def training_run(runner: Runner, call: Callable, ids: Tensor, setup: Setup) -> Callable[[], float]:

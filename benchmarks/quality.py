@@ -123,7 +123,7 @@ def build(task: str, name: str) -> torch.nn.Module:
 
 def logits_of(model: torch.nn.Module, ids: Tensor) -> Tensor:
     """(b, l) -> (b, l, v), float32."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(ids.device.type, torch.bfloat16):
         out = model(ids)
     return (out if isinstance(out, torch.Tensor) else out.logits).float()
 
@@ -161,7 +161,7 @@ def blockwise(model: torch.nn.Module, val: Tensor, block: int) -> float:
     """Nats per token of validation data, cut into independent blocks."""
     count = (len(val) - 1) // block * block
     x, y = val[:count].view(-1, block), val[1 : count + 1].view(-1, block)
-    step, total = max(1, 2**14 // block), torch.zeros(())
+    step, total = max(1, 2**14 // block), torch.zeros((), device=val.device)
     for a, b in zip(x.split(step), y.split(step), strict=True):
         total += summed_loss(logits_of(model, a), b)
     return total.item() / count
@@ -189,6 +189,33 @@ def read_through(model: torch.nn.Module, val: Tensor, block: int) -> float:
     return total.item() / y.numel()
 
 
+def random_window(data: Tensor, batch: int, block: int, random: torch.Generator) -> Tensor:
+    """Texts of a block and one more token from random places of the data: (b, l+1)."""
+    begin = torch.randint(len(data) - block - 1, (batch, 1), generator=random)
+    return data[(begin + torch.arange(block + 1)).to(data.device)]
+
+
+def schedule(step: float, steps: float, warmup: float) -> float:
+    """The share of the peak learning rate: linear warm-up, then a cosine to zero."""
+    cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup)))
+    return min(cosine, (step + 1) / warmup)
+
+
+def update(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, window: Tensor, lr: float
+) -> float:
+    """One step on window (b, l+1); returns the loss before it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    logits = logits_of(model, window[:, :-1])
+    loss = F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
 def train(model: torch.nn.Module, data: Tensor, options: Options, seed: int, lr: float) -> None:
     """The recipe that all models share: linear warm-up, cosine to zero, clipping at 1."""
     _, block, batch, steps = TASKS[options.task]
@@ -197,20 +224,11 @@ def train(model: torch.nn.Module, data: Tensor, options: Options, seed: int, lr:
     optimizer, random = make_optimizer(model, config), torch.Generator().manual_seed(1000 + seed)
     start = time.perf_counter()
     for step in range(steps):
-        rate = 0.5 * (1 + math.cos(math.pi * max(0, step - WARMUP) / max(1, steps - WARMUP)))
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(rate, (step + 1) / WARMUP)
-        begin = torch.randint(len(data) - block - 1, (batch, 1), generator=random)
-        window = data[begin + torch.arange(block + 1)]  # (b, l+1)
-        logits = logits_of(model, window[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        window = random_window(data, batch, block, random)
+        loss = update(model, optimizer, window, lr * schedule(step, steps, WARMUP))
         if (step + 1) % (steps // 10 or 1) == 0:
             spent = time.perf_counter() - start
-            print(f"  step {step + 1:5d}  loss {loss.item():.4f}  {spent:.0f} s", flush=True)
+            print(f"  step {step + 1:5d}  loss {loss:.4f}  {spent:.0f} s", flush=True)
 
 
 # ------------------------------------------------------------------------------------ runs
