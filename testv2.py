@@ -77,12 +77,14 @@ from tinymamba.cli import (
     show,
 )
 from tinymamba.kernels import (
+    ChunkedLoss,
     ChunkedScan,
     DepthwiseConv,
     count_blocks,
     depthwise,
     fill_model,
     is_writing_graph,
+    loss_and_gradients,
     lower_triangle,
     quantize_like,
     running_max,
@@ -788,6 +790,7 @@ class TinyMambaModel(nn.Module):
 
     BLOCK = TinyMambaBlock
     LOSS_CHUNK = 512  # tokens whose logits are in memory at a time
+    loss_and_gradients = staticmethod(loss_and_gradients)
 
     def __init__(self, config: Config):
         super().__init__()
@@ -823,25 +826,22 @@ class TinyMambaModel(nn.Module):
         out = self.head(hidden) if targets is None else self.cross_entropy(hidden, targets)
         return (out, gates) if return_gates else out
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, on: bool = True) -> None:
         """Compile what a training step runs: one graph serves all blocks, another the loss.
 
         Blocks, and not the model, so that compilation takes as long for 2 blocks as for 200, and
         DDP and FSDP can send a block's gradients while the next block computes its own. A new
         shape is compiled anew; inside `torch.compiler.set_stance("force_eager")` nothing is.
+        `on=False` undoes it.
         """
-        for module, name in self.compiled_parts():
-            method = getattr(module, name)
-            vars(module)[name] = torch.compile(method, dynamic=False, fullgraph=True)
-
-    def interpret_blocks(self) -> None:
-        """Undo compile_blocks."""
-        for module, name in self.compiled_parts():
+        torch._dynamo.config.optimize_ddp = False  # else DDP cuts the graph of a large block
+        # A block's forward, and not the block, as its hooks stay outside of the graph.
+        parts = [(self, "loss_and_gradients"), *((block, "forward") for block in self.blocks)]
+        for module, name in parts:
             vars(module).pop(name, None)
-
-    def compiled_parts(self) -> list[tuple[nn.Module, str]]:
-        """Modules and their methods. A block's forward, as its hooks stay outside of the graph."""
-        return [(self, "chunk_loss"), *((block, "forward") for block in self.blocks)]
+            if on:
+                method = getattr(module, name)
+                vars(module)[name] = torch.compile(method, dynamic=False, fullgraph=True)
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy in nats over targets (b, l), without those of -100."""
@@ -937,16 +937,21 @@ class TinyMambaModel(nn.Module):
         return SequenceContext(cos, sin, mask, starts, lengths, packed)
 
     def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss; logits are computed LOSS_CHUNK tokens at a time, and again in the backward."""
-        hidden, targets = hidden.flatten(0, 1), targets.flatten()
-        total = torch.zeros((), device=hidden.device)
-        for h, t in zip(hidden.split(self.LOSS_CHUNK), targets.split(self.LOSS_CHUNK), strict=True):
-            total = total + recompute_in_backward(self.chunk_loss, h, t, use_reentrant=False)
-        return total / (targets != -100).sum().clamp(min=1)
+        """Mean loss; the logits of LOSS_CHUNK tokens are in memory at a time (4x that on a GPU)."""
+        hidden, targets = to_autocast(hidden).flatten(0, 1), targets.flatten()
+        chunk = self.LOSS_CHUNK * (1 if hidden.device.type == "cpu" else 4)
+        count = (targets != -100).sum().clamp(min=1)
+        if torch.is_grad_enabled() and type(self.head) is nn.Linear:
+            step = self.loss_and_gradients
+            return ChunkedLoss.apply(hidden, self.head.weight, targets, step, chunk) / count
 
-    def chunk_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """The sum of the losses of some tokens: hidden (tokens, d), targets (tokens,)."""
-        return F.cross_entropy(upcast(self.head(hidden)), targets, reduction="sum")
+        def sum_losses(h: Tensor, t: Tensor) -> Tensor:
+            return F.cross_entropy(upcast(self.head(h)), t, reduction="sum")
+
+        total = torch.zeros((), device=hidden.device)
+        for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            total = total + recompute_in_backward(sum_losses, h, t, use_reentrant=False)
+        return total / count
 
     def init_state(self, batch: int) -> ModelState:
         """The state before any token, for `batch` rows."""
@@ -1714,7 +1719,7 @@ class Trainer:
         if failure is not None:  # not in `except`, where the failed forward pass is still alive
             self.log.say(f"torch.compile failed, continuing without it: {failure}")
             self.optimizer.zero_grad()
-            self.model.interpret_blocks()
+            self.model.compile_blocks(on=False)
             self.compiled = False
             loss = self.accumulate(micro_batches)
         self.scaler.unscale_(self.optimizer)

@@ -108,7 +108,7 @@ def test_attention_needs_no_kernel_that_stores_all_scores(documents, dtype):
 
 @CUDA
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_host_waits_for_the_device_once_in_a_step(data, monkeypatch, compiled):
+def test_the_host_waits_once_in_a_step_compiled_or_not(data, monkeypatch, compiled):
     monkeypatch.chdir(data)
     trainer = Trainer(brief_config(device="cuda", max_steps=4, use_compile=compiled))
     batches = trainer.batches(trainer.train_data, 0, 100)

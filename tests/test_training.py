@@ -34,6 +34,7 @@ from helpers import (
     write_tokens,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import testv2
@@ -650,6 +651,32 @@ def test_graphs_train_as_eager_through_validation_samples_and_two_micro_batches(
     assert_compiled(capsys.readouterr().out)
     assert losses(trainer) == pytest.approx(losses(eager), abs=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_gradients_of_compiled_blocks_are_sent_while_others_are_computed(tmp_path, monkeypatch):
+    """DDP sends those of the last block before the first block has computed its own."""
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model, order = TinyMambaModel(tiny_config(n_layer=3)), []
+        model.compile_blocks()
+        for i, block in enumerate(model.blocks):
+            block.norm.weight.register_hook(lambda _, i=i: order.append(f"block {i}"))
+        ddp = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.01)
+
+        def send(state, bucket):
+            order.append("sent")
+            return allreduce_hook(None, bucket)
+
+        ddp.register_comm_hook(None, send)
+        for _ in range(2):  # DDP forms its buckets in the first step
+            order.clear()
+            ddp(*torch.randint(257, (2, 2, 40))).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert order.index("block 2") < order.index("sent") < order.index("block 0")
 
 
 @pytest.mark.slow

@@ -1,20 +1,22 @@
 """Hand-written forward and backward passes, where PyTorch's own are slow; quantized layers.
 
 `ChunkedScan` is the parallel form of `scan_sequential` in testv2.py, which is its reference,
-`DepthwiseConv` a causal convolution, and `QuantizedLinear` a linear layer of integer weights. All
-are plain PyTorch, on every device. Time them with
+`DepthwiseConv` a causal convolution, `ChunkedLoss` a loss whose logits are never all in memory, and
+`QuantizedLinear` a linear layer of integer weights. All are plain PyTorch, on every device. Time
+them with
 
     python -m benchmarks.scan
     python -m benchmarks.quantize
 
 Dimension letters in the comments on shapes:
     b batch      l length        d channels            h SSM heads  p SSM head width
-    n d_state    k d_conv        q chunk_size          c chunks (l / q)
+    n d_state    k d_conv        q chunk_size          c chunks (l / q)   v vocabulary
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -321,6 +323,57 @@ def depthwise(x: Tensor, weight: Tensor) -> Tensor:
         length = x.shape[1] - weight.shape[1] + 1
         return sum(x[:, k : k + length] * weight[:, k] for k in range(weight.shape[1]))
     return F.conv2d(x.mT.unsqueeze(2), weight[:, None, None], groups=len(weight)).squeeze(2).mT
+
+
+# ------------------------------------------------------------------------------------ loss
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """The sum of the cross entropies of many tokens, with the logits of a few in memory at a time.
+
+    hidden (tokens, d), weight (v, d) of the output layer, targets (tokens,), of which -100 do not
+    count. `step` is `loss_and_gradients`, or its compiled form. The gradients are computed in the
+    forward pass, where the logits are: else these would be kept, or computed again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, step: Callable, chunk: int
+    ) -> Tensor:
+        """The sum, float32 (float64 if weight is)."""
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        dweight, dhidden = torch.zeros_like(weight, dtype=wide), torch.empty_like(hidden)
+        total, narrow = dweight.new_zeros(()), weight.to(hidden.dtype)
+        for h, t, dh in zip(*(x.split(chunk) for x in (hidden, targets, dhidden)), strict=True):
+            loss, part = step(h, narrow, t, dweight)
+            total += loss
+            dh.copy_(part)
+        ctx.save_for_backward(dhidden, dweight)
+        ctx.dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of hidden and weight."""
+        dhidden, dweight = ctx.saved_tensors
+        dhidden = (dhidden * dtotal).to(dhidden.dtype)
+        return dhidden, (dweight * dtotal).to(ctx.dtype), None, None, None
+
+
+def loss_and_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, dweight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The summed cross entropy and its gradient by hidden; that by weight is added to dweight."""
+    logits = (hidden @ weight.mT).to(dweight.dtype)  # (tokens, v)
+    known, index = (targets != -100)[:, None], targets.clamp(min=0)[:, None]
+    total = logits.logsumexp(-1, keepdim=True)
+    loss = ((total - logits.gather(1, index)) * known).sum()
+    dlogits = (logits - total).exp_()
+    dlogits = dlogits.scatter_add_(1, index, torch.full_like(total, -1.0)).mul_(known)
+    dlogits = dlogits.to(hidden.dtype)
+    dweight += dlogits.mT @ hidden
+    return loss, dlogits @ weight
 
 
 # ------------------------------------------------------------------------------ quantization
