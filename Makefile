@@ -18,7 +18,7 @@ test-slow: .venv/dev  ## the checks that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 test-gpu: .venv/dev  ## that a GPU, if there is one, gives the same results as the CPU
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m gpu tests/test_gpu.py
 
 test-oldest: .venv-oldest/dev  ## model, scan, training and compile on the oldest PyTorch that works
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadfile \

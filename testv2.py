@@ -39,6 +39,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
+from types import MethodType
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -790,7 +791,7 @@ class TinyMambaModel(nn.Module):
 
     BLOCK = TinyMambaBlock
     LOSS_CHUNK = 512  # tokens whose logits are in memory at a time
-    loss_and_gradients = staticmethod(loss_and_gradients)
+    loss_and_gradients = staticmethod(loss_and_gradients)  # compile_blocks replaces it
 
     def __init__(self, config: Config):
         super().__init__()
@@ -834,14 +835,16 @@ class TinyMambaModel(nn.Module):
         shape is compiled anew; inside `torch.compiler.set_stance("force_eager")` nothing is.
         `on=False` undoes it.
         """
+        for module, name in ((self, "loss_and_gradients"), *((b, "forward") for b in self.blocks)):
+            module.__dict__.pop(name, None)
+        if not on:
+            return
         torch._dynamo.config.optimize_ddp = False  # else DDP cuts the graph of a large block
-        # A block's forward, and not the block, as its hooks stay outside of the graph.
-        parts = [(self, "loss_and_gradients"), *((block, "forward") for block in self.blocks)]
-        for module, name in parts:
-            vars(module).pop(name, None)
-            if on:
-                method = getattr(module, name)
-                vars(module)[name] = torch.compile(method, dynamic=False, fullgraph=True)
+        settings: Any = {"dynamic": False, "fullgraph": True}
+        self.__dict__["loss_and_gradients"] = torch.compile(loss_and_gradients, **settings)
+        forward = torch.compile(type(self.blocks[0]).forward, **settings)
+        for block in self.blocks:  # forward, and not the block: its hooks stay outside of the graph
+            block.__dict__["forward"] = MethodType(forward, block)  # which deepcopy binds anew
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy in nats over targets (b, l), without those of -100."""
@@ -941,7 +944,7 @@ class TinyMambaModel(nn.Module):
         hidden, targets = to_autocast(hidden).flatten(0, 1), targets.flatten()
         chunk = self.LOSS_CHUNK * (1 if hidden.device.type == "cpu" else 4)
         count = (targets != -100).sum().clamp(min=1)
-        if torch.is_grad_enabled() and type(self.head) is nn.Linear:
+        if torch.is_grad_enabled() and type(self.head) is nn.Linear and self.head.bias is None:
             step = self.loss_and_gradients
             return ChunkedLoss.apply(hidden, self.head.weight, targets, step, chunk) / count
 
@@ -1586,7 +1589,8 @@ class Trainer:
         self.stopped_by = 0  # the signal that all processes agreed to stop for
         self.ready: list = []  # micro-batches of the next step
         self.unread: UserError | None = None  # why this process could not read them
-        self.news = [0.0] * 4  # how many processes could not, and were sent each signal
+        self.failed_reads = 0.0  # how many processes could not read theirs
+        self.sent = [0.0] * 3  # to how many processes each signal was sent, see Signals.take
         self.writer = BackgroundWriter(config.async_save)
         self.device = pick_device(config.device, from_launcher("LOCAL_RANK", 0))
         self.amp = pick_amp_dtype(config.amp_dtype, self.device)
@@ -1680,8 +1684,7 @@ class Trainer:
         self.compiled = compiled and not reason
         if reason:
             self.log.say(f"torch.compile is off: {reason}")
-        if self.compiled:
-            self.model.compile_blocks()
+        self.model.compile_blocks(self.compiled)
         if self.world == 1 or self.fsdp:
             return self.model
         ids = [self.device.index] if self.device.type == "cuda" else None
@@ -1711,16 +1714,15 @@ class Trainer:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.total_steps, self.config)
-        micro_batches, failure = self.take_batches(batches), None
+        micro_batches, failure, dynamo = self.take_batches(batches), None, torch._dynamo.exc
         try:
             loss = self.accumulate(micro_batches)
-        except torch._dynamo.exc.TorchDynamoException as e:
+        except (dynamo.TorchDynamoException, dynamo.FailOnRecompileLimitHit) as e:
             failure = str(e).partition("\n")[0]
         if failure is not None:  # not in `except`, where the failed forward pass is still alive
             self.log.say(f"torch.compile failed, continuing without it: {failure}")
             self.optimizer.zero_grad()
-            self.model.compile_blocks(on=False)
-            self.compiled = False
+            self.forward = self.wrap(compiled=False)
             loss = self.accumulate(micro_batches)
         self.scaler.unscale_(self.optimizer)
         limit = self.config.grad_clip or math.inf
@@ -1738,10 +1740,10 @@ class Trainer:
 
     def take_batches(self, batches: Iterator) -> list:
         """The micro-batches of this step; if a process could not read its own, all save and end."""
-        if not self.ready and not self.news[0]:  # the first step of this run
+        if not self.ready and not self.failed_reads:  # the first step of this run
             self.read(batches)
-            self.news[0] = all_reduce([float(self.unread is not None)], self.device)[0]
-        if self.news[0]:
+            self.failed_reads = all_reduce([float(self.unread is not None)], self.device)[0]
+        if self.failed_reads:
             self.save()
             problem = "another process could not read its data"
             raise self.unread or UserError(
@@ -1757,9 +1759,9 @@ class Trainer:
             self.ready, self.unread = [], e
 
     def exchange(self, loss: Any, norm: Any) -> tuple[float, float]:
-        """The means of loss and gradient norm over all processes; with them come their news."""
+        """The means of loss and gradient norm over all processes, and with them their news."""
         mine = [float(self.unread is not None), *self.signals.take()]
-        loss, norm, *self.news = all_reduce([loss, norm, *mine], self.device)
+        loss, norm, self.failed_reads, *self.sent = all_reduce([loss, norm, *mine], self.device)
         return loss / self.world, norm / self.world
 
     def is_good(self, loss: float, norm: float) -> bool:
@@ -1980,7 +1982,8 @@ class Trainer:
     def run(self) -> int:
         """Train to the end; the exit code is 0, or 143 or 130 after SIGTERM or SIGINT.
 
-        Both let the current step finish and save; SIGUSR1 saves and continues.
+        Both let the current step finish (several processes: also the next) and save; SIGUSR1
+        saves and continues.
         """
         error = None
         with self.signals:  # until the end: a launcher may send SIGTERM while the cause is found
@@ -2050,16 +2053,16 @@ class Trainer:
     def between_steps(self) -> bool:
         """Validation, samples, saves and signals, when they are due; True ends the run."""
         c, end, stop = self.config, self.step == self.total_steps, False
-        stopped = self.obey(self.news[1:])
-        validates = end or self.step % c.validation_interval == 0
+        due = end or self.step % c.validation_interval == 0
+        self.progress["unfinished"] = validates = due and self.val_data is not None
+        stopped = self.obey(self.sent)
         saves = c.checkpoint_interval and self.step % c.checkpoint_interval == 0 and not end
-        if self.val_data is not None and validates:
-            self.progress["unfinished"] = True
+        if validates:
             if (loss := self.validate()) is None:
                 return True
             self.progress["unfinished"] = False
             stop = self.record_validation(loss)
-        elif self.step % c.validation_interval == 0:
+        elif self.step % c.validation_interval == 0:  # without validation data
             with self.evaluating(), self.autocast():
                 gates = self.model(self.last_ids[:1], return_gates=True)[1]
             self.log.record(gate_statistics(gates), self.step)

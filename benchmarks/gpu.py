@@ -79,7 +79,7 @@ STAGES = {
     "scan": Stage(gpu_stages.scans, 15, 30),
     "decode": Stage(gpu_stages.decode, 30, 110),
     "profile": Stage(gpu_stages.profile, 20, 40),
-    "resume": Stage(gpu_stages.resume, 30, 50),
+    "resume": Stage(gpu_stages.resume, 30, 80),
     "quality": Stage(gpu_stages.learning, 120, 240),
 }
 # What was expected before anything was measured: (stage, case, name) -> values of the row.

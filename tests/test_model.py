@@ -584,6 +584,21 @@ def test_the_loss_and_its_gradients_equal_those_of_pytorch(dtype):
         close(got, want, bound)
 
 
+def test_a_frozen_output_layer_costs_no_gradient_and_a_wrong_target_is_an_error():
+    hidden, weight = torch.randn(7, 5, requires_grad=True), torch.randn(11, 5)
+    targets, given = torch.arange(7), []
+
+    def step(*args):
+        given.append(args[-1])
+        return loss_and_gradients(*args)
+
+    ChunkedLoss.apply(hidden, weight, targets, step, 4).backward()
+    assert given == [None, None] and weight.grad is None and hidden.grad.any()
+    for wrong in (-1, 11):
+        with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+            ChunkedLoss.apply(hidden, weight, torch.full((7,), wrong), loss_and_gradients, 4)
+
+
 def test_a_loss_without_targets_is_zero_and_not_nan():
     model, ids = free_copy(wide()), some_ids(1, 9)
     loss = model.loss(ids, torch.full_like(ids, -100))
@@ -872,6 +887,10 @@ def test_compiled_blocks_are_one_graph_and_equal_eager_ones(monkeypatch, form):
         _, state = model.advance(ids, model.init_state(2))
         model.advance(ids[:, :1], state)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    copied = copy.deepcopy(model)  # computes with its own weights
+    for block in copied.blocks:
+        torch.nn.init.zeros_(block.residual_scale)
+    assert copied(ids, ids).item() != pytest.approx(model(ids, ids).item(), abs=1e-3)
     model.compile_blocks(on=False)
     close(model(ids, ids.roll(-1, 1)), want, 0.0)
 

@@ -404,6 +404,22 @@ def test_a_signal_in_any_phase_and_the_run_that_goes_on(place, name, monkeypatch
         assert got["progress"]["history"] == expected["progress"]["history"], phase
 
 
+@POSIX
+def test_a_checkpoint_asked_for_before_a_validation_knows_that_it_is_due(place, monkeypatch):
+    trainer, saved = Trainer(brief_config(max_steps=2, **PHASES)), []
+    after_read = trainer.exchange
+
+    def exchange(*values):
+        signal.raise_signal(signal.SIGUSR1)
+        return after_read(*values)
+
+    monkeypatch.setattr(trainer, "exchange", exchange)
+    monkeypatch.setattr(trainer, "validate", lambda: saved.append(load_checkpoint(LATEST)) or 1.0)
+    assert trainer.run() == 0
+    assert [state["global_step"] for state in saved] == [2]
+    assert saved[0]["progress"]["unfinished"]
+
+
 def test_a_signal_in_validation_does_not_wait_for_its_end(place):
     trainer = Trainer(brief_config(max_steps=6, **{**PHASES, "validation_steps": 0}))
     seen = []

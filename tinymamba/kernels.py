@@ -321,7 +321,8 @@ def depthwise(x: Tensor, weight: Tensor) -> Tensor:
     sums_well = torch.compiler.is_compiling() or x.device.type != "cpu"
     if sums_well and not is_writing_graph():
         length = x.shape[1] - weight.shape[1] + 1
-        return sum(x[:, k : k + length] * weight[:, k] for k in range(weight.shape[1]))
+        first, *rest = (x[:, k : k + length] * weight[:, k] for k in range(weight.shape[1]))
+        return sum(rest, first)
     return F.conv2d(x.mT.unsqueeze(2), weight[:, None, None], groups=len(weight)).squeeze(2).mT
 
 
@@ -342,8 +343,10 @@ class ChunkedLoss(torch.autograd.Function):
     ) -> Tensor:
         """The sum, float32 (float64 if weight is)."""
         wide = torch.promote_types(weight.dtype, torch.float32)
-        dweight, dhidden = torch.zeros_like(weight, dtype=wide), torch.empty_like(hidden)
-        total, narrow = dweight.new_zeros(()), weight.to(hidden.dtype)
+        dhidden, dweight = torch.empty_like(hidden), None
+        if ctx.needs_input_grad[1]:
+            dweight = torch.zeros_like(weight, dtype=wide)
+        total, narrow = weight.new_zeros((), dtype=wide), weight.to(hidden.dtype)
         for h, t, dh in zip(*(x.split(chunk) for x in (hidden, targets, dhidden)), strict=True):
             loss, part = step(h, narrow, t, dweight)
             total += loss
@@ -358,21 +361,28 @@ class ChunkedLoss(torch.autograd.Function):
         """The gradients of hidden and weight."""
         dhidden, dweight = ctx.saved_tensors
         dhidden = (dhidden * dtotal).to(dhidden.dtype)
-        return dhidden, (dweight * dtotal).to(ctx.dtype), None, None, None
+        dweight = None if dweight is None else (dweight * dtotal).to(ctx.dtype)
+        return dhidden, dweight, None, None, None
 
 
 def loss_and_gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, dweight: Tensor
+    hidden: Tensor, weight: Tensor, targets: Tensor, dweight: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The summed cross entropy and its gradient by hidden; that by weight is added to dweight."""
-    logits = (hidden @ weight.mT).to(dweight.dtype)  # (tokens, v)
-    known, index = (targets != -100)[:, None], targets.clamp(min=0)[:, None]
+    """Returns the summed cross entropy and its gradient by hidden.
+
+    The gradient by weight is added to dweight, if there is one.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    logits = (hidden @ weight.mT).to(wide)  # (tokens, v)
+    known = (targets != -100)[:, None]
+    index = targets[:, None].masked_fill(~known, 0)
     total = logits.logsumexp(-1, keepdim=True)
     loss = ((total - logits.gather(1, index)) * known).sum()
     dlogits = (logits - total).exp_()
     dlogits = dlogits.scatter_add_(1, index, torch.full_like(total, -1.0)).mul_(known)
     dlogits = dlogits.to(hidden.dtype)
-    dweight += dlogits.mT @ hidden
+    if dweight is not None:
+        dweight += dlogits.mT @ hidden
     return loss, dlogits @ weight
 
 

@@ -235,7 +235,10 @@ class Signals:
             self.stop = number
 
     def take(self) -> list[float]:
-        """1 or 0 for each: was SIGINT the last to come, or SIGTERM; SIGUSR1 since the last call."""
+        """Of SIGINT, SIGTERM and SIGUSR1, 1 for those that came, else 0.
+
+        Of the first two it is the last to come; SIGUSR1 counts if it came since the last call.
+        """
         asked, taken = self.saves_asked, self.saves_taken
         self.saves_taken = asked
         return [*(float(self.stop == number) for number in self.STOPPING), float(asked > taken)]
