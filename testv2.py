@@ -1714,10 +1714,11 @@ class Trainer:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.total_steps, self.config)
-        micro_batches, failure, dynamo = self.take_batches(batches), None, torch._dynamo.exc
+        micro_batches, failure = self.take_batches(batches), None
+        errors = torch._dynamo.exc
         try:
             loss = self.accumulate(micro_batches)
-        except (dynamo.TorchDynamoException, dynamo.FailOnRecompileLimitHit) as e:
+        except (errors.TorchDynamoException, errors.FailOnRecompileLimitHit) as e:
             failure = str(e).partition("\n")[0]
         if failure is not None:  # not in `except`, where the failed forward pass is still alive
             self.log.say(f"torch.compile failed, continuing without it: {failure}")
@@ -1745,10 +1746,8 @@ class Trainer:
             self.failed_reads = all_reduce([float(self.unread is not None)], self.device)[0]
         if self.failed_reads:
             self.save()
-            problem = "another process could not read its data"
-            raise self.unread or UserError(
-                "train_data_path", problem, "see its message, and resume"
-            )
+            problem, remedy = "another process could not read its data", "see its message"
+            raise self.unread or UserError("train_data_path", problem, f"{remedy}, and resume")
         return self.ready
 
     def read(self, batches: Iterator) -> None:

@@ -1,7 +1,7 @@
 """Everything that is worth measuring on one GPU, within nine minutes, and a table of it.
 
     python -m benchmarks.gpu
-    python -m benchmarks.gpu --stages training decode --minutes 5 --force
+    python -m benchmarks.gpu --stages quality --force     # measured again, in the same table
     python -m benchmarks.gpu --tiny             # every stage at small sizes, on a CPU too
     python -m benchmarks.gpu --here profile     # one stage in this process, without a limit
 
@@ -29,6 +29,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import json
 import math
 import os
 import signal
@@ -101,7 +102,7 @@ class Options:
     minutes: float = 9.0  # for all stages together
     tiny: bool = False  # small sizes that a CPU can do; the numbers mean nothing
     output_dir: Path = Path("gpu_results")  # folder for rows.jsonl and table.md
-    force: bool = False  # replace the results of an earlier run
+    force: bool = False  # replace the results of an earlier run; of --stages, if they are given
 
     # One stage by itself
     here: str | None = None  # run this stage in this process
@@ -307,6 +308,13 @@ def describe(sizes: Sizes, argv: list[str]) -> dict:
     return {**machine, "date": time.strftime("%Y-%m-%d")}
 
 
+def other_rows(path: Path, stages: list[str] | None, card: str) -> list[dict]:
+    """The rows of an earlier run on this card that a run of these stages does not replace."""
+    rows = read_rows(path) if stages and path.exists() else []
+    known = any(row["stage"] == "machine" and row["name"] == card for row in rows)
+    return [row for row in rows if known and row["stage"] not in ("machine", *(stages or []))]
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -323,7 +331,8 @@ def main(argv: list[str] | None = None) -> int:
     require(options.force or not old, "--output_dir", f"{options.output_dir} holds {old}", remedy)
     sizes = TINY if options.tiny else REAL
     machine = describe(sizes, argv)
-    files[0].write_text("")
+    kept = other_rows(files[0], options.stages, machine["name"])
+    files[0].write_text("".join(json.dumps(row) + "\n" for row in kept))
     append_row(str(files[0]), {"stage": "machine", "case": "", "status": "ok", **machine})
     with Signals() as signals:
         for _ in run_stages(options, files[0], signals):  # a killed run has a table, too

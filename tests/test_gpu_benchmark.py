@@ -144,6 +144,20 @@ def test_only_the_stages_that_are_asked_for_run(tmp_path, monkeypatch):
     assert done.returncode == 0 and ran == ["ceilings", "decode"]
 
 
+def test_a_stage_measured_again_keeps_the_rows_of_the_others(tmp_path, monkeypatch):
+    path = tmp_path / "gpu_results" / "rows.jsonl"
+    run_with(monkeypatch, tmp_path, {}, "--stages", "decode", "scan")
+    done, _ = run_with(monkeypatch, tmp_path, {}, "--stages", "scan", "ceilings")
+    assert_refused(done, "--output_dir: ", "pass --force")
+    done, _ = run_with(monkeypatch, tmp_path, {}, "--stages", "scan", "ceilings", "--force")
+    assert done.returncode == 0
+    stages = [row["stage"] for row in rows_of(path.parent)]
+    assert sorted(stages) == ["ceilings", "decode", "machine", "scan"]
+    path.write_text(path.read_text().replace('"name": "', '"name": "another '))  # of another card
+    run_with(monkeypatch, tmp_path, {}, "--stages", "scan", "--force")
+    assert [row["stage"] for row in rows_of(path.parent)] == ["machine", "scan"]
+
+
 def test_a_row_that_a_killed_stage_left_unfinished_is_skipped(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"name": "a"}\n{"name": "b", "m{"name": "c"}\n{"na')
     assert rows_of(tmp_path) == [{"name": "a"}]
