@@ -343,15 +343,16 @@ class ChunkedLoss(torch.autograd.Function):
     ) -> Tensor:
         """The sum, float32 (float64 if weight is)."""
         wide = torch.promote_types(weight.dtype, torch.float32)
-        dhidden, dweight = torch.empty_like(hidden), None
-        if ctx.needs_input_grad[1]:
-            dweight = torch.zeros_like(weight, dtype=wide)
         total, narrow = weight.new_zeros((), dtype=wide), weight.to(hidden.dtype)
-        for h, t, dh in zip(*(x.split(chunk) for x in (hidden, targets, dhidden)), strict=True):
-            loss, part = step(h, narrow, t, dweight)
-            total += loss
-            dh.copy_(part)
-        ctx.save_for_backward(dhidden, dweight)
+        dhidden, dweight, learns = [], None, ctx.needs_input_grad[1]
+        # Nothing is changed in place: torch.compile of PyTorch 2.11 would lose it.
+        for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            loss, dh, dw = step(h, narrow, t, learns)
+            total = total + loss
+            dhidden.append(dh)
+            if learns:
+                dweight = dw.to(wide) if dweight is None else dweight + dw
+        ctx.save_for_backward(torch.cat(dhidden), dweight)
         ctx.dtype = weight.dtype
         return total
 
@@ -366,12 +367,9 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 def loss_and_gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, dweight: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Returns the summed cross entropy and its gradient by hidden.
-
-    The gradient by weight is added to dweight, if there is one.
-    """
+    hidden: Tensor, weight: Tensor, targets: Tensor, learns: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The summed cross entropy, its gradient by hidden, and by weight (None unless it learns)."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     logits = (hidden @ weight.mT).to(wide)  # (tokens, v)
     known = (targets != -100)[:, None]
@@ -381,9 +379,7 @@ def loss_and_gradients(
     dlogits = (logits - total).exp_()
     dlogits = dlogits.scatter_add_(1, index, torch.full_like(total, -1.0)).mul_(known)
     dlogits = dlogits.to(hidden.dtype)
-    if dweight is not None:
-        dweight += dlogits.mT @ hidden
-    return loss, dlogits @ weight
+    return loss, dlogits @ weight, dlogits.mT @ hidden if learns else None
 
 
 # ------------------------------------------------------------------------------ quantization
