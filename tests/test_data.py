@@ -37,16 +37,9 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers, processors
 from torch.utils.data import DataLoader
 
-from testv2 import (
-    MixtureSchedule,
-    ShardedBatches,
-    StreamingTokenDataset,
-    TokenFile,
-    Trainer,
-    permute,
-    read_sidecar,
-)
+from testv2 import StreamingTokenDataset, TokenFile, Trainer, read_sidecar
 from tinymamba.cli import UserError
+from tinymamba.data_order import MixtureSchedule, ShardedBatches, permute
 from tinymamba.tokenizer import EOS_NAMES, SimpleTokenizer, byte_alphabet, find_tokenizer
 
 S = 4  # block_size of the small files
