@@ -1318,8 +1318,8 @@ def warmup_length(total_steps: int, config: Config) -> int:
     With wsd and constant they do not depend on the length of the run, so that runs of different
     lengths are the same until they decay.
     """
-    longest = total_steps // 10 if config.schedule in ("cosine", "linear") else total_steps
-    return min(config.warmup_steps, longest)
+    cut = config.schedule in ("cosine", "linear")
+    return min(config.warmup_steps, total_steps // 10) if cut else config.warmup_steps
 
 
 def learning_rate(step: int, total_steps: int, config: Config, warmup: int | None = None) -> float:
@@ -1527,10 +1527,15 @@ class Trainer:
         self.resumed = saved is not None
         if saved is not None:
             self.restore(saved)
+        steps, squares = all_reduce([float(self.step), float(self.step) ** 2], self.device)
+        problem, remedy = "the processes do not see the same file", "put it where all of them do"
+        require(steps**2 == self.world * squares, "checkpoint_path", problem, remedy)
         left = config.num_epochs * len(self.train_data) - (self.samples - self.first_sample)
         self.total_steps = config.max_steps or self.step + max(0, left // self.samples_per_step)
         problem = f"one step takes {self.samples_per_step} samples, the data has {left}"
         require(self.total_steps, "batch_size", problem, "lower it, or set --max_steps")
+        problem = f"{self.total_steps} is below step {self.step}, which the run has reached"
+        require(self.step <= self.total_steps, "max_steps", problem, "raise it, or leave it out")
         self.warmup = self.progress.setdefault("warmup", warmup_length(self.total_steps, config))
         self.folder = Path(config.log_dir) / self.progress["folder"]
         require_run_name(config.checkpoint_path)
@@ -1927,6 +1932,8 @@ class Trainer:
     def announce_rate(self) -> None:
         """Say if warm-up is short, or if the learning rate is another than it was to be."""
         c, end = self.config, self.rate(self.total_steps - 1)
+        if self.resumed and self.samples == self.first_sample > 0:
+            self.log.say("the training data have changed: a new epoch begins")
         if not self.resumed:
             if self.warmup < c.warmup_steps:
                 self.log.say(f"warm-up: {self.warmup} steps, as this run is short")
@@ -1962,6 +1969,9 @@ class Trainer:
         path = self.config.checkpoint_path
         with run_lock(path) if self.main else contextlib.nullcontext():
             self.announce()
+            if self.step == self.total_steps and not self.progress["unfinished"]:
+                self.log.say("nothing is left to do; to train on, raise --max_steps")
+                return
             if self.main and (not self.resumed or self.config.resume_from):
                 for file in run_files(path):
                     move_aside(file)
@@ -2143,6 +2153,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     config, named, profile = parse_command_line(argv)
     first, path = from_launcher("RANK", 0) == 0, config.checkpoint_path
+    require_run_name(path)
     with run_lock(path) if first and not profile else contextlib.nullcontext():
         saved, source = find_saved(config)
         if saved is not None:

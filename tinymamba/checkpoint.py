@@ -252,18 +252,19 @@ def load_newest(path: str | Path, say: Callable[[str], object] | None = print) -
     Without `say` nothing is renamed: of several processes, only one should do it.
     """
     damaged: dict[Path, UserError] = {}
-    newest, source = {"global_step": -1}, Path(path)
+    newest: dict | None = None
+    source = Path(path)
     for file in run_files(path):
         try:
             saved = load_checkpoint(file)
         except UserError as e:
             damaged[file] = e
             continue
-        if saved.get("global_step", 0) > newest["global_step"]:
+        if newest is None or saved.get("global_step", 0) > newest.get("global_step", 0):
             newest, source = saved, file
         if file == Path(path):
             break
-    if newest["global_step"] < 0:
+    if newest is None:
         raise next(iter(damaged.values()))
     if say:
         for file, error in damaged.items():
@@ -279,7 +280,6 @@ def find_saved(config: Any) -> tuple[dict | None, str]:
     A run that torchrun has started again continues if it has saved anything.
     """
     path, first = config.checkpoint_path, os.environ.get("RANK", "0") == "0"
-    require_run_name(path)
     require_one_start(config)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     goes_on = config.resume is True or Path(config.resume_from).resolve() == Path(path).resolve()
