@@ -25,7 +25,7 @@ test-oldest: .venv-oldest/dev  ## model, scan, training and compile on the oldes
 	    tests/test_model.py tests/test_branches.py tests/test_kernels.py tests/test_training.py
 
 chaos: .venv/dev  ## break runs on purpose a hundred times: half an hour
-	OMP_NUM_THREADS=1 CHAOS=1 $(BIN)/python -m pytest -m 'not gpu' tests/test_reliability.py
+	OMP_NUM_THREADS=1 CHAOS=1 $(BIN)/python -m pytest -m 'not gpu' tests/test_reliability.py tests/test_restarts.py
 
 clean:  ## remove the environments, caches, builds and prepared data
 	rm -rf .venv .venv-oldest data/text build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
