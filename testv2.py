@@ -100,11 +100,13 @@ from tinymamba.runtime import (
     from_launcher,
     full_tensor,
     join_process_group,
+    open_log_folder,
+    outlive_signals,
     pick_amp_dtype,
     pick_device,
-    plot_losses,
     profile_steps,
     shard_like,
+    signals_held,
     why_no_compile,
 )
 from tinymamba.token_file import TokenFile, read_sidecar
@@ -1517,7 +1519,9 @@ class Trainer:
         self.ready: list = []  # micro-batches of the next step
         self.unread: UserError | None = None  # why this process could not read them
         self.failed_reads = 0.0  # how many processes could not read theirs
-        self.sent = [0.0] * 3  # to how many processes each signal was sent, see Signals.take
+        self.sent = [0.0] * (
+            len(Signals.STOPPING) + 1
+        )  # to how many processes each signal was sent, see Signals.take
         self.writer = BackgroundWriter(config.async_save)
         self.device = pick_device(config.device, from_launcher("LOCAL_RANK", 0))
         self.amp = pick_amp_dtype(config.amp_dtype, self.device)
@@ -1546,20 +1550,31 @@ class Trainer:
         self.resumed = saved is not None
         if saved is not None:
             self.restore(saved)
+        self.saved_step = self.step
         left = config.num_epochs * len(self.train_data) - self.samples
         self.total_steps = config.max_steps or self.step + max(0, left // self.samples_per_step)
         problem = f"one step takes {self.samples_per_step} samples, the data has {left}"
         require(self.total_steps, "batch_size", problem, "lower it, or set --max_steps")
-        self.folder, path = Path(config.log_dir) / self.progress["folder"], config.checkpoint_path
-        problem = f"{path!r} is not a file name"
+        path, problem = config.checkpoint_path, f"{config.checkpoint_path!r} is not a file name"
         require(path and not os.path.isdir(path), "checkpoint_path", problem, "name a file")
         if self.main:
             require_writable(Path(path).parent, "checkpoint_path")
-            require_writable(self.folder, "log_dir")
-        names = {"project": config.wandb_project, "name": config.wandb_run_name or None}
-        wandb = {**names, "config": config.to_dict()} if config.use_wandb else None
-        self.log = Logger(self.folder, self.main, self.step, wandb)
+        self.open_log()
         self.forward = self.wrap(config.use_compile)
+
+    def open_log(self) -> None:
+        """Open the logs: in a new folder and as a new run of W&B, unless this run is resumed."""
+        c, p = self.config, self.progress
+        if self.main:
+            p["folder"] = open_log_folder(Path(c.log_dir), p["folder"], self.resumed)
+        self.folder = Path(c.log_dir) / p["folder"]
+        wandb = {"project": c.wandb_project, "name": c.wandb_run_name or None}
+        if "wandb_id" in p:
+            wandb |= {"id": p["wandb_id"], "resume": "allow"}
+        settings = {**wandb, "config": c.to_dict()} if c.use_wandb else None
+        self.log = Logger(self.folder, self.main, self.step, settings)
+        if self.log.wandb:
+            p["wandb_id"] = self.log.wandb.id
 
     def build(self) -> TinyMambaModel:
         """The model to train."""
@@ -1629,10 +1644,20 @@ class Trainer:
         c, pinned = self.config, self.device.type == "cuda"
         plan = ShardedBatches(first, last, c.batch_size, self.rank, self.world)
         loader = torch.utils.data.DataLoader(
-            data, batch_sampler=plan, num_workers=c.num_workers, pin_memory=pinned
+            data,
+            batch_sampler=plan,
+            num_workers=c.num_workers,
+            pin_memory=pinned,
+            worker_init_fn=outlive_signals,
         )
-        for x, y in loader:
-            yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        with signals_held():
+            loaded = iter(loader)
+        try:
+            for x, y in loaded:
+                yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        except RuntimeError as e:
+            require("DataLoader worker" not in str(e), "num_workers", str(e), "resume with fewer")
+            raise
 
     def train_step(self, batches: Iterator) -> tuple[float, float]:
         """Update once, from `gradient_accumulation_steps` batches: (mean loss, gradient norm).
@@ -1855,7 +1880,9 @@ class Trainer:
     def save(self) -> None:
         """Write the newest state; the one before it is kept as ..._previous.pt."""
         path = self.config.checkpoint_path
+        self.tell(f"step {self.step} is being saved")
         self.write(path, self.state(), sibling(path, "previous"))
+        self.saved_step = self.step
         done = "writing" if self.config.async_save else "saved"
         self.log.say(f"{done} {path} at step {self.step}")
 
@@ -1906,10 +1933,10 @@ class Trainer:
             self.log.say(f"hint: this data needs no more than --vocab_size {known}")
 
     def run(self) -> int:
-        """Train to the end; the exit code is 0, or 143 or 130 after SIGTERM or SIGINT.
+        """Train to the end; the exit code is 0, or 128 and the signal that stopped it.
 
-        Both let the current step finish (several processes: also the next) and save; SIGUSR1
-        saves and continues.
+        That lets the current step finish (several processes: also the next) and saves; SIGUSR1
+        and SIGUSR2 save and continue.
         """
         error = None
         with self.signals:  # until the end: a launcher may send SIGTERM while the cause is found
@@ -1922,6 +1949,12 @@ class Trainer:
                 raise
             finally:
                 self.close(error)
+        return self.exit_code(error)
+
+    def exit_code(self, error: Exception | None) -> int:
+        """The exit code of a run that ended with that error."""
+        if error:
+            return 2 if isinstance(error, UserError) else 1
         return 128 + self.stopped_by if self.stopped_by else 0
 
     def train(self) -> None:
@@ -1929,31 +1962,29 @@ class Trainer:
         self.announce()
         if self.main and not self.resumed:
             for file in run_files(self.config.checkpoint_path):
-                move_aside(file)
+                move_aside(file, say=self.log.say)
         self.loop()
         self.save()
         self.writer.finish()
-        if self.main and self.progress["history"]["train"]:
-            plot_losses(self.progress["history"], self.folder / "loss_curve.png")
-            self.log.say(f"loss curve in {self.folder / 'loss_curve.png'}")
+        if self.progress["history"]["train"]:
+            self.log.plot(self.progress["history"])
 
     def loop(self) -> None:
         """Run the remaining steps, with validation, samples and saves between them."""
-        from tqdm import tqdm
-
         c, first = self.config, self.step
         last = self.samples + (self.total_steps - self.step) * self.samples_per_step
         batches, since, seconds = self.batches(self.train_data, self.samples, last), self.step, 0.0
-        bar = tqdm(total=self.total_steps, initial=self.step, disable=None if self.main else True)
+        self.log.start_bar(self.total_steps, self.step)
         done = self.step >= self.total_steps
         if self.progress["unfinished"]:
             done = self.between_steps() or done
         while not done:
             begin = time.perf_counter()
+            self.tell(f"step {self.step + 1} is being finished")
             loss, norm = self.train_step(batches)
             spent = time.perf_counter() - begin
             seconds += spent
-            bar.update()
+            self.log.draw("update")
             self.check_gradient(loss, norm)
             if self.step % c.log_interval == 0 or self.step == self.total_steps:
                 self.report(loss, norm, seconds / (self.step - since))
@@ -1962,7 +1993,13 @@ class Trainer:
                 self.log.say(f"the first step took {spent:.0f} s, compilation included")
                 since, seconds = self.step, 0.0
             done = self.between_steps()
-        bar.close()
+
+    def tell(self, doing: str) -> None:
+        """Set what a second Ctrl-C says is waited for."""
+        if self.main:
+            older = self.saved_step != self.step
+            self.signals.doing = doing
+            self.signals.unsaved_since = self.saved_step if older else None
 
     def check_gradient(self, loss: float, norm: float) -> None:
         """Report a step that was skipped; end the run after max_bad_steps in a row."""
@@ -2008,7 +2045,7 @@ class Trainer:
         return self.obey(all_reduce(self.signals.take(), self.device))
 
     def obey(self, sent: list[float]) -> bool:
-        """Save if SIGUSR1 was sent to a process; return whether SIGTERM or SIGINT was to any."""
+        """Save if a signal asked any process for it; return whether one asked any to stop."""
         for number, processes in zip(Signals.STOPPING, sent, strict=False):
             self.stopped_by = number if processes else self.stopped_by
         if sent[-1]:
@@ -2042,7 +2079,8 @@ class Trainer:
     def close(self, error: Exception | None = None) -> None:
         """Flush logs and leave the process group."""
         self.writer.close()
-        self.log.close()
+        self.tell("the logs are being closed")
+        self.log.close(self.exit_code(error))
         if self.watchdog:
             self.watchdog.close(error)
             dist.destroy_process_group()
