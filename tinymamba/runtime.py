@@ -243,6 +243,7 @@ class Signals:
         self.saves_asked = self.saves_taken = 0  # how many signals to save have come, were taken
         self.doing = ""  # what a second Ctrl-C says is waited for
         self.unsaved_since: int | None = None  # the step of the last checkpoint, if that is older
+        self.interrupts, self.last_interrupt = 0, -math.inf
         self.before: dict[int, Any] = {}
         self.wakeup: socket.socket | None = None
 
@@ -264,21 +265,23 @@ class Signals:
 
     def watch(self, reader: socket.socket) -> None:
         """Count SIGINT until a zero comes; Python writes the number of each signal."""
-        count, last = 0, -math.inf
         with reader:
             while (number := reader.recv(1)[0]) != 0:
-                now = time.monotonic()
-                if number != signal.SIGINT or now - last < self.TOGETHER:
-                    continue
-                count, last = count + 1, now
-                if count == 2 and self.doing:
-                    since = self.unsaved_since
-                    loss = "" if since is None else f", unsaved since step {since}"
-                    text = f"{self.doing}; press Ctrl-C again to end at once{loss}"
-                    with contextlib.suppress(OSError, ValueError):
-                        print(text, file=sys.stderr, flush=True)
-                if count > 2:
-                    os._exit(128 + signal.SIGINT)
+                if number == signal.SIGINT:
+                    self.interrupt(time.monotonic())
+
+    def interrupt(self, now: float) -> None:
+        """Count a SIGINT that came at that time."""
+        if now - self.last_interrupt < self.TOGETHER:
+            return
+        self.interrupts, self.last_interrupt = self.interrupts + 1, now
+        if self.interrupts == 2 and self.doing:
+            step = self.unsaved_since
+            loss = "" if step is None else f", unsaved since step {step}"
+            with contextlib.suppress(OSError, ValueError):
+                print_error(f"{self.doing}; press Ctrl-C again to end at once{loss}")
+        if self.interrupts > 2:
+            os._exit(128 + signal.SIGINT)
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is not threading.main_thread():
@@ -523,9 +526,11 @@ class Logger:
         self.draw("close")
         if self.board is not None:
             self.attempt(self.BOARD, self.board.close)
-        if self.wandb is not None:
-            self.dropped.discard(self.WANDB)
+        if self.wandb is not None and self.WANDB not in self.dropped:
             self.attempt(self.WANDB, self.wandb.finish, exit_code)
+        elif self.wandb is not None:  # W&B would show it as running
+            with contextlib.suppress(Exception):
+                self.wandb.finish(exit_code)
 
 
 def plot_losses(history: dict[str, list], path: Path) -> None:
