@@ -100,13 +100,12 @@ from tinymamba.runtime import (
     from_launcher,
     full_tensor,
     join_process_group,
+    load_batches,
     open_log_folder,
-    outlive_signals,
     pick_amp_dtype,
     pick_device,
     profile_steps,
     shard_like,
-    signals_held,
     why_no_compile,
 )
 from tinymamba.token_file import TokenFile, read_sidecar
@@ -1519,9 +1518,7 @@ class Trainer:
         self.ready: list = []  # micro-batches of the next step
         self.unread: UserError | None = None  # why this process could not read them
         self.failed_reads = 0.0  # how many processes could not read theirs
-        self.sent = [0.0] * (
-            len(Signals.STOPPING) + 1
-        )  # to how many processes each signal was sent, see Signals.take
+        self.sent = [0.0] * (len(Signals.STOPPING) + 1)  # to how many processes each was sent
         self.writer = BackgroundWriter(config.async_save)
         self.device = pick_device(config.device, from_launcher("LOCAL_RANK", 0))
         self.amp = pick_amp_dtype(config.amp_dtype, self.device)
@@ -1550,7 +1547,7 @@ class Trainer:
         self.resumed = saved is not None
         if saved is not None:
             self.restore(saved)
-        self.saved_step = self.step
+        self.signals.saved_step = self.step
         left = config.num_epochs * len(self.train_data) - self.samples
         self.total_steps = config.max_steps or self.step + max(0, left // self.samples_per_step)
         problem = f"one step takes {self.samples_per_step} samples, the data has {left}"
@@ -1568,11 +1565,10 @@ class Trainer:
         if self.main:
             p["folder"] = open_log_folder(Path(c.log_dir), p["folder"], self.resumed)
         self.folder = Path(c.log_dir) / p["folder"]
-        wandb = {"project": c.wandb_project, "name": c.wandb_run_name or None}
-        if "wandb_id" in p:
-            wandb |= {"id": p["wandb_id"], "resume": "allow"}
-        settings = {**wandb, "config": c.to_dict()} if c.use_wandb else None
-        self.log = Logger(self.folder, self.main, self.step, settings)
+        names = {"project": c.wandb_project, "name": c.wandb_run_name or None}
+        again = {"id": p["wandb_id"], "resume": "allow"} if "wandb_id" in p else {}
+        wandb = {**names, **again, "config": c.to_dict()} if c.use_wandb else None
+        self.log = Logger(self.folder, self.main, self.step, wandb)
         if self.log.wandb:
             p["wandb_id"] = self.log.wandb.id
 
@@ -1643,21 +1639,8 @@ class Trainer:
         """This rank's batches of the samples first .. last-1, on the device."""
         c, pinned = self.config, self.device.type == "cuda"
         plan = ShardedBatches(first, last, c.batch_size, self.rank, self.world)
-        loader = torch.utils.data.DataLoader(
-            data,
-            batch_sampler=plan,
-            num_workers=c.num_workers,
-            pin_memory=pinned,
-            worker_init_fn=outlive_signals,
-        )
-        with signals_held():
-            loaded = iter(loader)
-        try:
-            for x, y in loaded:
-                yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-        except RuntimeError as e:
-            require("DataLoader worker" not in str(e), "num_workers", str(e), "resume with fewer")
-            raise
+        for x, y in load_batches(data, plan, c.num_workers, pinned):
+            yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
     def train_step(self, batches: Iterator) -> tuple[float, float]:
         """Update once, from `gradient_accumulation_steps` batches: (mean loss, gradient norm).
@@ -1880,9 +1863,9 @@ class Trainer:
     def save(self) -> None:
         """Write the newest state; the one before it is kept as ..._previous.pt."""
         path = self.config.checkpoint_path
-        self.tell(f"step {self.step} is being saved")
+        self.signals.wait_for(f"step {self.step} is being saved", self.step)
         self.write(path, self.state(), sibling(path, "previous"))
-        self.saved_step = self.step
+        self.signals.saved_step = self.step
         done = "writing" if self.config.async_save else "saved"
         self.log.say(f"{done} {path} at step {self.step}")
 
@@ -1980,7 +1963,7 @@ class Trainer:
             done = self.between_steps() or done
         while not done:
             begin = time.perf_counter()
-            self.tell(f"step {self.step + 1} is being finished")
+            self.signals.wait_for(f"step {self.step + 1} is being finished", self.step)
             loss, norm = self.train_step(batches)
             spent = time.perf_counter() - begin
             seconds += spent
@@ -1993,13 +1976,6 @@ class Trainer:
                 self.log.say(f"the first step took {spent:.0f} s, compilation included")
                 since, seconds = self.step, 0.0
             done = self.between_steps()
-
-    def tell(self, doing: str) -> None:
-        """Set what a second Ctrl-C says is waited for."""
-        if self.main:
-            older = self.saved_step != self.step
-            self.signals.doing = doing
-            self.signals.unsaved_since = self.saved_step if older else None
 
     def check_gradient(self, loss: float, norm: float) -> None:
         """Report a step that was skipped; end the run after max_bad_steps in a row."""
@@ -2079,7 +2055,7 @@ class Trainer:
     def close(self, error: Exception | None = None) -> None:
         """Flush logs and leave the process group."""
         self.writer.close()
-        self.tell("the logs are being closed")
+        self.signals.wait_for("the logs are being closed", self.step)
         self.log.close(self.exit_code(error))
         if self.watchdog:
             self.watchdog.close(error)

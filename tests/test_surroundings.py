@@ -158,7 +158,8 @@ def test_a_second_ctrl_c_says_what_it_waits_for_and_a_third_ends_at_once(start):
 def test_a_ctrl_c_that_the_launcher_repeats_counts_once(presses, said, ended, monkeypatch, capsys):
     codes, signals = [], Signals()
     monkeypatch.setattr(runtime.os, "_exit", codes.append)
-    signals.doing, signals.unsaved_since = "step 9 is being finished", 7
+    signals.wait_for("step 9 is being finished", 8)
+    signals.saved_step = 7
     for seconds in presses:
         signals.interrupt(seconds)
     line = " is being finished; press Ctrl-C again to end at once, unsaved since step 7\n"
@@ -484,15 +485,18 @@ class FakeRun:
 
     def __init__(self, number: int, settings: dict):
         self.settings, self.id = settings, settings.get("id") or f"id{number}"
+        self.step = 0
         self.rows, self.metrics, self.code = [], [], None
 
     def define_metric(self, name: str, step_metric: str | None = None) -> None:
         self.metrics.append((name, step_metric))
 
-    def log(self, row: dict) -> None:
+    def log(self, row: dict, step: int) -> None:
         if "log" in self.fails:
             fail()
-        self.rows.append(row)
+        if step >= self.step:  # else W&B drops the row
+            self.rows.append(row)
+            self.step = step
 
     def finish(self, exit_code: int) -> None:
         self.code = exit_code
@@ -509,8 +513,10 @@ def runs(place, monkeypatch) -> list[FakeRun]:
     started: list[FakeRun] = []
 
     def init(**settings) -> FakeRun:
-        started.append(FakeRun(len(started), settings))
-        return started[-1]
+        run = FakeRun(len(started), settings)
+        run.step = max((old.step + 1 for old in started if old.id == run.id), default=0)
+        started.append(run)
+        return run
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     return started
@@ -529,7 +535,7 @@ def test_wandb_and_the_console_agree_on_every_step(runs):
     assert len(said) == 4
     said = re.findall(r"^validation at step (\d+): (\S+) nats", done.stdout, re.M)
     assert [(str(s), f"{v:.4f}") for s, v in run.points("val/loss")] == said
-    assert ("*", "global_step") in run.metrics  # else W&B drops steps that were logged before
+    assert ("*", "global_step") in run.metrics and run.step == 4
 
 
 def test_a_resumed_run_is_one_run_of_wandb_and_a_new_one_is_another(runs):
@@ -543,6 +549,16 @@ def test_a_resumed_run_is_one_run_of_wandb_and_a_new_one_is_another(runs):
     assert [run.code for run in runs] == [143, 0, 0]
     assert [[s for s, _ in run.points("train/loss")] for run in runs] == [[1, 2, 3], [4, 5, 6], [1]]
     assert [Path(run.settings["dir"]).name for run in runs] == ["try", "try", "try-2"]
+
+
+def test_steps_that_are_trained_again_are_logged_again(runs):
+    """After kill -9 W&B has steps that the checkpoint has not, and would drop them."""
+    words = brief_flags(max_steps=4, checkpoint_interval=3, **WATCHED, **VALIDATED)
+    assert call(*words).returncode == 0
+    testv2.sibling(LATEST, "previous").replace(LATEST)
+    assert call("--resume").returncode == 0 and runs[1].id == runs[0].id
+    assert runs[1].points("train/loss") == runs[0].points("train/loss")[3:]
+    assert runs[1].points("val/loss") == runs[0].points("val/loss")[1:]
 
 
 def test_a_run_that_was_not_logged_to_wandb_begins_there_when_resumed(runs):

@@ -241,8 +241,8 @@ class Signals:
     def __init__(self) -> None:
         self.stop = 0  # the number of the last signal to stop
         self.saves_asked = self.saves_taken = 0  # how many signals to save have come, were taken
-        self.doing = ""  # what a second Ctrl-C says is waited for
-        self.unsaved_since: int | None = None  # the step of the last checkpoint, if that is older
+        self.doing = "the process ends"  # what a second Ctrl-C says is waited for
+        self.step = self.saved_step = 0  # of the run, and of its last checkpoint
         self.interrupts, self.last_interrupt = 0, -math.inf
         self.before: dict[int, Any] = {}
         self.wakeup: socket.socket | None = None
@@ -263,6 +263,10 @@ class Signals:
         self.saves_taken = asked
         return [*(float(self.stop == number) for number in self.STOPPING), float(asked > taken)]
 
+    def wait_for(self, doing: str, step: int) -> None:
+        """Set what a second Ctrl-C says, and the step of the run."""
+        self.doing, self.step = doing, step
+
     def watch(self, reader: socket.socket) -> None:
         """Count SIGINT until a zero comes; Python writes the number of each signal."""
         with reader:
@@ -275,9 +279,9 @@ class Signals:
         if now - self.last_interrupt < self.TOGETHER:
             return
         self.interrupts, self.last_interrupt = self.interrupts + 1, now
-        if self.interrupts == 2 and self.doing:
-            step = self.unsaved_since
-            loss = "" if step is None else f", unsaved since step {step}"
+        if self.interrupts == 2 and from_launcher("RANK", 0) == 0:
+            lost = self.step != self.saved_step
+            loss = f", unsaved since step {self.saved_step}" if lost else ""
             with contextlib.suppress(OSError, ValueError):
                 print_error(f"{self.doing}; press Ctrl-C again to end at once{loss}")
         if self.interrupts > 2:
@@ -339,6 +343,24 @@ def outlive_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+
+
+def load_batches(data: Any, plan: Any, workers: int, pinned: bool) -> Iterator:
+    """Batches of a dataset in the order of `plan`; a UserError if a worker dies."""
+    loader = torch.utils.data.DataLoader(
+        data,
+        batch_sampler=plan,
+        num_workers=workers,
+        pin_memory=pinned,
+        worker_init_fn=outlive_signals,
+    )
+    with signals_held():
+        batches = iter(loader)
+    try:
+        yield from batches
+    except RuntimeError as e:
+        require("DataLoader worker" not in str(e), "num_workers", str(e), "resume with fewer")
+        raise
 
 
 # -------------------------------------------------------------------------- logs and profile
@@ -443,8 +465,8 @@ class Logger:
     def start_wandb(self, arguments: dict) -> None:
         """Start a run of Weights & Biases; a UserError if that fails.
 
-        Its steps are a metric: W&B drops what is logged for a step before the newest, as it is
-        after a run is resumed.
+        W&B drops what is logged for a step before its newest. If that is ahead of a resumed run,
+        W&B's own steps are shifted; the metric global_step has those of the run.
         """
         try:
             import wandb
@@ -452,6 +474,7 @@ class Logger:
             self.wandb = wandb.init(dir=str(self.folder), **arguments)
             self.wandb.define_metric("global_step")
             self.wandb.define_metric("*", step_metric="global_step")
+            self.wandb_shift = max(0, self.wandb.step - self.step)
         except Exception as e:
             with contextlib.suppress(OSError):
                 self.folder.rmdir()  # only an empty one
@@ -495,7 +518,8 @@ class Logger:
         if self.board is not None:
             self.attempt(self.BOARD, self.write_scalars, values, step)
         if self.wandb is not None:
-            self.attempt(self.WANDB, self.wandb.log, {**values, "global_step": step})
+            row = {**values, "global_step": step}
+            self.attempt(self.WANDB, lambda: self.wandb.log(row, step=step + self.wandb_shift))
 
     def write_scalars(self, values: dict[str, float], step: int) -> None:
         """Log numbers to TensorBoard; a deleted file would take them without an error."""
