@@ -241,7 +241,7 @@ class Signals:
     def __init__(self) -> None:
         self.stop = 0  # the number of the last signal to stop
         self.saves_asked = self.saves_taken = 0  # how many signals to save have come, were taken
-        self.doing = "the process ends"  # what a second Ctrl-C says is waited for
+        self.doing = "the run is being ended"  # what a second Ctrl-C says is waited for
         self.step = self.saved_step = 0  # of the run, and of its last checkpoint
         self.interrupts, self.last_interrupt = 0, -math.inf
         self.before: dict[int, Any] = {}
@@ -306,8 +306,8 @@ class Signals:
         self.before = {}
         if self.wakeup is not None:
             signal.set_wakeup_fd(self.old_wakeup)
-            self.wakeup.send(b"\0")
-            self.wakeup.close()
+            with self.wakeup, contextlib.suppress(OSError):  # full, if the thread cannot print
+                self.wakeup.send(b"\0")
             self.wakeup = None
 
 
@@ -327,7 +327,7 @@ def signals_held() -> Iterator[None]:
     try:
         yield
     finally:
-        if signal.getsignal(signal.SIGCHLD) is not child:
+        if child is not None:  # None: one that Python did not set
             signal.signal(signal.SIGCHLD, child)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
