@@ -116,6 +116,7 @@ def test_a_worker_that_is_killed_ends_the_run_saved_and_in_one_line(place):
     assert saved_step() == trainer.step >= 3
 
 
+@pytest.mark.slow
 @POSIX
 def test_a_terminal_that_closes_leaves_a_saved_run(start):
     """It sends SIGHUP, and whatever is written to it fails from then on."""
