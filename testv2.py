@@ -104,13 +104,16 @@ from tinymamba.runtime import (
     from_launcher,
     full_tensor,
     join_process_group,
+    make_loader,
+    open_log_folder,
     pick_amp_dtype,
     pick_device,
-    plot_losses,
     profile_steps,
     shard_like,
+    take_batches,
     why_no_compile,
 )
+from tinymamba.schedule import learning_rate, warmup_length
 from tinymamba.token_file import TokenFile, read_sidecar
 from tinymamba.tokenizer import SimpleTokenizer, find_tokenizer  # noqa: F401
 
@@ -1312,39 +1315,6 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, config.lr, (config.beta1, config.beta2), fused=True)
 
 
-def warmup_length(total_steps: int, config: Config) -> int:
-    """Steps of warm-up in a run that begins.
-
-    With wsd and constant they do not depend on the length of the run, so that runs of different
-    lengths are the same until they decay.
-    """
-    cut = config.schedule in ("cosine", "linear")
-    return min(config.warmup_steps, total_steps // 10) if cut else config.warmup_steps
-
-
-def learning_rate(step: int, total_steps: int, config: Config, warmup: int | None = None) -> float:
-    """Linear warm-up to `lr`, then `lr`, then a decay to min_lr_ratio * lr at the last step.
-
-    The decay is half a cosine wave, a straight line, or for wsd 1 - sqrt (Hagele et al., arXiv
-    2405.18392, section 3). A resumed run gives the `warmup` that it began with.
-    """
-    warmup = warmup_length(total_steps, config) if warmup is None else warmup
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    if config.schedule == "constant":
-        return config.lr
-    decay = config.decay_steps or (total_steps // 10 if config.schedule == "wsd" else total_steps)
-    last = total_steps - 1
-    begin = max(warmup, last - decay)
-    progress = min(1.0, max(0, step - begin) / max(1, last - begin))
-    left = {
-        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-        "linear": 1 - progress,
-        "wsd": 1 - math.sqrt(progress),
-    }[config.schedule]
-    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * left)
-
-
 # -------------------------------------------------------------------------------- checkpoints
 
 FOLDER_FORMAT = 2
@@ -1497,7 +1467,7 @@ class Trainer:
         self.ready: list = []  # micro-batches of the next step
         self.unread: UserError | None = None  # why this process could not read them
         self.failed_reads = 0.0  # how many processes could not read theirs
-        self.sent = [0.0] * 3  # to how many processes each signal was sent, see Signals.take
+        self.sent = [0.0] * (len(Signals.STOPPING) + 1)  # to how many processes each was sent
         self.writer = BackgroundWriter(config.async_save)
         self.device = pick_device(config.device, from_launcher("LOCAL_RANK", 0))
         self.amp = pick_amp_dtype(config.amp_dtype, self.device)
@@ -1537,15 +1507,26 @@ class Trainer:
         problem = f"{self.total_steps} is below step {self.step}, which the run has reached"
         require(self.step <= self.total_steps, "max_steps", problem, "raise it, or leave it out")
         self.warmup = self.progress.setdefault("warmup", warmup_length(self.total_steps, config))
-        self.folder = Path(config.log_dir) / self.progress["folder"]
         require_run_name(config.checkpoint_path)
         if self.main:
             require_writable(Path(config.checkpoint_path).parent, "checkpoint_path")
-            require_writable(self.folder, "log_dir")
-        names = {"project": config.wandb_project, "name": config.wandb_run_name or None}
-        wandb = {**names, "config": config.to_dict()} if config.use_wandb else None
-        self.log = Logger(self.folder, self.main, self.step, wandb)
+        self.signals.saved_step = self.step
+        self.open_log()
         self.forward = self.wrap(config.use_compile)
+
+    def open_log(self) -> None:
+        """Open the logs: in a new folder and as a new run of W&B, unless this run is resumed."""
+        c, p = self.config, self.progress
+        if self.main:
+            own = self.resumed and not c.resume_from
+            p["folder"] = open_log_folder(Path(c.log_dir), p["folder"], own)
+        self.folder = Path(c.log_dir) / p["folder"]
+        names = {"project": c.wandb_project, "name": c.wandb_run_name or None}
+        again = {"id": p["wandb_id"], "resume": "allow"} if "wandb_id" in p else {}
+        wandb = {**names, **again, "config": c.to_dict()} if c.use_wandb else None
+        self.log = Logger(self.folder, self.main, self.step, wandb)
+        if self.log.wandb:
+            p["wandb_id"] = self.log.wandb.id
 
     def build(self) -> TinyMambaModel:
         """The model to train: new, or with the weights of init_from."""
@@ -1582,6 +1563,7 @@ class Trainer:
         )
         self.fingerprint = self.train_data.fingerprint()
         self.val_data: Any = None
+        self.val_loader: Any = None
         self.bytes_per_token: float | None = None
         if c.enable_validation:
             self.val_data = StreamingTokenDataset(c.val_data_path, c.block_size, **kind)
@@ -1616,14 +1598,15 @@ class Trainer:
         """Autocast to the dtype of the run."""
         return torch.autocast(self.device.type, self.amp, enabled=self.amp != torch.float32)
 
-    def batches(self, data: StreamingTokenDataset, first: int, last: int) -> Iterator:
-        """This rank's batches of the samples first .. last-1, on the device."""
+    def loader(self, data: StreamingTokenDataset, first: int, last: int) -> Any:
+        """A loader of this rank's batches of the samples first .. last-1."""
         c, pinned = self.config, self.device.type == "cuda"
         plan = ShardedBatches(first, last, c.batch_size, self.rank, self.world)
-        loader = torch.utils.data.DataLoader(
-            data, batch_sampler=plan, num_workers=c.num_workers, pin_memory=pinned
-        )
-        for x, y in loader:
+        return make_loader(data, plan, c.num_workers, pinned)
+
+    def batches(self, loader: Any) -> Iterator:
+        """All batches of a loader, on the device."""
+        for x, y in take_batches(loader):
             yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
     def train_step(self, batches: Iterator) -> tuple[float, float]:
@@ -1747,7 +1730,9 @@ class Trainer:
         values: dict[str, float] = {}
         if c.validation_steps:
             last = min(last, c.validation_steps * c.batch_size * self.world)
-        batches = self.batches(self.val_data, 0, last)
+        if self.val_loader is None:
+            self.val_loader = self.loader(self.val_data, 0, last)
+        batches = self.batches(self.val_loader)
         total, count = torch.zeros((), device=self.device), 0
         with self.evaluating():
             for _ in range(math.ceil(last / (c.batch_size * self.world))):
@@ -1856,7 +1841,9 @@ class Trainer:
     def save(self) -> None:
         """Write the newest state; the one before it is kept as ..._previous.pt."""
         path = self.config.checkpoint_path
+        self.signals.wait_for(f"step {self.step} is being saved", self.step)
         self.write(path, self.state(), sibling(path, "previous"))
+        self.signals.saved_step = self.step
         done = "writing" if self.config.async_save else "saved"
         self.log.say(f"{done} {path} at step {self.step}")
 
@@ -1884,13 +1871,17 @@ class Trainer:
         self.scaler.load_state_dict(saved["scaler"])
         self.step, self.tokens = saved["global_step"], saved["tokens_seen"]
         self.restore_position(saved["data"], saved["epoch"])
-        self.progress, old = saved["progress"], Config.from_dict(saved["config"])
+        old, begun = Config.from_dict(saved["config"]), self.progress
+        self.progress = saved["progress"]
         total = saved["scheduler"]["total_steps"]
         warmup = self.progress.setdefault("warmup", warmup_length(total, old))
         steps = self.step - 1, self.step
         self.rate_before = [learning_rate(step, total, old, warmup) for step in steps]
         if sibling(old.checkpoint_path, "").name != sibling(self.config.checkpoint_path, "").name:
             self.progress["best"] = []  # those files are another run's
+        if self.config.resume_from:
+            self.progress["folder"] = begun["folder"]
+            self.progress.pop("wandb_id", None)
 
     def restore_position(self, data: dict, epoch: int) -> None:
         """Continue at a position in the data; if they have changed, a new epoch of them begins."""
@@ -1912,7 +1903,8 @@ class Trainer:
     def train_batches(self, steps: int) -> Iterator:
         """This rank's batches of the next `steps` steps."""
         first = self.first_epoch * len(self.train_data) + self.samples - self.first_sample
-        return self.batches(self.train_data, first, first + steps * self.samples_per_step)
+        last = first + steps * self.samples_per_step
+        return self.batches(self.loader(self.train_data, first, last))
 
     def announce(self) -> None:
         """Say what is trained, where, and for how long."""
@@ -1946,10 +1938,10 @@ class Trainer:
             )
 
     def run(self) -> int:
-        """Train to the end; the exit code is 0, or 143 or 130 after SIGTERM or SIGINT.
+        """Train to the end; the exit code is 0, or 128 and the signal that stopped it.
 
-        Both let the current step finish (several processes: also the next) and save; SIGUSR1
-        saves and continues.
+        That lets the current step finish (several processes: also the next) and saves; SIGUSR1
+        and SIGUSR2 save and continue.
         """
         error = None
         with self.signals:  # until the end: a launcher may send SIGTERM while the cause is found
@@ -1962,6 +1954,12 @@ class Trainer:
                 raise
             finally:
                 self.close(error)
+        return self.exit_code(error)
+
+    def exit_code(self, error: Exception | None) -> int:
+        """The exit code of a run that ended with that error."""
+        if error:
+            return 2 if isinstance(error, UserError) else 1
         return 128 + self.stopped_by if self.stopped_by else 0
 
     def train(self) -> None:
@@ -1974,31 +1972,29 @@ class Trainer:
                 return
             if self.main and (not self.resumed or self.config.resume_from):
                 for file in run_files(path):
-                    move_aside(file)
+                    move_aside(file, say=self.log.say)
             self.loop()
             self.save()
             self.writer.finish()
-        if self.main and self.progress["history"]["train"]:
-            plot_losses(self.progress["history"], self.folder / "loss_curve.png")
-            self.log.say(f"loss curve in {self.folder / 'loss_curve.png'}")
+        if self.progress["history"]["train"]:
+            self.log.plot(self.progress["history"])
 
     def loop(self) -> None:
         """Run the remaining steps, with validation, samples and saves between them."""
-        from tqdm import tqdm
-
         c, first = self.config, self.step
         batches = self.train_batches(self.total_steps - self.step)
         since, seconds = self.step, 0.0
-        bar = tqdm(total=self.total_steps, initial=self.step, disable=None if self.main else True)
+        self.log.start_bar(self.total_steps, self.step)
         done = self.step >= self.total_steps
         if self.progress["unfinished"]:
             done = self.between_steps() or done
         while not done:
             begin = time.perf_counter()
+            self.signals.wait_for(f"step {self.step + 1} is being finished", self.step)
             loss, norm = self.train_step(batches)
             spent = time.perf_counter() - begin
             seconds += spent
-            bar.update()
+            self.log.draw("update")
             self.check_gradient(loss, norm)
             if self.step % c.log_interval == 0 or self.step == self.total_steps:
                 self.report(loss, norm, seconds / (self.step - since))
@@ -2007,7 +2003,6 @@ class Trainer:
                 self.log.say(f"the first step took {spent:.0f} s, compilation included")
                 since, seconds = self.step, 0.0
             done = self.between_steps()
-        bar.close()
 
     def check_gradient(self, loss: float, norm: float) -> None:
         """Report a step that was skipped; end the run after max_bad_steps in a row."""
@@ -2053,7 +2048,7 @@ class Trainer:
         return self.obey(all_reduce(self.signals.take(), self.device))
 
     def obey(self, sent: list[float]) -> bool:
-        """Save if SIGUSR1 was sent to a process; return whether SIGTERM or SIGINT was to any."""
+        """Save if a signal asked any process for it; return whether one asked any to stop."""
         for number, processes in zip(Signals.STOPPING, sent, strict=False):
             self.stopped_by = number if processes else self.stopped_by
         if sent[-1]:
@@ -2086,7 +2081,8 @@ class Trainer:
     def close(self, error: Exception | None = None) -> None:
         """Flush logs and leave the process group."""
         self.writer.close()
-        self.log.close()
+        self.signals.wait_for("the logs are being closed", self.step)
+        self.log.close(self.exit_code(error))
         if self.watchdog:
             self.watchdog.close(error)
             dist.destroy_process_group()

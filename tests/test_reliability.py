@@ -9,6 +9,7 @@ import errno
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -328,6 +329,7 @@ def test_saves_in_the_background_hold_the_same(place):
         files.append({str(path): digest(state) for path, state in found.items()})
         for path in found:
             path.unlink()
+        shutil.rmtree("logs")  # else the second run has a folder of its own
     assert files[0] == files[1] and len(files[0]) == 5
 
 

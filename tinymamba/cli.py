@@ -19,6 +19,7 @@ which values are valid:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -78,20 +79,88 @@ def need(module: str) -> types.ModuleType:
         raise UserError(package, "is not installed", f"pip install {package}") from None
 
 
+def open_standard_streams() -> None:
+    """Give each closed standard stream the null device.
+
+    Otherwise the next file that is opened would take its number, and what libraries print.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115
+
+
+def silence(stream: Any) -> None:
+    """Send a stream that cannot be written to the null device, with what is in its buffer."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # not every stream has a file
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+        stream.flush()
+
+
+def flush_or_silence(stream: Any) -> OSError | None:
+    """Flush a stream; why it cannot be written, if so."""
+    try:
+        stream.flush()
+    except OSError as e:
+        silence(stream)
+        return e
+    except (AttributeError, ValueError):  # not a stream, or closed
+        pass
+    return None
+
+
+def print_error(text: str) -> None:
+    """Print a line on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def call_main(main: Callable[[], int | None]) -> tuple[Any, str]:
+    """The exit code of `main()`, and the line on stderr that explains it."""
+    try:
+        return main(), ""
+    except SystemExit as e:  # of argparse
+        return e.code, ""
+    except KeyboardInterrupt:
+        return 130, ""
+    except BrokenPipeError:  # the reader closed the pipe, as `head` does
+        silence(sys.stdout)
+        return 141, ""
+    except UserError as e:
+        return 2, f"error: {e}"
+    except OSError:
+        failure = flush_or_silence(sys.stdout)
+        if failure is None:
+            raise
+        return 2, describe_failure(failure)
+
+
+def describe_failure(failure: OSError) -> str:
+    """One line for a standard output that cannot be written."""
+    return f"error: stdout: cannot be written ({failure.strerror}); send it elsewhere"
+
+
 def run_cli(main: Callable[[], int | None]) -> typing.NoReturn:
     """Exit with what `main()` returns; a UserError becomes one line on stderr and exit code 2."""
+    open_standard_streams()
     if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack characters that a model writes
         sys.stdout.reconfigure(errors="replace")
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the reader closed the pipe, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    code, line = call_main(main)
+    failure = flush_or_silence(sys.stdout)
+    if isinstance(failure, BrokenPipeError):
+        code = code or 141
+    elif failure and not line:
+        code, line = 2, describe_failure(failure)
+    if line:
+        with contextlib.suppress(OSError, ValueError):
+            print_error(line)
+    flush_or_silence(sys.stderr)
+    sys.exit(code)
 
 
 class CliParser(argparse.ArgumentParser):
