@@ -267,6 +267,15 @@ def test_a_reader_that_has_gone_and_a_full_disk_do_not_end_the_command(start):
     assert "standard output failed" in events_text()
 
 
+def test_streams_that_python_found_closed_do_not_end_the_command(place, monkeypatch):
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    with pytest.raises(SystemExit) as ended:
+        run_cli(lambda: testv2.main(brief_flags(max_steps=2)))
+    assert ended.value.code == 0 and saved_step() == 2
+
+
+@pytest.mark.slow
 @POSIX
 def test_closed_streams_do_not_end_the_command(place):
     """`python testv2.py <&- >&- 2>&-`; a file that is opened later must not get their numbers."""
