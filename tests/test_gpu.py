@@ -112,7 +112,7 @@ def test_attention_needs_no_kernel_that_stores_all_scores(documents, dtype):
 def test_the_host_waits_once_in_a_step_compiled_or_not(data, monkeypatch, compiled):
     monkeypatch.chdir(data)
     trainer = Trainer(brief_config(device="cuda", max_steps=4, use_compile=compiled))
-    batches = trainer.batches(trainer.train_data, 0, 100)
+    batches = trainer.train_batches(25)
     exchange = trainer.exchange
 
     def exchange_waiting(*values):

@@ -682,7 +682,7 @@ def test_a_backward_pass_that_cannot_be_compiled_falls_back_to_the_same_result(
         with monkeypatch.context() as patch:
             patch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
             trainer.forward = trainer.wrap(compiled)
-            batches = list(islice(trainer.batches(trainer.train_data, 0, 100), 3))
+            batches = list(islice(trainer.train_batches(25), 3))
             for _ in range(2):
                 trainer.train_step(iter(batches))
         assert not trainer.compiled
