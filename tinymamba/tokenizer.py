@@ -7,6 +7,8 @@ text = tokenizer.decode(ids)
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shutil
 from collections.abc import Iterable
@@ -15,9 +17,12 @@ from typing import Any
 
 from torch import nn
 
-from tinymamba.cli import UserError
+from tinymamba.cli import UserError, require
 
 EOS_TOKEN = "<|endoftext|>"
+FILES = ("tokenizer.json", "vocab.txt")  # the first that is there is the tokenizer
+TEMPLATE_FILE, SETTINGS_FILE = "chat_template.jinja", "tokenizer_config.json"
+RECORD = ("name", "content", "chat_template", "special_tokens", "sha256")
 EOS_NAMES = (EOS_TOKEN, "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "[EOS]")
 
 
@@ -28,44 +33,118 @@ def byte_alphabet() -> list[str]:
     return [chr(b) if b in plain else chr(next(other)) for b in range(256)]
 
 
+def read_utf8(path: Path) -> str:
+    """The text of a file, without a byte order mark; line ends stay as they are."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(str(path), f"is not UTF-8 ({e.reason})", "convert it") from None
+
+
+def split_lines(text: str) -> list[str]:
+    """The tokens of a vocab.txt, one a line."""
+    # A lone carriage return may be a token; a file written on Windows has one on every line.
+    end = "\r\n" if text.count("\r\n") == text.count("\n") > 0 else "\n"
+    return text.removesuffix(end).split(end)
+
+
+def hash_content(name: str, content: str) -> str:
+    """SHA-256 of what decides the ids that a tokenizer gives.
+
+    Line ends, white space, the order of keys, truncation, padding and what surrounds a text do
+    not count; neither does how a merge is written, which depends on the version of `tokenizers`.
+    """
+    parts: Any = split_lines(content)
+    if name == FILES[0]:
+        parts = json.loads(content)
+        for key in ("version", "truncation", "padding", "post_processor"):
+            parts.pop(key, None)
+        merges = parts["model"].get("merges") or []
+        pairs = [m.split(" ") if isinstance(m, str) else m for m in merges]
+        parts["model"] |= {"merges": pairs} if pairs else {}
+    plain = json.dumps([name, parts], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(plain.encode()).hexdigest()
+
+
+def read_template(folder: Path) -> tuple[str | None, dict[str, str]]:
+    """The chat template in a folder, or None, and the special tokens that it may name."""
+    file, settings_file = folder / TEMPLATE_FILE, folder / SETTINGS_FILE
+    settings, text = {}, None
+    try:
+        if settings_file.is_file():
+            settings = json.loads(read_utf8(settings_file))
+            text = settings.get("chat_template")
+        if file.is_file():
+            text = read_utf8(file)
+        if isinstance(text, list):  # several templates, by name
+            text = {each["name"]: each["template"] for each in text}["default"]
+        tokens = {name: settings.get(name) or "" for name in ("bos_token", "eos_token")}
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        problem = f"its chat template cannot be read ({e})"
+        raise UserError(str(folder), problem, "fix it or remove it") from None
+    if text is None:
+        return None, {}
+    plain = {n: t.get("content", "") if isinstance(t, dict) else t for n, t in tokens.items()}
+    return str(text), {name: str(token) for name, token in plain.items() if token}
+
+
 class SimpleTokenizer:
     """Text to ids and back: a `tokenizer.json`, a `vocab.txt` by longest match, or plain bytes.
 
     Every string survives the round trip: a byte that `vocab.txt` has no token for gets a new id
     after the last one. Text that looks like a special token is encoded as plain text, unless
-    `encode(..., allow_special=True)`.
+    `encode(..., allow_special=True)`. The file is read once: it may be replaced afterwards.
+
+    name             "tokenizer.json", "vocab.txt" or "bytes"
+    content          the text of that file
+    chat_template    of chat_template.jinja or tokenizer_config.json beside the file, or None
+    special_tokens   bos_token and eos_token of tokenizer_config.json, for the chat template
+    sha256           the same for two files that give the same ids, however they are formatted
     """
 
     def __init__(self, path: str | Path | None = None):
-        self.path, self.library = path, None
-        if path is None:
-            self._read_vocabulary([*byte_alphabet(), EOS_TOKEN])
-        elif not Path(path).is_file():
-            raise UserError(str(path), "no such file", "pass tokenizer.json or vocab.txt")
-        elif Path(path).suffix == ".json":
-            self._read_library(str(path))
-        else:
-            self._read_vocabulary(self._lines(Path(path)))
-        self.bos_token_id = self.pad_token_id = self.eos_token_id  # eos alone separates documents
+        self.path = path
+        self.name, self.content = "bytes", ""
+        self.chat_template, self.special_tokens = None, {}  # type: str | None, dict[str, str]
+        if path is not None:
+            require(Path(path).is_file(), str(path), "no such file", f"pass {' or '.join(FILES)}")
+            self.name = FILES[0] if Path(path).suffix == ".json" else FILES[1]
+            self.content = read_utf8(Path(path))
+            self.chat_template, self.special_tokens = read_template(Path(path).parent)
+        self._read(str(path))
+        self.sha256 = hash_content(self.name, self.content)
 
     @staticmethod
-    def _lines(path: Path) -> list[str]:
-        try:
-            text = path.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError as e:
-            raise UserError(str(path), f"is not UTF-8 ({e.reason})", "convert it") from None
-        # A lone carriage return may be a token; a file written on Windows has one on every line.
-        end = "\r\n" if text.count("\r\n") == text.count("\n") > 0 else "\n"
-        return text.removesuffix(end).split(end)
+    def from_dict(record: dict, source: str = "tokenizer") -> SimpleTokenizer:
+        """The opposite of `to_dict`; `source` is the file that holds the record, for errors."""
+        made = SimpleTokenizer.__new__(SimpleTokenizer)
+        made.path = None
+        for name in RECORD:
+            setattr(made, name, record.get(name))
+        made._read(source)
+        return made
 
-    def _read_library(self, path: str) -> None:
+    def to_dict(self) -> dict:
+        """Everything about it as plain values, for checkpoints."""
+        return {name: getattr(self, name) for name in RECORD}
+
+    def _read(self, source: str) -> None:
+        self.library = None
+        if self.name == FILES[0]:
+            self._read_library(source)
+        else:
+            tokens = [*byte_alphabet(), EOS_TOKEN]
+            self._read_vocabulary(split_lines(self.content) if self.name == FILES[1] else tokens)
+        self.bos_token_id = self.pad_token_id = self.eos_token_id  # eos alone separates documents
+
+    def _read_library(self, source: str) -> None:
         from tokenizers import Tokenizer
 
         try:
-            self.library = Tokenizer.from_file(path)
+            self.library = Tokenizer.from_str(self.content)
         except Exception as e:  # the library raises no narrower class
             remedy = "make it with python data/prepare.py"
-            raise UserError(path, f"is not a tokenizer ({e})", remedy) from None
+            raise UserError(source, f"is not a tokenizer ({e})", remedy) from None
         ids = map(self.library.token_to_id, EOS_NAMES)
         self.eos_token_id = next((i for i in ids if i is not None), None)
 
