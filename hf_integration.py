@@ -634,6 +634,11 @@ class TinyMambaHFTokenizer(PreTrainedTokenizerFast):
         fast.chat_template = record["chat_template"]
         return fast
 
+    @classmethod
+    def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict:
+        """Let `__init__` read tokenizer.json: else it is rebuilt from its vocabulary alone."""
+        return kwargs
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As for every tokenizer, under the class that loads without this file."""
         files = super().save_pretrained(save_directory, *args, **kwargs)

@@ -152,6 +152,8 @@ class SimpleTokenizer:
         except Exception as e:  # the library raises no narrower class
             remedy = "make it with python data/prepare.py"
             raise UserError(source, f"is not a tokenizer ({e})", remedy) from None
+        self.library.no_truncation()  # data/prepare.py cuts no text either
+        self.library.no_padding()
         ids = map(self.library.token_to_id, EOS_NAMES)
         self.eos_token_id = next((i for i in ids if i is not None), None)
 
@@ -359,7 +361,7 @@ def read_folder_tokenizer(folder: Path, config: dict) -> dict:
         return {"sha256": said} if said else config.get("custom_tokenizer") or {}
     problem = f"({found.sha256[:12]}) is not the tokenizer of {folder / 'config.json'} "
     remedy = "restore it, or export the model again"
-    require(said in (None, found.sha256), str(found.path), f"{problem}({said:.12})", remedy)
+    require(said in (None, found.sha256), str(found.path), f"{problem}({said!s:.12})", remedy)
     return found.to_dict()
 
 
