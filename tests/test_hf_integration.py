@@ -30,6 +30,7 @@ from helpers import (
 )
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     DynamicCache,
     GenerationConfig,
     QuantizedCache,
@@ -681,7 +682,7 @@ def test_the_fast_tokenizer_gives_the_ids_of_the_native_one(prepared):
 def test_a_saved_tokenizer_is_the_same_by_every_way_to_load_it(tmp_path, prepared):
     native = SimpleTokenizer(prepared.parent / "tokenizer.json")
     TinyMambaHFTokenizer.of(native).save_pretrained(tmp_path)
-    for kind in (TinyMambaHFTokenizer, transformers.AutoTokenizer):
+    for kind in (TinyMambaHFTokenizer, AutoTokenizer):
         fast = kind.from_pretrained(tmp_path)
         for text in TEXTS:
             assert fast.encode(text) == native.encode(text)

@@ -40,6 +40,7 @@ from tinymamba.tokenizer import (
     SimpleTokenizer,
     byte_alphabet,
     byte_level,
+    hash_content,
     open_tokenizer,
 )
 
@@ -57,15 +58,9 @@ def other_tokenizer() -> SimpleTokenizer:
     vocabulary = {c: i for i, c in enumerate(reversed(byte_alphabet()))}
     tokenizer = byte_level(BPE(vocabulary, []), use_regex=False)
     tokenizer.add_special_tokens([EOS_TOKEN])
-    record = {**BYTES.to_dict(), "content": tokenizer.to_str()}
-    del record["sha256"]
-    return SimpleTokenizer.from_dict({**record, "sha256": tokenizer_hash(record)})
-
-
-def tokenizer_hash(record: dict) -> str:
-    from tinymamba.tokenizer import hash_content
-
-    return hash_content(record["name"], record["content"])
+    content = tokenizer.to_str()
+    sha256 = hash_content("tokenizer.json", content)
+    return SimpleTokenizer.from_dict({**BYTES.to_dict(), "content": content, "sha256": sha256})
 
 
 OTHER = other_tokenizer()
@@ -136,7 +131,7 @@ def ids_of(path) -> list[int]:
     return server(path).encode(TEXT)
 
 
-# ------------------------------------------------------------------------------------- every tool
+# --------------------------------------------------------------------------------------- every tool
 
 
 def by_streaming(place):
@@ -189,8 +184,8 @@ def by_hugging_face(place):
 
 def by_merging(place):
     write_data(place / "own", BYTES)
-    words = ["--checkpoint", "model.pt", "--train_data", "own/train.bin", "--steps", 1,
-             "--val_data", "own/val.bin", "--lora_rank", 2, "--merge", "--device", "cpu"]  # fmt: skip
+    words = ["--checkpoint", "model.pt", "--train_data", "own/train.bin", "--steps", 1]
+    words += ["--val_data", "own/val.bin", "--lora_rank", 2, "--merge", "--device", "cpu"]
     succeed(peft.main, *words, "--generate_samples", "false", "--validation_steps", 1)
     shutil.rmtree(place / "own")
     assert ids_of("adapter/merged.pt") == IDS
@@ -242,7 +237,7 @@ def test_copies_of_a_model_keep_the_tokenizer(trained):
     assert "tokenizer" not in model.state_dict()
 
 
-# ------------------------------------------------------------------------- --tokenizer says otherwise
+# ----------------------------------------------------------------------- --tokenizer says otherwise
 
 
 @pytest.mark.parametrize(
@@ -301,7 +296,7 @@ def test_line_ends_of_a_vocabulary_and_notations_of_merges_do_not_count(tmp_path
     assert len(hashes) == 1 and SimpleTokenizer(tmp_path / "tokenizer.json").sha256 not in hashes
 
 
-# ----------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------------------ folders
 
 
 def test_a_folder_whose_tokenizer_was_replaced_or_lost_says_so(away):
@@ -329,7 +324,7 @@ def test_a_folder_without_a_tokenizer_takes_none_from_where_one_stands(away):
     assert server(away).tokenizer is None
 
 
-# ----------------------------------------------------------------------------------- old checkpoints
+# ---------------------------------------------------------------------------------- old checkpoints
 
 
 def test_an_old_checkpoint_takes_the_tokenizer_beside_it_or_its_data(away):
@@ -388,13 +383,12 @@ def test_an_object_is_noted_by_class_and_size(home):
     assert load_checkpoint("custom.pt")["tokenizer"] == note
 
 
-# -------------------------------------------------------------------- data of another tokenizer
+# ------------------------------------------------------------------------ data of another tokenizer
 
 
 def test_a_run_does_not_go_on_with_data_of_another_tokenizer(home):
     write_data(home / "data" / "text", OTHER)
-    names = [str(Path("data", "text", "train.bin")), OTHER.sha256[:12], BYTES.sha256[:12]]
-    names[0] = names[0].replace("\\", "/")
+    names = ["data/text/train.bin", OTHER.sha256[:12], BYTES.sha256[:12]]
     done = call("--resume", "--max_steps", "3", "--accept_changed_data")
     assert_refused(done, *names, LATEST)
     tune = ["--checkpoint", LATEST, "--steps", 1, "--device", "cpu"]
@@ -472,7 +466,7 @@ def test_a_json_of_other_types_is_refused(home, facts):
     assert_refused(done, "train.json", facts[2:].partition('"')[0], "fix it")
 
 
-# ---------------------------------------------------------------------------- sessions, adapters
+# ------------------------------------------------------------------------------- sessions, adapters
 
 
 def test_a_session_goes_on_with_its_own_tokenizer_only(away):
