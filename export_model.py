@@ -51,7 +51,7 @@ import torch
 from torch import Tensor, nn
 
 from testv2 import LayerState, ModelState, TinyMambaModel, describe_model, load_model, save_folder
-from tinymamba.checkpoint import new_folder, require_writable, save_checkpoint, write_json
+from tinymamba.checkpoint import new_folder, require_writable, save_model, write_json
 from tinymamba.cli import need, parse_flags, require, run_cli
 from tinymamba.kernels import QuantizedLinear
 from tinymamba.runtime import pick_device, why_no_compile
@@ -153,8 +153,7 @@ def write_pytorch(folder: Path, graph: Graph, options: Options) -> None:
     model = graph.model
     save_folder(folder, model)
     if not model.quantization:  # a checkpoint cannot hold quantized layers
-        state = {"config": model.config.to_dict(), "model": model.state_dict()}
-        save_checkpoint(folder / "inference.pt", state)
+        save_model(folder / "inference.pt", model)
 
 
 def write_torchscript(folder: Path, graph: Graph, options: Options) -> None:

@@ -63,7 +63,7 @@ from testv2 import (
     save_folder,
     take_tokens,
 )
-from tinymamba.checkpoint import new_folder, replace_files, save_checkpoint, write_json
+from tinymamba.checkpoint import new_folder, replace_files, save_model, write_json
 from tinymamba.cli import CliParser, UserError, add_flags, make_options, require, run_cli
 from tinymamba.kernels import QuantizedLinear, quantize_like, stored_tensors
 from tinymamba.tokenizer import EOS_NAMES, SimpleTokenizer, open_tokenizer
@@ -720,8 +720,7 @@ def write_checkpoint(model: TinyMambaModel, path: Path, force: bool) -> None:
     problem = "is quantized and cannot be converted back"
     remedy = "convert the model that it was quantized from"
     require(model.quantization is None, "--checkpoint", problem, remedy)
-    state = {"model": model.state_dict(), "config": model.config.to_dict()}
-    save_checkpoint(path, {**state, "tokenizer": model.tokenizer or None})
+    save_model(path, model)
 
 
 def prepare_folder(

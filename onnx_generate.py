@@ -85,9 +85,11 @@ def fail(problem: str) -> NoReturn:
 
 def open_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a folder, which must be the one that config.json was written for."""
-    content = (folder / "tokenizer.json").read_text(encoding="utf-8-sig")
+    config = folder / "config.json"
     try:
-        said = json.loads((folder / "config.json").read_bytes()).get("tokenizer_sha256")
+        content = (folder / "tokenizer.json").read_text(encoding="utf-8-sig")
+        facts = json.loads(config.read_bytes()) if config.is_file() else {}
+        said = facts.get("tokenizer_sha256")
         tokenizer = Tokenizer.from_str(content)
     except Exception as e:  # the library raises no narrower class
         fail(f"{folder}: its config.json or tokenizer.json cannot be read ({e})")

@@ -53,7 +53,7 @@ from tinymamba.checkpoint import (
     load_newest,
     read_all_tensors,
     require_writable,
-    save_checkpoint,
+    save_model,
     sibling,
     write_json,
     write_tensors,
@@ -710,7 +710,7 @@ class FineTuner(Trainer):
     def open_data(self, tokenizer: Any) -> None:
         """As Trainer.open_data; the data must have the tokenizer of the base model."""
         super().open_data(tokenizer)
-        self.words.inherit(self.base.tokenizer, "the base model")
+        self.run_tokenizer.inherit(self.base.tokenizer, "the base model")
 
     def build(self) -> TinyMambaModel:
         """A copy of the base model, with a new adapter."""
@@ -718,7 +718,7 @@ class FineTuner(Trainer):
         if self.base.quantization:
             quantize_like(model, self.base.quantization)
         model.load_state_dict(self.base.state_dict())
-        model.tokenizer = self.words.record
+        model.tokenizer = self.run_tokenizer.record
         return model if self.adapter.method == "full" else attach(model, self.adapter)
 
     def weights(self) -> dict[str, Tensor]:
@@ -861,8 +861,7 @@ def resumed_adapter(saved: dict[str, Any], fields: dict[str, Any]) -> AdapterCon
 def write_merged(model: TinyMambaModel, path: Path) -> None:
     """Merge the adapter `default` and write a plain checkpoint."""
     merge_adapter(model)
-    state = {"model": plain_weights(model), "config": model.config.to_dict()}
-    save_checkpoint(path, {**state, "tokenizer": model.tokenizer or None})
+    save_model(path, model, plain_weights(model))
     print(f"{path}: the model with the adapter merged into it")
 
 

@@ -1576,7 +1576,7 @@ class Trainer:
     def build(self) -> TinyMambaModel:
         """The model to train."""
         model = TinyMambaModel(self.config)
-        model.tokenizer = self.words.record
+        model.tokenizer = self.run_tokenizer.record
         return model
 
     def weights(self) -> dict[str, Tensor]:
@@ -1599,7 +1599,7 @@ class Trainer:
         """Open the data and find the tokenizer."""
         c = self.config
         sources = [c.train_data_path, *([c.val_data_path] if c.enable_validation else [])]
-        self.words = RunTokenizer(tokenizer, sources, c.vocab_size)
+        self.run_tokenizer = RunTokenizer(tokenizer, sources, c.vocab_size)
         kind: Any = {"vocab_size": c.vocab_size, "data_dtype": c.data_dtype, "seed": c.seed}
         self.train_data = StreamingTokenDataset(
             c.train_data_path, c.block_size, c.train_data_weights, shuffle=True, **kind
@@ -1614,7 +1614,8 @@ class Trainer:
                 tokens = sum(f["tokens"] for f in facts)
                 self.bytes_per_token = sum(f["bytes"] for f in facts) / tokens
         if c.eos_id < 0:
-            eos = self.words.facts.get("eos_id", getattr(self.tokenizer, "eos_token_id", None))
+            eos = getattr(self.tokenizer, "eos_token_id", None)
+            eos = self.run_tokenizer.facts.get("eos_id", eos)
             c.eos_id = -1 if eos is None else eos
             c.validate()
         self.samples_per_step = c.batch_size * c.gradient_accumulation_steps * self.world
@@ -1622,7 +1623,7 @@ class Trainer:
     @property
     def tokenizer(self) -> Any:
         """What encodes prompts and decodes samples, or None."""
-        return self.words.opened
+        return self.run_tokenizer.opened
 
     def wrap(self, compiled: bool) -> Any:
         """The model as the training step calls it: compiled, and data-parallel with DDP."""
@@ -1866,7 +1867,7 @@ class Trainer:
             "tokens_seen": self.tokens,
             "val_loss": history[-1][1] if val_loss is None and history else val_loss,
             "config": self.config.to_dict(),
-            "tokenizer": self.words.record,
+            "tokenizer": self.run_tokenizer.record,
             "data": {"samples": self.samples, **self.fingerprint},
             "rng": {"seed": self.config.seed, "step": self.step},  # see accumulate
             "progress": self.progress,
@@ -1887,8 +1888,8 @@ class Trainer:
     def restore(self, saved: dict) -> None:
         """Continue the run of a checkpoint; another shape or other data is a UserError."""
         require_same_run(saved["config"], self.config.to_dict())
-        self.words.inherit(saved.get("tokenizer"), self.config.checkpoint_path)
-        self.model.tokenizer = self.words.record
+        self.run_tokenizer.inherit(saved.get("tokenizer"), self.config.checkpoint_path)
+        self.model.tokenizer = self.run_tokenizer.record
         for name, value in self.fingerprint.items():
             old = saved["data"][name]
             same, problem = old == value, f"the data's {name} was {old} and is {value}"

@@ -156,6 +156,7 @@ def by_quantizing(place):
 
 def by_exporting(place):
     succeed(export_model.main, "--checkpoint", "model.pt", "--format", "pytorch")
+    assert ids_of("exported_models/pytorch/inference.pt") == IDS
     return ids_of("exported_models/pytorch")
 
 

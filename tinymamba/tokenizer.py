@@ -52,9 +52,9 @@ def split_lines(text: str) -> list[str]:
 def hash_content(name: str, content: str) -> str:
     """SHA-256 of what decides the ids that a tokenizer gives.
 
-    Line ends, white space, the order of keys, truncation, padding and what surrounds a text do
-    not count; neither does how a merge is written, which depends on the version of `tokenizers`.
-    onnx_generate.py does the same.
+    Line ends, white space, the order of keys, truncation, padding and the tokens to add around a
+    text do not count; neither does how a merge is written, which depends on the version of
+    `tokenizers`. onnx_generate.py does the same.
     """
     if name == FILES[1]:
         parts: Any = split_lines(content)
@@ -118,8 +118,8 @@ class SimpleTokenizer:
     def from_dict(record: dict, source: str = "tokenizer") -> SimpleTokenizer:
         """The opposite of `to_dict`; `source` is the file that holds the record, for errors."""
         made = SimpleTokenizer.__new__(SimpleTokenizer)
-        made.path = None
-        made.__dict__ |= {name: record.get(name) for name in RECORD}
+        made.path, made.chat_template, made.special_tokens = None, None, {}
+        made.__dict__ |= {name: record[name] for name in RECORD if record.get(name) is not None}
         made._read(source)
         return made
 
@@ -247,7 +247,7 @@ def find_tokenizer(data_path: str | Path) -> SimpleTokenizer | None:
 #
 #     None                      not known: the checkpoint is older than these records
 #     {}                        a folder without a tokenizer
-#     SimpleTokenizer.to_dict()
+#     SimpleTokenizer.to_dict(), with "assumed" if a path may replace it without comparison
 #     {"sha256": ...}           the files of a folder do not include its tokenizer
 #     {"class", "vocab_size"}   an object of another class
 
@@ -290,7 +290,7 @@ def require_own_ids(given: SimpleTokenizer, record: dict) -> None:
 
     A vocab.txt and a tokenizer.json are the same if each id stands for the same text.
     """
-    if record.get("sha256", given.sha256) != given.sha256:
+    if not record.get("assumed") and record.get("sha256", given.sha256) != given.sha256:
         same = record.get("name") not in (given.name, None)
         if same:
             own = SimpleTokenizer.from_dict(record)
@@ -354,7 +354,7 @@ def note_tokenizer(record: dict | None) -> dict:
 def read_folder_tokenizer(folder: Path, config: dict) -> dict:
     """The record of a folder's tokenizer, which must be the one that config.json was written for.
 
-    Folders of the first release do not say which one that is.
+    Folders of the first release do not say which one that is, so it is only assumed.
     """
     found, said = find_tokenizer(folder), config.get("tokenizer_sha256")
     if found is None:
@@ -362,7 +362,7 @@ def read_folder_tokenizer(folder: Path, config: dict) -> dict:
     problem = f"({found.sha256[:12]}) is not the tokenizer of {folder / 'config.json'} "
     remedy = "restore it, or export the model again"
     require(said in (None, found.sha256), str(found.path), f"{problem}({said!s:.12})", remedy)
-    return found.to_dict()
+    return found.to_dict() if said else {**found.to_dict(), "assumed": True}
 
 
 # ------------------------------------------------------------------------ the tokenizer of data
