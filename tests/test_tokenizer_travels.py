@@ -320,6 +320,16 @@ def test_a_folder_whose_tokenizer_was_replaced_or_lost_says_so(away):
         server("made", tokenizer="data/text/tokenizer.json")
 
 
+def test_a_folder_of_the_first_release_takes_another_tokenizer_if_it_is_named(away):
+    by_quantizing(away)
+    config = json.loads((away / "made" / "config.json").read_text())
+    del config["tokenizer_sha256"]
+    (away / "made" / "config.json").write_text(json.dumps(config))
+    assert ids_of("made") == IDS
+    other = server("made", tokenizer="data/text/tokenizer.json")
+    assert other.encode(TEXT) == OTHER.encode(TEXT)
+
+
 def test_a_folder_without_a_tokenizer_takes_none_from_where_one_stands(away):
     save_folder(away, wide())
     assert server(away).tokenizer is None
@@ -390,6 +400,7 @@ def test_an_object_is_noted_by_class_and_size(home):
 def test_a_run_does_not_go_on_with_data_of_another_tokenizer(home):
     write_data(home / "data" / "text", OTHER)
     names = ["data/text/train.bin", OTHER.sha256[:12], BYTES.sha256[:12]]
+    before = files_below(home)
     done = call("--resume", "--max_steps", "3", "--accept_changed_data")
     assert_refused(done, *names, LATEST)
     tune = ["--checkpoint", LATEST, "--steps", 1, "--device", "cpu"]
@@ -399,6 +410,7 @@ def test_a_run_does_not_go_on_with_data_of_another_tokenizer(home):
     words = ["--tinymamba_checkpoint", LATEST, "--benchmark_type", "perplexity"]
     words += ["--eval_dataset", "data/text/train.bin", "--device", "cpu"]
     assert_refused(run_main(benchmark.main, *words), *names)
+    assert files_below(home) == before
 
 
 def test_a_run_goes_on_without_the_file_of_its_tokenizer(home):

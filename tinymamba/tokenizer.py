@@ -1,6 +1,7 @@
-"""Text to token ids and back, and where a tokenizer's file is found.
+"""Text to token ids and back, and the tokenizer of a model, a folder or data.
 
-tokenizer = find_tokenizer("data/text/train.bin") or SimpleTokenizer()
+tokenizer = SimpleTokenizer("data/text/tokenizer.json")
+tokenizer = SimpleTokenizer.from_dict(model.tokenizer)  # of load_model
 ids = tokenizer.encode("import os")
 text = tokenizer.decode(ids)
 """
