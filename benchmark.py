@@ -65,7 +65,12 @@ from tinymamba.cli import (
     show,
 )
 from tinymamba.runtime import pick_amp_dtype, pick_device, why_no_compile
-from tinymamba.tokenizer import open_tokenizer
+from tinymamba.tokenizer import (
+    open_tokenizer,
+    read_tokenizer_facts,
+    require_data_of,
+    why_no_tokenizer,
+)
 
 DEFAULT: dict[str, Any] = {
     "d_model": 320,
@@ -619,7 +624,9 @@ def mean_nats(
 def perplexity(setup: Setup, runners: dict[str, Runner]) -> Iterator[dict]:
     """Rows of the checkpoint's loss on --eval_dataset."""
     options = setup.options
-    model = load_model(str(options.tinymamba_checkpoint), setup.device)
+    path = str(options.tinymamba_checkpoint)
+    model = load_model(path, setup.device)
+    require_data_of(model.tokenizer, read_tokenizer_facts(options.eval_dataset)[0], path)
     facts = read_sidecar(options.eval_dataset)
     for case in cases(options, options.sequence_lengths or [setup.config.block_size]):
         data = open_eval(setup, case[1])
@@ -688,8 +695,8 @@ def open_for_harness(setup: Setup) -> dict:
     path = str(setup.options.tinymamba_checkpoint)
     model = load_model(path, setup.device)
     tokenizer = open_tokenizer(None, model, [path])
-    problem = "has no tokenizer.json beside it or beside its data"
-    require(tokenizer, "--tinymamba_checkpoint", problem, "copy it there")
+    problem = why_no_tokenizer(model, "has no tokenizer, and there is none beside it or its data")
+    require(tokenizer, "--tinymamba_checkpoint", problem, "copy its tokenizer.json there")
     return {
         "pretrained": TinyMambaHFModel.of(model),
         "tokenizer": TinyMambaHFTokenizer.of(tokenizer),

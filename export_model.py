@@ -51,11 +51,11 @@ import torch
 from torch import Tensor, nn
 
 from testv2 import LayerState, ModelState, TinyMambaModel, describe_model, load_model, save_folder
-from tinymamba.checkpoint import new_folder, require_writable, save_checkpoint, write_json
+from tinymamba.checkpoint import new_folder, require_writable, save_model, write_json
 from tinymamba.cli import need, parse_flags, require, run_cli
 from tinymamba.kernels import QuantizedLinear
 from tinymamba.runtime import pick_device, why_no_compile
-from tinymamba.tokenizer import copy_tokenizer, open_tokenizer
+from tinymamba.tokenizer import open_tokenizer, why_no_tokenizer, write_tokenizer
 
 # --verify: the largest difference of values up to 1, and the largest relative one of larger values;
 # the share of streamed tokens that must be the same. A state sums over the whole text, and so do
@@ -153,8 +153,7 @@ def write_pytorch(folder: Path, graph: Graph, options: Options) -> None:
     model = graph.model
     save_folder(folder, model)
     if not model.quantization:  # a checkpoint cannot hold quantized layers
-        state = {"config": model.config.to_dict(), "model": model.state_dict()}
-        save_checkpoint(folder / "inference.pt", state)
+        save_model(folder / "inference.pt", model)
 
 
 def write_torchscript(folder: Path, graph: Graph, options: Options) -> None:
@@ -581,7 +580,7 @@ class Options:
     """The command line."""
 
     checkpoint: str = "tinymamba_model_latest.pt"  # a checkpoint of testv2.py, or a folder
-    vocab_file: str | None = None  # tokenizer.json or vocab.txt; else beside the training data
+    vocab_file: str | None = None  # tokenizer.json or vocab.txt; else the checkpoint's
     output_dir: Path = Path("exported_models")  # folder for one folder per format
     force: bool = False  # replace what exists in output_dir
     format: str = "all"  # what to write
@@ -687,7 +686,7 @@ def export(name: str, scheme: str, graph: Graph, tokenizer: Any, options: Option
     with new_folder(options.output_dir / (name + scheme)) as folder:
         FORMATS[name].write(folder, graph, options)
         write_json(folder / "config.json", {**describe_model(graph.model), "state": shapes})
-        copy_tokenizer(tokenizer, folder)
+        write_tokenizer(graph.model.tokenizer, folder)
         if name == "onnx" and not (folder / "tokenizer.json").exists():
             print("onnx: there is no tokenizer.json, so onnx_generate.py takes only ids")
         size = f"{megabytes(folder):.1f} MB"
@@ -705,7 +704,8 @@ def real_text(graph: Graph, tokenizer: Any, prompt: str) -> list[int]:
 
 def read_prompt(tokenizer: Any, graph: Graph, options: Options) -> list[int]:
     """The ids of --prompt."""
-    require(tokenizer, "--vocab_file", "no tokenizer was found", "pass one")
+    problem = why_no_tokenizer(graph.model, "no tokenizer was found")
+    require(tokenizer, "--vocab_file", problem, "pass one")
     ids, size = tokenizer.encode(options.prompt), graph.model.config.vocab_size
     require(ids, "--prompt", "holds no token", "pass some text")
     problem, remedy = f"gives ids beyond the model's {size}", "pass the one it was trained with"

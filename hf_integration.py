@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -62,10 +63,10 @@ from testv2 import (
     save_folder,
     take_tokens,
 )
-from tinymamba.checkpoint import new_folder, replace_files, save_checkpoint, write_json
+from tinymamba.checkpoint import new_folder, replace_files, save_model, write_json
 from tinymamba.cli import CliParser, UserError, add_flags, make_options, require, run_cli
 from tinymamba.kernels import QuantizedLinear, quantize_like, stored_tensors
-from tinymamba.tokenizer import EOS_NAMES, SimpleTokenizer, byte_tokenizer, open_tokenizer
+from tinymamba.tokenizer import EOS_NAMES, SimpleTokenizer, open_tokenizer
 
 # ------------------------------------------------------------------------------ configuration
 
@@ -625,12 +626,18 @@ class TinyMambaHFTokenizer(PreTrainedTokenizerFast):
     @staticmethod
     def of(tokenizer: SimpleTokenizer) -> TinyMambaHFTokenizer:
         """The tokenizer that gives the ids of a SimpleTokenizer; a vocab.txt is a UserError."""
-        if tokenizer.path is None:
-            return TinyMambaHFTokenizer(tokenizer_object=byte_tokenizer())
         problem = "matches the longest token, which no fast tokenizer does"
         remedy = "pass a tokenizer.json as --tokenizer_file"
-        require(tokenizer.library is not None, str(tokenizer.path), problem, remedy)
-        return TinyMambaHFTokenizer(tokenizer_file=str(tokenizer.path))
+        source, record = str(tokenizer.path or tokenizer.name), tokenizer.to_dict()
+        require(record["name"] == "tokenizer.json", source, problem, remedy)
+        fast = TinyMambaHFTokenizer(tokenizer_object=Tokenizer.from_str(record["content"]))
+        fast.chat_template = record["chat_template"]
+        return fast
+
+    @classmethod
+    def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict:
+        """Let `__init__` read tokenizer.json: else it is rebuilt from its vocabulary alone."""
+        return kwargs
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As for every tokenizer, under the class that loads without this file."""
@@ -696,10 +703,11 @@ def convert(
     fast, config, generation = prepare_folder(model, tokenizer, Path(checkpoint))
     with new_folder(folder / "made") as made:  # complete before any file is replaced
         save_folder(made, model)
-        config.save_pretrained(made)
         generation.save_pretrained(made)
         if fast is not None:
             fast.save_pretrained(made)
+            config.tokenizer_sha256 = SimpleTokenizer(made / "tokenizer.json").sha256
+        config.save_pretrained(made)
         card = model_card(model, folder.name, fast)
         (made / "README.md").write_text(card, encoding="utf-8")
         write_code(made)
@@ -713,7 +721,7 @@ def write_checkpoint(model: TinyMambaModel, path: Path, force: bool) -> None:
     problem = "is quantized and cannot be converted back"
     remedy = "convert the model that it was quantized from"
     require(model.quantization is None, "--checkpoint", problem, remedy)
-    save_checkpoint(path, {"model": model.state_dict(), "config": model.config.to_dict()})
+    save_model(path, model)
 
 
 def prepare_folder(
@@ -721,15 +729,13 @@ def prepare_folder(
 ) -> tuple[TinyMambaHFTokenizer | None, TinyMambaConfig, GenerationConfig]:
     """The tokenizer, the model's and the generation configuration of a new folder.
 
-    A chat template and generation settings in the folder `source` are kept.
+    Generation settings in the folder `source` are kept.
     """
     generation, fast, special = GenerationConfig(), None, {}
     if (source / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(source)
     if tokenizer is not None:
         fast = TinyMambaHFTokenizer.of(tokenizer)
-        if (source / "chat_template.jinja").is_file():
-            fast.chat_template = (source / "chat_template.jinja").read_text(encoding="utf-8")
         require_same_ids(model, fast)
         special = {name: getattr(fast, name) for name in SPECIAL_IDS}
     config = config_of(model, **special, dtype="float32")
@@ -849,7 +855,7 @@ class ConvertOptions:
 
     checkpoint: str = ""  # a checkpoint, or a folder with a model
     output_dir: str = ""  # folder to write to, or a checkpoint if it ends in .pt
-    tokenizer_file: str | None = None  # tokenizer.json; None looks beside checkpoint and data
+    tokenizer_file: str | None = None  # tokenizer.json; None takes the checkpoint's
     force: bool = False  # replace files of a model in output_dir
 
 

@@ -12,7 +12,9 @@ As a library:
 """
 
 import argparse
+import hashlib
 import io
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,6 +83,36 @@ def fail(problem: str) -> NoReturn:
     sys.exit(2)
 
 
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a folder, which must be the one that config.json was written for."""
+    config = folder / "config.json"
+    try:
+        content = (folder / "tokenizer.json").read_text(encoding="utf-8-sig")
+        facts = json.loads(config.read_bytes()) if config.is_file() else {}
+        said = facts.get("tokenizer_sha256")
+        tokenizer = Tokenizer.from_str(content)
+    except Exception as e:  # the library raises no narrower class
+        fail(f"{folder}: its config.json or tokenizer.json cannot be read ({e})")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    own = hash_content(content)
+    if said not in (None, own):
+        problem = f"({own[:12]}) is not the tokenizer of config.json ({said[:12]})"
+        fail(f"{folder / 'tokenizer.json'}: {problem}; export the model again")
+    return tokenizer
+
+
+def hash_content(content: str) -> str:
+    """SHA-256 of what decides the ids, as in tinymamba/tokenizer.py."""
+    parts = json.loads(content)
+    for key in ("version", "truncation", "padding", "post_processor"):
+        parts.pop(key, None)
+    if merges := parts["model"].get("merges"):
+        parts["model"]["merges"] = [m.split(" ") if isinstance(m, str) else m for m in merges]
+    plain = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(plain.encode()).hexdigest()
+
+
 def parse() -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -103,7 +135,7 @@ def main() -> None:
     args = parse()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack some characters
-    tokenizer = Tokenizer.from_file(str(Path(args.model) / "tokenizer.json"))
+    tokenizer = open_tokenizer(Path(args.model))
     tokenizer.encode_special_tokens = True  # read special tokens in the prompt as plain text
     ids = tokenizer.encode(args.prompt, add_special_tokens=False).ids
     if not ids:

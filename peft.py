@@ -53,7 +53,7 @@ from tinymamba.checkpoint import (
     load_checkpoint,
     read_all_tensors,
     require_writable,
-    save_checkpoint,
+    save_model,
     sibling,
     write_json,
     write_tensors,
@@ -71,6 +71,7 @@ from tinymamba.cli import (
 )
 from tinymamba.kernels import QuantizedLinear, quantize_like
 from tinymamba.namesake import share_name
+from tinymamba.tokenizer import require_data_of
 
 METHODS = ("lora", "prefix", "state_offset", "full")
 # The linear layers of the branches: the default of target_modules.
@@ -512,14 +513,19 @@ def adapter_tensors(model: TinyMambaModel, name: str) -> dict[str, Tensor]:
 def save_adapter(
     model: TinyMambaModel, folder: str | Path, name: str = "default", base: str | None = None
 ) -> None:
-    """Write adapter_model.safetensors, with a hash of the base model, and adapter_config.json.
+    """Write adapter_model.safetensors and adapter_config.json.
+
+    The former has a hash of the base model, and one of its tokenizer.
 
     `base`: the path of the base model, for the reader of adapter_config.json.
     """
     state, folder = adapter_state(model), Path(folder)
     require(name in state.configs, "adapter", f"there is no {name!r}", "attach it first")
     require_writable(folder, "output_dir")
-    write_tensors(folder / WEIGHTS_FILE, adapter_tensors(model, name), {"base": state.base})
+    notes = {"base": state.base}
+    if hash := (model.tokenizer or {}).get("sha256"):
+        notes["tokenizer"] = hash
+    write_tensors(folder / WEIGHTS_FILE, adapter_tensors(model, name), notes)
     write_json(folder / CONFIG_FILE, config_to_json(state.configs[name], base))
 
 
@@ -606,6 +612,8 @@ def load_adapter(model: TinyMambaModel, folder: str | Path, name: str = "default
     path, remedy = str(folder / WEIGHTS_FILE), "use the checkpoint that it was trained on"
     same = metadata.get("base", state.base) == state.base
     require(same, path, "belongs to another base model", remedy)
+    made_with = {"tokenizer": metadata.get("tokenizer"), "file": path}
+    require_data_of(model.tokenizer, made_with, "the model")
     if config.method == "lora":
         outer = re.compile(r"^base_model\.model\.(.*?)(?=blocks\.\d|head\.)")
         tensors = {outer.sub("", n): t for n, t in tensors.items()}
@@ -698,12 +706,18 @@ class FineTuner(Trainer):
         self.base, self.adapter = base, adapter
         super().__init__(config, tokenizer, saved)
 
+    def open_data(self, tokenizer: Any) -> None:
+        """As Trainer.open_data; the data must have the tokenizer of the base model."""
+        super().open_data(tokenizer)
+        self.run_tokenizer.inherit(self.base.tokenizer, "the base model")
+
     def build(self) -> TinyMambaModel:
         """A copy of the base model, with a new adapter."""
         model = TinyMambaModel(self.config)
         if self.base.quantization:
             quantize_like(model, self.base.quantization)
         model.load_state_dict(self.base.state_dict())
+        model.tokenizer = self.run_tokenizer.record
         return model if self.adapter.method == "full" else attach(model, self.adapter)
 
     def weights(self) -> dict[str, Tensor]:
@@ -845,7 +859,7 @@ def resumed_adapter(saved: dict[str, Any], fields: dict[str, Any]) -> AdapterCon
 def write_merged(model: TinyMambaModel, path: Path) -> None:
     """Merge the adapter `default` and write a plain checkpoint."""
     merge_adapter(model)
-    save_checkpoint(path, {"model": plain_weights(model), "config": model.config.to_dict()})
+    save_model(path, model, plain_weights(model))
     print(f"{path}: the model with the adapter merged into it")
 
 

@@ -53,7 +53,7 @@ from testv2 import (
 from tinymamba.checkpoint import new_folder, replace_files, require_writable
 from tinymamba.cli import parse_flags, require, run_cli
 from tinymamba.kernels import QUANTIZATION_FORMAT, QUANTIZATION_MODES, quantize_like, to_bytes
-from tinymamba.tokenizer import copy_tokenizer, open_tokenizer
+from tinymamba.tokenizer import open_tokenizer, read_tokenizer_facts, require_data_of
 
 PROJECTIONS = r"blocks\.\d+\.(ssm|attention|mlp)\.(in_proj|qkv|out_proj)(\.down|\.up)?"
 # The layers of a block in the order of the forward pass.
@@ -338,7 +338,10 @@ def report(model: TinyMambaModel, bits: int, mode: str, size: int, ids: Tensor) 
 
 # ------------------------------------------------------------------------------------ main
 
-OUTPUTS = ("model.safetensors", "config.json", "tokenizer.json", "vocab.txt")
+OUTPUTS = (
+    "model.safetensors", "config.json", "tokenizer.json", "vocab.txt", "chat_template.jinja",
+    "tokenizer_config.json",
+)  # fmt: skip
 
 
 @dataclass
@@ -390,6 +393,7 @@ def read_blocks(path: str, model: TinyMambaModel, tokens: int, data_dtype: str =
     size = model.config.block_size
     problem, remedy = f"{tokens} is less than one block", f"it must be at least {size}"
     require(tokens >= size, "calibration_tokens", problem, remedy)
+    require_data_of(model.tokenizer, read_tokenizer_facts(path)[0], "the model")
     file = TokenFile(path, data_dtype)
     problem = f"has {file.length} tokens, not {tokens}"
     remedy = "pass a longer file, or fewer --calibration_tokens"
@@ -409,11 +413,10 @@ def write(options: Options, model: TinyMambaModel, calibration: Tensor | None) -
     require(options.force or not there, str(folder), problem, remedy)
     require_quantizable(model, layer_bits(model, bits), mode, size)
     require_writable(folder, "output_dir")  # before the minutes of work
-    tokenizer = open_tokenizer(None, model, [options.checkpoint])
+    open_tokenizer(None, model, [options.checkpoint])  # which an old checkpoint does not hold
     quantized = quantize_model(model, bits, mode, size, calibration)
     with new_folder(folder / "made") as made:  # all is on disk before anything is replaced
         save_folder(made, quantized)
-        copy_tokenizer(tokenizer, made)
     replace_files(folder / "made", folder, OUTPUTS)
     written = (folder / OUTPUTS[0]).stat().st_size
     whole = 4 * sum(p.numel() for p in model.parameters())

@@ -18,7 +18,7 @@ text, use /v1/sessions/ID/stop. One thread decodes all answers as one batch; an 
 leave it at any step. A special token in a client's text is read as plain text. Fields that this
 server does not support are rejected by name.
 
-Chat: the template in chat_template.jinja or tokenizer_config.json beside the tokenizer is used.
+Chat: the template of the checkpoint or folder is used; see docs/serving.md.
 Without one, the prompt is "role: content" for every message, separated by blank lines, and then
 "assistant:"; the answer ends where the model would write "user:".
 """
@@ -55,7 +55,7 @@ import torch
 from streaming import MARK, Session, StreamingConfig, StreamingServer, Token
 from tinymamba.checkpoint import require_writable
 from tinymamba.cli import DTYPES, UserError, need, parse_flags, require, require_plain_name, run_cli
-from tinymamba.tokenizer import SimpleTokenizer, byte_alphabet
+from tinymamba.tokenizer import SimpleTokenizer, byte_alphabet, why_no_tokenizer
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -103,7 +103,7 @@ class Options:
 
     # Model
     checkpoint: str = "tinymamba_model_latest.pt"  # a checkpoint of testv2.py, or a folder
-    tokenizer: str | None = None  # tokenizer.json or vocab.txt; else beside the training data
+    tokenizer: str | None = None  # tokenizer.json or vocab.txt; else the checkpoint's
     adapter: str | None = None  # folder of an adapter made by peft.py; it answers by default
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
     dtype: torch.dtype = torch.float32  # dtype of the weights
@@ -602,6 +602,12 @@ class Writer:
         return {"content": content, "refusal": None}
 
 
+def copy_tokenizer(tokenizer: Any) -> Any:
+    """Another one of the same ids, if its kind is known: encoding changes its settings."""
+    known = isinstance(tokenizer, SimpleTokenizer)
+    return SimpleTokenizer.from_dict(tokenizer.to_dict()) if known else tokenizer
+
+
 class ChatTemplate:
     """Turns the messages of a chat into the token ids of a prompt."""
 
@@ -612,33 +618,19 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.template: Any = None
         self.special_tokens: dict[str, str] = {}
-        if getattr(tokenizer, "path", None):
-            self.load(Path(tokenizer.path).parent)
+        if text := isinstance(tokenizer, SimpleTokenizer) and tokenizer.chat_template:
+            self.special_tokens = tokenizer.special_tokens
+            self.load(text)
 
-    def load(self, folder: Path) -> None:
-        """Use the template in this folder, if there is one."""
-        file, config_file = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-        config, text = {}, None
+    def load(self, text: str) -> None:
+        """Use this template."""
+        sandbox = need("jinja2.sandbox").ImmutableSandboxedEnvironment
         try:
-            if config_file.is_file():
-                config = json.loads(config_file.read_text(encoding="utf-8"))
-                text = config.get("chat_template")
-            if file.is_file():
-                text = file.read_text(encoding="utf-8")
-            if isinstance(text, list):  # several templates, by name
-                text = {each["name"]: each["template"] for each in text}["default"]
-            if text is None:
-                return
-            sandbox = need("jinja2.sandbox").ImmutableSandboxedEnvironment
             self.template = sandbox(trim_blocks=True, lstrip_blocks=True).from_string(text)
-        except (ValueError, KeyError, TypeError, AttributeError, need("jinja2").TemplateError) as e:
-            problem = f"its chat template cannot be read ({e})"
-            raise UserError(str(folder), problem, "fix it or remove it") from None
-        for name in ("bos_token", "eos_token"):
-            token = config.get(name) or ""
-            self.special_tokens[name] = (
-                token.get("content", "") if isinstance(token, dict) else token
-            )
+        except need("jinja2").TemplateError as e:
+            problem = f"the model's cannot be read ({e})"
+            remedy = "pass a --tokenizer with a good chat_template.jinja beside it"
+            raise UserError("chat template", problem, remedy) from None
 
     @property
     def stops(self) -> list[str]:
@@ -963,15 +955,15 @@ class Api:
     }
 
     def __init__(self, server: StreamingServer, options: Options):
-        require(server.tokenizer, "tokenizer", "none was found", "pass --tokenizer")
+        problem = why_no_tokenizer(server.model)
+        require(server.tokenizer, "tokenizer", problem, "pass --tokenizer")
         self.server, self.options, self.metrics = server, options, Metrics()
         self.engine: Any = None  # the Engine, once the app has started
         self.pending = 0  # answers admitted and not done
         self.draining, self.closed = False, False
         self.vocabulary = Vocabulary(server.tokenizer)
-        path = getattr(server.tokenizer, "path", None)
-        self.tokenizer = SimpleTokenizer(path) if path else server.tokenizer
-        self.template = ChatTemplate(SimpleTokenizer(path) if path else server.tokenizer)
+        self.tokenizer = copy_tokenizer(server.tokenizer)
+        self.template = ChatTemplate(copy_tokenizer(server.tokenizer))
         self.tokenizer_lock, self.file_lock = asyncio.Lock(), asyncio.Lock()
         self.fingerprint = "fp_" + server.fingerprint[:16]
         self.started, base = int(time.time()), options.model_name

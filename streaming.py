@@ -63,7 +63,7 @@ from tinymamba.cli import (
     run_cli,
 )
 from tinymamba.runtime import pick_device, why_no_compile
-from tinymamba.tokenizer import open_tokenizer
+from tinymamba.tokenizer import open_tokenizer, why_no_tokenizer
 
 RECENT = 512  # last tokens a session keeps, for the repetition penalty
 CONTEXT = 8  # last tokens a tokenizer may need to decode the next ones
@@ -799,8 +799,8 @@ class StreamingServer:
 
     model_path   a checkpoint, or a model, which is moved, set to eval mode and frozen
     config       defaults of every session
-    tokenizer    tokenizer.json, vocab.txt, or an object with encode and decode; None looks beside
-                 the checkpoint and its training data
+    tokenizer    tokenizer.json, vocab.txt, or an object with encode and decode; None takes the
+                 model's own, or for an old checkpoint the one beside it or its training data
     dtype        of weights and activations; states are always float32
     compiled     compile the model for one token: slow to start, faster afterwards
     adapters     folders written by peft.py, by name; each session and answer may choose one, and
@@ -892,7 +892,8 @@ class StreamingServer:
         Without a session, it is generated in a temporary one. `as_ids` needs no tokenizer: chunks
         have tokens and no text, and every token counts as given out.
         """
-        require(as_ids or self.tokenizer, "tokenizer", "none was found", "pass one, or ids")
+        problem = why_no_tokenizer(self.model)
+        require(as_ids or self.tokenizer, "tokenizer", problem, "pass one, or ids")
         ids = self.encode(prompt)
         with self.condition:
             session = self.find(session_id) if session_id is not None else None
@@ -927,7 +928,8 @@ class StreamingServer:
     def encode(self, prompt: str | Sequence[int] | np.ndarray | Tensor) -> list[int]:
         """The ids of a prompt; anything but text or valid ids is a UserError."""
         if isinstance(prompt, str):
-            require(self.tokenizer, "tokenizer", "none was found", "pass one, or a prompt of ids")
+            problem = why_no_tokenizer(self.model)
+            require(self.tokenizer, "tokenizer", problem, "pass one, or a prompt of ids")
             prompt = self.tokenizer.encode(prompt)
         ids = prompt.tolist() if isinstance(prompt, np.ndarray | Tensor) else prompt
         valid = isinstance(ids, list | tuple) and all(type(i) is int for i in ids)
@@ -1119,6 +1121,7 @@ class StreamingServer:
             session.now = now
             config = dataclasses.asdict(session.config)
             about = {"seed": session.seed, "turns": session.turns, "config": config}
+            about["tokenizer"] = getattr(self.tokenizer, "sha256", None)
             notes = {"model": self.fingerprint, "session": json.dumps(about)}
         write_tensors(path, self.tensors(now), notes)
 
@@ -1136,7 +1139,7 @@ class StreamingServer:
             config = StreamingConfig(**about["config"])
             config.logit_bias = bias and {int(i): b for i, b in bias.items()}
             self.checked(config)
-            seed, turns = about["seed"], about["turns"]
+            seed, turns, made_with = about["seed"], about["turns"], about.get("tokenizer")
             valid = (
                 max(recent, default=0) < self.vocab_size
                 and has_type(turns, int)
@@ -1148,6 +1151,10 @@ class StreamingServer:
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
             raise UserError(str(path), f"is not a valid session ({e})", "save it again") from None
         require(valid, str(path), "is not a valid session", "save it again")
+        own = getattr(self.tokenizer, "sha256", None)
+        problem = f"was saved with another tokenizer ({made_with!s:.12}) than this ({own!s:.12})"
+        same = own == made_with or None in (own, made_with)
+        require(same, str(path), problem, "start with the tokenizer of the session")
         now = Snapshot(state, logits if position else None, recent, ())
         return self.add(session_id, now, config, seed, turns).id
 
@@ -1385,7 +1392,7 @@ class Options:
     """The command line, besides the fields of StreamingConfig in SAMPLING."""
 
     checkpoint: str = "tinymamba_model_latest.pt"  # a checkpoint of testv2.py, or a model folder
-    tokenizer: str | None = None  # tokenizer.json or vocab.txt; else beside checkpoint or data
+    tokenizer: str | None = None  # tokenizer.json or vocab.txt; else the checkpoint's
     adapter: str | None = None  # folder of an adapter that peft.py made
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
     dtype: torch.dtype = torch.float32  # dtype of the weights

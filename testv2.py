@@ -115,7 +115,14 @@ from tinymamba.runtime import (
 )
 from tinymamba.schedule import learning_rate, warmup_length
 from tinymamba.token_file import TokenFile, read_sidecar
-from tinymamba.tokenizer import SimpleTokenizer, find_tokenizer  # noqa: F401
+from tinymamba.tokenizer import (  # noqa: F401
+    RunTokenizer,
+    SimpleTokenizer,
+    find_tokenizer,
+    note_tokenizer,
+    read_folder_tokenizer,
+    write_tokenizer,
+)
 
 # ------------------------------------------------------------------------------------ config
 
@@ -820,6 +827,7 @@ class TinyMambaModel(nn.Module):
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.start: nn.Module | None = None  # slot: list of zero LayerState -> the initial ones
         self.quantization: Any = None  # a dict set by quantize.py, and kept in config.json
+        self.tokenizer: dict | None = None  # a record, see tinymamba/tokenizer.py
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         init_weights(self)
@@ -1359,19 +1367,22 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> TinyMamb
     require("adapter" not in state, str(path), problem, remedy)
     model = TinyMambaModel(Config.from_dict(state["config"]))
     model.load_state_dict(state["model"])
+    model.tokenizer = state.get("tokenizer")
     return model.to(device).eval()
 
 
 def save_folder(folder: Path, model: TinyMambaModel) -> None:
-    """Write model.safetensors, with a checksum, and config.json: a model without pickle."""
+    """Write model.safetensors, with a checksum, config.json and the tokenizer's files."""
     write_tensors(folder / "model.safetensors", stored_tensors(model), {"format": "pt"})
     write_json(folder / "config.json", describe_model(model))
+    write_tokenizer(model.tokenizer, folder)
 
 
 def describe_model(model: TinyMambaModel) -> dict:
     """The content of config.json."""
     config = {name: getattr(model.config, name) for name in FOLDER_FIELDS}
     config |= {"quantization": model.quantization} if model.quantization else {}
+    config |= note_tokenizer(model.tokenizer)
     return {"model_type": "tinymamba", "format_version": FOLDER_FORMAT, **config}
 
 
@@ -1399,6 +1410,7 @@ def load_folder(folder: Path) -> TinyMambaModel:
         fill_model(model, tensors)
     except (RuntimeError, KeyError):
         raise UserError(str(path), "does not fit its config.json", remedy) from None
+    model.tokenizer = read_folder_tokenizer(folder, config)
     return model
 
 
@@ -1536,6 +1548,8 @@ class Trainer:
             require(not base.quantization, source, "is quantized", remedy)
             require_same(SHAPE_FIELDS, base.config.to_dict(), self.config.to_dict())
             model.load_state_dict(base.state_dict())
+            self.run_tokenizer.inherit(base.tokenizer, source)
+        model.tokenizer = self.run_tokenizer.record
         return model
 
     def weights(self) -> dict[str, Tensor]:
@@ -1557,6 +1571,8 @@ class Trainer:
     def open_data(self, tokenizer: Any) -> None:
         """Open the data and find the tokenizer."""
         c = self.config
+        sources = [c.train_data_path, *([c.val_data_path] if c.enable_validation else [])]
+        self.run_tokenizer = RunTokenizer(tokenizer, sources, c.vocab_size)
         kind: Any = {"vocab_size": c.vocab_size, "data_dtype": c.data_dtype, "seed": c.seed}
         self.train_data = StreamingTokenDataset(
             c.train_data_path, c.block_size, c.train_data_weights, shuffle=True, **kind
@@ -1571,13 +1587,17 @@ class Trainer:
             if all(f.get("tokens") and f.get("bytes") for f in facts):
                 tokens = sum(f["tokens"] for f in facts)
                 self.bytes_per_token = sum(f["bytes"] for f in facts) / tokens
-        first = self.train_data.files[0].path
-        self.tokenizer: Any = tokenizer or find_tokenizer(first)
         if c.eos_id < 0:
-            eos = read_sidecar(first).get("eos_id", getattr(self.tokenizer, "eos_token_id", None))
+            eos = getattr(self.tokenizer, "eos_token_id", None)
+            eos = self.run_tokenizer.facts.get("eos_id", eos)
             c.eos_id = -1 if eos is None else eos
             c.validate()
         self.samples_per_step = c.batch_size * c.gradient_accumulation_steps * self.world
+
+    @property
+    def tokenizer(self) -> Any:
+        """What encodes prompts and decodes samples, or None."""
+        return self.run_tokenizer.opened
 
     def wrap(self, compiled: bool) -> Any:
         """The model as the training step calls it: compiled, and data-parallel with DDP."""
@@ -1828,6 +1848,7 @@ class Trainer:
             "tokens_seen": self.tokens,
             "val_loss": history[-1][1] if val_loss is None and history else val_loss,
             "config": self.config.to_dict(),
+            "tokenizer": self.run_tokenizer.record,
             "data": {
                 "samples": self.samples,
                 "first_epoch": self.first_epoch,
@@ -1855,6 +1876,8 @@ class Trainer:
     def restore(self, saved: dict) -> None:
         """Continue the run of a checkpoint; another shape or other data is a UserError."""
         require_same_run(saved["config"], self.config.to_dict())
+        self.run_tokenizer.inherit(saved.get("tokenizer"), self.config.checkpoint_path)
+        self.model.tokenizer = self.run_tokenizer.record
         shards = {
             name: shard_like(saved["model"][name].to(self.device), value)
             for name, value in self.weights().items()

@@ -35,7 +35,7 @@ from peft import METHODS, AdapterConfig, FineTuner, get_trainable_parameters, se
 from peft import Options as PeftOptions
 from testv2 import generate, load_model
 from tinymamba.cli import parse_flags, require, run_cli
-from tinymamba.tokenizer import find_tokenizer
+from tinymamba.tokenizer import open_tokenizer
 
 QUESTIONS = 64  # of lookup and format
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ class Options:
 
     # Base model
     checkpoint: str = "tinymamba_model_latest.pt"  # a checkpoint, or a quantized folder
-    tokenizer: str = "data/text/train.bin"  # the tokenizer is beside this file
+    tokenizer: str = "data/text/train.bin"  # an old checkpoint's tokenizer is beside this file
 
     # Runs
     tasks: list[str] | None = None  # None means all of these
@@ -145,7 +145,8 @@ def run(task: str, variant: str, lr: float | None, options: Options) -> dict:
     """Train and evaluate once; returns the row."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    tokenizer = find_tokenizer(options.tokenizer) or find_tokenizer(options.checkpoint)
+    beside = [options.checkpoint, options.tokenizer]
+    tokenizer = open_tokenizer(None, load_model(options.checkpoint), beside)
     require(tokenizer, "--tokenizer", "none was found", "pass a file that has one beside it")
     with tempfile.TemporaryDirectory() as name:
         asked = make_data(task, options.text, tokenizer, Path(name))

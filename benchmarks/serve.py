@@ -44,7 +44,7 @@ class Options:
 
     # Server
     checkpoint: str = "tinymamba_model_latest.pt"  # what to serve
-    tokenizer: str | None = None  # tokenizer.json or vocab.txt; else beside the training data
+    tokenizer: str | None = None  # tokenizer.json or vocab.txt; else the checkpoint's
 
     # Load
     streams: int = 64  # streams at one time

@@ -1,6 +1,7 @@
 """Later code reads what the first release has written, and finds the same meaning in it.
 
-The files lie in tests/artifacts. make.py there says what each one is, and how it was made.
+The files lie in tests/artifacts. make.py there says what each one is, and how it was made. Those
+of a later format lie in folders of their own, with a make.py each.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import call
 from safetensors.torch import load_file
 
 from peft import load_adapter
@@ -175,3 +177,41 @@ def test_onnx_graphs_of_the_first_release_generate():
     want = LOGITS["plain"][-1].numpy()
     assert np.abs(logits[0] - want).max() <= 1e-4 * np.abs(want).max()
     assert list(model.generate(FOUND["ids"], len(FOUND["follow"]))) == FOUND["follow"]
+
+
+# ------------------------------------------------------------------ files that hold a tokenizer
+
+OWN = OLD / "own_tokenizer"
+HELD = json.loads((OWN / "expected.json").read_text(encoding="utf-8"))
+
+
+def answer(path, **changes):
+    server = StreamingServer(OWN / path, device="cpu", **changes)
+    assert server.encode(HELD["text"]) == HELD["ids"]
+    return server.generate_text(HELD["text"], max_new_tokens=12, temperature=0.0)
+
+
+def test_files_that_hold_a_tokenizer_give_its_ids(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert SimpleTokenizer(OWN / "data" / "tokenizer.json").sha256 == HELD["sha256"]
+    for path, want in HELD["answers"].items():
+        assert answer(path) == want
+        held = load_model(OWN / path).tokenizer
+        assert (held["sha256"], held["chat_template"]) == (HELD["sha256"], HELD["template"])
+        assert held["special_tokens"] == {"eos_token": "<|endoftext|>"}
+    assert answer("folder", adapters={"adapter": OWN / "adapter"}) == HELD["adapted"]
+    server = StreamingServer(OWN / "folder", device="cpu")
+    session = server.load_session(OWN / "session.safetensors")
+    said = server.generate_text("7 plus", session, max_new_tokens=12, temperature=0.0)
+    assert said == HELD["session"]
+    note = {"class": "Letters", "vocab_size": len(server.tokenizer)}
+    assert load_model(OWN / "custom.pt").tokenizer == note
+
+
+def test_a_run_that_holds_a_tokenizer_resumes(tmp_path, monkeypatch):
+    shutil.copytree(OWN, tmp_path / "own")
+    monkeypatch.chdir(tmp_path / "own")
+    done = call("--resume", "--checkpoint_path", "run_latest.pt")
+    assert done.returncode == 0, done.stderr
+    after = load_checkpoint("run_latest.pt")
+    assert after["global_step"] == 130 and after["tokenizer"]["sha256"] == HELD["sha256"]

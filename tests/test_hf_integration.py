@@ -30,6 +30,7 @@ from helpers import (
 )
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     DynamicCache,
     GenerationConfig,
     QuantizedCache,
@@ -676,6 +677,18 @@ def test_the_fast_tokenizer_gives_the_ids_of_the_native_one(prepared):
         fast.chat_template = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
         chat = fast.apply_chat_template([{"role": "user", "content": "the"}], tokenize=False)
         assert chat == "the<|endoftext|>"
+
+
+def test_a_saved_tokenizer_is_the_same_by_every_way_to_load_it(tmp_path, prepared):
+    native = SimpleTokenizer(prepared.parent / "tokenizer.json")
+    TinyMambaHFTokenizer.of(native).save_pretrained(tmp_path)
+    for kind in (TinyMambaHFTokenizer, AutoTokenizer):
+        fast = kind.from_pretrained(tmp_path)
+        for text in TEXTS:
+            assert fast.encode(text) == native.encode(text)
+            assert fast.decode(native.encode(text)) == native.decode(native.encode(text))
+        fast.save_pretrained(tmp_path / "again")
+        assert SimpleTokenizer(tmp_path / "again" / "tokenizer.json").sha256 == native.sha256
 
 
 def test_a_list_of_words_is_no_fast_tokenizer(tmp_path):

@@ -530,9 +530,7 @@ def test_a_full_disk_leaves_the_folder_that_was_there(base, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(
-        "tinymamba.tokenizer.shutil.copyfile", full
-    )  # of the tokenizer, which comes last
+    monkeypatch.setattr("testv2.write_tokenizer", full)  # which comes last
     assert_refused(run(*INT4[:2], "--output_dir", "out", "--force"), "No space left")
     assert files_below(base) == before
 

@@ -189,6 +189,13 @@ def save_checkpoint(path: str | Path, state: dict, previous: Path | None = None)
     atomic_write(path, write, previous)
 
 
+def save_model(path: str | Path, model: Any, weights: dict[str, Tensor] | None = None) -> None:
+    """Write a checkpoint of a model without the state of training; None takes its own weights."""
+    config, tokenizer = model.config.to_dict(), model.tokenizer or None
+    weights = model.state_dict() if weights is None else weights
+    save_checkpoint(path, {"model": weights, "config": config, "tokenizer": tokenizer})
+
+
 def load_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint onto the CPU; a missing, damaged or foreign file is a UserError."""
     name, remedy = str(path), "use a checkpoint that testv2.py saved"

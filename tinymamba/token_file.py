@@ -13,7 +13,10 @@ from tinymamba.cli import UserError, require
 
 
 def read_sidecar(path: str) -> dict:
-    """The .json beside a .bin: dtype, vocab_size, eos_id, tokens, bytes; {} if there is none."""
+    """The .json beside a .bin, or {}: dtype, vocab_size, eos_id, tokens, bytes, tokenizer.
+
+    `tokenizer` is the hash of the tokenizer that the ids were made with.
+    """
     sidecar = Path(path).with_suffix(".json")
     if not sidecar.is_file():
         return {}
@@ -28,6 +31,10 @@ def read_sidecar(path: str) -> dict:
         "must be an object whose dtype is int32 or uint16",
         "fix it or delete it",
     )
+    for name, kind in (("vocab_size", int), ("eos_id", int), ("tokenizer", str)):
+        problem = f"says {name} {facts.get(name)!r}"
+        valid = facts.get(name) is None or type(facts[name]) is kind
+        require(valid, str(sidecar), problem, "fix it or delete it")
     return facts
 
 

@@ -1,23 +1,30 @@
-"""Text to token ids and back, and where a tokenizer's file is found.
+"""Text to token ids and back, and the tokenizer of a model, a folder or data.
 
-tokenizer = find_tokenizer("data/text/train.bin") or SimpleTokenizer()
+tokenizer = SimpleTokenizer("data/text/tokenizer.json")
+tokenizer = SimpleTokenizer.from_dict(model.tokenizer)  # of load_model
 ids = tokenizer.encode("import os")
 text = tokenizer.decode(ids)
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 import re
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from tinymamba.cli import UserError
+from tinymamba.cli import UserError, require
+from tinymamba.token_file import read_sidecar
 
 EOS_TOKEN = "<|endoftext|>"
+FILES = ("tokenizer.json", "vocab.txt")  # the first that is there is the tokenizer
+TEMPLATE_FILE, SETTINGS_FILE = "chat_template.jinja", "tokenizer_config.json"
+RECORD = ("name", "content", "chat_template", "special_tokens", "sha256")
 EOS_NAMES = (EOS_TOKEN, "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "[EOS]")
 
 
@@ -28,48 +35,131 @@ def byte_alphabet() -> list[str]:
     return [chr(b) if b in plain else chr(next(other)) for b in range(256)]
 
 
+def read_utf8(path: Path) -> str:
+    """The text of a file, without a byte order mark; line ends stay as they are."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(str(path), f"is not UTF-8 ({e.reason})", "convert it") from None
+
+
+def split_lines(text: str) -> list[str]:
+    """The tokens of a vocab.txt, one a line."""
+    # A lone carriage return may be a token; a file written on Windows has one on every line.
+    end = "\r\n" if text.count("\r\n") == text.count("\n") > 0 else "\n"
+    return text.removesuffix(end).split(end)
+
+
+def hash_content(name: str, content: str) -> str:
+    """SHA-256 of what decides the ids that a tokenizer gives.
+
+    Line ends, white space, the order of keys, truncation, padding and the tokens to add around a
+    text do not count; neither does how a merge is written, which depends on the version of
+    `tokenizers`. onnx_generate.py does the same.
+    """
+    if name == FILES[1]:
+        parts: Any = split_lines(content)
+    else:
+        parts = json.loads(content or byte_tokenizer().to_str())
+        for key in ("version", "truncation", "padding", "post_processor"):
+            parts.pop(key, None)
+        if merges := parts["model"].get("merges"):
+            parts["model"]["merges"] = [m.split(" ") if isinstance(m, str) else m for m in merges]
+    plain = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(plain.encode()).hexdigest()
+
+
+def read_template(folder: Path) -> tuple[str | None, dict[str, str]]:
+    """The chat template in a folder, or None, and the special tokens that it may name."""
+    file, settings_file = folder / TEMPLATE_FILE, folder / SETTINGS_FILE
+    settings, text = {}, None
+    try:
+        if settings_file.is_file():
+            settings = json.loads(read_utf8(settings_file))
+            text = settings.get("chat_template")
+        if file.is_file():
+            text = read_utf8(file)
+        if isinstance(text, list):  # several templates, by name
+            text = {each["name"]: each["template"] for each in text}["default"]
+        tokens = {name: settings.get(name) or "" for name in ("bos_token", "eos_token")}
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        problem = f"its chat template cannot be read ({e})"
+        raise UserError(str(folder), problem, "fix it or remove it") from None
+    if text is None:
+        return None, {}
+    plain = {n: t.get("content", "") if isinstance(t, dict) else t for n, t in tokens.items()}
+    return str(text), {name: str(token) for name, token in plain.items() if token}
+
+
 class SimpleTokenizer:
     """Text to ids and back: a `tokenizer.json`, a `vocab.txt` by longest match, or plain bytes.
 
     Every string survives the round trip: a byte that `vocab.txt` has no token for gets a new id
     after the last one. Text that looks like a special token is encoded as plain text, unless
-    `encode(..., allow_special=True)`.
+    `encode(..., allow_special=True)`. The file is read once: it may be replaced afterwards.
+
+    name             "tokenizer.json", "vocab.txt" or "bytes"
+    content          the text of that file
+    chat_template    of chat_template.jinja or tokenizer_config.json beside the file, or None
+    special_tokens   bos_token and eos_token of tokenizer_config.json, for the chat template
+    sha256           the same for two files that give the same ids, however they are formatted
     """
 
     def __init__(self, path: str | Path | None = None):
-        self.path, self.library = path, None
-        if path is None:
-            self._read_vocabulary([*byte_alphabet(), EOS_TOKEN])
-        elif not Path(path).is_file():
-            raise UserError(str(path), "no such file", "pass tokenizer.json or vocab.txt")
-        elif Path(path).suffix == ".json":
-            self._read_library(str(path))
-        else:
-            self._read_vocabulary(self._lines(Path(path)))
-        self.bos_token_id = self.pad_token_id = self.eos_token_id  # eos alone separates documents
+        self.path, self.name, self.content = path, "bytes", ""
+        self.chat_template, self.special_tokens = None, {}  # type: str | None, dict[str, str]
+        if path is not None:
+            require(Path(path).is_file(), str(path), "no such file", f"pass {' or '.join(FILES)}")
+            self.name = FILES[0] if Path(path).suffix == ".json" else FILES[1]
+            self.content = read_utf8(Path(path))
+            self.chat_template, self.special_tokens = read_template(Path(path).parent)
+        self._read(str(path))
 
     @staticmethod
-    def _lines(path: Path) -> list[str]:
-        try:
-            text = path.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError as e:
-            raise UserError(str(path), f"is not UTF-8 ({e.reason})", "convert it") from None
-        # A lone carriage return may be a token; a file written on Windows has one on every line.
-        end = "\r\n" if text.count("\r\n") == text.count("\n") > 0 else "\n"
-        return text.removesuffix(end).split(end)
+    def from_dict(record: dict, source: str = "tokenizer") -> SimpleTokenizer:
+        """The opposite of `to_dict`; `source` is the file that holds the record, for errors."""
+        made = SimpleTokenizer.__new__(SimpleTokenizer)
+        made.path, made.chat_template, made.special_tokens = None, None, {}
+        made.__dict__ |= {name: record[name] for name in RECORD if record.get(name) is not None}
+        made._read(source)
+        return made
 
-    def _read_library(self, path: str) -> None:
+    def to_dict(self) -> dict:
+        """Everything about it as plain values; bytes become a tokenizer.json of the same ids."""
+        record = {name: getattr(self, name) for name in RECORD}
+        if self.name == "bytes":
+            record |= {"name": FILES[0], "content": byte_tokenizer().to_str()}
+        return record
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """A hash of what decides the ids."""
+        return hash_content(self.name, self.content)
+
+    def _read(self, source: str) -> None:
+        self.library = None
+        if self.name == FILES[0]:
+            self._read_library(source)
+        else:
+            tokens = [*byte_alphabet(), EOS_TOKEN]
+            self._read_vocabulary(split_lines(self.content) if self.name == FILES[1] else tokens)
+        self.bos_token_id = self.pad_token_id = self.eos_token_id  # eos alone separates documents
+
+    def _read_library(self, source: str) -> None:
         from tokenizers import Tokenizer
 
         try:
-            self.library = Tokenizer.from_file(path)
+            self.library = Tokenizer.from_str(self.content)
         except Exception as e:  # the library raises no narrower class
             remedy = "make it with python data/prepare.py"
-            raise UserError(path, f"is not a tokenizer ({e})", remedy) from None
+            raise UserError(source, f"is not a tokenizer ({e})", remedy) from None
+        self.library.no_truncation()  # data/prepare.py cuts no text either
+        self.library.no_padding()
         ids = map(self.library.token_to_id, EOS_NAMES)
         self.eos_token_id = next((i for i in ids if i is not None), None)
 
     def _read_vocabulary(self, tokens: list[str]) -> None:
+        self.listed = len(tokens)
         byte_of = {c: b for b, c in enumerate(byte_alphabet())}
         gpt2_notation = set(byte_of) <= set(tokens)  # else a token is literal text
         self.pieces: list[bytes] = []
@@ -145,28 +235,221 @@ def byte_tokenizer() -> Any:
     return tokenizer
 
 
-def find_tokenizer(data_path: str) -> SimpleTokenizer | None:
+def find_tokenizer(data_path: str | Path) -> SimpleTokenizer | None:
     """The tokenizer beside a file, or in a folder, or None."""
     folder = Path(data_path) if Path(data_path).is_dir() else Path(data_path).parent
-    files = (folder / name for name in ("tokenizer.json", "vocab.txt"))
+    files = (folder / name for name in FILES)
     return next((SimpleTokenizer(file) for file in files if file.is_file()), None)
 
 
+# ------------------------------------------------------------- the tokenizer of a model
+#
+# `model.tokenizer` and the key "tokenizer" of a checkpoint hold a record, which is one of these:
+#
+#     None                      not known: the checkpoint is older than these records
+#     {}                        a folder without a tokenizer
+#     SimpleTokenizer.to_dict(), with "assumed" if a path may replace it without comparison
+#     {"sha256": ...}           the files of a folder do not include its tokenizer
+#     {"class", "vocab_size"}   an object of another class
+
+
+def describe_tokenizer(tokenizer: Any) -> dict | None:
+    """The record of a tokenizer."""
+    if tokenizer is None:
+        return None
+    if isinstance(tokenizer, SimpleTokenizer):
+        return tokenizer.to_dict()
+    size = len(tokenizer) if hasattr(tokenizer, "__len__") else getattr(tokenizer, "vocab_size", 0)
+    return {"class": type(tokenizer).__name__, "vocab_size": size if type(size) is int else 0}
+
+
 def open_tokenizer(given: Any, model: nn.Module, beside: list) -> Any:
-    """The tokenizer that is `given`, as a path or an object, or else one that is found.
+    """The tokenizer that is `given`, as a path or an object, or else the model's own, or None.
 
-    It is looked for beside the files of `beside`, then beside the model's training data.
+    A file of other ids than the model's own is a UserError. A model without a record has the one
+    beside the files of `beside`, or beside its training data. What is opened from a file becomes
+    the model's record, so that everything saved from the model has it.
     """
+    record: Any = getattr(model, "tokenizer", None)
+    if given is not None and not isinstance(given, str | Path):
+        return given
     if given is not None:
-        return SimpleTokenizer(given) if isinstance(given, str | Path) else given
-    data: Any = model.config.train_data_path
-    beside = [*beside, *([data] if isinstance(data, str) else data)]
-    return next(filter(None, (find_tokenizer(str(path)) for path in beside)), None)
+        opened: Any = SimpleTokenizer(given)
+        require_own_ids(opened, record or {})
+    elif record is not None:
+        return SimpleTokenizer.from_dict(record) if "content" in record else None
+    else:
+        opened = next(filter(None, map(find_tokenizer, beside)), None)
+        opened = opened or find_beside_data(model.config)
+    if opened is not None:
+        model.tokenizer = opened.to_dict()
+    return opened
 
 
-def copy_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Copy the file of a SimpleTokenizer, if it has one, to where find_tokenizer looks for it."""
-    path = Path(getattr(tokenizer, "path", None) or "")
-    if path.is_file():
-        name = "tokenizer.json" if path.suffix == ".json" else "vocab.txt"
-        shutil.copyfile(path, folder / name)
+def require_own_ids(given: SimpleTokenizer, record: dict) -> None:
+    """Reject a file with other ids than the record says; it may take over the chat template.
+
+    A vocab.txt and a tokenizer.json are the same if each id stands for the same text.
+    """
+    if not record.get("assumed") and record.get("sha256", given.sha256) != given.sha256:
+        same = record.get("name") not in (given.name, None)
+        if same:
+            own = SimpleTokenizer.from_dict(record)
+            ids = range(max(len(own), len(given)))
+            same = all(own.decode([i], False) == given.decode([i], False) for i in ids)
+        own_name = f"{record.get('name', 'tokenizer')} ({record['sha256'][:12]})"
+        problem = f"({given.sha256[:12]}) is not the model's own {own_name}"
+        require(same, str(given.path), problem, "leave it out")
+    if given.chat_template is None:
+        given.chat_template = record.get("chat_template")
+        given.special_tokens = record.get("special_tokens") or {}
+
+
+def find_beside_data(config: Any) -> SimpleTokenizer | None:
+    """The tokenizer beside the training data of an old checkpoint, or None.
+
+    The path may be relative, and other data may be there by now: what their .json says must fit.
+    """
+    facts, found = read_tokenizer_facts(config.train_data_path)
+    size, eos = facts.get("vocab_size", 0), facts.get("eos_id", config.eos_id)
+    problem = f"is of another tokenizer than the model ({size} ids, eos_id {eos})"
+    remedy = "put the model's tokenizer beside its checkpoint, or pass its path"
+    fits = size <= config.vocab_size and config.eos_id in (-1, eos)
+    require(found is None or fits, listed(config.train_data_path)[0], problem, remedy)
+    return found
+
+
+def why_no_tokenizer(model: nn.Module, otherwise: str = "none was found") -> str:
+    """The problem to report if `open_tokenizer` has returned None."""
+    record: Any = getattr(model, "tokenizer", None) or {}
+    if name := record.get("class"):
+        size = f" of {record['vocab_size']} ids" if record.get("vocab_size") else ""
+        return f"the model was trained with a {name}{size}"
+    return "the file that belongs to the model is missing" if "sha256" in record else otherwise
+
+
+# ------------------------------------------------------------------ the tokenizer of a folder
+
+
+def write_tokenizer(record: dict | None, folder: Path) -> None:
+    """Write the files of a record into a folder; no file if the record has no content."""
+    if not record or "content" not in record:
+        return
+    (folder / record["name"]).write_bytes(record["content"].encode())
+    if record.get("chat_template"):
+        (folder / TEMPLATE_FILE).write_bytes(record["chat_template"].encode())
+        if record.get("special_tokens"):
+            settings = json.dumps(record["special_tokens"], indent=2) + "\n"
+            (folder / SETTINGS_FILE).write_bytes(settings.encode())
+
+
+def note_tokenizer(record: dict | None) -> dict:
+    """What config.json says of the tokenizer in its folder."""
+    if not record:
+        return {}
+    if "class" in record:
+        return {"custom_tokenizer": record}
+    return {"tokenizer_sha256": record["sha256"]}
+
+
+def read_folder_tokenizer(folder: Path, config: dict) -> dict:
+    """The record of a folder's tokenizer, which must be the one that config.json was written for.
+
+    Folders of the first release do not say which one that is, so it is only assumed.
+    """
+    found, said = find_tokenizer(folder), config.get("tokenizer_sha256")
+    if found is None:
+        return {"sha256": said} if said else config.get("custom_tokenizer") or {}
+    problem = f"({found.sha256[:12]}) is not the tokenizer of {folder / 'config.json'} "
+    remedy = "restore it, or export the model again"
+    require(said in (None, found.sha256), str(found.path), f"{problem}({said!s:.12})", remedy)
+    return found.to_dict() if said else {**found.to_dict(), "assumed": True}
+
+
+# ------------------------------------------------------------------------ the tokenizer of data
+
+FACTS = ("tokenizer", "eos_id", "vocab_size")  # of a .json beside a .bin; the first is a hash
+
+
+def listed(paths: str | list[str]) -> list[str]:
+    """One path or several, as a list."""
+    return [paths] if isinstance(paths, str | Path) else list(paths)
+
+
+def read_tokenizer_facts(*sources: str | list[str]) -> tuple[dict, SimpleTokenizer | None]:
+    """What the .json files of some data say of their tokenizer, and the one beside the first file.
+
+    Files of different tokenizers are a UserError, and so is a tokenizer beside a file that the
+    file was not made with. A .json without a hash has that of the tokenizer.json beside it.
+    """
+    paths = [path for source in sources for path in listed(source)]
+    beside: dict[Path, SimpleTokenizer | None] = {}
+    said: dict[str, tuple[Any, str]] = {}
+    for path in paths:
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        if folder not in beside:
+            beside[folder] = find_tokenizer(folder)
+        own = read_sidecar(path)
+        if own and (found := beside[folder]):
+            require_made_with(found, path, own)
+            own = {**own, **({"tokenizer": found.sha256} if found.name == FILES[0] else {})}
+        for name in (n for n in FACTS if own.get(n) is not None):
+            value, first = said.setdefault(name, (own[name], path))
+            pair = f"{name} {own[name]:.12}" if name == "tokenizer" else f"{name} {own[name]}"
+            problem = f"has another tokenizer than {first} ({pair}, not {value!s:.12})"
+            require(value == own[name], path, problem, "prepare both with one tokenizer")
+    facts = {name: value for name, (value, _) in said.items()}
+    if "tokenizer" in said:
+        facts["file"] = said["tokenizer"][1]
+    return facts, next(iter(beside.values()), None)
+
+
+def require_made_with(found: SimpleTokenizer, path: str, facts: dict) -> None:
+    """Reject a tokenizer beside a .bin whose .json says that it was made with another one."""
+    said, remedy = facts.get("tokenizer"), "restore it, or prepare the data again"
+    problem = f"({found.sha256[:12]}) is not the tokenizer of {path} ({said!s:.12})"
+    require(said in (None, found.sha256), str(found.path), problem, remedy)
+    size, known = facts.get("vocab_size"), len(found) if found.library else found.listed
+    problem = f"has {known} ids, but the .json of {path} says {size}"
+    require(size is None or known <= size, str(found.path), problem, remedy)
+
+
+def require_data_of(record: dict | None, facts: dict, owner: str) -> None:
+    """Reject data of another tokenizer than that of a model; `owner` is the model's file."""
+    wanted, said = (record or {}).get("sha256"), facts.get("tokenizer")
+    problem = f"has another tokenizer ({said!s:.12}) than {owner} ({wanted!s:.12})"
+    same = said == wanted or None in (said, wanted)
+    require(same, str(facts.get("file")), problem, "prepare it with the tokenizer of the model")
+
+
+class RunTokenizer:
+    """The tokenizer of a training run.
+
+    opened    for samples: the object that was given, or the file beside the data, or None
+    record    for checkpoints
+    facts     what the data say of it, see `read_tokenizer_facts`
+    """
+
+    def __init__(self, given: Any, sources: list, vocab_size: int):
+        """`sources`: the paths of all data; they must have one tokenizer, of no more ids."""
+        self.facts, found = read_tokenizer_facts(*sources)
+        size = self.facts.get("vocab_size", 0)
+        remedy = f"pass --vocab_size {size}, or prepare the data with fewer tokens"
+        require(size <= vocab_size, "vocab_size", f"{vocab_size}, but the data has {size}", remedy)
+        self.is_given = given is not None
+        self.opened: Any = given if self.is_given else found
+        self.record = describe_tokenizer(self.opened)
+
+    def inherit(self, record: dict | None, owner: str) -> None:
+        """Go on with the tokenizer of the model in the file `owner`; other data are a UserError.
+
+        A tokenizer with the same ids that was found beside the data may bring a new chat template.
+        """
+        require_data_of(record, self.facts, owner)
+        own, has_file = self.opened, "content" in (record or {})
+        same = isinstance(own, SimpleTokenizer) and own.sha256 == (record or {}).get("sha256")
+        if not record or (same and (own.chat_template or not has_file)):
+            return
+        self.record = record
+        if has_file and not self.is_given:
+            self.opened = SimpleTokenizer.from_dict(record, owner)
