@@ -53,6 +53,7 @@ from tinymamba.checkpoint import (
     load_checkpoint,
     read_all_tensors,
     require_writable,
+    run_lock,
     save_model,
     sibling,
     write_json,
@@ -834,7 +835,7 @@ def train(options: Options, adapter_fields: dict[str, Any], config_fields: dict[
     require(not options.merge or lora, "--merge", "is for --method lora", "leave it out")
     found = [f for f in (WEIGHTS_FILE, CONFIG_FILE, "merged.pt") if (folder / f).exists()]
     free, remedy = not found, "pass --force, --resume or another --output_dir"
-    allowed = options.force or config.resume or free
+    allowed = options.force or saved is not None or free
     require(allowed, str(folder), f"holds {', '.join(found)}", remedy)
     prepare_default_data(config, config_fields)
     tuner = FineTuner(config, base, adapter, saved=saved)
@@ -881,7 +882,11 @@ def merge(options: Options) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options, adapter_fields, config_fields = parse(argv)
-    return merge(options) if options.adapter else train(options, adapter_fields, config_fields)
+    if options.adapter:
+        return merge(options)
+    name = checkpoint_name(AdapterConfig(**adapter_fields).method)
+    with run_lock(Path(options.output_dir) / name):
+        return train(options, adapter_fields, config_fields)
 
 
 if __name__ == "peft":  # imported in place of Hugging Face's package; see tinymamba/namesake.py

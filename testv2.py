@@ -1,4 +1,4 @@
-"""TinyMamba: a hybrid small language model, its data and its trainer, in one file.
+"""TinyMamba: a hybrid small language model, its data and its trainer.
 
 In every block a selective state-space branch, sliding-window attention and a SwiGLU MLP read the
 same normalized input side by side, and a learned gate mixes them for each token.
@@ -96,7 +96,7 @@ from tinymamba.kernels import (
     scan_in_one_tile,
     stored_tensors,
 )
-from tinymamba.muon import MuonAdamW
+from tinymamba.optimizer import make_optimizer
 from tinymamba.runtime import (
     Logger,
     Signals,
@@ -1297,32 +1297,6 @@ class StreamingTokenDataset(torch.utils.data.Dataset):
         return {**order, "sources": files, "weights": weights}
 
 
-# ------------------------------------------------------------------------ optimizer and schedule
-
-
-def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """Muon or AdamW with weight decay for the matrices of linear projections; AdamW for the rest.
-
-    The rest are norms, biases, A_log, D, dt_bias, convolutions and scales, the few rows that give
-    gates and angles, and the embedding: weight decay would shrink its rows of rare tokens between
-    their uses.
-    """
-    not_matrices = ("head", "controller", "angle_proj")
-    linear = {
-        m.weight: getattr(m, "parts", [m.out_features])
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Linear) and not name.endswith(not_matrices) and m.weight.requires_grad
-    }
-    others = [p for p in model.parameters() if p.requires_grad and p not in linear]
-    if config.optimizer == "muon":
-        return MuonAdamW(linear, others, config)
-    groups = [
-        {"params": list(linear), "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, config.lr, (config.beta1, config.beta2), fused=True)
-
-
 # -------------------------------------------------------------------------------- checkpoints
 
 FOLDER_FORMAT = 2
@@ -1338,8 +1312,10 @@ def require_same(names: list[str], old: dict, new: dict) -> None:
 
 def require_same_run(old: dict, new: dict) -> None:
     """Reject settings that a resumed run cannot change."""
-    weights = [] if new["accept_changed_data"] else ["train_data_weights"]
-    require_same([*RUN_FIELDS, *weights], old, new)
+    require_same(RUN_FIELDS, old, new)
+    field = "train_data_weights"
+    problem, remedy = f"were {old[field]}", "leave them out, or pass --accept_changed_data"
+    require(new["accept_changed_data"] or old[field] == new[field], field, problem, remedy)
 
 
 def resumed_config(saved: dict, named: dict) -> Config:
@@ -1489,12 +1465,22 @@ class Trainer:
         self.watchdog = None
         if self.world > 1:
             self.watchdog = join_process_group(self.device, config.rank_timeout)
-        torch.manual_seed(config.seed)
+        try:
+            self.set_up(saved)
+        except Exception as e:
+            if self.watchdog:
+                self.watchdog.close(e)  # so that the others know why
+            raise
+
+    def set_up(self, saved: dict | None) -> None:
+        """Make model, optimizer and logs: new ones, or those of a checkpoint."""
+        c = self.config
+        torch.manual_seed(c.seed)
         self.model: Any = self.build().to(self.device)
-        self.fsdp = config.parallel == "fsdp" and self.world > 1
+        self.fsdp = c.parallel == "fsdp" and self.world > 1
         if self.fsdp:
             self.shard()
-        self.optimizer = make_optimizer(self.model, config)
+        self.optimizer = make_optimizer(self.model, c)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == torch.float16)
         self.step = self.samples = self.tokens = 0
         self.first_epoch = self.first_sample = 0  # where the present data began
@@ -1504,27 +1490,32 @@ class Trainer:
             "lowest": math.inf, "bad_validations": 0, "bad_steps": 0, "skipped": 0,
             "norm": [0.0, 0.0, 0],  # mean and variance of the gradient norm, and their steps
             "unfinished": False,  # a signal ended the run before this step's validation was done
-            "folder": config.wandb_run_name or time.strftime("%Y%m%d-%H%M%S"),
+            "folder": c.wandb_run_name or time.strftime("%Y%m%d-%H%M%S"),
         }  # fmt: skip
         self.resumed = saved is not None
         if saved is not None:
             self.restore(saved)
+        self.count_steps()
+        self.signals.saved_step = self.step
+        require_run_name(c.checkpoint_path)
+        if self.main:
+            require_writable(Path(c.checkpoint_path).parent, "checkpoint_path")
+        self.open_log()
+        self.forward = self.wrap(c.use_compile)
+
+    def count_steps(self) -> None:
+        """Set the number of all steps and of those of warm-up."""
+        c = self.config
         steps, squares = all_reduce([float(self.step), float(self.step) ** 2], self.device)
         problem, remedy = "the processes do not see the same file", "put it where all of them do"
         require(steps**2 == self.world * squares, "checkpoint_path", problem, remedy)
-        left = config.num_epochs * len(self.train_data) - (self.samples - self.first_sample)
-        self.total_steps = config.max_steps or self.step + max(0, left // self.samples_per_step)
+        left = c.num_epochs * len(self.train_data) - (self.samples - self.first_sample)
+        self.total_steps = c.max_steps or self.step + max(0, left // self.samples_per_step)
         problem = f"one step takes {self.samples_per_step} samples, the data has {left}"
         require(self.total_steps, "batch_size", problem, "lower it, or set --max_steps")
         problem = f"{self.total_steps} is below step {self.step}, which the run has reached"
         require(self.step <= self.total_steps, "max_steps", problem, "raise it, or leave it out")
-        self.warmup = self.progress.setdefault("warmup", warmup_length(self.total_steps, config))
-        require_run_name(config.checkpoint_path)
-        if self.main:
-            require_writable(Path(config.checkpoint_path).parent, "checkpoint_path")
-        self.signals.saved_step = self.step
-        self.open_log()
-        self.forward = self.wrap(config.use_compile)
+        self.warmup = self.progress.setdefault("warmup", warmup_length(self.total_steps, c))
 
     def open_log(self) -> None:
         """Open the logs: in a new folder and as a new run of W&B, unless this run is resumed."""
@@ -1818,7 +1809,7 @@ class Trainer:
         if not self.main and not self.fsdp:
             return
         if self.tokenizer is None:
-            self.log.say("no sample: no tokenizer.json or vocab.txt beside the training data")
+            self.log.say("no sample: there is no tokenizer.json or vocab.txt beside the data")
             return
         ids = list(self.tokenizer.encode(c.generation_prompt)) if c.generation_prompt else []
         if max(ids, default=0) >= c.vocab_size:
@@ -1876,7 +1867,8 @@ class Trainer:
     def restore(self, saved: dict) -> None:
         """Continue the run of a checkpoint; another shape or other data is a UserError."""
         require_same_run(saved["config"], self.config.to_dict())
-        self.run_tokenizer.inherit(saved.get("tokenizer"), self.config.checkpoint_path)
+        source = self.config.resume_from or self.config.checkpoint_path
+        self.run_tokenizer.inherit(saved.get("tokenizer"), source)
         self.model.tokenizer = self.run_tokenizer.record
         shards = {
             name: shard_like(saved["model"][name].to(self.device), value)
@@ -1908,7 +1900,7 @@ class Trainer:
 
     def restore_position(self, data: dict, epoch: int) -> None:
         """Continue at a position in the data; if they have changed, a new epoch of them begins."""
-        self.samples, path = data["samples"], self.config.checkpoint_path
+        self.samples, path = data["samples"], self.config.resume_from or self.config.checkpoint_path
         self.first_epoch = data.get("first_epoch", 0)
         self.first_sample = data.get("first_sample", 0)
         for name, value in self.fingerprint.items():
@@ -1988,7 +1980,7 @@ class Trainer:
     def train(self) -> None:
         """Move an earlier run's files aside, run all steps, save, and plot the loss."""
         path = self.config.checkpoint_path
-        with run_lock(path) if self.main else contextlib.nullcontext():
+        with run_lock(path):
             self.announce()
             if self.step == self.total_steps and not self.progress["unfinished"]:
                 self.log.say("nothing is left to do; to train on, raise --max_steps")
@@ -2171,9 +2163,9 @@ def prepare_default_data(config: Config, named: dict) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     config, named, profile = parse_command_line(argv)
-    first, path = from_launcher("RANK", 0) == 0, config.checkpoint_path
+    path = config.checkpoint_path
     require_run_name(path)
-    with run_lock(path) if first and not profile else contextlib.nullcontext():
+    with contextlib.nullcontext() if profile else run_lock(path):
         saved, source = find_saved(config)
         if saved is not None:
             problem, remedy = "holds no run to resume here", "resume an adapter with peft.py"
@@ -2183,7 +2175,8 @@ def main(argv: list[str] | None = None) -> int:
         elif config.init_from:
             config = begun_config(config, named)
         config.validate()
-        if first and config.d_model >= 768 and pick_device(config.device).type == "cpu":
+        large, first = config.d_model >= 768, from_launcher("RANK", 0) == 0
+        if large and first and pick_device(config.device).type == "cpu":
             print("hint: this is a large model for a CPU; try --preset demo")
         prepare_default_data(config, named)
         trainer = Trainer(config, saved=saved)

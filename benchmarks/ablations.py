@@ -50,7 +50,7 @@ from tinymamba.cli import (
     require,
     run_cli,
 )
-from tinymamba.muon import orthogonalize
+from tinymamba.optimizer import orthogonalize
 
 VOCAB = 256  # bytes
 VALIDATION = 2**18  # bytes
@@ -128,7 +128,7 @@ class Settings:
     parameters: int = 800_000  # of the whole model, if hidden is 0
 
     # Training
-    optimizer: str = "muon"  # muon for the matrices and AdamW for the rest, or adamw for all
+    optimizer: str = "optimizer"  # muon for the matrices and AdamW for the rest, or adamw for all
     lr: float = 0.01  # peak rate of the matrices; of everything with adamw
     adam_lr: float = 3e-3  # peak rate of everything else with muon
     gate_proj_muon: bool = False  # Muon for Llama's gate_proj; rows without it had AdamW there
@@ -146,7 +146,7 @@ class Settings:
         "norms": (1, 3),
         "activation": ("swiglu", "relu2"),
         "rot": ("none", "tanh", "exact", "half"),
-        "optimizer": ("muon", "adamw"),
+        "optimizer": ("optimizer", "adamw"),
         "schedule": ("cosine", "wsd"),
     }
     LIMITS: ClassVar = {
@@ -641,7 +641,7 @@ def make_optimizers(model: nn.Module, s: Settings) -> list[torch.optim.Optimizer
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     common = {"betas": (0.9, 0.95), "weight_decay": 0, "fused": True}
-    if s.optimizer == "muon":
+    if s.optimizer == "optimizer":
         return [
             Muon(matrices, s.lr, s.weight_decay),
             torch.optim.AdamW(rest, lr=s.adam_lr, **common),

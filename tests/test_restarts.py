@@ -24,6 +24,7 @@ from helpers import (
     after_step,
     assert_refused,
     assert_refuses,
+    brief_config,
     brief_flags,
     call,
     flags,
@@ -31,8 +32,10 @@ from helpers import (
     tiny_config,
 )
 
+import testv2
 from testv2 import Config, StreamingTokenDataset, Trainer, learning_rate, parse_command_line
 from tinymamba.checkpoint import digest, load_checkpoint, load_newest, sibling
+from tinymamba.cli import UserError
 
 CHAOS = "CHAOS" in os.environ
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -134,6 +137,21 @@ def test_the_shape_comes_from_init_from(place):
     assert load_checkpoint(LATEST)["config"]["d_model"] == 32
 
 
+def test_an_error_at_the_start_of_one_process_is_told_to_the_others(place, monkeypatch):
+    told = []
+
+    class Watchdog:
+        def __init__(self, *_):
+            self.close = told.append
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(testv2, "join_process_group", Watchdog)
+    monkeypatch.setattr(testv2, "all_reduce", lambda values, _: [sum(values), 3.0])
+    with pytest.raises(UserError, match="do not see the same file") as caught:
+        Trainer(brief_config())
+    assert told == [caught.value]
+
+
 # ------------------------------------------------------------------------------ learning rate
 
 
@@ -198,7 +216,7 @@ def test_a_further_source_begins_a_new_epoch_whose_order_is_a_pure_function(plac
     train(*brief_flags(max_steps=5, seed=3))
     before = load_checkpoint(LATEST)["data"]
     extended = ["--resume", "--train_data_path", first, more, "--train_data_weights", 0.5, 0.5]
-    assert_refuses(*extended, "--max_steps", 9, naming=["train_data_weights"])
+    assert_refuses(*extended, "--max_steps", 9, naming=["train_data_weights", "--accept"])
     assert_refuses(*extended[:4], "--max_steps", 9, naming=["sources", "--accept_changed_data"])
     said = train(*extended, "--max_steps", 7, "--accept_changed_data")
     assert "the training data have changed: a new epoch begins" in said
@@ -249,6 +267,7 @@ def test_a_second_run_on_one_name_is_refused_and_a_dead_ones_lock_is_free(place)
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENV)
     try:
         assert any("saved" in line for line in first.stdout)
+        first.send_signal(signal.SIGSTOP)  # it holds its lock all the same
         who = f"in use by process {first.pid} on "
         for second in ([], ["--resume"], ["--checkpoint_path", "tinymamba_model.pt"]):
             done = call(*brief_flags(max_steps=1), *second)

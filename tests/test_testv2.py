@@ -39,7 +39,6 @@ from helpers import (
 import testv2
 from testv2 import (
     Config,
-    MuonAdamW,
     TinyMambaModel,
     Trainer,
     learning_rate,
@@ -48,6 +47,7 @@ from testv2 import (
 )
 from tinymamba.checkpoint import load_checkpoint, save_checkpoint
 from tinymamba.cli import UserError
+from tinymamba.optimizer import MuonAdamW
 
 
 @pytest.fixture(autouse=True)

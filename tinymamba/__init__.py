@@ -31,7 +31,8 @@ OF_EXTRAS = {  # not in `import *`: they need more packages
     "hf_integration": "TinyMambaConfig TinyMambaHFModel TinyMambaHFTokenizer",
 }
 MODULES = {*NAMES, *OF_EXTRAS, "benchmark", "data", "data_order", "export_model", "kernels"}
-MODULES |= {"lock", "muon", "namesake", "openai_api", "runtime", "schedule", "serve", "token_file"}
+MODULES |= {"lock", "namesake", "openai_api", "optimizer", "runtime", "schedule", "serve"}
+MODULES |= {"token_file"}
 HOMES = {name: module for module, names in {**NAMES, **OF_EXTRAS}.items() for name in names.split()}
 
 __all__ = ["__version__", *(name for names in NAMES.values() for name in names.split())]

@@ -237,7 +237,12 @@ def require_run_name(path: str | Path) -> None:
 
 
 def run_lock(path: str | Path) -> contextlib.AbstractContextManager:
-    """Keep a second run from writing the files of the run that saves to `path`."""
+    """Keep a second run from writing the files of the run that saves to `path`.
+
+    Of the processes of a run, the first one holds the lock.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return contextlib.nullcontext()
     remedy = "wait until that run has ended, or choose another --checkpoint_path"
     return hold_lock(sibling(path, "run").with_suffix(".lock"), str(path), remedy)
 

@@ -1,4 +1,4 @@
-"""Muon for matrices and AdamW for all other parameters, as one optimizer."""
+"""The optimizers: Muon for matrices and AdamW for all other parameters, or AdamW for all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinymamba.runtime import full_tensor, shard_like
 
@@ -75,3 +75,26 @@ def orthogonalize(x: Tensor) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+def make_optimizer(model: nn.Module, config: Any) -> torch.optim.Optimizer:
+    """Muon or AdamW with weight decay for the matrices of linear projections; AdamW for the rest.
+
+    The rest are norms, biases, A_log, D, dt_bias, convolutions and scales, the few rows that give
+    gates and angles, and the embedding: weight decay would shrink its rows of rare tokens between
+    their uses.
+    """
+    not_matrices = ("head", "controller", "angle_proj")
+    linear = {
+        m.weight: getattr(m, "parts", [m.out_features])
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and not name.endswith(not_matrices) and m.weight.requires_grad
+    }
+    others = [p for p in model.parameters() if p.requires_grad and p not in linear]
+    if config.optimizer == "muon":
+        return MuonAdamW(linear, others, config)
+    groups = [
+        {"params": list(linear), "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, config.lr, (config.beta1, config.beta2), fused=True)
