@@ -30,7 +30,16 @@ OF_EXTRAS = {  # not in `import *`: they need more packages
     "onnx_generate": "OnnxModel",
     "hf_integration": "TinyMambaConfig TinyMambaHFModel TinyMambaHFTokenizer",
 }
-MODULES = {*NAMES, *OF_EXTRAS, "benchmark", "data", "data_order", "export_model", "kernels"}
+MODULES = {
+    *NAMES,
+    *OF_EXTRAS,
+    "benchmark",
+    "data",
+    "data_order",
+    "documents",
+    "export_model",
+    "kernels",
+}
 MODULES |= {"namesake", "openai_api", "runtime", "serve", "token_file"}
 HOMES = {name: module for module, names in {**NAMES, **OF_EXTRAS}.items() for name in names.split()}
 
