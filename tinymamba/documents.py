@@ -1,4 +1,4 @@
-"""The documents of the input files: which files there are, and the text of each in parts.
+"""The documents of the inputs: the text of each file, and of each row of each table.
 
     corpus = Corpus(["texts/", "rows.jsonl"], Reading(text_key="body"), outputs=[])
     for document in corpus.documents():
@@ -6,37 +6,68 @@
             ...
     print(*corpus.left_out.lines(), sep="\\n")
 
-A text file is one document, and so is each row of a table. The order depends on names alone, and
-every pass over the corpus gives the same documents. Memory does not grow with the input.
+A text file is one document, and so is each row of a table. Tables are:
+
+- .parquet files;
+- .jsonl and .ndjson files: a JSON object on each line;
+- .json files, names without a suffix and standard input, if their content is JSON objects: an
+  array of them, one after another, or a single one that has the text. A single object without
+  it, such as the settings of a program, is text, and is reported.
+
+Everything else is text, whatever it begins with. The order depends on names alone, and every pass
+over the corpus gives the same documents. Memory does not grow with the input. `archives.py` says
+how compressed files and archives are recognized.
 """
 
 from __future__ import annotations
 
 import codecs
 import hashlib
+import itertools
 import json
-import os
-import sysconfig
-from collections.abc import Callable, Collection, Iterable, Iterator
+import re
+import string
+import tempfile
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tinymamba.archives import (
+    DAMAGE,
+    READ_BYTES,
+    Advance,
+    Found,
+    Item,
+    LeftOut,
+    Opener,
+    encoding_of,
+    first_line,
+    guarded,
+    kind_of,
+    random_access,
+    shown,
+    suffix_of,
+)
 from tinymamba.cli import UserError, need
+from tinymamba.inputs import input_files, sample_files
 
-READ_BYTES = 1 << 20  # read from disk at a time
-FEW_SOURCES = 20  # Python's own library has more
-NOT_SAMPLE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-NOT_SAMPLE |= {"encodings", "pydoc_data"}  # tables and generated text
-NAMES_SHOWN = 3  # of what is left out, for each reason
-
-Advance = Callable[[int], object]
+LONGEST_ROW = 1 << 26  # characters of JSON
+TOO_LONG = f"a row of more than {LONGEST_ROW:,} characters"
+LONGEST_FIRST_ROW = 1 << 24  # of a .json file, which may be text after all
+KEYS_SHOWN = 20  # in messages
+BATCH_ROWS = 1024  # of a Parquet file that are read at once, but
+BATCH_BYTES = 1 << 24  # no more than this, if all are equally long
+SPACE = re.compile(r"[ \t\r\n\ufeff]*")  # between JSON values; files put together have marks
+ESCAPES = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}  # in a template
+ESCAPE = re.compile(r"\\[nt\\]")
+MISSING = object()
 
 
 class Document(NamedTuple):
     """One text and where it is from."""
 
-    place: str  # for messages: "rows.jsonl:17", "texts/a.txt"
+    place: str  # for messages: "rows.jsonl:17", "books.zip/a.txt", "texts/a.txt"
     key: str  # decides its side: a text file's path below its --input folder; a row's text
     is_row: bool  # a row of a table; else a text file
     size: int | None  # a text file's bytes of content, where known without reading it
@@ -47,57 +78,11 @@ class Document(NamedTuple):
 class Reading:
     """How inputs are read."""
 
-    text_key: str = "text"  # JSON key or Parquet column that has the text
+    text_key: str = "text"  # key or column that has the text, or a template of several
     encoding_errors: str = "strict"  # what to do about invalid UTF-8
     dataset: str | None = None  # name or folder that the library `datasets` opens
     config: str | None = None  # one of its configurations
     split: str = "train"  # one of its splits
-
-
-class LeftOut:
-    """What was not read, and why."""
-
-    def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
-        self.names: dict[str, list[str]] = {}
-
-    def add(self, reason: str, name: str) -> None:
-        """Count one more, and keep its name if it is one of the first."""
-        self.counts[reason] = self.counts.get(reason, 0) + 1
-        names = self.names.setdefault(reason, [])
-        if len(names) < NAMES_SHOWN:
-            names.append(name)
-
-    def lines(self) -> list[str]:
-        """A line for each reason: the count and the first few names."""
-        return [f"left out, {reason}: {self.listed(reason)}" for reason in sorted(self.counts)]
-
-    def listed(self, reason: str) -> str:
-        """The count of a reason and its first few names."""
-        more = ", ..." if self.counts[reason] > NAMES_SHOWN else ""
-        return f"{self.counts[reason]:,} ({', '.join(self.names[reason])}{more})"
-
-    def refuse(self) -> None:
-        """Raise a UserError if anything was left out, as --strict asks."""
-        if self.counts:
-            reason = min(self.counts)
-            problem = f"left out, {reason}: {self.listed(reason)}"
-            raise UserError("--strict", problem, "correct or remove it, or leave out --strict")
-
-
-class Found(NamedTuple):
-    """A file of the inputs."""
-
-    key: str  # its path below its folder
-    path: Path
-    size: int
-    changed: int  # time of its last change, in ns
-
-    @classmethod
-    def at(cls, key: str, path: Path) -> Found:
-        """The file at a path."""
-        stat = path.stat()
-        return cls(key, path, stat.st_size, stat.st_mtime_ns)
 
 
 class Corpus:
@@ -110,173 +95,465 @@ class Corpus:
         outputs: Collection[Path],
         spool: Path | None = None,
     ):
-        self.reading = reading
-        self.spool = spool
-        self.files_left_out = LeftOut()
-        self.left_out = self.files_left_out
-        resolved = {Path(path).resolve() for path in outputs}
+        self.reading, self.spool = reading, spool
+        self.text_key = TextKey(reading.text_key)
+        self.files: list[Found] = []
+        self.left_out = LeftOut()  # after a whole pass: all that it left out
+        self.total_bytes: int | None = None
+        if reading.dataset is not None:
+            self.builder = dataset_builder(reading)
+            return
         if inputs:
-            self.files = input_files(inputs, resolved, self.files_left_out)
+            if spool is None:
+                self.temporary = tempfile.TemporaryDirectory(prefix="tinymamba-")
+                spool = Path(self.temporary.name)
+            self.files = input_files(inputs, outputs, self.left_out, spool)
         else:
-            self.files = sample_files(self.files_left_out)
-        self.total_bytes: int | None = sum(file.size for file in self.files)
+            self.files = sample_files(self.left_out)
+        self.total_bytes = sum(file.size for file in self.files)
+        self.files_left_out = self.left_out
 
     def documents(self, advance: Advance = lambda count: None) -> Iterator[Document]:
-        """Every document; `advance` is told how many more bytes of input were read."""
-        for file in self.files:
-            if is_table(file.path):
-                for place, text in rows(file.path, self.reading, advance):
-                    if text:
-                        yield Document(place, text, True, None, [text])
-            else:
-                parts = read_text(file.path, self.reading.encoding_errors, advance)
-                yield Document(str(file.path), file.key, False, file.size, parts)
+        """Every document; `advance` is told how many more bytes of input were read.
+
+        The parts of a document are to be read before the next document is taken.
+        """
+        if self.reading.dataset is not None:
+            left_out = LeftOut()
+            rows = dataset_rows(self.builder, self.reading, self.text_key)
+            for document in self.rows(rows, shown(self.reading.dataset), left_out):
+                advance(sum(len(part.encode()) for part in document.parts))
+                yield document
+        else:
+            left_out = self.files_left_out.copy()
+            opener = Opener(left_out, self.spool)
+            for found in self.files:
+                for item in opener.open(found, advance):
+                    yield from self.of_item(item, left_out)
+        self.left_out = left_out
 
     def fingerprint(self) -> str:
         """A hash of the names, sizes and times of all files."""
-        facts = [(file.key, str(file.path), file.size, file.changed) for file in self.files]
+        if self.reading.dataset is not None:
+            facts: list = [self.builder.hash, self.reading.config, self.reading.split]
+        else:
+            facts = [(f.key, f.place, f.size, f.digest or f.changed) for f in self.files]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
+    def of_item(self, item: Item, left_out: LeftOut) -> Iterator[Document]:
+        """The documents of a text or a table."""
+        place, suffix = item.place, suffix_of(item.name)
+        if kind_of(item.name, item.stream.head) == ".parquet":
+            yield from self.rows(parquet_rows(item, self.spool, self.text_key), place, left_out)
+            return
+        encoding, skipped = encoding_of(item.stream.head)
+        size = item.size - skipped if item.size is not None and encoding == "utf-8" else None
+        parts: Iterable[str] = text_parts(item, self.reading.encoding_errors)
+        if suffix in (".jsonl", ".ndjson"):
+            yield from self.rows(json_rows(JsonText(parts, place)), place, left_out)
+            return
+        if suffix in (".json", ""):
+            text = JsonText(parts, place, undecided=True)
+            if self.has_rows(text, left_out):
+                yield from self.rows(json_rows(text), place, left_out)
+                return
+            parts = text.from_start()
+        yield Document(place, item.key, False, size, parts)
 
-# ------------------------------------------------------------------------------- input files
+    def has_rows(self, text: JsonText, left_out: LeftOut) -> bool:
+        """Whether a text is rows, judged by its content."""
+        form = text.form()
+        if form == "object":
+            row = text.parse()[0]
+            if not self.text_key.is_in(row):
+                reason = f"single JSON object without {self.text_key}, read as text"
+                left_out.add(reason, text.place)
+                return False
+        if form != "text":
+            text.decide()
+        return form != "text"
 
-
-def walk(root: Path, excluded: Iterable[str] = ()) -> list[Found]:
-    """All files below a folder, without hidden ones and excluded folders."""
-    found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name[0] != "." and name not in excluded]
-        paths = [Path(folder, name) for name in names if name[0] != "."]
-        found += [Found.at(p.relative_to(root).as_posix(), p) for p in paths if p.is_file()]
-    return sorted(found)
-
-
-def input_files(names: list[str], outputs: set[Path], left_out: LeftOut) -> list[Found]:
-    """The files of --input, without `outputs`: an earlier run may have written into its folder."""
-    files: dict[Path, Found] = {}
-    for name in names:
-        root = Path(name)
-        if not root.exists():
-            raise UserError(name, "no such file or folder", "check --input")
-        found = walk(root) if root.is_dir() else [Found.at(root.as_posix(), root)]
-        found = [file for file in found if file.path.resolve() not in outputs]
-        found = [file for file in found if file.size]
-        binary = [file for file in found if is_binary(file.path)]
-        texts = [file for file in found if file not in binary]
-        if not texts:
-            problem = "is binary" if found else "is empty"
-            raise UserError(name, problem, "give UTF-8 text, .jsonl or .parquet")
-        for file in binary:
-            left_out.add("binary", str(file.path))
-        files.update((file.path.resolve(), file) for file in texts)
-    return list(files.values())
-
-
-def is_binary(path: Path) -> bool:
-    """Whether a file other than Parquet has a zero byte near its start."""
-    with open(path, "rb") as file:
-        return path.suffix.lower() != ".parquet" and b"\0" in file.read(8192)
-
-
-def sample_files(left_out: LeftOut) -> list[Found]:
-    """The sample corpus: the source of Python's own library."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    sources = [file for file in walk(root, NOT_SAMPLE) if file.path.suffix == ".py" and file.size]
-    files = [file for file in sources if is_utf8(file.path)]
-    if len(files) < FEW_SOURCES:
-        raise UserError(str(root), "Python's library has no source there", "pass --input")
-    for file in sources:
-        if file not in files:
-            left_out.add("not UTF-8", str(file.path))
-    return files
-
-
-def is_utf8(path: Path) -> bool:
-    """Whether all of a file is valid UTF-8."""
-    try:
-        path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
+    def rows(
+        self, rows: Iterable[tuple[str, Any]], place: str, left_out: LeftOut
+    ) -> Iterator[Document]:
+        """A document for each row that has a text; a UserError if none has the key."""
+        count, found, names = 0, False, dict[str, None]()
+        for where, row in rows:
+            count += 1
+            text, reason = self.text_key.text(where, row, self.reading.encoding_errors)
+            found = found or self.text_key.is_in(row)
+            if not found and len(names) < KEYS_SHOWN:
+                names.update(dict.fromkeys(key_names(row)))
+            if reason:
+                left_out.add(reason, where)
+            else:
+                yield Document(where, text, True, None, [text])
+        if not count:
+            left_out.add("table without rows", place)
+        elif names and not found:
+            raise self.text_key.not_there(place, names)
 
 
-def is_table(path: Path) -> bool:
-    """Whether each row of the file is a document."""
-    return path.suffix.lower() in (".jsonl", ".parquet")
+# ------------------------------------------------------------------------------- text of a row
 
 
-# ------------------------------------------------------------------------------ text and rows
+class TextKey:
+    """Which text of a row is wanted: that of a key, or several in a template.
+
+    "a.b" is the key b inside a, unless there is a key "a.b". With braces it is a template, such as
+    "{title}\\n\\n{body}", in which \\n, \\t and \\\\ are escapes, and {{ and }} are braces.
+    """
+
+    def __init__(self, flag: str):
+        self.flag, self.is_template = flag, "{" in flag or "}" in flag
+        self.literals: list[str] = []  # what stands before each key; one may be without a key
+        self.keys = [flag]
+        if self.is_template:
+            self.read_template()
+        self.missing = f"row without {self}"
+
+    def __str__(self) -> str:
+        """The flag in quotes."""
+        return repr(self.flag)
+
+    def read_template(self) -> None:
+        """Split the template into literals and keys."""
+        remedy = "write {KEY}, and {{ for a brace"
+        try:
+            fields = list(string.Formatter().parse(self.flag))
+        except ValueError as error:
+            raise UserError("--text_key", f"{self}: {error}", remedy) from None
+        self.literals = [ESCAPE.sub(lambda m: ESCAPES[m[0]], field[0]) for field in fields]
+        self.keys = [key for _, key, _, _ in fields if key is not None]
+        plain = all(key is None or (key and not spec and not to) for _, key, spec, to in fields)
+        if not self.keys or not plain:
+            raise UserError("--text_key", f"{self} is not a template of keys", remedy)
+
+    def is_in(self, row: Any) -> bool:
+        """Whether a row has every key."""
+        return isinstance(row, dict) and all(lookup(row, k) is not MISSING for k in self.keys)
+
+    def columns(self, names: Collection[str], place: str) -> list[str]:
+        """The columns of a table that have the keys; a UserError if there are none."""
+        columns = [key if key in names else key.partition(".")[0] for key in self.keys]
+        if not set(columns) <= set(names):
+            raise self.not_there(place, map(repr, names))
+        return list(dict.fromkeys(columns))
+
+    def not_there(self, place: str, names: Iterable[str]) -> UserError:
+        """The error for a table in which no row has the key."""
+        keys = ", ".join(itertools.islice(names, KEYS_SHOWN))
+        return UserError(place, f"no {self} in any row (keys: {keys})", "pass --text_key KEY")
+
+    def text(self, where: str, row: Any, errors: str) -> tuple[str, str]:
+        """The text of a row, or why it is left out."""
+        if row is None:
+            return "", "null row"
+        if not isinstance(row, dict):
+            raise UserError(where, "not a JSON object", f'write {{"{self.keys[0]}": "..."}}')
+        if not self.is_in(row):
+            return "", self.missing
+        values = [lookup(row, key) for key in self.keys]
+        if any(value is None for value in values):
+            return "", f"row whose {self} is null"
+        texts = [self.one(where, row, key, errors) for key in self.keys]
+        if not any(texts):
+            return "", f"row whose {self} is empty"
+        if not self.is_template:
+            return texts[0], ""
+        return "".join(map("".join, itertools.zip_longest(self.literals, texts, fillvalue=""))), ""
+
+    def one(self, where: str, row: dict, key: str, errors: str) -> str:
+        """The value of a key as valid text, without a byte order mark."""
+        value = lookup(row, key)
+        if self.is_template and isinstance(value, int | float) and not isinstance(value, bool):
+            value = str(value)
+        remedy = "correct it, or pass --encoding_errors replace"
+        try:
+            if isinstance(value, bytes):  # a Parquet column of bytes
+                value = value.decode("utf-8", errors)
+            if not isinstance(value, str):
+                problem = f"{key!r} is {type(value).__name__} (keys: {', '.join(key_names(row))})"
+                raise UserError(where, problem, "pass --text_key KEY")
+            # JSON can spell half of a surrogate pair, which is not a character.
+            return value.encode("utf-8", errors).decode("utf-8").removeprefix("\ufeff")
+        except UnicodeEncodeError:
+            raise UserError(where, "half a surrogate pair in the text", remedy) from None
+        except UnicodeDecodeError as error:
+            problem = f"not UTF-8 at byte {error.start} of {key!r}"
+            raise UserError(where, problem, remedy) from None
 
 
-def read_text(path: Path, errors: str, advance: Advance) -> Iterator[str]:
-    """The text of a file, READ_BYTES at a time."""
-    decoder, raw = codecs.getincrementaldecoder("utf-8")(errors), None
-    with open(path, "rb") as file:
-        while raw != b"":
-            raw = file.read(READ_BYTES)
-            try:
-                text = decoder.decode(raw, final=not raw)
-            except UnicodeDecodeError as error:
-                raise not_utf8(path, file.tell() - len(error.object) + error.start) from None
-            advance(len(raw))
+def lookup(row: Any, key: str) -> Any:
+    """The value of a key, or of a path of keys such as "a.b"; MISSING if there is none."""
+    if row is None:
+        return None
+    if not isinstance(row, dict):
+        return MISSING
+    if key in row:
+        return row[key]
+    first, dot, rest = key.partition(".")
+    return lookup(row[first], rest) if dot and first in row else MISSING
+
+
+def key_names(row: Any) -> list[str]:
+    """The keys of a row in quotes, with those of objects in it as paths."""
+    names = []
+    for key, value in row.items() if isinstance(row, dict) else ():
+        inner = value if isinstance(value, dict) and value else ()
+        names += [repr(f"{key}.{name}") for name in inner] or [repr(key)]
+    return names
+
+
+# ------------------------------------------------------------------------------- text and JSON
+
+
+def text_parts(item: Item, errors: str) -> Iterator[str]:
+    """The text of an item, READ_BYTES at a time, without a byte order mark."""
+    encoding, offset = encoding_of(item.stream.head)
+    item.stream.read(offset)
+    decoder = codecs.getincrementaldecoder(encoding)(errors)
+    ended = False
+    while not ended:
+        data = item.stream.read(READ_BYTES)
+        ended = not data
+        try:
+            text = decoder.decode(data, final=ended)
+        except UnicodeDecodeError as error:
+            offset += len(data) - len(error.object) + error.start
+            remedy = "convert it, or pass --encoding_errors replace"
+            problem = f"not {encoding.upper()} at byte {offset}"
+            raise UserError(item.place, problem, remedy) from None
+        offset += len(data)
+        if text:
             yield text
 
 
-def not_utf8(path: Path, offset: int) -> UserError:
-    """The error for a byte that is not UTF-8."""
-    remedy = "convert it, or pass --encoding_errors replace"
-    return UserError(str(path), f"not UTF-8 at byte {offset}", remedy)
+def whole_number(digits: str) -> int | float:
+    """A number without a fraction; one that Python refuses to convert is infinite."""
+    return int(digits) if len(digits) < 1000 else float(digits)
 
 
-def rows(path: Path, reading: Reading, advance: Advance) -> Iterator[tuple[str, str]]:
-    """The place and the text of each row of a table."""
-    key = reading.text_key
-    read = jsonl_rows if path.suffix.lower() == ".jsonl" else parquet_rows
-    for where, row in read(path, reading, advance):
-        if not isinstance(row, dict):
-            raise UserError(where, "not a JSON object", f'write {{"{key}": "..."}} on each line')
-        if not isinstance(row.get(key), str):
-            problem = f"{key!r} is {type(row[key]).__name__}" if key in row else f"no {key!r}"
-            keys = ", ".join(map(repr, row))
-            raise UserError(where, f"{problem} (keys: {keys})", "pass --text_key KEY")
-        try:  # JSON can spell half of a surrogate pair, which is not a character
-            yield where, row[key].encode("utf-8", reading.encoding_errors).decode("utf-8")
-        except UnicodeEncodeError:
-            remedy = "correct it, or pass --encoding_errors replace"
-            raise UserError(where, "half a surrogate pair in the text", remedy) from None
+DECODER = json.JSONDecoder(parse_int=whole_number)
 
 
-def jsonl_rows(path: Path, reading: Reading, advance: Advance) -> Iterator[tuple[str, Any]]:
-    """The place and the value of each line that is not empty."""
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            advance(len(raw))
+class JsonText:
+    """A text that is read as far as its JSON values need it."""
+
+    def __init__(self, parts: Iterable[str], place: str, undecided: bool = False):
+        self.parts, self.place = iter(parts), place
+        self.text, self.at = "", 0  # what is read and not used, from `at` on
+        self.line = 1  # of the text's first character
+        self.seen: list[str] | None = [] if undecided else None  # all parts, to begin again
+        self.limit = LONGEST_FIRST_ROW if undecided else LONGEST_ROW
+
+    def decide(self) -> None:
+        """It is JSON: forget what was read, and accept longer rows."""
+        self.seen, self.limit = None, LONGEST_ROW
+
+    def from_start(self) -> Iterator[str]:
+        """It is not JSON: all parts."""
+        return itertools.chain(self.seen or [], self.parts)
+
+    def more(self) -> bool:
+        """Read at least as much as is there already; whether there was more."""
+        self.line += self.text.count("\n", 0, self.at)
+        self.text, self.at = self.text[self.at :], 0
+        parts, size = [self.text], 0
+        for part in self.parts:
+            parts.append(part)
+            size += len(part)
+            if size >= len(self.text):
+                break
+        if self.seen is not None:
+            self.seen += parts[1:]
+        self.text = "".join(parts)
+        return size > 0
+
+    def next(self, offset: int = 0) -> str:
+        """The next character that is not white space, `offset` characters on; "" at the end."""
+        while True:
+            end = self.skipped(offset)
+            if end < len(self.text):
+                return self.text[end]
+            if not self.more():
+                return ""
+
+    def skipped(self, offset: int) -> int:
+        """Where the white space ends that begins `offset` characters on."""
+        found = SPACE.match(self.text, self.at + offset)
+        assert found  # it matches nothing too
+        return found.end()
+
+    def parse(self, offset: int = 0) -> tuple[Any, int]:
+        """The JSON value `offset` characters on, and its length with the white space before it."""
+        while True:
+            start = self.skipped(offset)
             try:
-                line = raw.decode("utf-8-sig", reading.encoding_errors)
-                if line.strip():
-                    yield f"{path}:{number}", json.loads(line)
-            except UnicodeDecodeError as error:
-                raise not_utf8(path, file.tell() - len(error.object) + error.start) from None
+                value, end = DECODER.raw_decode(self.text, start)
+                return value, end - self.at
             except json.JSONDecodeError as error:
-                problem = f"not JSON ({error.msg} at column {error.colno})"
-                remedy = "write one JSON object per line"
-                raise UserError(f"{path}:{number}", problem, remedy) from None
+                cut = error.pos > len(self.text) - 16 or error.msg.startswith("Unterminated")
+                if not cut or self.is_long(self.text) or not self.more():
+                    raise
+
+    def is_long(self, text: str) -> bool:
+        """Whether a text is longer than any row."""
+        return len(text) > self.limit
+
+    def form(self) -> str:
+        """What the text is: "object" for a single one, "objects" for several, else "text"."""
+        try:
+            first = self.next()
+            if first == "[" and self.next(self.skipped(0) - self.at + 1) == "{":
+                self.parse(self.skipped(0) - self.at + 1)
+                return "objects"
+            if first == "{":
+                after = self.next(self.parse()[1])
+                return {"": "object", "{": "objects"}.get(after, "text")
+        except (json.JSONDecodeError, RecursionError):
+            pass
+        return "text"
+
+    def is_by_line(self) -> bool:
+        """Whether the first value ends on its line, or is damaged."""
+        try:
+            length = self.parse()[1]
+        except (json.JSONDecodeError, RecursionError):
+            return True
+        return "\n" not in self.text[self.skipped(0) : self.at + length]
+
+    def lines(self) -> Iterator[tuple[int, str]]:
+        """The rest of the text by lines, with their numbers."""
+        self.line += self.text.count("\n", 0, self.at)
+        rest = ""
+        for part in itertools.chain([self.text[self.at :]], self.parts):
+            *lines, rest = (rest + part).split("\n")
+            for line in lines:
+                yield self.line, line
+                self.line += 1
+            if self.is_long(rest):
+                raise UserError(f"{self.place}:{self.line}", TOO_LONG, "split the row")
+        yield self.line, rest
 
 
-def parquet_rows(path: Path, reading: Reading, advance: Advance) -> Iterator[tuple[str, Any]]:
-    """The place and the text column of each row; without that column, the names of all columns."""
-    parquet: Any = need("pyarrow.parquet")
+def json_rows(text: JsonText) -> Iterator[tuple[str, Any]]:
+    """The place and the value of each row: of a line, of an item of an array, or one by one."""
+    if text.next() == "[":
+        return array_rows(text)
+    return line_rows(text) if text.is_by_line() else value_rows(text)
+
+
+def line_rows(text: JsonText) -> Iterator[tuple[str, Any]]:
+    """The value of each line that is not empty."""
+    for number, line in text.lines():
+        if not line.strip("\ufeff \t\r\n"):
+            continue
+        where = f"{text.place}:{number}"
+        try:
+            yield where, DECODER.decode(line.lstrip("\ufeff"))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise not_json(where, error) from None
+
+
+def value_rows(text: JsonText) -> Iterator[tuple[str, Any]]:
+    """One value after another, however they are spread over lines."""
     number = 0
+    while text.next():
+        number += 1
+        yield one_row(text, f"{text.place}, object {number}")
+
+
+def array_rows(text: JsonText) -> Iterator[tuple[str, Any]]:
+    """The items of an array, and of further arrays that follow it."""
+    number, is_open = 0, False
+    remedy = "write [{...}, {...}]"
+    while character := text.next():
+        where = f"{text.place}, item {number + 1}"
+        if character not in (",]" if is_open else "["):
+            raise UserError(where, f"not JSON ({character!r} is out of place)", remedy)
+        text.at = text.skipped(0) + 1
+        is_open = character != "]"
+        if is_open and text.next() not in ("]", ""):
+            number += 1
+            yield one_row(text, where)
+    if is_open:
+        raise UserError(text.place, "not JSON (the array does not end)", remedy)
+
+
+def one_row(text: JsonText, where: str) -> tuple[str, Any]:
+    """The place and the value of the row that is next."""
     try:
-        with parquet.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            if reading.text_key not in columns:
-                yield str(path), dict.fromkeys(columns)
-            for batch in file.iter_batches(1024, columns=[reading.text_key]):
-                advance(path.stat().st_size * len(batch) // file.metadata.num_rows)
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}:{number}", row
-    except (ValueError, OSError) as error:  # pyarrow: the file is damaged, or not UTF-8
-        problem = f"not readable as Parquet ({str(error).splitlines()[0]})"
-        raise UserError(str(path), problem, "write the file again") from None
+        value, length = text.parse()
+    except (json.JSONDecodeError, RecursionError) as error:
+        if text.is_long(text.text):
+            raise UserError(where, TOO_LONG, "split the row") from None
+        raise not_json(where, error) from None
+    text.at += length
+    return where, value
+
+
+def not_json(where: str, error: Exception) -> UserError:
+    """The error for a row that is not JSON."""
+    if isinstance(error, json.JSONDecodeError):
+        problem = f"not JSON ({error.msg} at column {error.colno})"
+    else:
+        problem = "JSON that is nested too deeply"
+    return UserError(where, problem, "write one JSON object per line")
+
+
+# ---------------------------------------------------------------------- Parquet and `datasets`
+
+
+def parquet_rows(item: Item, spool: Path | None, text_key: TextKey) -> Iterator[tuple[str, Any]]:
+    """The place of each row, and the columns with its text."""
+    parquet: Any = need("pyarrow.parquet")
+    damage = (*DAMAGE, need("pyarrow").lib.ArrowException)
+
+    def batches() -> Iterator[list]:
+        source = random_access(item.stream, spool)
+        with source, parquet.ParquetFile(source, buffer_size=READ_BYTES) as file:
+            columns = text_key.columns(file.schema_arrow.names, item.place)
+            for batch in file.iter_batches(batch_rows(file.metadata), columns=columns):
+                yield batch.to_pylist()
+
+    rows = itertools.chain.from_iterable(guarded(batches(), item.place, "Parquet", damage))
+    for number, row in enumerate(rows, 1):
+        yield f"{item.place}:{number}", row
+
+
+def batch_rows(metadata: Any) -> int:
+    """How many rows are read at once, so that they take about BATCH_BYTES."""
+    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+    total = sum(group.total_byte_size for group in groups)
+    return max(1, min(BATCH_ROWS, BATCH_BYTES * metadata.num_rows // max(1, total)))
+
+
+def dataset_builder(reading: Reading) -> Any:
+    """What the library `datasets` finds under a name or in a folder; none of its code is run."""
+    datasets: Any = need("datasets")
+    try:
+        return datasets.load_dataset_builder(reading.dataset, reading.config)
+    except Exception as error:  # the library raises many kinds
+        raise not_a_dataset(reading, error) from None
+
+
+def dataset_rows(builder: Any, reading: Reading, text_key: TextKey) -> Iterator[tuple[str, Any]]:
+    """The place and the text columns of each row of a dataset, which is read as a stream."""
+    name = shown(reading.dataset)
+    try:
+        rows = builder.as_streaming_dataset(split=reading.split)
+        if names := rows.column_names:  # else they are not known before a row is read
+            rows = rows.select_columns(text_key.columns(names, name))
+        for number, row in enumerate(rows, 1):
+            yield f"{name}:{number}", row
+    except UserError:
+        raise
+    except Exception as error:
+        raise not_a_dataset(reading, error) from None
+
+
+def not_a_dataset(reading: Reading, error: Exception) -> UserError:
+    """The error for a dataset that cannot be read."""
+    problem = f"{shown(reading.dataset)} cannot be read ({first_line(error)})"
+    return UserError("--dataset", problem, "check --dataset, --config and --split")
