@@ -30,17 +30,9 @@ OF_EXTRAS = {  # not in `import *`: they need more packages
     "onnx_generate": "OnnxModel",
     "hf_integration": "TinyMambaConfig TinyMambaHFModel TinyMambaHFTokenizer",
 }
-MODULES = {
-    *NAMES,
-    *OF_EXTRAS,
-    "benchmark",
-    "data",
-    "data_order",
-    "documents",
-    "export_model",
-    "kernels",
-}
-MODULES |= {"namesake", "openai_api", "runtime", "serve", "token_file"}
+MODULES = {*NAMES, *OF_EXTRAS, "archives", "benchmark", "data", "data_order", "documents"}
+MODULES |= {"export_model", "inputs", "kernels", "namesake", "openai_api", "runtime", "serve"}
+MODULES |= {"token_file"}
 HOMES = {name: module for module, names in {**NAMES, **OF_EXTRAS}.items() for name in names.split()}
 
 __all__ = ["__version__", *(name for names in NAMES.values() for name in names.split())]
