@@ -652,7 +652,7 @@ AutoModelForCausalLM.register(TinyMambaConfig, TinyMambaHFModel, exist_ok=True)
 # The code of a model folder, and all files that `convert` may write.
 CODE = (
     "hf_integration.py", "testv2.py", "checkpoint.py", "cli.py", "data_order.py", "kernels.py",
-    "runtime.py", "token_file.py", "tokenizer.py",
+    "lock.py", "muon.py", "runtime.py", "token_file.py", "tokenizer.py",
 )  # fmt: skip
 OUTPUTS = (
     "model.safetensors", "config.json", "generation_config.json", "README.md", "vocab.txt",

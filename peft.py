@@ -49,8 +49,8 @@ from testv2 import (
     resumed_config,
 )
 from tinymamba.checkpoint import (
+    find_saved,
     load_checkpoint,
-    load_newest,
     read_all_tensors,
     require_writable,
     save_checkpoint,
@@ -71,7 +71,6 @@ from tinymamba.cli import (
 )
 from tinymamba.kernels import QuantizedLinear, quantize_like
 from tinymamba.namesake import share_name
-from tinymamba.runtime import from_launcher
 
 METHODS = ("lora", "prefix", "state_offset", "full")
 # The linear layers of the branches: the default of target_modules.
@@ -681,7 +680,7 @@ BASE_FIELDS = [
     *SHAPE_FIELDS, "block_size", "batch_size", "data_dtype", "eos_id", "generation_prompt",
     "deepnet", "scan", "chunk_size",
 ]  # fmt: skip
-NOT_FLAGS = [*SHAPE_FIELDS, "deepnet", "checkpoint_path", "parallel"]
+NOT_FLAGS = [*SHAPE_FIELDS, "deepnet", "checkpoint_path", "init_from", "parallel"]
 
 
 class FineTuner(Trainer):
@@ -809,12 +808,11 @@ def train(options: Options, adapter_fields: dict[str, Any], config_fields: dict[
         require_unquantized(base, "only adapters can be trained on it", "use --method lora")
     if options.merge:
         require_unquantized(base)
-    config, saved = settings(options, adapter.method, config_fields, base), None
-    if config.resume:
-        saved = load_newest(
-            config.checkpoint_path, print if from_launcher("RANK", 0) == 0 else None
-        )
-        config = resumed_config(saved, {**config_fields, "checkpoint_path": config.checkpoint_path})
+    config = settings(options, adapter.method, config_fields, base)
+    saved, source = find_saved(config)
+    if saved is not None:
+        own = {"checkpoint_path": config.checkpoint_path, "resume_from": source}
+        config = resumed_config(saved, {**config_fields, **own})
         adapter = resumed_adapter(saved, adapter_fields)
     lora = adapter.method == "lora"
     if lora:

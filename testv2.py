@@ -6,6 +6,8 @@ same normalized input side by side, and a learned gate mixes them for each token
     python testv2.py --preset demo                    # minutes on a 2-core CPU
     python testv2.py                                  # 153M parameters, for a GPU
     python testv2.py --resume                         # continue from the checkpoint
+    python testv2.py --resume auto                    # continue if there is one, else begin
+    python testv2.py --init_from FILE                 # a new run, from trained weights
     python testv2.py --train_data_path a.bin b.bin --train_data_weights 0.7 0.3
     torchrun --nproc_per_node=2 testv2.py             # several GPUs or processes
     python -m torch.distributed.launch --nproc_per_node=2 testv2.py
@@ -29,7 +31,6 @@ import inspect
 import json
 import math
 import operator
-import os
 import subprocess
 import sys
 import time
@@ -53,13 +54,15 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tinymamba.checkpoint import (
     BackgroundWriter,
     digest,
+    find_saved,
     load_checkpoint,
-    load_newest,
     move_aside,
     read_all_tensors,
     read_tensors,
+    require_run_name,
     require_writable,
     run_files,
+    run_lock,
     save_checkpoint,  # noqa: F401 one of the names to import from here
     sibling,
     weight_files,
@@ -93,6 +96,7 @@ from tinymamba.kernels import (
     scan_in_one_tile,
     stored_tensors,
 )
+from tinymamba.muon import MuonAdamW
 from tinymamba.runtime import (
     Logger,
     Signals,
@@ -151,8 +155,10 @@ class Config:
     max_steps: int = 0  # optimizer steps; 0 trains for num_epochs
     optimizer: str = "muon"  # optimizer for weight matrices; all other parameters use AdamW
     lr: float = 6e-4  # peak learning rate
+    schedule: str = "cosine"  # how the learning rate decays at the end of the run
+    decay_steps: int = 0  # steps of that decay; 0: all after warm-up, for wsd the last tenth
     min_lr_ratio: float = 0.1  # last learning rate, as a fraction of the peak
-    warmup_steps: int = 1000  # steps of linear warm-up, at most a tenth of the run
+    warmup_steps: int = 1000  # steps of warm-up; cosine and linear: at most a tenth of the run
     grad_clip: float = 1.0  # largest gradient norm; 0 turns clipping off
     weight_decay: float = 0.01  # weight decay, of projection matrices only
     beta1: float = 0.9  # AdamW
@@ -177,14 +183,16 @@ class Config:
     train_data_weights: list[float] | None = None  # weights of several sources; None: by size
     val_data_path: str | list[str] = "./data/text/val.bin"  # .bin of tokens to validate on
     data_dtype: str = "auto"  # dtype of the ids in the .bin; auto: as its .json says, else int32
-    accept_changed_data: bool = False  # resume although the training data have changed
+    accept_changed_data: bool = False  # resume with other training data or weights of sources
 
     # Checkpoints
     checkpoint_path: str = "tinymamba_model_latest.pt"  # newest state; the best is in ..._best.pt
     checkpoint_interval: int = 1000  # steps between saves; 0 saves at the end only
     save_top_k: int = 1  # how many of the best checkpoints to keep, by validation loss
     async_save: bool = False  # write checkpoints in the background, from a copy in memory
-    resume: bool = False  # continue from checkpoint_path, with its settings
+    resume: bool | str = False  # continue from checkpoint_path; auto: if it exists, else begin
+    resume_from: str = ""  # continue from this checkpoint instead; saves go to checkpoint_path
+    init_from: str = ""  # begin with the weights of this checkpoint or folder
 
     # Validation and samples
     enable_validation: bool = True  # measure the loss on val_data_path
@@ -209,6 +217,7 @@ class Config:
     CHOICES: ClassVar = {
         "activation": ("silu", "gelu", "relu"), "gate": ("softmax", "top_k", "sparsemax"),
         "scan": ("chunked", "sequential"), "optimizer": ("muon", "adamw"),
+        "schedule": ("cosine", "linear", "wsd", "constant"), "resume": (False, True, "auto"),
         "parallel": ("ddp", "fsdp"), "data_dtype": ("auto", "int32", "uint16"),
         "amp_dtype": tuple(DTYPES.values()),
     }  # fmt: skip
@@ -217,8 +226,8 @@ class Config:
         gradient_accumulation_steps num_epochs max_bad_steps early_stopping_patience
         generation_length log_interval validation_interval generation_interval rank_timeout"""
     AT_LEAST_ZERO: ClassVar = """low_rank max_steps lr warmup_steps grad_clip weight_decay
-        empty_cache_freq num_workers checkpoint_interval save_top_k skip_spikes validation_steps
-        early_stopping_min_delta generation_temperature"""
+        decay_steps empty_cache_freq num_workers checkpoint_interval save_top_k skip_spikes
+        validation_steps early_stopping_min_delta generation_temperature"""
     LIMITS: ClassVar = {
         **dict.fromkeys(AT_LEAST_ONE.split(), (1, math.inf)),
         **dict.fromkeys(AT_LEAST_ZERO.split(), (0, math.inf)),
@@ -270,7 +279,7 @@ SHAPE_FIELDS = [
 # Fields in the config.json of a model folder.
 FOLDER_FIELDS = [*SHAPE_FIELDS, "eos_id", "block_size", "deepnet", "scan", "chunk_size", "dropout"]
 # Fields that a resumed run cannot change.
-RUN_FIELDS = [*SHAPE_FIELDS, "optimizer", "block_size", "seed", "train_data_weights"]
+RUN_FIELDS = [*SHAPE_FIELDS, "optimizer", "block_size", "seed"]
 
 # -------------------------------------------------------------------------------- primitives
 
@@ -1280,72 +1289,6 @@ class StreamingTokenDataset(torch.utils.data.Dataset):
 # ------------------------------------------------------------------------ optimizer and schedule
 
 
-class MuonAdamW(torch.optim.Optimizer):
-    """Muon (Jordan et al., 2024) for matrices and AdamW for all else, as one optimizer.
-
-    A matrix that gives several outputs, such as queries, keys and values, is split into as many
-    matrices for Muon. Updates are scaled to the size of AdamW's (Liu et al., arXiv 2502.16982,
-    eq. 4), so that one learning rate serves both.
-    """
-
-    MOMENTUM = 0.95
-
-    def __init__(self, matrices: dict[Tensor, list[int]], others: list, config: Config):
-        """`matrices` maps each to the rows of its parts."""
-        self.rows = list(matrices.values())
-        betas = (config.beta1, config.beta2)
-        self.adamw = torch.optim.AdamW(others, config.lr, betas, weight_decay=0.0, fused=True)
-        muon = {"params": list(matrices), "lr": config.lr, "weight_decay": config.weight_decay}
-        super().__init__([muon, *self.adamw.param_groups], {})
-        self.link_adamw()
-
-    def link_adamw(self) -> None:
-        """Let the inner AdamW use this optimizer's groups and state."""
-        self.adamw.param_groups, self.adamw.state = self.param_groups[1:], self.state
-
-    def __setstate__(self, state: dict) -> None:  # load_state_dict replaces groups and state
-        super().__setstate__(state)
-        self.link_adamw()
-
-    @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> Any:
-        """One update; `closure`, if given, computes the loss again."""
-        loss = None if closure is None else torch.enable_grad()(closure)()
-        self.adamw.step()
-        group, updates = self.param_groups[0], {}
-        same_shape: dict[torch.Size, list[Tensor]] = {}
-        for p, rows in zip(group["params"], self.rows, strict=True):
-            if p.grad is None:
-                continue
-            if p not in self.state:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            mean = self.state[p]["momentum_buffer"]
-            mean.lerp_(p.grad, 1 - self.MOMENTUM)
-            updates[p] = full_tensor(p.grad.lerp(mean, self.MOMENTUM))
-            for part in updates[p].split(rows):
-                same_shape.setdefault(part.shape, []).append(part)
-        for shape, parts in same_shape.items():
-            new = orthogonalize(torch.stack(parts)).to(parts[0].dtype)
-            torch._foreach_copy_(parts, new.mul_(0.2 * max(shape) ** 0.5).unbind())
-        if updates:
-            torch._foreach_mul_(list(updates), 1 - group["lr"] * group["weight_decay"])
-            shards = [shard_like(update, p) for p, update in updates.items()]
-            torch._foreach_add_(list(updates), shards, alpha=-group["lr"])
-        return loss
-
-
-def orthogonalize(x: Tensor) -> Tensor:
-    """Bring the singular values of x (count, rows, columns) near 1: Newton-Schulz in bfloat16."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    tall = x.shape[1] > x.shape[2]
-    x = x.bfloat16().mT if tall else x.bfloat16()
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
-
-
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """Muon or AdamW with weight decay for the matrices of linear projections; AdamW for the rest.
 
@@ -1369,14 +1312,37 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, config.lr, (config.beta1, config.beta2), fused=True)
 
 
-def learning_rate(step: int, total_steps: int, config: Config) -> float:
-    """Linear warm-up to `lr`, then a cosine decay to min_lr_ratio * lr at the last step."""
-    warmup = min(config.warmup_steps, total_steps // 10)
+def warmup_length(total_steps: int, config: Config) -> int:
+    """Steps of warm-up in a run that begins.
+
+    With wsd and constant they do not depend on the length of the run, so that runs of different
+    lengths are the same until they decay.
+    """
+    longest = total_steps // 10 if config.schedule in ("cosine", "linear") else total_steps
+    return min(config.warmup_steps, longest)
+
+
+def learning_rate(step: int, total_steps: int, config: Config, warmup: int | None = None) -> float:
+    """Linear warm-up to `lr`, then `lr`, then a decay to min_lr_ratio * lr at the last step.
+
+    The decay is half a cosine wave, a straight line, or for wsd 1 - sqrt (Hagele et al., arXiv
+    2405.18392, section 3). A resumed run gives the `warmup` that it began with.
+    """
+    warmup = warmup_length(total_steps, config) if warmup is None else warmup
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+    if config.schedule == "constant":
+        return config.lr
+    decay = config.decay_steps or (total_steps // 10 if config.schedule == "wsd" else total_steps)
+    last = total_steps - 1
+    begin = max(warmup, last - decay)
+    progress = min(1.0, max(0, step - begin) / max(1, last - begin))
+    left = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "linear": 1 - progress,
+        "wsd": 1 - math.sqrt(progress),
+    }[config.schedule]
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * left)
 
 
 # -------------------------------------------------------------------------------- checkpoints
@@ -1384,19 +1350,33 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
 FOLDER_FORMAT = 2
 
 
-def require_same_run(old: dict, new: dict) -> None:
+def require_same(names: list[str], old: dict, new: dict) -> None:
     """Reject settings that do not fit a checkpoint's tensors or its position in the data."""
-    changed = [name for name in RUN_FIELDS if old[name] != new[name]]
+    changed = [name for name in names if old[name] != new[name]]
     asked, had = (", ".join(str(values[name]) for name in changed) for values in (new, old))
     problem = f"{asked} asked for, but the checkpoint has {had}"
     require(not changed, ", ".join(changed), problem, "leave the flags out, or start a new run")
 
 
+def require_same_run(old: dict, new: dict) -> None:
+    """Reject settings that a resumed run cannot change."""
+    weights = [] if new["accept_changed_data"] else ["train_data_weights"]
+    require_same([*RUN_FIELDS, *weights], old, new)
+
+
 def resumed_config(saved: dict, named: dict) -> Config:
     """The settings of a checkpoint, overridden by those that the user has named."""
-    settings = {**saved["config"], **named, "resume": True}
+    for_one_start = {"accept_changed_data": False, "resume_from": "", "init_from": ""}
+    settings = {**saved["config"], **for_one_start, **named, "resume": True, "init_from": ""}
     require_same_run(saved["config"], settings)
     return Config.from_dict(settings)
+
+
+def begun_config(config: Config, named: dict) -> Config:
+    """The settings of a run that begins with the weights of init_from, which give its shape."""
+    base = load_model(config.init_from).config
+    shape = {name: getattr(base, name) for name in SHAPE_FIELDS if name not in named}
+    return replace(config, **shape)
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> TinyMambaModel:
@@ -1535,6 +1515,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == torch.float16)
         self.step = self.samples = self.tokens = 0
+        self.first_epoch = self.first_sample = 0  # where the present data began
         self.progress: dict[str, Any] = {
             "history": {"train": [], "val": []},  # [step, loss in nats]
             "best": [],  # [validation loss, file name] of the save_top_k best, best first
@@ -1546,15 +1527,15 @@ class Trainer:
         self.resumed = saved is not None
         if saved is not None:
             self.restore(saved)
-        left = config.num_epochs * len(self.train_data) - self.samples
+        left = config.num_epochs * len(self.train_data) - (self.samples - self.first_sample)
         self.total_steps = config.max_steps or self.step + max(0, left // self.samples_per_step)
         problem = f"one step takes {self.samples_per_step} samples, the data has {left}"
         require(self.total_steps, "batch_size", problem, "lower it, or set --max_steps")
-        self.folder, path = Path(config.log_dir) / self.progress["folder"], config.checkpoint_path
-        problem = f"{path!r} is not a file name"
-        require(path and not os.path.isdir(path), "checkpoint_path", problem, "name a file")
+        self.warmup = self.progress.setdefault("warmup", warmup_length(self.total_steps, config))
+        self.folder = Path(config.log_dir) / self.progress["folder"]
+        require_run_name(config.checkpoint_path)
         if self.main:
-            require_writable(Path(path).parent, "checkpoint_path")
+            require_writable(Path(config.checkpoint_path).parent, "checkpoint_path")
             require_writable(self.folder, "log_dir")
         names = {"project": config.wandb_project, "name": config.wandb_run_name or None}
         wandb = {**names, "config": config.to_dict()} if config.use_wandb else None
@@ -1562,8 +1543,14 @@ class Trainer:
         self.forward = self.wrap(config.use_compile)
 
     def build(self) -> TinyMambaModel:
-        """The model to train."""
-        return TinyMambaModel(self.config)
+        """The model to train: new, or with the weights of init_from."""
+        model, source = TinyMambaModel(self.config), self.config.init_from
+        if source:
+            base, remedy = load_model(source), "begin with the model that it was made from"
+            require(not base.quantization, source, "is quantized", remedy)
+            require_same(SHAPE_FIELDS, base.config.to_dict(), self.config.to_dict())
+            model.load_state_dict(base.state_dict())
+        return model
 
     def weights(self) -> dict[str, Tensor]:
         """The tensors of the model that a checkpoint holds."""
@@ -1640,7 +1627,7 @@ class Trainer:
         The host waits for the device only in `exchange`; before, it reads the next batches.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.total_steps, self.config)
+            group["lr"] = self.rate(self.step)
         micro_batches, failure = self.take_batches(batches), None
         errors = torch._dynamo.exc
         try:
@@ -1665,6 +1652,10 @@ class Trainer:
         self.samples += self.samples_per_step
         self.tokens += self.samples_per_step * self.config.block_size
         return mean_loss, mean_norm
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        return learning_rate(step, self.total_steps, self.config, self.warmup)
 
     def take_batches(self, batches: Iterator) -> list:
         """The micro-batches of this step; if a process could not read its own, all save and end."""
@@ -1842,12 +1833,17 @@ class Trainer:
             "optimizer": tree_map(full_tensor, self.optimizer.state_dict()),
             "scheduler": {"step": self.step, "total_steps": self.total_steps},
             "scaler": self.scaler.state_dict(),
-            "epoch": self.samples // len(self.train_data),
+            "epoch": self.epoch(),
             "global_step": self.step,
             "tokens_seen": self.tokens,
             "val_loss": history[-1][1] if val_loss is None and history else val_loss,
             "config": self.config.to_dict(),
-            "data": {"samples": self.samples, **self.fingerprint},
+            "data": {
+                "samples": self.samples,
+                "first_epoch": self.first_epoch,
+                "first_sample": self.first_sample,
+                **self.fingerprint,
+            },
             "rng": {"seed": self.config.seed, "step": self.step},  # see accumulate
             "progress": self.progress,
         }
@@ -1867,12 +1863,6 @@ class Trainer:
     def restore(self, saved: dict) -> None:
         """Continue the run of a checkpoint; another shape or other data is a UserError."""
         require_same_run(saved["config"], self.config.to_dict())
-        for name, value in self.fingerprint.items():
-            old = saved["data"][name]
-            same, problem = old == value, f"the data's {name} was {old} and is {value}"
-            remedy = "start a new run, or pass --accept_changed_data"
-            accepted = same or self.config.accept_changed_data
-            require(accepted, self.config.checkpoint_path, problem, remedy)
         shards = {
             name: shard_like(saved["model"][name].to(self.device), value)
             for name, value in self.weights().items()
@@ -1888,7 +1878,36 @@ class Trainer:
                 group["betas"] = (self.config.beta1, self.config.beta2)
         self.scaler.load_state_dict(saved["scaler"])
         self.step, self.tokens = saved["global_step"], saved["tokens_seen"]
-        self.samples, self.progress = saved["data"]["samples"], saved["progress"]
+        self.restore_position(saved["data"], saved["epoch"])
+        self.progress, old = saved["progress"], Config.from_dict(saved["config"])
+        total = saved["scheduler"]["total_steps"]
+        warmup = self.progress.setdefault("warmup", warmup_length(total, old))
+        steps = self.step - 1, self.step
+        self.rate_before = [learning_rate(step, total, old, warmup) for step in steps]
+        if sibling(old.checkpoint_path, "").name != sibling(self.config.checkpoint_path, "").name:
+            self.progress["best"] = []  # those files are another run's
+
+    def restore_position(self, data: dict, epoch: int) -> None:
+        """Continue at a position in the data; if they have changed, a new epoch of them begins."""
+        self.samples, path = data["samples"], self.config.checkpoint_path
+        self.first_epoch = data.get("first_epoch", 0)
+        self.first_sample = data.get("first_sample", 0)
+        for name, value in self.fingerprint.items():
+            if data[name] == value:
+                continue
+            problem = f"the data's {name} was {data[name]} and is {value}"
+            remedy = "start a new run, or pass --accept_changed_data"
+            require(self.config.accept_changed_data, path, problem, remedy)
+            self.first_epoch, self.first_sample = epoch + 1, self.samples
+
+    def epoch(self) -> int:
+        """The number of the current pass over the data, from 0."""
+        return self.first_epoch + (self.samples - self.first_sample) // len(self.train_data)
+
+    def train_batches(self, steps: int) -> Iterator:
+        """This rank's batches of the next `steps` steps."""
+        first = self.first_epoch * len(self.train_data) + self.samples - self.first_sample
+        return self.batches(self.train_data, first, first + steps * self.samples_per_step)
 
     def announce(self) -> None:
         """Say what is trained, where, and for how long."""
@@ -1896,14 +1915,28 @@ class Trainer:
         parts = ", ".join(f"{name} {n:,}" for name, n in counts.items() if n and name != "total")
         self.log.say(f"{counts['total']:,} parameters: {parts}")
         self.log.say(f"{self.world} x {self.device}, {show(self.amp)}; logs in {self.folder}")
-        epochs = self.total_steps * self.samples_per_step / len(self.train_data)
+        samples = self.samples + (self.total_steps - self.step) * self.samples_per_step
+        epochs = self.first_epoch + (samples - self.first_sample) / len(self.train_data)
         steps = f"steps {self.step} to {self.total_steps}, {epochs:.2f} epochs in all"
         self.log.say(f"{steps}; a step is {self.samples_per_step * c.block_size:,} tokens")
-        if c.warmup_steps > self.total_steps // 10:
-            self.log.say(f"warm-up: {self.total_steps // 10} steps, a tenth of this short run")
+        self.announce_rate()
         known = len(self.tokenizer) if hasattr(self.tokenizer, "__len__") else c.vocab_size
         if known < c.vocab_size // 2:
             self.log.say(f"hint: this data needs no more than --vocab_size {known}")
+
+    def announce_rate(self) -> None:
+        """Say if warm-up is short, or if the learning rate is another than it was to be."""
+        c, end = self.config, self.rate(self.total_steps - 1)
+        if not self.resumed:
+            if self.warmup < c.warmup_steps:
+                self.log.say(f"warm-up: {self.warmup} steps, as this run is short")
+            return
+        last, planned = self.rate_before
+        if self.step < self.total_steps and self.rate(self.step) != planned:
+            self.log.say(
+                f"the learning rate was {last:.2e} at step {self.step}, continues with "
+                f"{self.rate(self.step):.2e}, and ends with {end:.2e} at step {self.total_steps}"
+            )
 
     def run(self) -> int:
         """Train to the end; the exit code is 0, or 143 or 130 after SIGTERM or SIGINT.
@@ -1926,13 +1959,15 @@ class Trainer:
 
     def train(self) -> None:
         """Move an earlier run's files aside, run all steps, save, and plot the loss."""
-        self.announce()
-        if self.main and not self.resumed:
-            for file in run_files(self.config.checkpoint_path):
-                move_aside(file)
-        self.loop()
-        self.save()
-        self.writer.finish()
+        path = self.config.checkpoint_path
+        with run_lock(path) if self.main else contextlib.nullcontext():
+            self.announce()
+            if self.main and (not self.resumed or self.config.resume_from):
+                for file in run_files(path):
+                    move_aside(file)
+            self.loop()
+            self.save()
+            self.writer.finish()
         if self.main and self.progress["history"]["train"]:
             plot_losses(self.progress["history"], self.folder / "loss_curve.png")
             self.log.say(f"loss curve in {self.folder / 'loss_curve.png'}")
@@ -1942,8 +1977,8 @@ class Trainer:
         from tqdm import tqdm
 
         c, first = self.config, self.step
-        last = self.samples + (self.total_steps - self.step) * self.samples_per_step
-        batches, since, seconds = self.batches(self.train_data, self.samples, last), self.step, 0.0
+        batches = self.train_batches(self.total_steps - self.step)
+        since, seconds = self.step, 0.0
         bar = tqdm(total=self.total_steps, initial=self.step, disable=None if self.main else True)
         done = self.step >= self.total_steps
         if self.progress["unfinished"]:
@@ -2018,7 +2053,7 @@ class Trainer:
     def report(self, loss: float, norm: float, seconds_per_step: float) -> None:
         """One line on the console, and the same numbers to the logs."""
         speed = self.samples_per_step * self.config.block_size / seconds_per_step
-        rate = learning_rate(self.step - 1, self.total_steps, self.config)
+        rate = self.rate(self.step - 1)
         left = int((self.total_steps - self.step) * seconds_per_step)
         self.log.say(
             f"step {self.step}/{self.total_steps} | loss {loss:.4f} | lr {rate:.2e} | "
@@ -2032,8 +2067,7 @@ class Trainer:
 
     def profile(self) -> int:
         """Time five steps, see profile_steps; saves nothing."""
-        last = self.samples + 5 * self.samples_per_step
-        batches = self.batches(self.train_data, self.samples, last)
+        batches = self.train_batches(5)
         trace = self.folder / "profile_trace.json" if self.main else None
         profile_steps(lambda: self.train_step(batches), self.device, trace, self.log.say)
         self.close()
@@ -2084,7 +2118,8 @@ def parse_command_line(argv: list[str] | None = None) -> tuple[Config, dict, boo
     args = parser.parse_args(argv)
     named = given_fields(Config, args)
     config = Config(**{**PRESETS[args.preset], **named})
-    return config if config.resume else config.validate(), named, args.profile
+    begins = not (config.resume or config.init_from or config.resume_from)
+    return config.validate() if begins else config, named, args.profile
 
 
 def prepare_default_data(config: Config, named: dict) -> None:
@@ -2107,18 +2142,22 @@ def prepare_default_data(config: Config, named: dict) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     config, named, profile = parse_command_line(argv)
-    saved, first = None, from_launcher("RANK", 0) == 0
-    if config.resume:
-        saved = load_newest(config.checkpoint_path, print if first else None)
-        remedy = "start a new one from it: python peft.py --method full"
-        is_run = "optimizer" in saved and "adapter" not in saved
-        require(is_run, config.checkpoint_path, "holds no run to resume", remedy)
-        config = resumed_config(saved, named)
-    if first and config.d_model >= 768 and pick_device(config.device).type == "cpu":
-        print("hint: this is a large model for a CPU; try --preset demo")
-    prepare_default_data(config, named)
-    trainer = Trainer(config, saved=saved)
-    return trainer.profile() if profile else trainer.run()
+    first, path = from_launcher("RANK", 0) == 0, config.checkpoint_path
+    with run_lock(path) if first and not profile else contextlib.nullcontext():
+        saved, source = find_saved(config)
+        if saved is not None:
+            problem, remedy = "holds no run to resume here", "resume an adapter with peft.py"
+            require("adapter" not in saved, source or path, problem, remedy)
+            own = {"checkpoint_path": path, "resume_from": source}
+            config = resumed_config(saved, {**named, **own})
+        elif config.init_from:
+            config = begun_config(config, named)
+        config.validate()
+        if first and config.d_model >= 768 and pick_device(config.device).type == "cpu":
+            print("hint: this is a large model for a CPU; try --preset demo")
+        prepare_default_data(config, named)
+        trainer = Trainer(config, saved=saved)
+        return trainer.profile() if profile else trainer.run()
 
 
 if __name__ == "__main__":

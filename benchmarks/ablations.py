@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmark import append_row
-from testv2 import orthogonalize, sparsemax
+from testv2 import sparsemax
 from tinymamba.cli import (
     CliParser,
     UserError,
@@ -50,6 +50,7 @@ from tinymamba.cli import (
     require,
     run_cli,
 )
+from tinymamba.muon import orthogonalize
 
 VOCAB = 256  # bytes
 VALIDATION = 2**18  # bytes

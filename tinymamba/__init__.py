@@ -31,8 +31,8 @@ OF_EXTRAS = {  # not in `import *`: they need more packages
     "hf_integration": "TinyMambaConfig TinyMambaHFModel TinyMambaHFTokenizer",
 }
 MODULES = {*NAMES, *OF_EXTRAS, "archives", "benchmark", "data", "data_order", "documents"}
-MODULES |= {"export_model", "inputs", "kernels", "namesake", "openai_api", "runtime", "serve"}
-MODULES |= {"token_file"}
+MODULES |= {"export_model", "inputs", "kernels", "lock", "muon", "namesake", "openai_api"}
+MODULES |= {"runtime", "serve", "token_file"}
 HOMES = {name: module for module, names in {**NAMES, **OF_EXTRAS}.items() for name in names.split()}
 
 __all__ = ["__version__", *(name for names in NAMES.values() for name in names.split())]

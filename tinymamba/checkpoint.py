@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import tempfile
 import threading
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from tinymamba.cli import UserError, require
+from tinymamba.lock import hold_lock
 
 # ----------------------------------------------------------------------------------- writing
 
@@ -213,17 +215,34 @@ def load_checkpoint(path: str | Path) -> dict:
     return state
 
 
+# How the names of a run's other files end: see `sibling`.
+OTHER_TAG = re.compile(r"_(best|previous|step\d+)$")
+
+
+def require_run_name(path: str | Path) -> None:
+    """Reject a path that no run can save its newest state to."""
+    field, problem = "checkpoint_path", f"{str(path)!r} is not a file name"
+    require(str(path) and not os.path.isdir(path), field, problem, "name a file")
+    found = OTHER_TAG.search(Path(path).stem)
+    problem = f"{path} is what a run calls its {found and found[1]} checkpoint"
+    remedy = f"to continue from it pass --resume_from {path}, and another --checkpoint_path"
+    require(not found, field, problem, remedy)
+
+
+def run_lock(path: str | Path) -> contextlib.AbstractContextManager:
+    """Keep a second run from writing the files of the run that saves to `path`."""
+    remedy = "wait until that run has ended, or choose another --checkpoint_path"
+    return hold_lock(sibling(path, "run").with_suffix(".lock"), str(path), remedy)
+
+
 def run_files(path: str | Path) -> list[Path]:
-    """The checkpoints of the run that saves to `path`: that file, then the others, newest first."""
+    """The checkpoints of the run that saves to `path`: that file, then the others that exist."""
     path = Path(path)
-    stem = glob.escape(path.stem.removesuffix("_latest"))
-    others = {
-        sibling(path, "previous"),
-        sibling(path, "best"),
-        *path.parent.glob(f"{stem}_step*{glob.escape(path.suffix)}"),
-    }
-    there = [f for f in others if f.is_file() and f != path]
-    return [path, *sorted(there, key=lambda f: f.stat().st_mtime, reverse=True)]
+    stem = path.stem.removesuffix("_latest")
+    near = path.parent.glob(f"{glob.escape(stem)}_*{glob.escape(path.suffix)}")
+    tagged = ((file, OTHER_TAG.fullmatch(file.stem.removeprefix(stem))) for file in near)
+    others = [file for file, tag in tagged if tag and file.is_file() and file != path]
+    return [path, *sorted(others)]
 
 
 def load_newest(path: str | Path, say: Callable[[str], object] | None = print) -> dict:
@@ -233,18 +252,63 @@ def load_newest(path: str | Path, say: Callable[[str], object] | None = print) -
     Without `say` nothing is renamed: of several processes, only one should do it.
     """
     damaged: dict[Path, UserError] = {}
+    newest, source = {"global_step": -1}, Path(path)
     for file in run_files(path):
         try:
             saved = load_checkpoint(file)
         except UserError as e:
             damaged[file] = e
             continue
-        if say:
-            for other, error in damaged.items():
-                say(f"warning: {other}: {error.args[1]}; continuing from {file}")
-                move_aside(other, ".damaged", say)
-        return saved
-    raise next(iter(damaged.values()))
+        if saved.get("global_step", 0) > newest["global_step"]:
+            newest, source = saved, file
+        if file == Path(path):
+            break
+    if newest["global_step"] < 0:
+        raise next(iter(damaged.values()))
+    if say:
+        for file, error in damaged.items():
+            say(f"warning: {file}: {error.args[1]}; continuing from {source}")
+            move_aside(file, ".damaged", say)
+    return newest
+
+
+def find_saved(config: Any) -> tuple[dict | None, str]:
+    """The checkpoint that a run continues and, if that is another run's, its file.
+
+    None and "" if the run begins. `config` has checkpoint_path, resume, resume_from and init_from.
+    A run that torchrun has started again continues if it has saved anything.
+    """
+    path, first = config.checkpoint_path, os.environ.get("RANK", "0") == "0"
+    require_run_name(path)
+    require_one_start(config)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    goes_on = config.resume is True or Path(config.resume_from).resolve() == Path(path).resolve()
+    if config.resume == "auto" or restarted:
+        goes_on = goes_on or any(file.is_file() for file in run_files(path))
+    if not goes_on and not config.resume_from:
+        return None, ""
+    source = "" if goes_on else config.resume_from
+    saved = load_newest(path, print if first else None) if goes_on else load_checkpoint(source)
+    remedy = "start a new run from it: --init_from, or python peft.py --method full"
+    require("optimizer" in saved, source or path, "holds no run to resume", remedy)
+    return saved, source
+
+
+def require_one_start(config: Any) -> None:
+    """Reject flags that name two starts, or one whose file this run would overwrite."""
+    path, given = config.checkpoint_path, {}
+    for name in ("init_from", "resume_from"):
+        if file := getattr(config, name):
+            given[name] = Path(file).resolve()
+    words = [*given, *(["resume"] if config.resume is True else [])]
+    remedy = "leave one of them out, or use --resume auto"
+    require(len(words) < 2, " and ".join(words), "name two starts", remedy)
+    own = {file.resolve() for file in run_files(path)}
+    if given.get("resume_from") == Path(path).resolve():
+        return
+    for name, file in given.items():
+        problem = f"{file.name} is a file of the run that saves to {path}"
+        require(file not in own, name, problem, "choose another --checkpoint_path")
 
 
 class BackgroundWriter:

@@ -179,6 +179,8 @@ def check_fields(holder: Any, limits: dict | None = None, dashes: str = "") -> N
 
 def parse_as(hint: Any, text: str) -> Any:
     """Convert the text of a flag to the type `hint`."""
+    if hint == bool | str:  # a word of its own beside true and false
+        return WORDS[bool].get(text.lower(), text)
     words = WORDS.get(hint)
     try:
         return hint(text) if words is None else words[text.lower()]
@@ -202,6 +204,8 @@ def element_type(hint: Any) -> tuple[Any, bool]:
     """The type of one word of a flag, and whether the flag takes several."""
     options = typing.get_args(hint) if not isinstance(hint, type) else (hint,)
     options = (hint,) if typing.get_origin(hint) is list else options
+    if hint == bool | str:
+        return hint, False
     lists = [option for option in options if typing.get_origin(option) is list]
     if lists:
         return typing.get_args(lists[0])[0], True
@@ -230,13 +234,13 @@ def add_flags(
         if name in choices:
             text += f": {', '.join(map(show, choices[name]))}"
         text += f" [{show((defaults or {}).get(name, getattr(cls, name)))}]"
-        count = {"nargs": "?", "const": True} if kind is bool else {}
+        count = {"nargs": "?", "const": True} if kind in (bool, bool | str) else {}
         groups[title].add_argument(
             *(f"--{flag}" for flag in (spelling or {}).get(name, (name,))),
             dest=name,
             type=functools.partial(parse_as, kind),
             default=argparse.SUPPRESS,
-            metavar=kind.__name__.upper(),
+            metavar=str(getattr(kind, "__name__", "bool")).upper(),
             help=text.replace("%", "%%"),
             **({"nargs": "+"} if several else count),
         )

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import os
 import re
+import secrets
 import shutil
 import signal
 import sys
@@ -86,14 +87,63 @@ def why_no_compile(device: torch.device) -> str | None:
 
 def join_process_group(device: torch.device, timeout: float) -> Watchdog:
     """Set up the process group that the launcher asks for, watched with `timeout` in seconds."""
-    store, rank, world = next(dist.rendezvous("env://"))
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world
-    )
+    patience = timedelta(seconds=MEETING * timeout)
+    remedy = "are all processes running, and does the address lead to the first?"
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=patience))
+        store = dist.PrefixStore(meet(store, rank, world, patience.total_seconds()), store)
+    except dist.DistError as e:
+        raise UserError("MASTER_ADDR", f"the first process cannot be reached ({e})", remedy) from e
+    watchdog = Watchdog(store, rank, world, timeout)
+    backend, group = "nccl" if device.type == "cuda" else "gloo", dist.PrefixStore("group", store)
+    try:
+        dist.init_process_group(backend, store=group, rank=rank, world_size=world)
+    except RuntimeError as e:  # another process has ended meanwhile
+        watchdog.raise_cause(e)
     # Its destructor would join a thread that may be waiting for the interpreter: a deadlock.
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
-    return Watchdog(store, rank, world, timeout)
+    return watchdog
+
+
+MEETING = 10  # times the watchdog's timeout that the processes wait for one another at the start
+
+
+def meet(store: Any, rank: int, world: int, timeout: float) -> str:
+    """Wait for all processes; returns a name for this life of the group, the same on all of them.
+
+    After a restart by torchrun, the store still has the addresses and the last messages of the
+    processes before. So the first process draws a new name, and confirms every process that
+    answers to it. One that has read the name of an earlier life is not confirmed, and reads again.
+    """
+    me, until = secrets.token_hex(8), time.monotonic() + timeout
+
+    def confirm(other: int) -> bool:
+        answered = store.check([f"{me} {other}"])
+        if answered:
+            store.set(f"{me} {other} {store.get(f'{me} {other}').decode()}", "confirmed")
+        return answered
+
+    def answer() -> str | None:
+        if not store.check(["life"]):
+            return None
+        life = store.get("life").decode()
+        store.set(f"{life} {rank}", me)
+        return life if store.check([f"{life} {rank} {me}"]) else None
+
+    def wait(other: int) -> None:
+        problem = f"rank {other} has not come for {timeout:.0f} seconds"
+        require(time.monotonic() < until, "WORLD_SIZE", problem, "see its messages")
+        time.sleep(0.02)
+
+    if rank == 0:
+        store.set("life", me)
+        for other in range(1, world):
+            while not confirm(other):
+                wait(other)
+        return me
+    while (life := answer()) is None:
+        wait(0)
+    return life
 
 
 def all_reduce(values: list[Any], device: torch.device) -> list[float]:
@@ -145,9 +195,8 @@ class Watchdog:
         self.store.set_timeout(timedelta(seconds=timeout))
         self.stopped = threading.Event()
         self.seen: dict[int, tuple[str, float]] = {}  # rank: its last message, and since when
-        self.publish("alive 0")
         self.store.set(f"name {rank}", f"rank {rank} (process {os.getpid()} on {gethostname()})")
-        dist.barrier()
+        self.publish("alive 0")
         self.thread = threading.Thread(target=self.watch, daemon=True)
         self.thread.start()
 
@@ -169,7 +218,7 @@ class Watchdog:
 
     def check(self, other: int) -> None:
         """Read the message of a process; end this one if it failed or shows no heartbeat."""
-        said, now = self.store.get(f"rank {other}").decode(), time.monotonic()
+        said, now = self.said_by(other), time.monotonic()
         before, since = self.seen.get(other, ("", now))
         since = since if said == before else now
         self.seen[other] = said, since
@@ -180,9 +229,15 @@ class Watchdog:
         if now - since > self.timeout:
             self.end(f"{self.name(other)} has sent no heartbeat for {self.timeout} seconds")
 
+    def said_by(self, other: int) -> str:
+        """The last message of a process; empty before its first."""
+        key = f"rank {other}"
+        return self.store.get(key).decode() if self.store.check([key]) else ""
+
     def name(self, other: int) -> str:
-        """Rank, process id and host."""
-        return self.store.get(f"name {other}").decode()
+        """Rank, and once it is known the process id and the host."""
+        key = f"name {other}"
+        return self.store.get(key).decode() if self.store.check([key]) else f"rank {other}"
 
     def end(self, why: str) -> None:
         """Print one line and exit with code 2, whatever the main thread is doing."""
@@ -212,8 +267,7 @@ class Watchdog:
 
     def others_running(self) -> bool:
         """Whether any other process is still running."""
-        said = (self.store.get(f"rank {other}").decode() for other in range(1, self.world))
-        return any(text.startswith("alive") for text in said)
+        return any(self.said_by(other).startswith("alive") for other in range(1, self.world))
 
 
 class Signals:

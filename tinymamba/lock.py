@@ -1,0 +1,53 @@
+"""A lock file that keeps a second process from writing the files of the first."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from socket import gethostname
+
+from tinymamba.cli import UserError
+
+
+@contextlib.contextmanager
+def hold_lock(file: Path, field: str, remedy: str) -> Iterator[None]:
+    """Hold the lock `file`, which names this process; a UserError if another process holds it.
+
+    The operating system frees the lock when its process ends, however it ends; only the file may
+    stay, and is used again. A thread may hold a lock several times over. Without `file`'s folder
+    there is nothing to lock.
+    """
+    from filelock import FileLock, Timeout
+
+    if not file.parent.is_dir():
+        yield
+        return
+    lock = FileLock(file, timeout=0, is_singleton=True, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(field, f"is in use by {read_holder(file)}", remedy) from None
+    except PermissionError as e:
+        raise UserError(field, f"{file} cannot be written ({e.strerror})", remedy) from None
+    except OSError as e:
+        print(f"warning: {file.parent} has no locks ({e.strerror}): let no second run write there")
+        yield
+        return
+    try:
+        file.write_text(f"process {os.getpid()} on {gethostname()}", encoding="utf-8")
+        yield
+    finally:
+        if lock.lock_counter == 1:
+            with contextlib.suppress(OSError):
+                file.unlink()  # while it is held: who waits for it will see that it is gone
+        lock.release()
+
+
+def read_holder(file: Path) -> str:
+    """What the lock file says of the process that holds it."""
+    try:
+        return file.read_text(encoding="utf-8").strip() or "another process"
+    except (OSError, UnicodeDecodeError):  # Windows lets nobody read a locked file
+        return "another process"

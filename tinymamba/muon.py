@@ -1,0 +1,77 @@
+"""Muon for matrices and AdamW for all other parameters, as one optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinymamba.runtime import full_tensor, shard_like
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al., 2024) for matrices and AdamW for all else, as one optimizer.
+
+    A matrix that gives several outputs, such as queries, keys and values, is split into as many
+    matrices for Muon. Updates are scaled to the size of AdamW's (Liu et al., arXiv 2502.16982,
+    eq. 4), so that one learning rate serves both.
+    """
+
+    MOMENTUM = 0.95
+
+    def __init__(self, matrices: dict[Tensor, list[int]], others: list, config: Any):
+        """`matrices` maps each to the rows of its parts; `config` gives lr, betas and decay."""
+        self.rows = list(matrices.values())
+        betas = (config.beta1, config.beta2)
+        self.adamw = torch.optim.AdamW(others, config.lr, betas, weight_decay=0.0, fused=True)
+        muon = {"params": list(matrices), "lr": config.lr, "weight_decay": config.weight_decay}
+        super().__init__([muon, *self.adamw.param_groups], {})
+        self.link_adamw()
+
+    def link_adamw(self) -> None:
+        """Let the inner AdamW use this optimizer's groups and state."""
+        self.adamw.param_groups, self.adamw.state = self.param_groups[1:], self.state
+
+    def __setstate__(self, state: dict) -> None:  # load_state_dict replaces groups and state
+        super().__setstate__(state)
+        self.link_adamw()
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> Any:
+        """One update; `closure`, if given, computes the loss again."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        self.adamw.step()
+        group, updates = self.param_groups[0], {}
+        same_shape: dict[torch.Size, list[Tensor]] = {}
+        for p, rows in zip(group["params"], self.rows, strict=True):
+            if p.grad is None:
+                continue
+            if p not in self.state:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            mean = self.state[p]["momentum_buffer"]
+            mean.lerp_(p.grad, 1 - self.MOMENTUM)
+            updates[p] = full_tensor(p.grad.lerp(mean, self.MOMENTUM))
+            for part in updates[p].split(rows):
+                same_shape.setdefault(part.shape, []).append(part)
+        for shape, parts in same_shape.items():
+            new = orthogonalize(torch.stack(parts)).to(parts[0].dtype)
+            torch._foreach_copy_(parts, new.mul_(0.2 * max(shape) ** 0.5).unbind())
+        if updates:
+            torch._foreach_mul_(list(updates), 1 - group["lr"] * group["weight_decay"])
+            shards = [shard_like(update, p) for p, update in updates.items()]
+            torch._foreach_add_(list(updates), shards, alpha=-group["lr"])
+        return loss
+
+
+def orthogonalize(x: Tensor) -> Tensor:
+    """Bring the singular values of x (count, rows, columns) near 1: Newton-Schulz in bfloat16."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = x.shape[1] > x.shape[2]
+    x = x.bfloat16().mT if tall else x.bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
