@@ -11,11 +11,12 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from tinymamba.cli import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 EOS_TOKEN = "<|endoftext|>"
 EOS_NAMES = (EOS_TOKEN, "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "[EOS]")
