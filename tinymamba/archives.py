@@ -33,7 +33,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from tinymamba.cli import UserError, need
@@ -42,8 +42,10 @@ READ_BYTES = 1 << 20  # read at a time
 HEAD_BYTES = 8192  # of a file, that say what it is
 LONGEST_HEADER = 1 << 20  # bytes of a name or of further facts in a tar archive
 DEEPEST = 4  # archives and compression inside each other
+LONGEST_NAME = 300  # characters that are shown
 NAMES_SHOWN = 3  # of what is left out, for each reason
 READ_ALREADY = "read already under another name"
+AS_TEXT = "read as text"  # ends the reasons of what is read, but not as rows
 
 BOMS = {  # the longer ones first: that of UTF-32-LE begins with that of UTF-16-LE
     codecs.BOM_UTF32_LE: "utf-32-le",
@@ -87,8 +89,11 @@ Value = TypeVar("Value")
 
 
 def shown(name: object) -> str:
-    """A name as one line that every console can show."""
-    text = str(name).encode("utf-8", "backslashreplace").decode()
+    """A name as one line that every console can show, with "..." inside if it is very long."""
+    text = str(name)
+    if len(text) > LONGEST_NAME:
+        text = text[: LONGEST_NAME // 2] + "..." + text[-LONGEST_NAME // 2 :]
+    text = text.encode("utf-8", "backslashreplace").decode()
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
@@ -124,7 +129,7 @@ def guarded(
 
 @dataclass
 class LeftOut:
-    """What was not read, and why."""
+    """What was not read, or not as its name says, and why."""
 
     counts: dict[str, int] = field(default_factory=dict)
     names: dict[str, list[str]] = field(default_factory=dict)
@@ -142,7 +147,11 @@ class LeftOut:
 
     def lines(self) -> list[str]:
         """A line for each reason: the count and the first few names."""
-        return [f"left out: {self.line(reason)}" for reason in sorted(self.counts)]
+        lines = {reason: self.line(reason) for reason in sorted(self.counts)}
+        return [
+            ("note: " if reason.endswith(AS_TEXT) else "left out: ") + line
+            for reason, line in lines.items()
+        ]
 
     def line(self, reason: str) -> str:
         """A reason with its count and its first few names."""
@@ -150,10 +159,10 @@ class LeftOut:
         return f"{reason}: {self.counts[reason]:,} ({', '.join(self.names[reason])}{more})"
 
     def refuse(self) -> None:
-        """Raise a UserError if anything was left out; what was read under another name was not."""
+        """Raise a UserError if there is anything; what was read under another name is no loss."""
         reasons = sorted(self.counts.keys() - {READ_ALREADY})
         if reasons:
-            problem = "left out: " + ", ".join(self.line(reason) for reason in reasons)
+            problem = ", ".join(self.line(reason) for reason in reasons)
             raise UserError("--strict", problem, "correct or remove it, or run without --strict")
 
 
@@ -191,7 +200,7 @@ class Found(NamedTuple):
 
 def suffix_of(name: str) -> str:
     """The last suffix of a name, in lower case: ".gz"."""
-    return PurePosixPath(name).suffix.lower()
+    return os.path.splitext(name)[1].lower()
 
 
 def plain_name(name: str) -> str:
@@ -287,16 +296,23 @@ class Stream(io.RawIOBase):
         """Yes."""
         return True
 
-    def readinto(self, buffer: Any) -> int:
-        """Fill a buffer as far as there is something left; returns the number of bytes."""
-        data, self.head = self.head[: len(buffer)], self.head[len(buffer) :]
+    def read(self, count: int = -1) -> bytes:
+        """`count` bytes, or as many as are left."""
+        if count < 0:
+            return self.readall()
+        data, self.head = self.head[:count], self.head[count:]
         try:
-            while len(data) < len(buffer) and (more := self.file.read(len(buffer) - len(data))):
+            while len(data) < count and (more := self.file.read(count - len(data))):
                 data += more
         except DAMAGE as error:
             if self.kind:
                 raise unreadable(self.place, self.kind, error) from None
             raise UserError(self.place, first_line(error), "check the disk") from None
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer as far as there is something left; returns the number of bytes."""
+        data = self.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
 
@@ -341,6 +357,31 @@ class Member(tarfile.TarInfo):
         if member.type in LONG_HEADERS and member.size > LONGEST_HEADER:
             raise tarfile.ReadError(f"a header of {member.size:,} bytes")
         return member
+
+
+class Decompressed:
+    """The content of compressed streams one after another. What is none of them is an error."""
+
+    def __init__(self, stream: Any, make: Callable[[], Any]):
+        self.stream, self.make = stream, make
+        self.decoder = make()
+
+    def read(self, count: int) -> bytes:
+        """Up to `count` bytes; none at the end."""
+        decoded = b""
+        while not decoded:
+            data = b""
+            if self.decoder.eof:
+                data = self.decoder.unused_data or self.stream.read(READ_BYTES)
+                if not data.strip(b"\0"):  # nothing, or padding
+                    return b""
+                self.decoder = self.make()
+            elif self.decoder.needs_input:
+                data = self.stream.read(READ_BYTES)
+                if not data:
+                    raise EOFError("the end is missing")
+            decoded = self.decoder.decompress(data, count)
+        return decoded
 
 
 class Opener:
@@ -419,8 +460,9 @@ class Opener:
 
     def member(self, item: Item, name: str, size: int, file: Any, depth: int) -> Iterator[Item]:
         """What is in one member of an archive."""
-        parts = [part for part in PurePosixPath(name).parts if part not in ("/", ".", "..")]
-        place, key = f"{item.place}/{shown(name)}", "/".join([item.key, *parts])
+        parts = [part for part in name.split("/") if part not in ("", ".", "..")]
+        key = "/".join([item.key, *parts])
+        place = "/".join([item.place, *map(shown, parts)])
         if any(part.startswith(".") or part == "__MACOSX" for part in parts):
             self.left_out.add("hidden", place)
             return
@@ -447,11 +489,12 @@ def decompressor(kind: str, stream: Any) -> Any:
     if kind == ".gz":
         return gzip.GzipFile(fileobj=stream)
     if kind == ".bz2":
-        return bz2.BZ2File(stream)
+        return Decompressed(stream, bz2.BZ2Decompressor)
     if kind == ".xz":
-        return lzma.LZMAFile(stream)
+        return Decompressed(stream, lzma.LZMADecompressor)
     try:
-        return importlib.import_module("compression.zstd").ZstdFile(stream)  # Python 3.14
+        zstd: Any = importlib.import_module("compression.zstd")  # Python 3.14
+        return Decompressed(stream, zstd.ZstdDecompressor)
     except ImportError:
         arrow: Any = need("pyarrow")
         return arrow.CompressedInputStream(arrow.PythonFile(stream, mode="r"), "zstd")
@@ -462,6 +505,8 @@ def random_access(stream: Stream, spool: Path | None) -> Any:
     if isinstance(getattr(stream.file, "raw", None), Disk):
         stream.file.seek(0)
         return stream.file
+    if spool is not None:
+        spool.mkdir(parents=True, exist_ok=True)
     copy = tempfile.TemporaryFile(dir=spool)  # noqa: SIM115
     shutil.copyfileobj(stream, copy, READ_BYTES)
     copy.seek(0)

@@ -11,8 +11,8 @@ A text file is one document, and so is each row of a table. Tables are:
 - .parquet files;
 - .jsonl and .ndjson files: a JSON object on each line;
 - .json files, names without a suffix and standard input, if their content is JSON objects: an
-  array of them, one after another, or a single one that has the text. A single object without
-  it, such as the settings of a program, is text, and is reported.
+  array of them, one after another, or a single one that has the text. Other JSON is text, such as
+  the settings of a program; if it looks like rows, that is reported.
 
 Everything else is text, whatever it begins with. The order depends on names alone, and every pass
 over the corpus gives the same documents. Memory does not grow with the input. `archives.py` says
@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinymamba.archives import (
+    AS_TEXT,
     DAMAGE,
     READ_BYTES,
     Advance,
@@ -154,24 +155,28 @@ class Corpus:
             return
         if suffix in (".json", ""):
             text = JsonText(parts, place, undecided=True)
-            if self.has_rows(text, left_out):
+            if self.has_rows(text, suffix, left_out):
                 yield from self.rows(json_rows(text), place, left_out)
                 return
             parts = text.from_start()
         yield Document(place, item.key, False, size, parts)
 
-    def has_rows(self, text: JsonText, left_out: LeftOut) -> bool:
-        """Whether a text is rows, judged by its content."""
+    def has_rows(self, text: JsonText, suffix: str, left_out: LeftOut) -> bool:
+        """Whether a text is rows, judged by its content; reports JSON that is not."""
         form = text.form()
-        if form == "object":
-            row = text.parse()[0]
-            if not self.text_key.is_in(row):
-                reason = f"single JSON object without {self.text_key}, read as text"
-                left_out.add(reason, text.place)
-                return False
-        if form != "text":
+        if form == "object" and self.text_key.is_in(text.parse()[0]):
+            form = "objects"
+        if form == "objects":
             text.decide()
-        return form != "text"
+            return True
+        reason = {
+            "object": f"JSON object without {self.text_key}",
+            "long": f"JSON of more than {LONGEST_FIRST_ROW:,} characters",
+            "damaged": "JSON with an error",
+        }.get(form)
+        if reason and suffix == ".json":
+            left_out.add(f"{reason}, {AS_TEXT}", text.place)
+        return False
 
     def rows(
         self, rows: Iterable[tuple[str, Any]], place: str, left_out: LeftOut
@@ -214,7 +219,7 @@ class TextKey:
 
     def __str__(self) -> str:
         """The flag in quotes."""
-        return repr(self.flag)
+        return f"'{shown(self.flag)}'"
 
     def read_template(self) -> None:
         """Split the template into literals and keys."""
@@ -231,7 +236,7 @@ class TextKey:
 
     def is_in(self, row: Any) -> bool:
         """Whether a row has every key."""
-        return isinstance(row, dict) and all(lookup(row, k) is not MISSING for k in self.keys)
+        return all(lookup(row, key) is not MISSING for key in self.keys)
 
     def columns(self, names: Collection[str], place: str) -> list[str]:
         """The columns of a table that have the keys; a UserError if there are none."""
@@ -251,21 +256,24 @@ class TextKey:
             return "", "null row"
         if not isinstance(row, dict):
             raise UserError(where, "not a JSON object", f'write {{"{self.keys[0]}": "..."}}')
-        if not self.is_in(row):
-            return "", self.missing
         values = [lookup(row, key) for key in self.keys]
+        if any(value is MISSING for value in values):
+            return "", self.missing
         if any(value is None for value in values):
             return "", f"row whose {self} is null"
-        texts = [self.one(where, row, key, errors) for key in self.keys]
+        texts = [
+            self.valid(where, row, key, value, errors)
+            for key, value in zip(self.keys, values, strict=True)
+        ]
         if not any(texts):
             return "", f"row whose {self} is empty"
         if not self.is_template:
             return texts[0], ""
-        return "".join(map("".join, itertools.zip_longest(self.literals, texts, fillvalue=""))), ""
+        pairs = itertools.zip_longest(self.literals, texts, fillvalue="")
+        return "".join(literal + text for literal, text in pairs), ""
 
-    def one(self, where: str, row: dict, key: str, errors: str) -> str:
+    def valid(self, where: str, row: dict, key: str, value: Any, errors: str) -> str:
         """The value of a key as valid text, without a byte order mark."""
-        value = lookup(row, key)
         if self.is_template and isinstance(value, int | float) and not isinstance(value, bool):
             value = str(value)
         remedy = "correct it, or pass --encoding_errors replace"
@@ -286,8 +294,6 @@ class TextKey:
 
 def lookup(row: Any, key: str) -> Any:
     """The value of a key, or of a path of keys such as "a.b"; MISSING if there is none."""
-    if row is None:
-        return None
     if not isinstance(row, dict):
         return MISSING
     if key in row:
@@ -402,18 +408,25 @@ class JsonText:
         return len(text) > self.limit
 
     def form(self) -> str:
-        """What the text is: "object" for a single one, "objects" for several, else "text"."""
+        """What the text is: "object" for a single one, "objects" for several, or "text".
+
+        JSON that cannot be read is "damaged", or "long" if it is not known to be.
+        """
+        inner = 0
+        first = self.next()
+        if first == "[":
+            inner = self.skipped(0) - self.at + 1
+            if self.next(inner) == "]":
+                return "text" if self.next(self.skipped(inner) - self.at + 1) else "objects"
+        if self.next(inner) != "{":
+            return "text"
         try:
-            first = self.next()
-            if first == "[" and self.next(self.skipped(0) - self.at + 1) == "{":
-                self.parse(self.skipped(0) - self.at + 1)
-                return "objects"
-            if first == "{":
-                after = self.next(self.parse()[1])
-                return {"": "object", "{": "objects"}.get(after, "text")
-        except (json.JSONDecodeError, RecursionError):
-            pass
-        return "text"
+            after = self.next(self.parse(inner)[1])
+        except json.JSONDecodeError:
+            return "long" if self.is_long(self.text) else "damaged"
+        except RecursionError:
+            return "objects"
+        return "objects" if inner else {"": "object", "{": "objects"}.get(after, "damaged")
 
     def is_by_line(self) -> bool:
         """Whether the first value ends on its line, or is damaged."""
@@ -453,7 +466,7 @@ def line_rows(text: JsonText) -> Iterator[tuple[str, Any]]:
         try:
             yield where, DECODER.decode(line.lstrip("\ufeff"))
         except (json.JSONDecodeError, RecursionError) as error:
-            raise not_json(where, error) from None
+            raise not_json(where, error, 0, "write one JSON object per line") from None
 
 
 def value_rows(text: JsonText) -> Iterator[tuple[str, Any]]:
@@ -488,18 +501,19 @@ def one_row(text: JsonText, where: str) -> tuple[str, Any]:
     except (json.JSONDecodeError, RecursionError) as error:
         if text.is_long(text.text):
             raise UserError(where, TOO_LONG, "split the row") from None
-        raise not_json(where, error) from None
+        start = text.skipped(0)
+        raise not_json(where, error, start, "write [{...}, {...}], or an object per line") from None
     text.at += length
     return where, value
 
 
-def not_json(where: str, error: Exception) -> UserError:
-    """The error for a row that is not JSON."""
+def not_json(where: str, error: Exception, start: int, remedy: str) -> UserError:
+    """The error for a row that is not JSON; it begins at `start` of what was parsed."""
     if isinstance(error, json.JSONDecodeError):
-        problem = f"not JSON ({error.msg} at column {error.colno})"
+        problem = f"not JSON ({error.msg} at column {error.pos - start + 1})"
     else:
         problem = "JSON that is nested too deeply"
-    return UserError(where, problem, "write one JSON object per line")
+    return UserError(where, problem, remedy)
 
 
 # ---------------------------------------------------------------------- Parquet and `datasets`
@@ -512,7 +526,9 @@ def parquet_rows(item: Item, spool: Path | None, text_key: TextKey) -> Iterator[
 
     def batches() -> Iterator[list]:
         source = random_access(item.stream, spool)
-        with source, parquet.ParquetFile(source, buffer_size=READ_BYTES) as file:
+        # Pages are read one after another; else it keeps a whole row group in memory.
+        options = {"buffer_size": READ_BYTES, "pre_buffer": False}
+        with source, parquet.ParquetFile(source, **options) as file:
             columns = text_key.columns(file.schema_arrow.names, item.place)
             for batch in file.iter_batches(batch_rows(file.metadata), columns=columns):
                 yield batch.to_pylist()
@@ -532,6 +548,8 @@ def batch_rows(metadata: Any) -> int:
 def dataset_builder(reading: Reading) -> Any:
     """What the library `datasets` finds under a name or in a folder; none of its code is run."""
     datasets: Any = need("datasets")
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it reports each error twice
+    datasets.disable_progress_bars()
     try:
         return datasets.load_dataset_builder(reading.dataset, reading.config)
     except Exception as error:  # the library raises many kinds
