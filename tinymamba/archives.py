@@ -8,8 +8,8 @@ Names and first bytes say how a file is opened:
 - gzip, bzip2, xz and zstd are recognized by their first bytes, whatever the name.
 - .tar and .zip are archives, and so is a name without a suffix whose first bytes say it. Other
   files that are zip archives inside, such as .docx, are binary.
-- A file is binary if there is a zero byte near its start, unless it is text nevertheless: valid
-  UTF-8 with few control characters, or UTF-16 or UTF-32 with a byte order mark.
+- A file is binary if there is a zero byte near its start, unless it is text nevertheless: with a
+  byte order mark, valid UTF-8, UTF-16 or UTF-32; without, UTF-8 with few control characters.
 
 Nothing is unpacked to disk but a .zip or .parquet that lies in another archive. Memory does not
 grow with the input.
@@ -141,6 +141,10 @@ class LeftOut:
         if len(names) < NAMES_SHOWN:
             names.append(shown(name))
 
+    def total(self) -> int:
+        """How much was left out."""
+        return sum(self.counts.values())
+
     def copy(self) -> LeftOut:
         """Another one that begins with the same."""
         return LeftOut(dict(self.counts), {reason: [*n] for reason, n in self.names.items()})
@@ -219,8 +223,10 @@ def kind_of(name: str, head: bytes) -> str:
             return kind
     if suffix in (".tar", ".zip", ".parquet"):
         return suffix
-    if suffix in MAGIC or suffix in TAR_SUFFIXES:  # already unpacked, or damaged
-        return TAR_SUFFIXES.get(suffix, suffix) if is_binary(head) else ""
+    named = TAR_SUFFIXES.get(suffix, suffix)
+    if named in MAGIC:  # damaged, cut short or already unpacked
+        cut = any(magic.startswith(head) for magic in MAGIC[named])
+        return named if cut or is_binary(head) else ""
     if not suffix and head.startswith(b"PK\3\4"):
         return ".zip"
     if not suffix and head[257:262] == b"ustar":
@@ -244,11 +250,11 @@ def is_binary(head: bytes) -> bool:
     if encoding == "utf-8" and b"\0" not in head:
         return False
     try:
-        text = codecs.getincrementaldecoder(encoding)().decode(head[skipped:])
+        codecs.getincrementaldecoder(encoding)().decode(head[skipped:])
     except UnicodeDecodeError:
         return True
-    controls = text.encode("utf-8", "surrogatepass")
-    return len(controls) - len(controls.translate(None, CONTROLS)) > len(controls) / 20
+    controls = len(head) - len(head.translate(None, CONTROLS))
+    return not skipped and controls > len(head) / 20
 
 
 def problem_of_head(name: str, head: bytes) -> str:
@@ -422,7 +428,7 @@ class Opener:
         elif kind == ".zip":
             yield from self.zip_members(item, depth)
         else:
-            yield item
+            yield item._replace(name=plain_name(item.name))
 
     def tar_members(self, item: Item, depth: int) -> Iterator[Item]:
         """The members of a tar archive, in its order."""

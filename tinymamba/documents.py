@@ -99,7 +99,8 @@ class Corpus:
         self.reading, self.spool = reading, spool
         self.text_key = TextKey(reading.text_key)
         self.files: list[Found] = []
-        self.left_out = LeftOut()  # after a whole pass: all that it left out
+        self.files_left_out = LeftOut()
+        self.left_out = self.files_left_out  # by the last whole pass, else by the longest
         self.total_bytes: int | None = None
         if reading.dataset is not None:
             self.builder = dataset_builder(reading)
@@ -108,30 +109,35 @@ class Corpus:
             if spool is None:
                 self.temporary = tempfile.TemporaryDirectory(prefix="tinymamba-")
                 spool = Path(self.temporary.name)
-            self.files = input_files(inputs, outputs, self.left_out, spool)
+            self.files = input_files(inputs, outputs, self.files_left_out, spool)
         else:
-            self.files = sample_files(self.left_out)
+            self.files = sample_files(self.files_left_out)
         self.total_bytes = sum(file.size for file in self.files)
-        self.files_left_out = self.left_out
 
     def documents(self, advance: Advance = lambda count: None) -> Iterator[Document]:
         """Every document; `advance` is told how many more bytes of input were read.
 
         The parts of a document are to be read before the next document is taken.
         """
-        if self.reading.dataset is not None:
-            left_out = LeftOut()
-            rows = dataset_rows(self.builder, self.reading, self.text_key)
-            for document in self.rows(rows, shown(self.reading.dataset), left_out):
-                advance(sum(len(part.encode()) for part in document.parts))
-                yield document
-        else:
-            left_out = self.files_left_out.copy()
+        left_out, whole = self.files_left_out.copy(), False
+        try:
+            if self.reading.dataset is not None:
+                yield from self.of_dataset(advance, left_out)
             opener = Opener(left_out, self.spool)
             for found in self.files:
                 for item in opener.open(found, advance):
                     yield from self.of_item(item, left_out)
-        self.left_out = left_out
+            whole = True
+        finally:
+            if whole or left_out.total() > self.left_out.total():
+                self.left_out = left_out
+
+    def of_dataset(self, advance: Advance, left_out: LeftOut) -> Iterator[Document]:
+        """The documents of a dataset; `advance` is told the bytes of text."""
+        rows = dataset_rows(self.builder, self.reading, self.text_key)
+        for document in self.rows(rows, shown(self.reading.dataset), left_out):
+            advance(len(document.key.encode()))
+            yield document
 
     def fingerprint(self) -> str:
         """A hash of the names, sizes and times of all files."""
@@ -211,28 +217,29 @@ class TextKey:
 
     def __init__(self, flag: str):
         self.flag, self.is_template = flag, "{" in flag or "}" in flag
-        self.literals: list[str] = []  # what stands before each key; one may be without a key
-        self.keys = [flag]
+        self.pieces: list[tuple[str, str | None]] = [("", flag)]  # a literal, and a key behind it
         if self.is_template:
-            self.read_template()
+            self.pieces = self.read_template()
+        self.keys = [key for _, key in self.pieces if key is not None]
         self.missing = f"row without {self}"
 
     def __str__(self) -> str:
         """The flag in quotes."""
         return f"'{shown(self.flag)}'"
 
-    def read_template(self) -> None:
-        """Split the template into literals and keys."""
+    def read_template(self) -> list[tuple[str, str | None]]:
+        """The pieces of a template."""
         remedy = "write {KEY}, and {{ for a brace"
         try:
             fields = list(string.Formatter().parse(self.flag))
         except ValueError as error:
             raise UserError("--text_key", f"{self}: {error}", remedy) from None
-        self.literals = [ESCAPE.sub(lambda m: ESCAPES[m[0]], field[0]) for field in fields]
-        self.keys = [key for _, key, _, _ in fields if key is not None]
-        plain = all(key is None or (key and not spec and not to) for _, key, spec, to in fields)
-        if not self.keys or not plain:
+        with_key = [
+            (key, spec, conversion) for _, key, spec, conversion in fields if key is not None
+        ]
+        if not with_key or any(not key or spec or conversion for key, spec, conversion in with_key):
             raise UserError("--text_key", f"{self} is not a template of keys", remedy)
+        return [(ESCAPE.sub(lambda m: ESCAPES[m[0]], text), key) for text, key, _, _ in fields]
 
     def is_in(self, row: Any) -> bool:
         """Whether a row has every key."""
@@ -261,16 +268,13 @@ class TextKey:
             return "", self.missing
         if any(value is None for value in values):
             return "", f"row whose {self} is null"
-        texts = [
-            self.valid(where, row, key, value, errors)
+        texts: dict[str | None, str] = {
+            key: self.valid(where, row, key, value, errors)
             for key, value in zip(self.keys, values, strict=True)
-        ]
-        if not any(texts):
+        }
+        if not any(texts.values()):
             return "", f"row whose {self} is empty"
-        if not self.is_template:
-            return texts[0], ""
-        pairs = itertools.zip_longest(self.literals, texts, fillvalue="")
-        return "".join(literal + text for literal, text in pairs), ""
+        return "".join(literal + texts.get(key, "") for literal, key in self.pieces), ""
 
     def valid(self, where: str, row: dict, key: str, value: Any, errors: str) -> str:
         """The value of a key as valid text, without a byte order mark."""
@@ -350,6 +354,7 @@ class JsonText:
         self.parts, self.place = iter(parts), place
         self.text, self.at = "", 0  # what is read and not used, from `at` on
         self.line = 1  # of the text's first character
+        self.column = 0  # of the last error in a value, counted from its beginning
         self.seen: list[str] | None = [] if undecided else None  # all parts, to begin again
         self.limit = LONGEST_FIRST_ROW if undecided else LONGEST_ROW
 
@@ -399,6 +404,7 @@ class JsonText:
                 value, end = DECODER.raw_decode(self.text, start)
                 return value, end - self.at
             except json.JSONDecodeError as error:
+                self.column = error.pos - start + 1
                 cut = error.pos > len(self.text) - 16 or error.msg.startswith("Unterminated")
                 if not cut or self.is_long(self.text) or not self.more():
                     raise
@@ -466,7 +472,8 @@ def line_rows(text: JsonText) -> Iterator[tuple[str, Any]]:
         try:
             yield where, DECODER.decode(line.lstrip("\ufeff"))
         except (json.JSONDecodeError, RecursionError) as error:
-            raise not_json(where, error, 0, "write one JSON object per line") from None
+            column = getattr(error, "colno", 0)
+            raise not_json(where, error, column, "write one JSON object per line") from None
 
 
 def value_rows(text: JsonText) -> Iterator[tuple[str, Any]]:
@@ -501,19 +508,17 @@ def one_row(text: JsonText, where: str) -> tuple[str, Any]:
     except (json.JSONDecodeError, RecursionError) as error:
         if text.is_long(text.text):
             raise UserError(where, TOO_LONG, "split the row") from None
-        start = text.skipped(0)
-        raise not_json(where, error, start, "write [{...}, {...}], or an object per line") from None
+        remedy = "write [{...}, {...}], or one JSON object per line"
+        raise not_json(where, error, text.column, remedy) from None
     text.at += length
     return where, value
 
 
-def not_json(where: str, error: Exception, start: int, remedy: str) -> UserError:
-    """The error for a row that is not JSON; it begins at `start` of what was parsed."""
+def not_json(where: str, error: Exception, column: int, remedy: str) -> UserError:
+    """The error for a row that is not JSON."""
     if isinstance(error, json.JSONDecodeError):
-        problem = f"not JSON ({error.msg} at column {error.pos - start + 1})"
-    else:
-        problem = "JSON that is nested too deeply"
-    return UserError(where, problem, remedy)
+        return UserError(where, f"not JSON ({error.msg} at column {column})", remedy)
+    return UserError(where, "JSON that is nested too deeply", remedy)
 
 
 # ---------------------------------------------------------------------- Parquet and `datasets`
