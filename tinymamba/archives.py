@@ -40,8 +40,8 @@ from tinymamba.cli import UserError, need
 
 READ_BYTES = 1 << 20  # read at a time
 HEAD_BYTES = 8192  # of a file, that say what it is
-LONGEST_HEADER = 1 << 20  # bytes of a name or of further facts in a tar archive
-DEEPEST = 4  # archives and compression inside each other
+LONGEST_HEADER = READ_BYTES  # of a member of a tar archive
+DEEPEST = 8  # archives and compression inside each other
 LONGEST_NAME = 300  # characters that are shown
 NAMES_SHOWN = 3  # of what is left out, for each reason
 READ_ALREADY = "read already under another name"
@@ -54,6 +54,7 @@ BOMS = {  # the longer ones first: that of UTF-32-LE begins with that of UTF-16-
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\n"  # in place of a large file
 CONTROLS = bytes({*range(32), 127} - set(b"\b\t\n\v\f\r\x1b"))  # hardly ever in a text
 MAGIC: dict[str, tuple[bytes, ...]] = {
     ".gz": (b"\x1f\x8b\x08",),
@@ -73,14 +74,6 @@ DAMAGE = (  # what the readers of compressed files and archives raise
     tarfile.TarError,
     zipfile.BadZipFile,
 )
-LONG_HEADERS = (
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-)
-
 END_MARK: Any = vars(tarfile)["EOFHeaderError"]  # the type checker does not know them
 NO_MORE: Any = vars(tarfile)["EmptyHeaderError"]
 
@@ -106,7 +99,7 @@ def first_line(error: BaseException) -> str:
 def unreadable(place: str, kind: str, error: BaseException) -> UserError:
     """The error for a file that its reader rejects."""
     problem = f"not readable as {kind} ({first_line(error)})"
-    return UserError(place, problem, "it may be damaged or cut short; write it again")
+    return UserError(place, problem, "write it again, it may be damaged or cut short")
 
 
 def guarded(
@@ -261,6 +254,8 @@ def problem_of_head(name: str, head: bytes) -> str:
     """Why something of this name and with these first bytes is not read; "" if it is."""
     if len(head) == encoding_of(head)[1]:
         return "empty"
+    if head.startswith(LFS_POINTER):
+        return "a Git LFS pointer"
     if kind_of(name, head) == "" and is_binary(head):
         return "binary"
     return ""
@@ -334,10 +329,21 @@ class Item(NamedTuple):
 
 
 class Archive(tarfile.TarFile):
-    """A tar archive that knows whether the mark at its end was read."""
+    """A tar archive that is read as a stream."""
 
-    ended = False
-    members: list  # of those read
+    members: list  # those read that it remembers
+
+    def __init__(self, name: Any, mode: Any, fileobj: Any, **options: Any):
+        self.ended = False  # whether the mark at the end was read
+        read = fileobj.read
+
+        def limited(size: int) -> bytes:
+            if size > LONGEST_HEADER:  # only headers are read at once
+                raise tarfile.ReadError(f"a header of {size:,} bytes")
+            return read(size)
+
+        fileobj.read = limited
+        super().__init__(name, mode, fileobj, **options)
 
 
 class Member(tarfile.TarInfo):
@@ -355,14 +361,6 @@ class Member(tarfile.TarInfo):
             if isinstance(error, NO_MORE) and archive.ended:
                 raise
             raise tarfile.ReadError(str(error)) from None
-
-    @classmethod
-    def frombuf(cls, *arguments: Any) -> Any:
-        """Parse a header, unless a name or further facts of unlimited length follow."""
-        member = super().frombuf(*arguments)
-        if member.type in LONG_HEADERS and member.size > LONGEST_HEADER:
-            raise tarfile.ReadError(f"a header of {member.size:,} bytes")
-        return member
 
 
 class Decompressed:
@@ -419,6 +417,7 @@ class Opener:
             raise UserError(item.place, problem, "unpack it first")
         kind = kind_of(item.name, head)
         if problem := problem_of_head(item.name, head):
+            item.stream.read(READ_BYTES)  # text of a damaged block looks binary: that is an error
             self.left_out.add(problem, item.place)
         elif kind in MAGIC:
             stream = Stream(decompressor(kind, item.stream), item.place, kind)

@@ -142,7 +142,8 @@ class Corpus:
     def fingerprint(self) -> str:
         """A hash of the names, sizes and times of all files."""
         if self.reading.dataset is not None:
-            facts: list = [self.builder.hash, self.reading.config, self.reading.split]
+            reading = self.reading
+            facts: list = [reading.dataset, reading.config, reading.split, self.builder.hash]
         else:
             facts = [(f.key, f.place, f.size, f.digest or f.changed) for f in self.files]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -225,7 +226,7 @@ class TextKey:
 
     def __str__(self) -> str:
         """The flag in quotes."""
-        return f"'{shown(self.flag)}'"
+        return quoted(self.flag)
 
     def read_template(self) -> list[tuple[str, str | None]]:
         """The pieces of a template."""
@@ -249,13 +250,13 @@ class TextKey:
         """The columns of a table that have the keys; a UserError if there are none."""
         columns = [key if key in names else key.partition(".")[0] for key in self.keys]
         if not set(columns) <= set(names):
-            raise self.not_there(place, map(repr, names))
+            raise self.not_there(place, map(quoted, names))
         return list(dict.fromkeys(columns))
 
     def not_there(self, place: str, names: Iterable[str]) -> UserError:
         """The error for a table in which no row has the key."""
-        keys = ", ".join(itertools.islice(names, KEYS_SHOWN))
-        return UserError(place, f"no {self} in any row (keys: {keys})", "pass --text_key KEY")
+        problem = f"no {self} in any row (keys: {listed(names)})"
+        return UserError(place, problem, "pass --text_key KEY")
 
     def text(self, where: str, row: Any, errors: str) -> tuple[str, str]:
         """The text of a row, or why it is left out."""
@@ -285,14 +286,16 @@ class TextKey:
             if isinstance(value, bytes):  # a Parquet column of bytes
                 value = value.decode("utf-8", errors)
             if not isinstance(value, str):
-                problem = f"{key!r} is {type(value).__name__} (keys: {', '.join(key_names(row))})"
+                problem = (
+                    f"{quoted(key)} is {type(value).__name__} (keys: {listed(key_names(row))})"
+                )
                 raise UserError(where, problem, "pass --text_key KEY")
             # JSON can spell half of a surrogate pair, which is not a character.
             return value.encode("utf-8", errors).decode("utf-8").removeprefix("\ufeff")
         except UnicodeEncodeError:
             raise UserError(where, "half a surrogate pair in the text", remedy) from None
         except UnicodeDecodeError as error:
-            problem = f"not UTF-8 at byte {error.start} of {key!r}"
+            problem = f"not UTF-8 at byte {error.start} of {quoted(key)}"
             raise UserError(where, problem, remedy) from None
 
 
@@ -311,8 +314,18 @@ def key_names(row: Any) -> list[str]:
     names = []
     for key, value in row.items() if isinstance(row, dict) else ():
         inner = value if isinstance(value, dict) and value else ()
-        names += [repr(f"{key}.{name}") for name in inner] or [repr(key)]
+        names += [quoted(f"{key}.{name}") for name in inner] or [quoted(key)]
     return names
+
+
+def quoted(name: str) -> str:
+    """A name in quotes, on one line."""
+    return f"'{shown(name)}'"
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first names of several."""
+    return ", ".join(itertools.islice(names, KEYS_SHOWN))
 
 
 # ------------------------------------------------------------------------------- text and JSON
@@ -532,7 +545,11 @@ def parquet_rows(item: Item, spool: Path | None, text_key: TextKey) -> Iterator[
     def batches() -> Iterator[list]:
         source = random_access(item.stream, spool)
         # Pages are read one after another; else it keeps a whole row group in memory.
-        options = {"buffer_size": READ_BYTES, "pre_buffer": False}
+        options = {
+            "buffer_size": READ_BYTES,
+            "pre_buffer": False,
+            "page_checksum_verification": True,
+        }
         with source, parquet.ParquetFile(source, **options) as file:
             columns = text_key.columns(file.schema_arrow.names, item.place)
             for batch in file.iter_batches(batch_rows(file.metadata), columns=columns):

@@ -236,12 +236,14 @@ def sample_files(left_out: LeftOut) -> list[Found]:
     """The sample corpus: the source of Python's own library."""
     root = Path(sysconfig.get_paths()["stdlib"])
     sources = [f for f in Walk(LeftOut(), (), NOT_SAMPLE).files(root) if f.path.suffix == ".py"]
-    files = [file for file in sources if is_utf8(file.path)]
+    files = []
+    for file in sources:
+        if is_utf8(file.path):
+            files.append(file)
+        else:
+            left_out.add("not UTF-8", file.path)
     if len(files) < FEW_SOURCES:
         raise UserError(shown(root), "Python's library has no source there", "pass --input")
-    for file in sources:
-        if file not in files:
-            left_out.add("not UTF-8", file.path)
     return files
 
 
