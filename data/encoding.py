@@ -62,7 +62,7 @@ class Encoder:
 
     @cached_property
     def bare(self) -> Tokenizer:
-        """The tokenizer for text that continues a document: it puts nothing before it."""
+        """The tokenizer for text that continues a document: its beginning stays."""
         rules = json.loads(self.tokenizer.to_str())
         for name in ("normalizer", "pre_tokenizer"):
             rules[name] = without_prefix(rules[name])
@@ -126,20 +126,22 @@ class Encoder:
         return ids_of(self.tokenizer, near[:at]) == whole[: len(whole) - len(right)]
 
     def cut_tokens(self, text: str, continues: bool) -> tuple[int, bool]:
-        """The same for text without spaces: between two tokens, the best of the last ones."""
+        """The same for text without spaces: between two words or tokens of the last ones."""
         tokenizer = self.bare if continues else self.tokenizer
         encoding = tokenizer.encode(text, add_special_tokens=False)
-        ids, found = encoding.ids, None
+        ids, words, offsets = encoding.ids, encoding.word_ids, encoding.offsets
+        ends = range(len(text) - NEAR_CHARS, len(text) - NEAR_CHARS // 2)
+        found = []
         for i in range(len(ids) - 1, 0, -1):
-            at = encoding.offsets[i][0]
-            if at > len(text) - NEAR_CHARS // 2 or encoding.offsets[i - 1][1] > at:
-                continue
-            if found and at < len(text) - NEAR_CHARS:
+            at = offsets[i][0]
+            if at < ends.start:
                 break
-            found = found or at
+            if at in ends and offsets[i - 1][1] <= at:
+                found.append((words[i] == words[i - 1], i, at))
+        for _, i, at in sorted(found, key=lambda place: place[0])[:TRIES]:
             if ids_of(self.bare, text[at:]) == ids[i:] and ids_of(tokenizer, text[:at]) == ids[:i]:
                 return at, True
-        return found or len(text) - NEAR_CHARS // 2, True
+        return found[0][2] if found else ends.start, True
 
 
 def plain(tokenizer: Tokenizer) -> Tokenizer:
@@ -164,7 +166,7 @@ def places(near: str) -> list[int]:
 
 
 def without_prefix(rules: Any) -> Any:
-    """The rules of a tokenizer.json without what puts a space before a text."""
+    """The rules of a tokenizer.json without what changes the beginning of a text."""
     if isinstance(rules, list):
         return [kept for kept in map(without_prefix, rules) if kept is not None]
     if not isinstance(rules, dict):
@@ -174,6 +176,8 @@ def without_prefix(rules: Any) -> Any:
         return None
     if kind == "Metaspace":
         return {**rules, "prepend_scheme": "never"}
+    if kind == "Strip":
+        return {**rules, "strip_left": False}
     if kind == "ByteLevel":
         return {**rules, "add_prefix_space": False}
     return {name: without_prefix(value) for name, value in rules.items()}
