@@ -169,13 +169,12 @@ class LeftOut:
 class Found(NamedTuple):
     """A file of the inputs."""
 
-    key: str  # its path below its folder, with "/"
+    key: str  # its path below its folder, with "/"; the hash of its content if it is a copy
     path: Path
     size: int
     changed: int  # time of its last change, in ns
     place: str  # for messages
-    name: str  # with the suffix that says what it holds
-    digest: str = ""  # hash of its content, if it is a copy
+    name: str  # with the suffix that says what it holds; "" if it is a copy
 
     @classmethod
     def at(cls, key: str, path: Path) -> Found:

@@ -145,7 +145,7 @@ class Corpus:
             reading = self.reading
             facts: list = [reading.dataset, reading.config, reading.split, self.builder.hash]
         else:
-            facts = [(f.key, f.place, f.size, f.digest or f.changed) for f in self.files]
+            facts = [(f.key, *((f.place, f.size, f.changed) if f.name else ())) for f in self.files]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def of_item(self, item: Item, left_out: LeftOut) -> Iterator[Document]:

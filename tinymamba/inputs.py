@@ -157,7 +157,7 @@ def input_files(
                 files += files_of_folder(walk, root)
             elif is_pipe(root):
                 with open(root, "rb") as source:
-                    files.append(copied(source, root.as_posix(), shown(root), spool))
+                    files.append(copied(source, shown(root), spool))
             else:
                 files += single_file(walk, root)
         except OSError as error:
@@ -184,13 +184,14 @@ def is_pipe(path: Path) -> bool:
 
 def files_of_folder(walk: Walk, root: Path) -> list[Found]:
     """The files below a folder; a UserError if there is nothing to read."""
-    known, before = len(walk.seen), walk.left_out.copy()
-    files = walk.files(root)
-    if files or len(walk.seen) == known:
+    before = walk.left_out.copy().counts
+    if files := walk.files(root):
         return files
-    reasons = {r: n - before.counts.get(r, 0) for r, n in walk.left_out.counts.items()}
-    new = ", ".join(f"{reason}: {count}" for reason, count in reasons.items() if count)
-    problem = f"holds nothing to read ({new})" if new else "is empty"
+    counts = {reason: n - before.get(reason, 0) for reason, n in walk.left_out.counts.items()}
+    if counts.get(READ_ALREADY):
+        return []
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in counts.items() if count)
+    problem = f"holds nothing to read ({reasons})" if reasons else "is empty"
     raise UserError(shown(root), problem, "give UTF-8 text, .jsonl or .parquet")
 
 
@@ -215,18 +216,18 @@ def copied_stdin(spool: Path) -> Found:
         raise UserError("-", "there is no standard input", "name a file")
     source = getattr(sys.stdin, "buffer", None)  # what replaces sys.stdin may be text only
     source = source or io.BytesIO(sys.stdin.read().encode("utf-8", "surrogateescape"))
-    return copied(source, "-", "standard input", spool)
+    return copied(source, "standard input", spool)
 
 
-def copied(source: IO[bytes], key: str, place: str, spool: Path) -> Found:
-    """A copy of a stream in the folder `spool`."""
+def copied(source: IO[bytes], place: str, spool: Path) -> Found:
+    """A copy of a stream in the folder `spool`. Its key is its hash: pipes have no lasting name."""
     digest = hashlib.sha256()
     spool.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=spool, prefix="input-", delete=False) as file:
         while data := source.read(READ_BYTES):
             digest.update(data)
             file.write(data)
-    found = Found.at(key, Path(file.name))._replace(place=place, name="", digest=digest.hexdigest())
+    found = Found.at(digest.hexdigest(), Path(file.name))._replace(place=place, name="")
     if problem := problem_of(found):
         raise UserError(place, f"is {problem}", "give UTF-8 text or JSON lines")
     return found
