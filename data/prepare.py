@@ -332,7 +332,7 @@ def copy_templates(tokenizer: Path, folder: Path) -> None:
 
 def prepare_locked(options: Options, work: Unfinished) -> dict[str, dict]:
     """Write all OUTPUTS, or none: they are moved into place once all are complete."""
-    progress = work.open(options.that_count(), options.resume, options.force)
+    progress = work.find(options.that_count(), options.resume, options.force)
     if progress is None:
         check_outputs(options)
     if progress is None or not progress.facts:
@@ -345,16 +345,17 @@ def prepare_locked(options: Options, work: Unfinished) -> dict[str, dict]:
 
 
 def write_all(options: Options, work: Unfinished, earlier: Progress | None) -> Progress:
-    """Write everything into the folder of the work, which is kept if this is interrupted."""
-    run = None
+    """Write everything into the folder of the work, which is kept if much is lost without it."""
+    began = time.monotonic()
     try:
+        work.folder.mkdir(exist_ok=True)
         run = Run(options, work, earlier)
         run.write()
     except BaseException:
-        if earlier is None and not (run and work.file.exists() and work.load().chunks):
-            work.remove()
-        else:
+        if earlier or (time.monotonic() - began >= SAVE_SECONDS and work.has_tokens()):
             print(f"{work.folder} is kept: the same command with --resume goes on", flush=True)
+        else:
+            work.remove()
         raise
     return run.progress
 

@@ -48,8 +48,8 @@ class Unfinished:
         self.folder = target / f"{PREFIX}unfinished"
         self.file = self.folder / "progress.json"
 
-    def open(self, options: dict[str, Any], resume: bool, force: bool) -> Progress | None:
-        """Make the folder ready; the progress to go on from, or None to begin.
+    def find(self, options: dict[str, Any], resume: bool, force: bool) -> Progress | None:
+        """The progress to go on from, or None to begin.
 
         A UserError if an earlier run left something, and it is not said what to do about it.
         """
@@ -68,7 +68,6 @@ class Unfinished:
             if was != value:
                 problem = f"{value} now, but {was} in the run to go on with"
                 raise UserError(f"--{name}", problem, "pass the same, or --force without --resume")
-        self.folder.mkdir(exist_ok=True)
         return progress
 
     def load(self) -> Progress:
@@ -82,6 +81,10 @@ class Unfinished:
             problem = "is damaged, or of another version"
             raise UserError(str(self.file), problem, "pass --force without --resume to start again")
         return progress
+
+    def has_tokens(self) -> bool:
+        """Whether any tokens can be gone on from."""
+        return self.file.exists() and sum(self.load().tokens.values()) > 0
 
     def save(self, progress: Progress) -> None:
         """Write the progress; what it tells of must be on disk."""
