@@ -53,6 +53,8 @@ class Unfinished:
 
         A UserError if an earlier run left something, and it is not said what to do about it.
         """
+        if not self.file.exists():
+            self.remove()  # it ended before anything was worth keeping, or after it had moved all
         left = {path for path in self.target.glob(f"{PREFIX}*") if path.is_dir()}
         resumable = self.folder in left and resume
         for path in sorted(left - ({self.folder} if resumable else set())):
@@ -62,7 +64,7 @@ class Unfinished:
             if not force:
                 raise UserError(str(path), "was left by a run that was interrupted", remedy)
             shutil.rmtree(path)
-        progress = self.load() if resumable and self.file.exists() else None
+        progress = self.load() if resumable else None
         for name, value in options.items() if progress else ():
             was = progress.options.get(name) if progress else None
             if was != value:

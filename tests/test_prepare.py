@@ -7,11 +7,9 @@ import itertools
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import sysconfig
-import time
 from pathlib import Path
 
 import numpy as np
@@ -292,32 +290,6 @@ def test_files_of_an_earlier_run_are_kept_unless_forced(tmp_path):
     flags[1] = "a.txt"
     run(tmp_path, *flags, "--force")
     Prepared(tmp_path / "out")
-
-
-@POSIX
-def test_interrupted_run_leaves_the_old_files(tmp_path):
-    (tmp_path / "big.txt").write_text("some words on a line\n" * 3_000_000)
-    (tmp_path / "out").mkdir()
-    for name in NAMES:
-        (tmp_path / "out" / name).write_text("old")
-    before = contents(tmp_path / "out")
-    flags = ["--input", "big.txt", "--tokenizer", "byte", "--output_dir", "out", "--force"]
-    process = subprocess.Popen(
-        [sys.executable, prepare.__file__, *flags],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        # A shell starts its background jobs, and so their children, with the signal ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    deadline = time.monotonic() + 60
-    while not any(f.stat().st_size > 1e6 for f in (tmp_path / "out").glob(".prepare-*/train.bin")):
-        assert time.monotonic() < deadline
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(0.02)  # it is still at work
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert contents(tmp_path / "out") == before
 
 
 # --------------------------------------------------------------------------------- tokenizers

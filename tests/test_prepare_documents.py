@@ -1,6 +1,7 @@
 """How data/prepare.py divides text: sides, separators, chunks that keep their ids, processes."""
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -50,7 +51,8 @@ def test_few_rows_have_the_nearest_share_and_never_an_empty_side(tmp_path, count
         write_rows(tmp_path / "a.jsonl", [f"{seed} row {i}" for i in range(count)])
         flags = ("--input", "a.jsonl", "--val_fraction", fraction, "--force")
         made, _ = make(tmp_path, *flags)
-        assert len(made["val"]) == min(max(round(count * fraction), 1), count - 1)
+        wanted = min(max(count * fraction, 1), count - 1)
+        assert abs(len(made["val"]) - wanted) <= 0.5
         assert len(made["train"]) == count - len(made["val"])
 
 
@@ -244,7 +246,10 @@ KINDS = {  # name: how it is made, whether it keeps every text
     "unigram": (unigram_kind, False),
     "word piece": (word_piece_kind, False),
 }
-LONG_WORDS = {"word piece": {"no spaces", "dna", "one letter"}, "unigram": {"only spaces"}}
+LONG_WORDS = {
+    "word piece": {"no spaces", "dna", "one letter"},
+    "unigram": {"one letter", "only spaces"},
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -321,22 +326,18 @@ def test_any_number_of_processes_writes_the_same(tmp_path, monkeypatch):
 
 @POSIX
 def test_a_process_that_is_killed_is_one_line(tmp_path, monkeypatch):
-    write_rows(tmp_path / "a.jsonl", [f"row {i}" for i in range(50)])
     tokenizer = tmp_path / "tokenizer.json"
     byte_tokenizer().save(str(tokenizer))
     encoder = encoding.Encoder(tokenizer, EOS, "int32")
     chunk = encoding.Chunk("train", "text", False, True)
 
     def chunks():
-        yield chunk
-        monkeypatch.setattr(encoding, "encode_batch", kill_self)
-        yield from [chunk] * 100
+        yield from [chunk] * 9
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, signal.SIGKILL)
+        yield from [chunk] * 99
 
     monkeypatch.setattr(encoding, "WORKER_CHARS", 1)
-    with pytest.raises(UserError, match="--workers: a process .* was ended, .*; pass fewer"):
-        with encoding.encoding_with(encoder, 2) as encode:
-            list(encode(chunks()))
-
-
-def kill_self(_):
-    os.kill(os.getpid(), signal.SIGKILL)
+    problem = "--workers: a process .* was ended, .*; pass fewer"
+    with pytest.raises(UserError, match=problem), encoding.encoding_with(encoder, 2) as encode:
+        list(encode(chunks()))
