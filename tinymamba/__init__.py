@@ -32,7 +32,7 @@ OF_EXTRAS = {  # not in `import *`: they need more packages
 }
 MODULES = {*NAMES, *OF_EXTRAS, "archives", "benchmark", "data", "data_order", "documents"}
 MODULES |= {"export_model", "inputs", "kernels", "lock", "muon", "namesake", "openai_api"}
-MODULES |= {"runtime", "serve", "token_file"}
+MODULES |= {"runtime", "serve", "token_file", "token_shards"}
 HOMES = {name: module for module, names in {**NAMES, **OF_EXTRAS}.items() for name in names.split()}
 
 __all__ = ["__version__", *(name for names in NAMES.values() for name in names.split())]
