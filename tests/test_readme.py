@@ -29,9 +29,10 @@ from torch.distributed.run import get_args_parser
 import benchmark
 import export_model
 import hf_integration
-from data import prepare
 from testv2 import Config, parse_command_line
 from tinymamba import __main__ as package
+from tinymamba import documents
+from tinymamba.documents import Corpus, Reading
 
 README = ROOT / "README.md"
 DOCS = sorted(ROOT.glob("docs/*.md"))
@@ -147,10 +148,10 @@ def place(tmp_path_factory) -> Iterator[Workspace]:
     for name in ("ablations.md", "ablations.jsonl"):
         shutil.copy(ROOT / "docs" / name, folder / "docs")
     save_stand_in_for_gpt2(folder / "gpt2")
-    workspace, sample = Workspace(folder), prepare.sample_files()
+    workspace, sample = Workspace(folder), Corpus(None, Reading(), []).files
     with pytest.MonkeyPatch.context() as patch, workspace.closing:
         patch.setenv("WANDB_MODE", "offline")
-        patch.setattr(prepare, "sample_files", lambda: sample[:40])
+        patch.setattr(documents, "sample_files", lambda _: sample[:40])
         workspace.run(PREPARE)
         workspace.run(TRAIN)
         for i in (1, 2, 3):
