@@ -341,3 +341,38 @@ def test_a_process_that_is_killed_is_one_line(tmp_path, monkeypatch):
     problem = "--workers: a process .* was ended, .*; pass fewer"
     with pytest.raises(UserError, match=problem), encoding.encoding_with(encoder, 2) as encode:
         list(encode(chunks()))
+
+
+# ------------------------------------------------------------------------- datasets and pipes
+
+
+def test_a_dataset_is_read_up_to_max_tokens_with_a_split_for_validation(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "set").mkdir()
+    write_rows(tmp_path / "set" / "train.jsonl", [f"row {i:04}" for i in range(300)])
+    write_rows(tmp_path / "set" / "test.jsonl", [f"test {i}" for i in range(3)])
+    flags = ("--dataset", "set", "--val_split", "test", "--max_tokens", 100)
+    made, _ = make(tmp_path, *flags)
+    assert made["train"] == [f"row {i:04}" for i in range(12)]  # 9 tokens each
+    assert made["val"] == [f"test {i}" for i in range(3)]
+    made, _ = make(tmp_path, "--dataset", "set", "--val_fraction", 0.1, "--force")
+    assert sorted(made["train"] + made["val"]) == [f"row {i:04}" for i in range(300)]
+    assert len(made["val"]) == 30
+
+
+def test_standard_input_goes_on_after_a_kill_if_it_is_the_same(tmp_path, monkeypatch):
+    def run(text, *words):
+        flags = ("--input", "-", "--tokenizer", "byte", "--output_dir", "out", *words)
+        return run_main(prepare.main, *flags, cwd=tmp_path, input=text)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "SAVE_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.Run, "write_facts", interrupted)
+        assert run("some text\n" * 50).returncode == 130
+    assert_refused(run("other text\n" * 50, "--resume"), "--input: is not what it was")
+    assert run("some text\n" * 50, "--resume").returncode == 0
+    assert "".join(documents(tmp_path / "out", "train")).startswith("some text\n")
+    assert not list((tmp_path / "out").glob(".*"))

@@ -29,9 +29,11 @@ from torch.distributed.run import get_args_parser
 import benchmark
 import export_model
 import hf_integration
+from data import prepare
 from testv2 import Config, parse_command_line
 from tinymamba import __main__ as package
 from tinymamba import documents
+from tinymamba.cli import parse_flags
 from tinymamba.documents import Corpus, Reading
 
 README = ROOT / "README.md"
@@ -304,6 +306,11 @@ def check_slow_export(place: Workspace, words: list[str]) -> None:
     assert export_model.parse([*words[2:], "--output_dir", str(place.folder / "exported")])
 
 
+def check_dataset(place: Workspace, words: list[str]) -> None:
+    """It would have to be downloaded; tests/test_prepare_documents.py reads a local one."""
+    prepare.check(parse_flags(prepare.Options, words[2:], "", None))
+
+
 def check_push(place: Workspace, words: list[str]) -> None:
     """Tests/test_hf_integration.py uploads a folder to a hub of its own."""
     assert hf_integration.parse(words[2:])
@@ -447,6 +454,7 @@ def check_output(command: list[str], cwd: Path) -> str:
 
 CHECKS = [
     (r"python export_model.py .*(--aoti|--quantize|onnx_models)", check_slow_export),
+    (r"python data/prepare.py --dataset ", check_dataset),
     (r"python hf_integration.py push ", check_push),
     (r"(python benchmark.py .*)?lm_eval ", check_lm_eval),
     (r"python exported_models/onnx/onnx_generate.py ", check_onnx_generate),
