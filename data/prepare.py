@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 if not __package__:  # run as a script: the package is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data.console import say
 from data.encoding import Encoded, Encoder, encoding_with
 from data.sides import Split, Text
 from data.unfinished import TOKENIZER, Progress, Unfinished, file_hash, sync
@@ -198,10 +199,10 @@ def report_input(sources: list[Source], options: Options) -> None:
         if options.strict:
             corpus.left_out.refuse()
         for line in corpus.left_out.lines():
-            print(line)
+            say(line)
         if split.found:
             remedy = "--document_separator '' keeps it as text"
-            print(f"{split.separator} ended {split.found:,} documents within files; {remedy}")
+            say(f"{split.separator} ended {split.found:,} documents within files; {remedy}")
 
 
 # ------------------------------------------------------------------------------------ output
@@ -353,7 +354,7 @@ def write_all(options: Options, work: Unfinished, earlier: Progress | None) -> P
         run.write()
     except BaseException:
         if earlier or (time.monotonic() - began >= SAVE_SECONDS and work.has_tokens()):
-            print(f"{work.folder} is kept: the same command with --resume goes on", flush=True)
+            say(f"{work.folder} is kept: the same command with --resume goes on")
         else:
             work.remove()
         raise
@@ -393,9 +394,9 @@ def prepare(options: Options) -> dict[str, dict]:
     for side, fact in facts.items():
         tokens, count = fact["tokens"], fact["bytes"]
         ratio = f"{count / tokens:.2f} bytes per token"
-        print(f"{target / side}.bin: {tokens:,} tokens, {count:,} bytes, {ratio}")
+        say(f"{target / side}.bin: {tokens:,} tokens, {count:,} bytes, {ratio}")
     if "val" not in facts:
-        print("no val.bin was asked for: train with --enable_validation false")
+        say("no val.bin was asked for: train with --enable_validation false")
     return facts
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from data.console import say
 from tinymamba.cli import UserError, need
 from tinymamba.tokenizer import (
     EOS_TOKEN,
@@ -53,7 +54,7 @@ def train_bpe(parts: Iterable[str], learning: Learning) -> Tokenizer:
     tokenizer = bounded_byte_level(models.BPE())
     tokenizer.train_from_iterator(sample(parts, learning), trainer)
     if tokenizer.get_vocab_size() < learning.vocab_size:
-        print(f"the text gives {tokenizer.get_vocab_size()} tokens, not {learning.vocab_size}")
+        say(f"the text gives {tokenizer.get_vocab_size()} tokens, not {learning.vocab_size}")
     return tokenizer
 
 
@@ -80,7 +81,7 @@ def sample(parts: Iterable[str], learning: Learning) -> Iterator[str]:
     left, unspaced = learning.sample_bytes, UNSPACED_BYTES * learning.vocab_size
     for part in parts:
         if left <= 0:
-            print(f"bpe learns from the first {learning.sample_bytes:,} bytes only")
+            say(f"bpe learns from the first {learning.sample_bytes:,} bytes only")
             return
         if unspaced <= 0:
             part = UNSPACED.sub("", part)
@@ -88,7 +89,7 @@ def sample(parts: Iterable[str], learning: Learning) -> Iterator[str]:
             found = UNSPACED.findall(part)
             unspaced -= sum(len(run.encode()) for run in found)
             if unspaced <= 0:
-                print("bpe learns from the first text without spaces only")
+                say("bpe learns from the first text without spaces only")
         part = part[:left]
         left -= len(part.encode())
         yield part

@@ -230,3 +230,14 @@ def test_a_signal_leaves_a_run_that_goes_on(tmp_path, number):
     assert done.returncode == 0, done.stderr
     assert run_main(prepare.main, *flags[:-1], "whole", cwd=tmp_path).returncode == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@POSIX
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("end", ["> /dev/full", ">&-", "| true"])
+def test_a_console_that_fails_does_not_end_the_work(tmp_path, end):
+    (tmp_path / "a.txt").write_text(TEXT * 300, encoding="utf-8")
+    command = f"{sys.executable} {prepare.__file__} --input a.txt --vocab_size 1000 {end}"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(contents(tmp_path / "data" / "text")) == 6
