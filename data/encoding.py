@@ -127,21 +127,26 @@ class Encoder:
 
     def cut_tokens(self, text: str, continues: bool) -> tuple[int, bool]:
         """The same for text without spaces: between two words or tokens of the last ones."""
-        tokenizer = self.bare if continues else self.tokenizer
-        encoding = tokenizer.encode(text, add_special_tokens=False)
+        encoding = (self.bare if continues else self.tokenizer).encode(
+            text, add_special_tokens=False
+        )
         ids, words, offsets = encoding.ids, encoding.word_ids, encoding.offsets
-        ends = range(len(text) - NEAR_CHARS, len(text) - NEAR_CHARS // 2)
-        found = []
+        low, high = len(text) - NEAR_CHARS, len(text) - NEAR_CHARS // 2
+        found, first = [], 0  # the first of the tokens that a cut is judged by
         for i in range(len(ids) - 1, 0, -1):
-            at = offsets[i][0]
-            if at < ends.start:
+            at, starts_word = offsets[i][0], words[i] != words[i - 1]
+            if low <= at < high and offsets[i - 1][1] <= at:
+                found.append((not starts_word, i, at))
+            if at < low - NEAR_CHARS and (starts_word or at < low - 4 * NEAR_CHARS):
+                first = i
                 break
-            if at in ends and offsets[i - 1][1] <= at:
-                found.append((words[i] == words[i - 1], i, at))
+        tokenizer = self.bare if first or continues else self.tokenizer
+        start = offsets[first][0] if first else 0
         for _, i, at in sorted(found, key=lambda place: place[0])[:TRIES]:
-            if ids_of(self.bare, text[at:]) == ids[i:] and ids_of(tokenizer, text[:at]) == ids[:i]:
+            left, right = ids_of(tokenizer, text[start:at]), ids_of(self.bare, text[at:])
+            if right == ids[i:] and left == ids[first:i]:
                 return at, True
-        return found[0][2] if found else ends.start, True
+        return found[0][2] if found else low, True
 
 
 def plain(tokenizer: Tokenizer) -> Tokenizer:

@@ -42,11 +42,10 @@ from typing import IO, Any, ClassVar, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 if not __package__:  # run as a script: the package is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.console import say
+from data.console import progress_bar, say
 from data.encoding import Encoded, Encoder, encoding_with
 from data.sides import Split, Text
 from data.unfinished import TOKENIZER, Progress, Unfinished, file_hash, sync
@@ -58,6 +57,7 @@ from tinymamba.tokenizer import EOS_TOKEN
 
 OUTPUTS = ("val.bin", "val.json", "vocab.txt", "tokenizer.json", "train.json", "train.bin")
 TEMPLATES = ("chat_template.jinja", "tokenizer_config.json")  # copied if beside a tokenizer.json
+OWN_TOKENIZERS = ("byte", "bpe", "gpt2")
 LOCK = ".prepare.lock"
 SAVE_SECONDS = 5.0  # between two saves of the progress
 SIDES = ("train", "val")
@@ -103,8 +103,8 @@ class Options:
     }
     NOT_RESULT: ClassVar = ("strict", "output_dir", "force", "resume", "workers")
 
-    def that_count(self) -> dict[str, Any]:
-        """Those that decide what is written."""
+    def deciding(self) -> dict[str, Any]:
+        """Those that decide what is written: a run goes on with the same ones only."""
         facts = dataclasses.asdict(self)
         return {name: value for name, value in facts.items() if name not in self.NOT_RESULT}
 
@@ -141,9 +141,18 @@ def check_fits(vocab_size: int, dtype: str) -> None:
 
 def check_outputs(options: Options) -> None:
     """Reject a folder that has the files already."""
-    for path in (Path(options.output_dir, name) for name in OUTPUTS):
+    copied = [path.name for path in templates(options.tokenizer)]
+    for path in (Path(options.output_dir, name) for name in (*OUTPUTS, *copied)):
         if path.exists() and not options.force:
             raise UserError(str(path), "exists", "pass --force or another --output_dir")
+
+
+def templates(tokenizer: str) -> list[Path]:
+    """The files of a chat template that stand beside a tokenizer.json."""
+    if tokenizer in OWN_TOKENIZERS:
+        return []
+    folder = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
+    return [folder / name for name in TEMPLATES if (folder / name).is_file()]
 
 
 # ------------------------------------------------------------------------------------- input
@@ -157,8 +166,7 @@ class Source(NamedTuple):
 
     def texts(self, label: str) -> Iterator[Text]:
         """All documents, with a progress bar."""
-        total = self.corpus.total_bytes
-        with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None) as bar:
+        with progress_bar(label, self.corpus.total_bytes) as bar:
             yield from self.split.texts(self.corpus.documents(bar.update))
 
 
@@ -215,7 +223,7 @@ class Run:
         self.options, self.work = options, work
         self.sources = open_sources(options, work)
         prints = [source.corpus.fingerprint() for source in self.sources]
-        self.progress = progress or Progress(options.that_count(), prints)
+        self.progress = progress or Progress(options.deciding(), prints)
         remedy = "restore it, or pass --force without --resume to start again"
         same = self.progress.inputs == prints
         require(same, "--input", "is not what it was when the run began", remedy)
@@ -235,12 +243,13 @@ class Run:
         """Write tokenizer.json and vocab.txt."""
         options, folder = self.options, self.work.folder
         learning = Learning(options.vocab_size, options.bpe_sample_bytes)
-        if options.tokenizer in ("byte", "bpe", "gpt2"):
+        if options.tokenizer in OWN_TOKENIZERS:
             parts = training_parts(self.sources[0])
             tokenizer, eos = make_tokenizer(options.tokenizer, parts, learning)
         else:
             tokenizer, eos = local_tokenizer(options.tokenizer, options.eos_token)
-            copy_templates(Path(options.tokenizer), folder)
+            for path in templates(options.tokenizer):
+                shutil.copyfile(path, folder / path.name)
         tokens = {i: token for token, i in tokenizer.get_vocab().items()}
         check_fits(max(tokens) + 1, options.dtype)
         tokenizer.save(str(folder / TOKENIZER))
@@ -323,17 +332,9 @@ class Run:
         self.work.save(progress)
 
 
-def copy_templates(tokenizer: Path, folder: Path) -> None:
-    """Copy the chat template that stands beside a tokenizer.json."""
-    beside = tokenizer if tokenizer.is_dir() else tokenizer.parent
-    for name in TEMPLATES:
-        if (beside / name).is_file():
-            shutil.copyfile(beside / name, folder / name)
-
-
 def prepare_locked(options: Options, work: Unfinished) -> dict[str, dict]:
     """Write all OUTPUTS, or none: they are moved into place once all are complete."""
-    progress = work.find(options.that_count(), options.resume, options.force)
+    progress = work.find(options.deciding(), options.resume, options.force)
     if progress is None:
         check_outputs(options)
     if progress is None or not progress.facts:

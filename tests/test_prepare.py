@@ -325,6 +325,19 @@ def test_local_tokenizer_is_used_as_it_is(tmp_path):
     assert made.facts["val"]["eos_id"] == 1
 
 
+def test_the_chat_template_comes_with_a_local_tokenizer(tmp_path):
+    save_word_tokenizer(tmp_path / "words")
+    (tmp_path / "words" / "chat_template.jinja").write_text("theirs")
+    (tmp_path / "a.txt").write_text("a b late " * 50 + "\n")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "chat_template.jinja").write_text("mine")
+    flags = ["--input", "a.txt", "--tokenizer", "words", "--output_dir", "out"]
+    assert_refused(run_main(prepare.main, *flags, cwd=tmp_path), "chat_template.jinja: exists;")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "mine"
+    run(tmp_path, *flags, "--force")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "theirs"
+
+
 def ranks_of(text, size):
     """Ranks as tiktoken keeps them, from a vocabulary learned on `text`."""
     learner = byte_level(models.BPE())

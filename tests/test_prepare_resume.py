@@ -234,7 +234,7 @@ def test_a_signal_leaves_a_run_that_goes_on(tmp_path, number):
 
 @POSIX
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("end", ["> /dev/full", ">&-", "| true"])
+@pytest.mark.parametrize("end", ["> /dev/full", ">&-", "2>&-", "| true"])
 def test_a_console_that_fails_does_not_end_the_work(tmp_path, end):
     (tmp_path / "a.txt").write_text(TEXT * 300, encoding="utf-8")
     command = f"{sys.executable} {prepare.__file__} --input a.txt --vocab_size 1000 {end}"
