@@ -163,11 +163,15 @@ def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def places(near: str) -> list[int]:
-    """Where a text may be cut between words: at line breaks, then before spaces, the last first."""
-    low, high = len(near) // 4, 3 * len(near) // 4
-    inside = range(high, low, -1)
+    """Where a text may be cut between words: at line breaks, before spaces, before other signs.
+
+    The last of each kind comes first.
+    """
+    inside = range(3 * len(near) // 4, len(near) // 4, -1)
     lines = [i for i in inside if near[i - 1] == "\n" and not near[i].isspace()]
-    return lines + [i for i in inside if near[i].isspace() and not near[i - 1].isspace()]
+    spaces = [i for i in inside if near[i].isspace() and not near[i - 1].isspace()]
+    signs = [i for i in inside if near[i].isalpha() != near[i - 1].isalpha()]
+    return [*lines, *spaces, *signs]
 
 
 def without_prefix(rules: Any) -> Any:

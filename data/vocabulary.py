@@ -28,7 +28,7 @@ SPLIT = (
     r"|\s{1,32}(?!\S)|\s{1,32}"
 )
 UNSPACED = re.compile(r"\S{33,}")
-UNSPACED_BYTES = 512  # of text without spaces that bpe learns from, for each token
+UNSPACED_BYTES = 256  # of text without spaces that bpe learns from, for each token
 LINE_BREAK = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 
 

@@ -1,10 +1,12 @@
 """How data/prepare.py divides text: sides, separators, chunks that keep their ids, processes."""
 
+import base64
 import json
 import multiprocessing
 import os
 import random
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +172,7 @@ TEXTS = {
     "one line": CODE.replace("\n", " "),
     "no spaces": "".join(chr(0x4E00 + int(RANDOM.random() ** 3 * 300)) for _ in range(12_000)),
     "dna": "".join(RANDOM.choices("ACGT", k=12_000)),
+    "base64": base64.b64encode(RANDOM.randbytes(9000)).decode(),
     "one letter": "a" * 12_000,
     "only spaces": " " * 7000,
 }
@@ -247,7 +250,7 @@ KINDS = {  # name: how it is made, whether it keeps every text
     "word piece": (word_piece_kind, False),
 }
 LONG_WORDS = {
-    "word piece": {"no spaces", "dna", "one letter"},
+    "word piece": {"no spaces", "dna", "one letter", "base64"},
     "unigram": {"one letter", "only spaces"},
 }
 
@@ -301,8 +304,23 @@ def test_bpe_learns_from_a_part_of_text_without_spaces_only(capsys):
     parts = ["some words and\n" * 10, *[long] * 1000, f"{long} then words\n"]
     kept = list(vocabulary.sample(parts, vocabulary.Learning(300, 10**9)))
     assert kept[0] == parts[0] and kept[-1] == " then words\n"
-    assert sum(map(len, kept)) < 512 * 300 + 2000
+    assert sum(map(len, kept)) < 256 * 300 + 2000
     assert "text without spaces" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["no spaces", "dna", "base64", "one letter", "only spaces"])
+def test_text_without_spaces_takes_at_most_three_times_as_long(tmp_path, kind):
+    seconds = {}
+    library = sorted(Path(random.__file__).parent.glob("*.py"))
+    code = "".join(path.read_text(encoding="utf-8") for path in library[:100])
+    for name, text in (("code", code), (kind, "".join(RANDOM.choices(TEXTS[kind], k=len(code))))):
+        (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+        begin = time.process_time()
+        done = run_main(prepare.main, "--input", "a.txt", "--force", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        seconds[name] = (time.process_time() - begin) / len(text.encode())
+    assert seconds[kind] < 3 * seconds["code"]
 
 
 # ------------------------------------------------------------------------------------ processes
