@@ -2,55 +2,66 @@
 
     python data/prepare.py                                    # sample corpus: Python's own library
     python data/prepare.py --input book.txt --tokenizer byte  # the end of the book is validation
-    python data/prepare.py --input texts/ more.jsonl --vocab_size 16384 --output_dir ./data/mine
+    python data/prepare.py --input texts/ more.jsonl.gz --vocab_size 16384 --output_dir ./data/mine
     python data/prepare.py --input rows.parquet --text_key body --tokenizer path/to/tokenizer.json
+    python data/prepare.py --input train.txt --val_input val.txt
+    python data/prepare.py --dataset roneneldan/TinyStories --val_split validation
     python data/prepare.py --input texts/ --tokenizer gpt2    # needs tiktoken, and once the network
 
-A text file is one document, and so is each JSONL line and each Parquet row; an end-of-text token
-follows every document. Whole documents go to training or validation, by a hash of the file's path
-or of the row's text. With fewer than 20 text files, the end of each file is validation instead.
-Beside each .bin file, a .json file has its dtype, vocabulary size, end-of-text id and counts.
-Memory does not grow with the input.
+Documents. A text file is one document, and so is each row of .jsonl, .json and .parquet files. In a
+text file, <|endoftext|> (--document_separator) ends a document wherever it stands; it is not kept,
+nor is a line break directly behind it. In rows it is text, as other special tokens are everywhere.
+An end-of-text token follows every document.
+
+Validation. Whole documents go to training or validation, by a hash of the row, of the beginning of
+the document in a file, or of the file's path. With fewer than 20 text files without separators,
+the end of each file is validation instead. With --val_input or --val_split, nothing else is.
+
+Interruptions. Until everything is written, all is in OUTPUT_DIR/.prepare-unfinished. After a kill,
+the same command with --resume goes on there; the result is the same.
+
+Beside each .bin file, a .json file has its dtype, vocabulary size, end-of-text id, counts, and the
+hash of the tokenizer. Memory does not grow with the input.
 """
 
 from __future__ import annotations
 
-import codecs
-import hashlib
+import contextlib
+import dataclasses
 import json
-import os
-import re
+import math
+import shutil
+import signal
 import sys
-import sysconfig
-import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import IO, Any, ClassVar, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer, models, trainers
-from tqdm import tqdm
+from tokenizers import Tokenizer
 
 if not __package__:  # run as a script: the package is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tinymamba.cli import UserError, need, parse_flags, run_cli
-from tinymamba.tokenizer import (
-    EOS_TOKEN,
-    SimpleTokenizer,
-    byte_alphabet,
-    byte_level,
-    byte_tokenizer,
-)
+from data.console import progress_bar, say
+from data.encoding import Encoded, Encoder, encoding_with
+from data.sides import Split, Text
+from data.unfinished import TOKENIZER, Progress, Unfinished, file_hash, sync
+from data.vocabulary import Learning, local_tokenizer, make_tokenizer, tokenizer_hash, vocab_text
+from tinymamba.cli import UserError, parse_flags, require, run_cli
+from tinymamba.documents import Corpus, Reading
+from tinymamba.lock import hold_lock
+from tinymamba.tokenizer import EOS_TOKEN
 
-OUTPUTS = ("train.bin", "val.bin", "train.json", "val.json", "vocab.txt", "tokenizer.json")
-READ_BYTES = 1 << 20  # read from disk at a time
-CHUNK_CHARS = 1 << 16  # longest string that is tokenized at once
-BATCH_CHARS = 1 << 20  # tokenized in one call, on all cores; needs up to 350 bytes of memory each
-FEW_FILES = 20  # with fewer, whole files are too coarse for a validation split
-LINE_BREAK = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
-NOT_SAMPLE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-NOT_SAMPLE |= {"encodings", "pydoc_data"}  # tables and generated text
+OUTPUTS = ("val.bin", "val.json", "vocab.txt", "tokenizer.json", "train.json", "train.bin")
+TEMPLATES = ("chat_template.jinja", "tokenizer_config.json")  # copied if beside a tokenizer.json
+OWN_TOKENIZERS = ("byte", "bpe", "gpt2")
+LOCK = ".prepare.lock"
+SAVE_SECONDS = 5.0  # between two saves of the progress
+SIDES = ("train", "val")
+ENDS = ("bin", "json")
 
 
 @dataclass
@@ -58,10 +69,20 @@ class Options:
     """The command line."""
 
     # Input
-    input: list[str] | None = None  # text, .jsonl, .parquet, folders; None is Python's own library
-    text_key: str = "text"  # JSONL key or Parquet column that has the text
+    input: list[str] | None = None  # text, .jsonl, .json, .parquet, archives, folders, - [library]
+    text_key: str = "text"  # key or column with the text, as a.b if nested, or "{title} {body}"
+    document_separator: str = EOS_TOKEN  # ends a document within a text file; "" is nothing
     encoding_errors: str = "strict"  # what to do about invalid UTF-8
-    val_fraction: float = 0.05  # share of the text for validation
+    strict: bool = False  # reject input of which anything is left out
+    # Input from the library `datasets`
+    dataset: str | None = None  # name on the Hugging Face Hub, or a local folder
+    config: str | None = None  # its configuration
+    split: str = "train"  # its split
+    max_tokens: int | None = None  # read about so many tokens of each split
+    # Validation
+    val_fraction: float = 0.05  # share of the documents or the text; 0 writes no val.bin
+    val_input: list[str] | None = None  # files for validation, instead of a share
+    val_split: str | None = None  # split for validation, instead of a share
     # Tokenizer
     tokenizer: str = "bpe"  # byte, bpe, gpt2, or a tokenizer.json or its folder
     vocab_size: int = 4096  # number of tokens that bpe learns
@@ -71,22 +92,45 @@ class Options:
     output_dir: str = "./data/text"  # folder for the files written
     dtype: str = "int32"  # of the tokens in the .bin files
     force: bool = False  # replace files that exist
+    resume: bool = False  # go on with a run that was interrupted, if there is one
+    workers: int = 1  # processes that encode; 1 uses threads on all cores
 
     CHOICES: ClassVar = {"dtype": ("int32", "uint16"), "encoding_errors": ("strict", "replace")}
+    LIMITS: ClassVar = {
+        "workers": (1, 60),
+        "max_tokens": (1, math.inf),
+        "bpe_sample_bytes": (1, math.inf),
+    }
+    NOT_RESULT: ClassVar = ("strict", "output_dir", "force", "resume", "workers")
+
+    def deciding(self) -> dict[str, Any]:
+        """Those that decide what is written: a run goes on with the same ones only."""
+        facts = dataclasses.asdict(self)
+        return {name: value for name, value in facts.items() if name not in self.NOT_RESULT}
+
+    def sides(self) -> tuple[str, ...]:
+        """The sides that are written."""
+        has_val = self.val_fraction or self.val_input or self.val_split
+        return SIDES if has_val else SIDES[:1]
 
 
 def check(options: Options) -> None:
-    """Reject options that cannot work, and outputs that exist."""
-    if not 0 < options.val_fraction < 1:
-        raise UserError("--val_fraction", f"{options.val_fraction} is not in (0, 1)", "try 0.05")
+    """Reject options that cannot work."""
+    if not 0 <= options.val_fraction < 1:
+        raise UserError("--val_fraction", f"{options.val_fraction} is not in [0, 1)", "try 0.05")
     if options.tokenizer == "bpe":
         check_fits(options.vocab_size, options.dtype)
         if options.vocab_size < 257:
             problem = f"{options.vocab_size} cannot hold the 256 bytes and {EOS_TOKEN}"
             raise UserError("--vocab_size", problem, "use 257 or more")
-    for path in (Path(options.output_dir, name) for name in OUTPUTS):
-        if path.exists() and not options.force:
-            raise UserError(str(path), "exists", "pass --force or another --output_dir")
+    if options.dataset is None:
+        for name in ("config", "val_split", "max_tokens"):
+            given = getattr(options, name) is not None
+            require(not given, f"--{name}", "is of a dataset", "pass --dataset NAME too")
+    both = options.dataset is not None and options.input is not None
+    require(not both, "--dataset", "is given beside --input", "leave one out")
+    both = options.val_input is not None and options.val_split is not None
+    require(not both, "--val_split", "is given beside --val_input", "leave one out")
 
 
 def check_fits(vocab_size: int, dtype: str) -> None:
@@ -95,402 +139,274 @@ def check_fits(vocab_size: int, dtype: str) -> None:
         raise UserError("--dtype", f"{vocab_size} tokens do not fit in {dtype}", "use int32")
 
 
-# ------------------------------------------------------------------------------- input files
-
-Files = list[tuple[str, Path]]  # each with a key that decides its side: its path in a folder
-
-
-def walk(root: Path, excluded: Iterable[str] = ()) -> Files:
-    """All files below a folder, without hidden ones and excluded folders."""
-    found: Files = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name[0] != "." and name not in excluded]
-        paths = [Path(folder, name) for name in names if name[0] != "."]
-        found += [(path.relative_to(root).as_posix(), path) for path in paths if path.is_file()]
-    return sorted(found)
+def check_outputs(options: Options) -> None:
+    """Reject a folder that has the files already."""
+    copied = [path.name for path in templates(options.tokenizer)]
+    for path in (Path(options.output_dir, name) for name in (*OUTPUTS, *copied)):
+        if path.exists() and not options.force:
+            raise UserError(str(path), "exists", "pass --force or another --output_dir")
 
 
-def input_files(names: list[str], outputs: set[Path]) -> Files:
-    """The files of --input, without `outputs`: an earlier run may have written into its folder."""
-    files: dict[Path, tuple[str, Path]] = {}
-    skipped = 0
-    for name in names:
-        root = Path(name)
-        if not root.exists():
-            raise UserError(name, "no such file or folder", "check --input")
-        found = walk(root) if root.is_dir() else [(root.as_posix(), root)]
-        found = [pair for pair in found if pair[1].resolve() not in outputs]
-        found = [pair for pair in found if pair[1].stat().st_size]
-        texts = [pair for pair in found if not is_binary(pair[1])]
-        if not texts:
-            problem = "is binary" if found else "is empty"
-            raise UserError(name, problem, "give UTF-8 text, .jsonl or .parquet")
-        skipped += len(found) - len(texts)
-        files.update((pair[1].resolve(), pair) for pair in texts)
-    if skipped:
-        print(f"skipped binary files: {skipped}")
-    return list(files.values())
+def templates(tokenizer: str) -> list[Path]:
+    """The files of a chat template that stand beside a tokenizer.json."""
+    if tokenizer in OWN_TOKENIZERS:
+        return []
+    folder = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
+    return [folder / name for name in TEMPLATES if (folder / name).is_file()]
 
 
-def is_binary(path: Path) -> bool:
-    """Whether a file other than Parquet has a zero byte near its start."""
-    with open(path, "rb") as file:
-        return path.suffix.lower() != ".parquet" and b"\0" in file.read(8192)
+# ------------------------------------------------------------------------------------- input
 
 
-def sample_files() -> Files:
-    """The sample corpus: the source of Python's own library."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    found = [pair for pair in walk(root, NOT_SAMPLE) if pair[1].suffix == ".py"]
-    sources = [pair for pair in found if pair[1].stat().st_size]
-    files = [pair for pair in sources if is_utf8(pair[1])]
-    if len(files) < FEW_FILES:
-        raise UserError(str(root), "Python's library has no source there", "pass --input")
-    if len(files) < len(sources):
-        print(f"skipped files that are not UTF-8: {len(sources) - len(files)}")
-    return files
+class Source(NamedTuple):
+    """A corpus and the rule that gives its documents their sides."""
+
+    corpus: Corpus
+    split: Split
+
+    def texts(self, label: str) -> Iterator[Text]:
+        """All documents, with a progress bar."""
+        with progress_bar(label, self.corpus.total_bytes) as bar:
+            yield from self.split.texts(self.corpus.documents(bar.update))
 
 
-def is_utf8(path: Path) -> bool:
-    """Whether all of a file is valid UTF-8."""
-    try:
-        path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-# --------------------------------------------------------------------------------- documents
-
-
-class Chunk(NamedTuple):
-    """A part of a document, short enough to be tokenized at once."""
-
-    side: str  # "train" or "val"
-    text: str
-    last: bool  # the document ends here
-
-
-def chunks(files: Files, options: Options, label: str) -> Iterator[Chunk]:
-    """All documents in chunks, with a progress bar."""
-    total = sum(path.stat().st_size for _, path in files)
-    with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None) as bar:
-        for side, parts in documents(files, options, bar):
-            for text, last in split_at_lines(parts):
-                yield Chunk(side, text, last)
-
-
-def documents(files: Files, options: Options, bar: tqdm) -> Iterator[tuple[str, Iterable[str]]]:
-    """The side of each document, and its text in parts as read from disk."""
-    fraction, errors = options.val_fraction, options.encoding_errors
-    hashes = [hash_fraction(key) for key, path in files if not is_table(path)]
-    # At least one text file is validation, however small the fraction.
-    limit = max(fraction, min(hashes, default=0))
-    for key, path in files:
-        size = path.stat().st_size
-        if is_table(path):
-            for text in filter(None, rows(path, options, bar)):
-                yield "val" if hash_fraction(text) < fraction else "train", [text]
-        elif len(hashes) >= FEW_FILES:
-            side = "val" if hash_fraction(key) <= limit else "train"
-            yield side, read_text(path, 0, size, errors, bar)
-        else:
-            middle = val_start(path, size, fraction)
-            for side, start, stop in (("train", 0, middle), ("val", middle, size)):
-                if start < stop:
-                    yield side, read_text(path, start, stop, errors, bar)
-
-
-def hash_fraction(key: str) -> float:
-    """A hash of the key, evenly distributed in [0, 1)."""
-    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:6], "big") / 2**48
-
-
-def is_table(path: Path) -> bool:
-    """Whether each row of the file is a document."""
-    return path.suffix.lower() in (".jsonl", ".parquet")
-
-
-def val_start(path: Path, size: int, fraction: float) -> int:
-    """The offset of a file's validation text: after a line break, or else between characters."""
-    start = size - int(size * fraction)
-    with open(path, "rb") as file:
-        file.seek(start)
-        near = file.read(max(3, min(READ_BYTES, (size - start) // 2)))
-    inside_character = len(near) - len(near.lstrip(bytes(range(0x80, 0xC0))))
-    return start + (near.find(b"\n") + 1 or inside_character)
-
-
-def read_text(path: Path, start: int, stop: int, errors: str, bar: tqdm) -> Iterator[str]:
-    """The text of a file between two byte offsets, READ_BYTES at a time."""
-    decoder, raw = codecs.getincrementaldecoder("utf-8")(errors), None
-    with open(path, "rb") as file:
-        file.seek(start)
-        while raw != b"":
-            raw = file.read(min(READ_BYTES, stop - file.tell()))
-            try:
-                text = decoder.decode(raw, final=not raw)
-            except UnicodeDecodeError as error:
-                raise not_utf8(path, file.tell() - len(error.object) + error.start) from None
-            bar.update(len(raw))
-            yield text
-
-
-def not_utf8(path: Path, offset: int) -> UserError:
-    """The error for a byte that is not UTF-8."""
-    remedy = "convert it, or pass --encoding_errors replace"
-    return UserError(str(path), f"not UTF-8 at byte {offset}", remedy)
-
-
-def split_at_lines(parts: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Strings of at most CHUNK_CHARS that end at a line break if they have one; True if last."""
-    rest = ""
-    for part in parts:
-        text, start = rest + part, 0
-        while len(text) - start > CHUNK_CHARS:
-            end = text.rfind("\n", start, start + CHUNK_CHARS) + 1 or start + CHUNK_CHARS
-            yield text[start:end], False
-            start = end
-        rest = text[start:]
-    yield rest, True
-
-
-def rows(path: Path, options: Options, bar: tqdm) -> Iterator[str]:
-    """The text of each row of a table."""
-    key = options.text_key
-    read = jsonl_rows if path.suffix.lower() == ".jsonl" else parquet_rows
-    for where, row in read(path, options, bar):
-        if not isinstance(row, dict):
-            raise UserError(where, "not a JSON object", f'write {{"{key}": "..."}} on each line')
-        if not isinstance(row.get(key), str):
-            problem = f"{key!r} is {type(row[key]).__name__}" if key in row else f"no {key!r}"
-            keys = ", ".join(map(repr, row))
-            raise UserError(where, f"{problem} (keys: {keys})", "pass --text_key KEY")
-        try:  # JSON can spell half of a surrogate pair, which is not a character
-            yield row[key].encode("utf-8", options.encoding_errors).decode("utf-8")
-        except UnicodeEncodeError:
-            remedy = "correct it, or pass --encoding_errors replace"
-            raise UserError(where, "half a surrogate pair in the text", remedy) from None
-
-
-def jsonl_rows(path: Path, options: Options, bar: tqdm) -> Iterator[tuple[str, Any]]:
-    """The place and the value of each line that is not empty."""
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            bar.update(len(raw))
-            try:
-                line = raw.decode("utf-8-sig", options.encoding_errors)
-                if line.strip():
-                    yield f"{path}:{number}", json.loads(line)
-            except UnicodeDecodeError as error:
-                raise not_utf8(path, file.tell() - len(error.object) + error.start) from None
-            except json.JSONDecodeError as error:
-                problem = f"not JSON ({error.msg} at column {error.colno})"
-                remedy = "write one JSON object per line"
-                raise UserError(f"{path}:{number}", problem, remedy) from None
-
-
-def parquet_rows(path: Path, options: Options, bar: tqdm) -> Iterator[tuple[str, Any]]:
-    """The place and the text column of each row; without that column, the names of all columns."""
-    parquet: Any = need("pyarrow.parquet")
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            if options.text_key not in columns:
-                yield str(path), dict.fromkeys(columns)
-            for batch in file.iter_batches(1024, columns=[options.text_key]):
-                bar.update(path.stat().st_size * len(batch) / file.metadata.num_rows)
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}:{number}", row
-    except (ValueError, OSError) as error:  # pyarrow: the file is damaged, or not UTF-8
-        problem = f"not readable as Parquet ({str(error).splitlines()[0]})"
-        raise UserError(str(path), problem, "write the file again") from None
-
-
-# -------------------------------------------------------------------------------- tokenizers
-
-
-def train_bpe(files: Files, options: Options) -> Tokenizer:
-    """A BPE tokenizer learned from the training text."""
-
-    def sample() -> Iterator[str]:
-        left = options.bpe_sample_bytes
-        for side, text, _ in chunks(files, options, "learning bpe"):
-            if left <= 0:
-                print(f"bpe learns from the first {options.bpe_sample_bytes:,} bytes only")
-                return
-            if side == "train":
-                left -= len(text.encode())
-                yield text
-
-    trainer = trainers.BpeTrainer(
-        vocab_size=options.vocab_size,
-        special_tokens=[EOS_TOKEN],
-        initial_alphabet=byte_alphabet(),
-        show_progress=False,
+def open_sources(options: Options, work: Unfinished) -> list[Source]:
+    """What is read: one corpus for both sides, or one for each."""
+    reading = Reading(options.text_key, options.encoding_errors)
+    of_dataset = dataclasses.replace(
+        reading, dataset=options.dataset, config=options.config, split=options.split
     )
-    tokenizer = byte_level(models.BPE())
-    tokenizer.train_from_iterator(sample(), trainer)
-    if tokenizer.get_vocab_size() < options.vocab_size:
-        print(f"the text gives {tokenizer.get_vocab_size()} tokens, not {options.vocab_size}")
-    return tokenizer
+    outputs = [*(work.target / name for name in (*OUTPUTS, LOCK)), work.folder]
+    spool = work.folder / "copies"
+    shutil.rmtree(spool, ignore_errors=True)
+    fraction, rest = options.val_fraction, []
+    if options.val_input:
+        fraction, rest = 0, [Corpus(options.val_input, reading, outputs, spool)]
+    elif options.val_split:
+        val = dataclasses.replace(of_dataset, split=options.val_split)
+        fraction, rest = 0, [Corpus(None, val, outputs, spool)]
+    corpora = [Corpus(options.input, of_dataset, outputs, spool), *rest]
+    if options.strict:
+        for corpus in corpora:
+            corpus.left_out.refuse()
+    splits = (Split(share, options.document_separator) for share in (fraction, 1))
+    return [Source(corpus, split) for corpus, split in zip(corpora, splits, strict=False)]
 
 
-def bpe_from_ranks(mergeable_ranks: dict[bytes, int]) -> Tokenizer:
-    """A BPE tokenizer from the ranks of tiktoken.
-
-    Ranks do not tell which two parts a token was merged from. The parts are what its bytes become
-    when only lower ranks are merged.
-    """
-    alphabet = byte_alphabet()
-    name = {token: "".join(alphabet[byte] for byte in token) for token in mergeable_ranks}
-    merges = []
-    for token, rank in sorted(mergeable_ranks.items(), key=lambda item: item[1]):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            pairs = [a + b for a, b in zip(parts, parts[1:], strict=False)]
-            ranks = [mergeable_ranks.get(pair, rank) for pair in pairs]
-            if min(ranks) >= rank:
-                break
-            i = ranks.index(min(ranks))
-            parts[i : i + 2] = [pairs[i]]
-        if len(parts) == 2:
-            merges.append((name[parts[0]], name[parts[1]]))
-    vocab = {name[token]: rank for token, rank in mergeable_ranks.items()}
-    return byte_level(models.BPE(vocab, merges, ignore_merges=True))
+def training_parts(source: Source) -> Iterator[str]:
+    """The training text that bpe learns from."""
+    for side, parts in source.texts("learning bpe"):
+        for part in parts:
+            if side == "train":
+                yield part
 
 
-def gpt2_tokenizer() -> Tokenizer:
-    """GPT-2's tokenizer, which tiktoken downloads once."""
-    tiktoken: Any = need("tiktoken")
+def report_input(sources: list[Source], options: Options) -> None:
+    """Say what was left out and what was taken for a separator; with --strict, reject it."""
+    for corpus, split in sources:
+        if options.strict:
+            corpus.left_out.refuse()
+        for line in corpus.left_out.lines():
+            say(line)
+        if split.found:
+            remedy = "--document_separator '' keeps it as text"
+            say(f"{split.separator} ended {split.found:,} documents within files; {remedy}")
+
+
+# ------------------------------------------------------------------------------------ output
+
+
+class Run:
+    """One preparation, from its beginning or from where an earlier one was interrupted."""
+
+    def __init__(self, options: Options, work: Unfinished, progress: Progress | None):
+        self.options, self.work = options, work
+        self.sources = open_sources(options, work)
+        prints = [source.corpus.fingerprint() for source in self.sources]
+        self.progress = progress or Progress(options.deciding(), prints)
+        remedy = "restore it, or pass --force without --resume to start again"
+        same = self.progress.inputs == prints
+        require(same, "--input", "is not what it was when the run began", remedy)
+        self.itemsize = np.dtype(options.dtype).itemsize
+
+    def write(self) -> None:
+        """Write all files into the folder of the work."""
+        for source in self.sources:
+            source.split.survey(source.corpus)
+        if not self.work.check_tokenizer(self.progress):
+            self.write_tokenizer()
+        self.encode()
+        report_input(self.sources, self.options)
+        self.write_facts()
+
+    def write_tokenizer(self) -> None:
+        """Write tokenizer.json and vocab.txt."""
+        options, folder = self.options, self.work.folder
+        learning = Learning(options.vocab_size, options.bpe_sample_bytes)
+        if options.tokenizer in OWN_TOKENIZERS:
+            parts = training_parts(self.sources[0])
+            tokenizer, eos = make_tokenizer(options.tokenizer, parts, learning)
+        else:
+            tokenizer, eos = local_tokenizer(options.tokenizer, options.eos_token)
+            for path in templates(options.tokenizer):
+                shutil.copyfile(path, folder / path.name)
+        tokens = {i: token for token, i in tokenizer.get_vocab().items()}
+        check_fits(max(tokens) + 1, options.dtype)
+        tokenizer.save(str(folder / TOKENIZER))
+        (folder / "vocab.txt").write_text(vocab_text(tokens), encoding="utf-8", newline="\n")
+        for name in (TOKENIZER, "vocab.txt"):
+            with open(folder / name, "rb+") as file:
+                sync(file)
+        self.progress.tokenizer, self.progress.eos_id = file_hash(folder / TOKENIZER), eos
+        self.work.save(self.progress)
+
+    def encode(self) -> None:
+        """Write the .bin files, from where the progress says."""
+        encoder = Encoder(self.work.folder / TOKENIZER, self.progress.eos_id, self.options.dtype)
+        with contextlib.ExitStack() as stack:
+            encode = stack.enter_context(encoding_with(encoder, self.options.workers))
+            files = {side: stack.enter_context(self.open_bin(side)) for side in SIDES}
+            while self.progress.source < len(self.sources):
+                texts = self.sources[self.progress.source].texts("encoding")
+                chunks = islice(encoder.chunks(texts), self.progress.chunks, None)
+                self.write_ids(encode(chunks), files)
+                self.progress.source += 1
+                self.progress.chunks = self.progress.taken = 0
+                self.save(files)
+
+    def open_bin(self, side: str) -> IO[bytes]:
+        """The .bin file of a side, with what the progress knows of."""
+        path, size = self.work.folder / f"{side}.bin", self.progress.tokens[side] * self.itemsize
+        there = path.stat().st_size if path.exists() else 0
+        require(there >= size, str(path), "has lost what was written", "start again with --force")
+        file = open(path, "rb+" if there else "wb")  # noqa: SIM115
+        file.truncate(size)
+        file.seek(size)
+        return file
+
+    def write_ids(self, stream: Iterable[Encoded], files: dict[str, IO[bytes]]) -> None:
+        """Write the ids of one source, and save the progress every few seconds."""
+        progress, limit = self.progress, self.options.max_tokens or math.inf
+        if progress.taken >= limit:
+            return
+        saved = time.monotonic()
+        for side, ids, text_bytes, last in stream:
+            files[side].write(ids)
+            count = len(ids) // self.itemsize
+            progress.tokens[side] += count
+            progress.bytes[side] += text_bytes
+            progress.taken += count
+            progress.chunks += 1
+            if last and progress.taken >= limit:
+                return
+            if time.monotonic() - saved >= SAVE_SECONDS:
+                self.save(files)
+                saved = time.monotonic()
+
+    def save(self, files: dict[str, IO[bytes]]) -> None:
+        """Save the progress, after the ids."""
+        for file in files.values():
+            sync(file)
+        self.work.save(self.progress)
+
+    def write_facts(self) -> None:
+        """Write the .json files; everything is complete then."""
+        folder, progress = self.work.folder, self.progress
+        vocabulary = Tokenizer.from_file(str(folder / TOKENIZER)).get_vocab()
+        shared = {
+            "dtype": self.options.dtype,
+            "vocab_size": max(vocabulary.values()) + 1,
+            "eos_id": progress.eos_id,
+            "tokenizer": tokenizer_hash(folder / TOKENIZER),
+        }
+        facts: dict[str, dict] = {}
+        for side in self.options.sides():
+            counts = {"tokens": progress.tokens[side], "bytes": progress.bytes[side]}
+            remedy = "give more text, --val_input, or --val_fraction 0 for no validation"
+            require(counts["tokens"], "--input", f"nothing is left for {side}.bin", remedy)
+            facts[side] = {**shared, **counts}
+            with open(folder / f"{side}.json", "w", encoding="utf-8", newline="\n") as file:
+                file.write(json.dumps(facts[side]) + "\n")
+                sync(file)
+        progress.facts = facts
+        self.work.save(progress)
+
+
+def prepare_locked(options: Options, work: Unfinished) -> dict[str, dict]:
+    """Write all OUTPUTS, or none: they are moved into place once all are complete."""
+    progress = work.find(options.deciding(), options.resume, options.force)
+    if progress is None:
+        check_outputs(options)
+    if progress is None or not progress.facts:
+        progress = write_all(options, work, progress)
+    written = [
+        name for name in OUTPUTS if Path(name).stem in (*progress.facts, "vocab", "tokenizer")
+    ]
+    work.publish([*TEMPLATES, *written], set(OUTPUTS) - set(written))
+    return progress.facts
+
+
+def write_all(options: Options, work: Unfinished, earlier: Progress | None) -> Progress:
+    """Write everything into the folder of the work, which is kept if much is lost without it."""
+    began = time.monotonic()
     try:
-        encoding = tiktoken.get_encoding("gpt2")
-    except OSError as error:
-        problem = f"its vocabulary cannot be fetched ({type(error).__name__})"
-        remedy = "go online once, or pass --tokenizer PATH of a local tokenizer.json"
-        raise UserError("--tokenizer gpt2", problem, remedy) from None
-    return bpe_from_ranks(encoding._mergeable_ranks)
+        work.folder.mkdir(exist_ok=True)
+        run = Run(options, work, earlier)
+        run.write()
+    except BaseException:
+        if earlier or (time.monotonic() - began >= SAVE_SECONDS and work.has_tokens()):
+            say(f"{work.folder} is kept: the same command with --resume goes on")
+        else:
+            work.remove()
+        raise
+    return run.progress
 
 
-def local_tokenizer(name: str, eos_token: str | None) -> tuple[Tokenizer, int]:
-    """The tokenizer of a tokenizer.json, and its end-of-text id."""
-    path = Path(name, "tokenizer.json") if Path(name).is_dir() else Path(name)
-    if not path.is_file() or path.suffix != ".json":
-        remedy = "pass byte, bpe, gpt2 or the path of a tokenizer.json"
-        raise UserError("--tokenizer", f"{path} is not a tokenizer.json", remedy)
-    eos = SimpleTokenizer(str(path)).eos_token_id
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    if eos_token is not None:
-        eos = tokenizer.token_to_id(eos_token)
-    if eos is None:
-        problem = f"no token '{eos_token}'" if eos_token else "its end-of-text token is unknown"
-        raise UserError(str(path), problem, "pass --eos_token with one of its tokens")
-    return tokenizer, eos
+@contextlib.contextmanager
+def signals_as_exits() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the process as Ctrl-C does, unless they are ignored."""
 
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
 
-def get_tokenizer(files: Files, options: Options) -> tuple[Tokenizer, int]:
-    """The tokenizer of the options, and its end-of-text id."""
-    if options.tokenizer not in ("byte", "bpe", "gpt2"):
-        return local_tokenizer(options.tokenizer, options.eos_token)
-    if options.tokenizer == "byte":
-        tokenizer = byte_tokenizer()
-    else:
-        tokenizer = train_bpe(files, options) if options.tokenizer == "bpe" else gpt2_tokenizer()
-    tokenizer.add_special_tokens([EOS_TOKEN])
-    return tokenizer, tokenizer.token_to_id(EOS_TOKEN)
-
-
-# ------------------------------------------------------------------------------ output files
-
-
-def encode(stream: Iterable[Chunk], tokenizer: Tokenizer, folder: Path, facts: dict) -> None:
-    """Write the .bin files, and add their counts to the facts of each side."""
-    tokenizer.encode_special_tokens = True  # an end-of-text token spelled out in a text is text
-    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
-        for batch in batches(stream):
-            texts = [chunk.text for chunk in batch]
-            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            for (side, text, last), encoding in zip(batch, encodings, strict=True):
-                fact, file = facts[side], train if side == "train" else val
-                ids = encoding.ids + ([fact["eos_id"]] if last else [])
-                file.write(np.array(ids, fact["dtype"]).tobytes())
-                fact["tokens"] += len(ids)
-                fact["bytes"] += len(text.encode())
-
-
-def batches(stream: Iterable[Chunk]) -> Iterator[list[Chunk]]:
-    """Chunks in lists of about BATCH_CHARS characters."""
-    batch: list[Chunk] = []
-    chars = 0
-    for chunk in stream:
-        batch.append(chunk)
-        chars += len(chunk.text)
-        if chars >= BATCH_CHARS:
-            yield batch
-            batch, chars = [], 0
-    yield batch
-
-
-def vocab_text(tokens: dict[int, str]) -> str:
-    """The content of vocab.txt: line i is token i, with line breaks inside it as <0x0A>."""
-
-    def escape(found: re.Match) -> str:
-        return "".join(f"<0x{byte:02X}>" for byte in found[0].encode())
-
-    lines = [tokens.get(i, f"<unused{i}>") for i in range(max(tokens) + 1)]
-    return "".join(LINE_BREAK.sub(escape, line) + "\n" for line in lines)
-
-
-def write_outputs(files: Files, options: Options, folder: Path) -> dict[str, dict]:
-    """Write all OUTPUTS; returns the facts of each side."""
-    tokenizer, eos = get_tokenizer(files, options)
-    tokens = {i: token for token, i in tokenizer.get_vocab().items()}
-    fact: dict[str, Any] = {"dtype": options.dtype, "vocab_size": max(tokens) + 1, "eos_id": eos}
-    check_fits(fact["vocab_size"], options.dtype)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "vocab.txt").write_text(vocab_text(tokens), encoding="utf-8", newline="\n")
-    facts = {side: {**fact, "tokens": 0, "bytes": 0} for side in ("train", "val")}
-    encode(chunks(files, options, "encoding"), tokenizer, folder, facts)
-    for side, fact in facts.items():
-        if not fact["tokens"]:
-            remedy = "give more text or another --val_fraction"
-            raise UserError("--input", f"nothing is left for {side}.bin", remedy)
-        text = json.dumps(fact) + "\n"
-        (folder / f"{side}.json").write_text(text, encoding="utf-8", newline="\n")
-    return facts
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) == signal.SIG_DFL}
+    for number in before:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def prepare(options: Options) -> dict[str, dict]:
-    """Write all OUTPUTS, or none: they are renamed into place once all are complete."""
+    """Write all OUTPUTS, or go on where an interrupted run was; returns the facts of each side."""
     check(options)
     target = Path(options.output_dir)
     try:
-        outputs = {target.resolve() / name for name in OUTPUTS}
-        files = input_files(options.input, outputs) if options.input else sample_files()
         target.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".prepare-", dir=target) as folder:
-            facts = write_outputs(files, options, Path(folder))
-            for name in OUTPUTS:
-                os.replace(Path(folder, name), target / name)
+        remedy = "wait for it, or pass another --output_dir"
+        with hold_lock(target / LOCK, str(target), remedy):
+            facts = prepare_locked(options, Unfinished(target))
     except OSError as error:
         where, problem = str(error.filename or target), error.strerror or str(error)
         raise UserError(where, problem, "check its permissions and the free space") from None
     for side, fact in facts.items():
         tokens, count = fact["tokens"], fact["bytes"]
         ratio = f"{count / tokens:.2f} bytes per token"
-        print(f"{target / side}.bin: {tokens:,} tokens, {count:,} bytes, {ratio}")
+        say(f"{target / side}.bin: {tokens:,} tokens, {count:,} bytes, {ratio}")
+    if "val" not in facts:
+        say("no val.bin was asked for: train with --enable_validation false")
     return facts
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     usage = "python data/prepare.py [--FLAG VALUE ...]"
-    prepare(parse_flags(Options, argv, usage, __doc__))
+    options = parse_flags(Options, argv, usage, __doc__)
+    with signals_as_exits():
+        prepare(options)
     return 0
 
 

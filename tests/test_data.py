@@ -40,6 +40,7 @@ from torch.utils.data import DataLoader
 from testv2 import StreamingTokenDataset, TokenFile, Trainer, read_sidecar
 from tinymamba.cli import UserError
 from tinymamba.data_order import MixtureSchedule, ShardedBatches, permute
+from tinymamba.token_shards import ShardedTokenFile, open_tokens, read_facts
 from tinymamba.tokenizer import EOS_NAMES, SimpleTokenizer, byte_alphabet, find_tokenizer
 
 S = 4  # block_size of the small files
@@ -1089,3 +1090,68 @@ def test_a_prompt_that_vocab_txt_lacks_the_bytes_for_does_not_break_a_sample(
     words = SimpleTokenizer(write_vocab(tmp_path / "data" / "text" / "vocab.txt", lines))
     assert max(words.encode("the ")) >= 100
     assert "no sample: generation_prompt" in sample_with(words, capsys, vocab_size=100)[1]
+
+
+# ------------------------------------------------------------------------------------- shards
+
+
+def make_shards(folder, *lengths, dtype=np.int32, **facts):
+    """Shards of ids 0, 1, 2 ... over all of them, with numbers that are not padded."""
+    folder.mkdir(exist_ok=True)
+    begin = 0
+    for k, length in enumerate(lengths, 8):
+        write_tokens(folder / f"part_{k}.bin", np.arange(begin, begin + length), dtype)
+        if facts:
+            counts = {"tokens": length, "bytes": 3 * length}
+            (folder / f"part_{k}.json").write_text(json.dumps({**facts, **counts}))
+        begin += length
+    return folder
+
+
+def test_shards_are_one_long_file(tmp_path):
+    folder = make_shards(tmp_path / "shards", 5000, 1, 3000, 0, 7000)
+    write_tokens(tmp_path / "one.bin", np.arange(15_001))
+    one = open_tokens(tmp_path / "one.bin")
+    for file in (open_tokens(folder), open_tokens(str(folder / "part_*.bin"))):
+        assert isinstance(file, ShardedTokenFile)
+        assert (file.length, file.dtype) == (one.length, one.dtype)
+        assert file.sampled_hash() == one.sampled_hash()
+        for again in (file, pickle.loads(pickle.dumps(file))):
+            for begin in (0, 4999, 5000, 5001, 8000, 15_000, 15_001):
+                for end in (begin, begin + 1, 8002, 15_001):
+                    if begin <= end <= file.length:
+                        assert np.array_equal(again.read(begin, end), one.read(begin, end))
+    with refused("part_10.bin", "id 7000 at offset 1999"):
+        file.check(7000, 4000, 9000)
+
+
+def test_shards_that_do_not_belong_together_are_named(tmp_path):
+    with refused("shards", "no .bin file is there"):
+        open_tokens(make_shards(tmp_path / "shards"))
+    with refused("none*.bin", "no .bin file is there"):
+        open_tokens(tmp_path / "none*.bin")
+    folder = make_shards(tmp_path / "shards", 10, 10, vocab_size=99, eos_id=3)
+    assert read_facts(folder) == {"vocab_size": 99, "eos_id": 3, "tokens": 20, "bytes": 60}
+    facts = {"vocab_size": 99, "eos_id": 4, "tokens": 10}
+    (folder / "part_9.json").write_text(json.dumps(facts))
+    assert read_facts(folder) == {"vocab_size": 99, "tokens": 20}
+    with refused("part_9.bin", "eos_id is 4, but 3 in", "part_8.bin"):
+        open_tokens(folder)
+    for name in ("train.bin", "val.bin"):
+        write_tokens(tmp_path / name, np.arange(9))
+    with refused("for training and for validation", "train*.bin"):
+        open_tokens(tmp_path)
+
+
+def test_files_of_other_programs_are_not_read_wrongly(tmp_path):
+    write_tokens(tmp_path / "a.bin", np.arange(10), np.uint16)
+    (tmp_path / "meta.pkl").write_bytes(b"not a pickle")
+    for path in (tmp_path / "a.bin", tmp_path):
+        with refused("a.bin", "nanoGPT", "pass --data_dtype uint16 --vocab_size N"):
+            open_tokens(path)
+        assert open_tokens(path, "uint16").length == 10
+    (tmp_path / "a.json").write_text('{"dtype": "uint16"}')
+    assert open_tokens(tmp_path / "a.bin").length == 10
+    write_tokens(tmp_path / "c.bin", [20240520, 1, 5])
+    with refused("c.bin", "llm.c"):
+        open_tokens(tmp_path / "c.bin", "int32")

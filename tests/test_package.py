@@ -365,7 +365,7 @@ def test_every_command_is_its_script(installed, tmp_path):
 
 def test_packages_that_are_missing_are_named(installed, tmp_path):
     code = (
-        "import sys; sys.modules['torch'] = None; sys.argv = ['tinymamba', 'prepare']\n"
+        "import sys; sys.modules['torch'] = None; sys.argv = ['tinymamba', 'train']\n"
         "from tinymamba.__main__ import main; main()"
     )
     done = installed.run("-c", code, cwd=tmp_path)

@@ -6,13 +6,10 @@ import functools
 import itertools
 import json
 import os
-import random
 import re
-import signal
 import subprocess
 import sys
 import sysconfig
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from data import prepare
+from data import prepare, vocabulary
 from tinymamba.cli import UserError
-from tinymamba.tokenizer import SimpleTokenizer
+from tinymamba.tokenizer import SimpleTokenizer, byte_alphabet, byte_level, byte_tokenizer
 
 EOS = "<|endoftext|>"
 NAMES = ["tokenizer.json", "train.bin", "train.json", "val.bin", "val.json", "vocab.txt"]
@@ -116,6 +113,7 @@ def test_sidecars_are_true(sample):
             "eos_id": 0,
             "tokens": (sample.folder / f"{side}.bin").stat().st_size // 4,
             "bytes": sum(len(text.encode()) for text in sample.texts(side)),
+            "tokenizer": vocabulary.tokenizer_hash(sample.folder / "tokenizer.json"),
         }
         assert sample.ids(side).min() >= 0
         assert sample.ids(side).max() < 512
@@ -143,13 +141,6 @@ def test_simple_tokenizer_reads_the_outputs(sample):
     by_list = SimpleTokenizer(sample.folder / "vocab.txt")
     assert by_list.decode(ids[:-1]) == text
     assert by_list.eos_token_id == 0
-
-
-def test_library_without_source_is_an_error(monkeypatch, tmp_path):
-    (tmp_path / "one.py").write_text("pass\n")
-    monkeypatch.setattr(prepare.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    with pytest.raises(UserError, match="no source there; pass --input"):
-        prepare.sample_files()
 
 
 # --------------------------------------------------------------------------------- documents
@@ -186,7 +177,8 @@ def test_jsonl_parquet_and_folder_give_whole_documents(tmp_path):
     made = Prepared(tmp_path / "in" / "out")
     assert sorted(made.all_texts()) == sorted(texts)
     assert 0.1 < len(made.texts("val")) / len(texts) < 0.3
-    assert "skipped binary files: 1\n" in done.stdout
+    for line in ("binary: 1 (in/picture.png)", "empty: 1 (in/empty.txt)", "hidden: 2 (in/"):
+        assert f"left out: {line}" in done.stdout.replace(os.sep, "/")
     assert made.facts["val"]["dtype"] == "uint16"
 
     before = contents(made.folder)  # made inside the input folder: not to be read as input
@@ -205,7 +197,7 @@ def test_damaged_parquet_is_named(tmp_path, damaged):
     for i in damaged:
         data[i] ^= 0x5A
     (tmp_path / "a.parquet").write_bytes(data)
-    with pytest.raises(UserError, match=r"a\.parquet: not readable as Parquet \(.*\); write"):
+    with pytest.raises(UserError, match=r"a\.parquet: not readable as Parquet \(.*\); write it"):
         make(tmp_path, "a.parquet")
 
 
@@ -250,59 +242,11 @@ def test_special_text_in_documents_is_text(tmp_path, tokenizer):
     assert sorted(make(tmp_path, "a.jsonl", **options).all_texts()) == sorted(texts)
 
 
-@pytest.mark.parametrize("line", ["", "\n", "ab\n"])
-def test_chunks_keep_every_character(tmp_path, line):
-    characters = "aé日🙂"
-    text = "".join(random.Random(0).choices(characters, k=1_200_000)) + line
-    text = text if line != "ab\n" else text.replace("日a", "日\n")
-    (tmp_path / "a.txt").write_bytes(text.encode())
-    options = prepare.Options(input=["a.txt"], val_fraction=0.5)
-    stream = list(prepare.chunks([("a.txt", tmp_path / "a.txt")], options, ""))
-    assert "".join(chunk.text for chunk in stream) == text
-    assert sum(chunk.last for chunk in stream) == 2
-    assert max(len(chunk.text) for chunk in stream) <= prepare.CHUNK_CHARS
-    if line == "ab\n":
-        assert all(chunk.text.endswith("\n") for chunk in stream if not chunk.last)
-
-
-@given(st.text(max_size=60), st.floats(0.01, 0.99))
-@settings(max_examples=200, deadline=None)
-def test_validation_starts_between_characters(tmp_path_factory, text, fraction):
-    path = tmp_path_factory.getbasetemp() / "split.txt"
-    data = text.encode()
-    path.write_bytes(data)
-    start = prepare.val_start(path, len(data), fraction)
-    assert data[:start].decode() + data[start:].decode() == text
-
-
-@given(st.binary(max_size=40))
-@settings(max_examples=200, deadline=None)
-def test_bad_bytes_are_replaced_as_python_does_or_named(tmp_path_factory, data):
-    path = tmp_path_factory.getbasetemp() / "bytes.txt"
-    path.write_bytes(data)
-    bar = prepare.tqdm(disable=True)
-    read = prepare.read_text(path, 0, len(data), "replace", bar)
-    assert "".join(read) == data.decode(errors="replace")
-    try:
-        data.decode()
-    except UnicodeDecodeError as error:
-        with pytest.raises(UserError, match=rf"byte {error.start};"):
-            list(prepare.read_text(path, 0, len(data), "strict", bar))
-
-
-def test_bad_byte_is_named_by_its_place_in_a_large_file(tmp_path):
-    data = "日".encode() * 1_000_000 + b"\xff" + b"a" * 10
-    (tmp_path / "a.txt").write_bytes(data)
-    read = prepare.read_text(tmp_path / "a.txt", 3, len(data), "strict", prepare.tqdm(disable=True))
-    with pytest.raises(UserError, match="not UTF-8 at byte 3000000;"):
-        list(read)
-
-
 PEAKS = """
 import resource
-from data import prepare
+from data import encoding, prepare
 
-prepare.READ_BYTES = prepare.BATCH_CHARS = 1 << 17  # else they hide what grows with the input
+encoding.BATCH_CHARS = 1 << 17  # else it hides what grows with the input
 for name in ("small.txt", "large.txt"):
     options = prepare.Options([name], tokenizer="byte", output_dir="out", force=True)
     prepare.prepare(options)
@@ -348,32 +292,6 @@ def test_files_of_an_earlier_run_are_kept_unless_forced(tmp_path):
     Prepared(tmp_path / "out")
 
 
-@POSIX
-def test_interrupted_run_leaves_the_old_files(tmp_path):
-    (tmp_path / "big.txt").write_text("some words on a line\n" * 3_000_000)
-    (tmp_path / "out").mkdir()
-    for name in NAMES:
-        (tmp_path / "out" / name).write_text("old")
-    before = contents(tmp_path / "out")
-    flags = ["--input", "big.txt", "--tokenizer", "byte", "--output_dir", "out", "--force"]
-    process = subprocess.Popen(
-        [sys.executable, prepare.__file__, *flags],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        # A shell starts its background jobs, and so their children, with the signal ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    deadline = time.monotonic() + 60
-    while not any(f.stat().st_size > 1e6 for f in (tmp_path / "out").glob(".prepare-*/train.bin")):
-        assert time.monotonic() < deadline
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(0.02)  # it is still at work
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert contents(tmp_path / "out") == before
-
-
 # --------------------------------------------------------------------------------- tokenizers
 
 
@@ -407,10 +325,23 @@ def test_local_tokenizer_is_used_as_it_is(tmp_path):
     assert made.facts["val"]["eos_id"] == 1
 
 
+def test_the_chat_template_comes_with_a_local_tokenizer(tmp_path):
+    save_word_tokenizer(tmp_path / "words")
+    (tmp_path / "words" / "chat_template.jinja").write_text("theirs")
+    (tmp_path / "a.txt").write_text("a b late " * 50 + "\n")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "chat_template.jinja").write_text("mine")
+    flags = ["--input", "a.txt", "--tokenizer", "words", "--output_dir", "out"]
+    assert_refused(run_main(prepare.main, *flags, cwd=tmp_path), "chat_template.jinja: exists;")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "mine"
+    run(tmp_path, *flags, "--force")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "theirs"
+
+
 def ranks_of(text, size):
     """Ranks as tiktoken keeps them, from a vocabulary learned on `text`."""
-    learner = prepare.byte_level(models.BPE())
-    alphabet = prepare.byte_alphabet()
+    learner = byte_level(models.BPE())
+    alphabet = byte_alphabet()
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     learner.train_from_iterator([text], trainer)
     byte_of = {character: byte for byte, character in enumerate(alphabet)}
@@ -427,7 +358,7 @@ def tiktoken_encoding(ranks):
 def test_ranks_made_by_hand_encode_as_in_tiktoken():
     pairs = [b"ab", b"bc", b"abc", b"cab", b"abcab", b" a", b" abc", b"aa", b"aaa", b"aaaa", b"bbb"]
     ranks = {bytes([b]): b for b in range(256)} | {pair: 256 + i for i, pair in enumerate(pairs)}
-    encoding, converted = tiktoken_encoding(ranks), prepare.bpe_from_ranks(ranks)
+    encoding, converted = tiktoken_encoding(ranks), vocabulary.bpe_from_ranks(ranks)
     for letters in itertools.product("abc ", repeat=6):
         text = "".join(letters)
         assert converted.encode(text).ids == encoding.encode_ordinary(text)
@@ -436,7 +367,7 @@ def test_ranks_made_by_hand_encode_as_in_tiktoken():
 @pytest.fixture(scope="module")
 def learned_ranks():
     ranks = ranks_of(Path(codecs.__file__).read_text(encoding="utf-8") + SENTENCES * 20, 1500)
-    return tiktoken_encoding(ranks), prepare.bpe_from_ranks(ranks)
+    return tiktoken_encoding(ranks), vocabulary.bpe_from_ranks(ranks)
 
 
 def test_learned_ranks_encode_code_as_in_tiktoken(learned_ranks):
@@ -457,12 +388,11 @@ def test_learned_ranks_encode_any_text_as_in_tiktoken(learned_ranks, text):
 @given(st.text())
 @settings(max_examples=300, deadline=None)
 def test_any_text_survives_the_tokenizers(sample, text):
-    byte, eos = prepare.get_tokenizer([], prepare.Options(tokenizer="byte"))
+    byte = byte_tokenizer()
     for tokenizer in (byte, sample.tokenizer):
         tokenizer.encode_special_tokens = True
         assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
     assert byte.encode(text).ids == list(text.encode())
-    assert eos == 256
 
 
 # ------------------------------------------------------------------------------------- errors
@@ -487,11 +417,11 @@ ERRORS = {  # name: (file content, flags, what the error line must match)
         "--input a.jsonl",
         r"a\.jsonl:3: not JSON \(.*\); ",
     ),
-    "not an object": ("[1]\n", "--input a.jsonl", r"a\.jsonl:1: not a JSON object; write"),
+    "not an object": ("[1]\n", "--input a.jsonl", r"a\.jsonl.* 1: not a JSON object; write"),
     "no key": (
-        '{"text": "a"}\n{"body": "a", "b\\n": 1}\n',
+        '{"body": "a", "b\\n": 1}\n{"body": "a"}\n',
         "--input a.jsonl",
-        r"a\.jsonl:2: no 'text' \(keys: 'body', 'b\\n'\); pass --text_key",
+        r"a\.jsonl: no 'text' in any row \(keys: 'body', 'b\\n'\); pass --text_key",
     ),
     "key of another type": (
         '{"n": 3}',
@@ -510,7 +440,7 @@ ERRORS = {  # name: (file content, flags, what the error line must match)
         "--input a.txt --vocab_size 65537 --dtype uint16",
         r"--dtype: 65537 tokens do not fit in uint16; use int32",
     ),
-    "fraction 0": (LINES, "--input a.txt --val_fraction 0", r"--val_fraction: 0\.0 is not in"),
+    "fraction below 0": (LINES, "--input a.txt --val_fraction -1", r"_fraction: -1\.0 is not in"),
     "fraction 1": (LINES, "--input a.txt --val_fraction 1", r"--val_fraction: 1\.0 is not in"),
     "fraction nan": (LINES, "--input a.txt --val_fraction nan", r"_fraction: nan is not float"),
     "no validation": (
@@ -561,6 +491,22 @@ ERRORS = {  # name: (file content, flags, what the error line must match)
     ),
     "no pyarrow": (LINES, "--input a.parquet", r"pyarrow: is not installed; pip install pyarrow"),
     "bad dtype": (LINES, "--input a.txt --dtype int8", r"--dtype: int8 is not a choice; use"),
+    "a flag of datasets": (
+        LINES,
+        "--input a.txt --max_tokens 9",
+        r"--max_tokens: is of a dataset; ",
+    ),
+    "two inputs": (LINES, "--input a.txt --dataset x", r"--dataset: is given beside --input; "),
+    "two validations": (
+        LINES,
+        "--dataset x --val_input a.txt --val_split y",
+        r"--val_split: is given beside --val_input; ",
+    ),
+    "strict": (
+        '{"text": "a"}\n{"text": null}\n{"text": "b"}\n',
+        "--input a.jsonl --tokenizer byte --strict",
+        r"--strict: .* null: 1 \(a\.jsonl:2\); ",
+    ),
     "unknown flag": (LINES, "--input a.txt --tokeniser byte", r"--tokeniser: unknown flag"),
 }
 

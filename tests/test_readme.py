@@ -32,6 +32,9 @@ import hf_integration
 from data import prepare
 from testv2 import Config, parse_command_line
 from tinymamba import __main__ as package
+from tinymamba import documents
+from tinymamba.cli import parse_flags
+from tinymamba.documents import Corpus, Reading
 
 README = ROOT / "README.md"
 DOCS = sorted(ROOT.glob("docs/*.md"))
@@ -147,10 +150,10 @@ def place(tmp_path_factory) -> Iterator[Workspace]:
     for name in ("ablations.md", "ablations.jsonl"):
         shutil.copy(ROOT / "docs" / name, folder / "docs")
     save_stand_in_for_gpt2(folder / "gpt2")
-    workspace, sample = Workspace(folder), prepare.sample_files()
+    workspace, sample = Workspace(folder), Corpus(None, Reading(), []).files
     with pytest.MonkeyPatch.context() as patch, workspace.closing:
         patch.setenv("WANDB_MODE", "offline")
-        patch.setattr(prepare, "sample_files", lambda: sample[:40])
+        patch.setattr(documents, "sample_files", lambda _: sample[:40])
         workspace.run(PREPARE)
         workspace.run(TRAIN)
         for i in (1, 2, 3):
@@ -303,6 +306,11 @@ def check_slow_export(place: Workspace, words: list[str]) -> None:
     assert export_model.parse([*words[2:], "--output_dir", str(place.folder / "exported")])
 
 
+def check_dataset(place: Workspace, words: list[str]) -> None:
+    """It would have to be downloaded; tests/test_prepare_documents.py reads a local one."""
+    prepare.check(parse_flags(prepare.Options, words[2:], "", None))
+
+
 def check_push(place: Workspace, words: list[str]) -> None:
     """Tests/test_hf_integration.py uploads a folder to a hub of its own."""
     assert hf_integration.parse(words[2:])
@@ -446,6 +454,7 @@ def check_output(command: list[str], cwd: Path) -> str:
 
 CHECKS = [
     (r"python export_model.py .*(--aoti|--quantize|onnx_models)", check_slow_export),
+    (r"python data/prepare.py --dataset ", check_dataset),
     (r"python hf_integration.py push ", check_push),
     (r"(python benchmark.py .*)?lm_eval ", check_lm_eval),
     (r"python exported_models/onnx/onnx_generate.py ", check_onnx_generate),

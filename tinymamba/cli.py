@@ -35,8 +35,6 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 # ------------------------------------------------------------------------------------ errors
 
 
@@ -185,12 +183,22 @@ class CliParser(argparse.ArgumentParser):
 
 # ------------------------------------------------------------------------------------ fields
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-WORDS: dict[Any, dict[str, Any]] = {
-    bool: {"true": True, "1": True, "false": False, "0": False},
-    torch.dtype: DTYPES,
-}
+WORDS: dict[Any, dict[str, Any]] = {bool: {"true": True, "1": True, "false": False, "0": False}}
 Options = TypeVar("Options")
+
+
+@functools.cache
+def dtypes() -> dict[str, Any]:
+    """The dtypes that flags name; also DTYPES. Scripts without a model do without torch."""
+    import torch
+
+    return {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "DTYPES":
+        return dtypes()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def show(value: object) -> str:
@@ -250,7 +258,7 @@ def parse_as(hint: Any, text: str) -> Any:
     """Convert the text of a flag to the type `hint`."""
     if hint == bool | str:  # a word of its own beside true and false
         return WORDS[bool].get(text.lower(), text)
-    words = WORDS.get(hint)
+    words = dtypes() if hint.__module__ == "torch" else WORDS.get(hint)
     try:
         return hint(text) if words is None else words[text.lower()]
     except (ValueError, KeyError):

@@ -14,12 +14,13 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from tinymamba.cli import UserError, require
 from tinymamba.token_file import read_sidecar
+
+if TYPE_CHECKING:
+    from torch import nn
 
 EOS_TOKEN = "<|endoftext|>"
 FILES = ("tokenizer.json", "vocab.txt")  # the first that is there is the tokenizer

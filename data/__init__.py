@@ -1,0 +1,1 @@
+"""Preparing data: prepare.py is the command, the other modules are its parts."""
