@@ -52,7 +52,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from testv2 import PRESETS, Config, StreamingTokenDataset, TinyMambaModel, load_model, read_sidecar
+from testv2 import PRESETS, Config, StreamingTokenDataset, TinyMambaModel, load_model
 from tinymamba.checkpoint import atomic_write, load_checkpoint, require_writable
 from tinymamba.cli import (
     CliParser,
@@ -65,6 +65,7 @@ from tinymamba.cli import (
     show,
 )
 from tinymamba.runtime import pick_amp_dtype, pick_device, why_no_compile
+from tinymamba.token_shards import read_facts
 from tinymamba.tokenizer import (
     open_tokenizer,
     read_tokenizer_facts,
@@ -605,7 +606,7 @@ def memory(setup: Setup, runners: dict[str, Runner]) -> Iterator[dict]:
 def open_eval(setup: Setup, length: int) -> StreamingTokenDataset:
     """The blocks of --eval_dataset."""
     path, config = setup.options.eval_dataset, setup.config
-    dtype = "auto" if read_sidecar(path) else config.data_dtype
+    dtype = "auto" if read_facts(path) else config.data_dtype
     return StreamingTokenDataset(path, length, data_dtype=dtype, vocab_size=config.vocab_size)
 
 
@@ -627,7 +628,7 @@ def perplexity(setup: Setup, runners: dict[str, Runner]) -> Iterator[dict]:
     path = str(options.tinymamba_checkpoint)
     model = load_model(path, setup.device)
     require_data_of(model.tokenizer, read_tokenizer_facts(options.eval_dataset)[0], path)
-    facts = read_sidecar(options.eval_dataset)
+    facts = read_facts(options.eval_dataset)
     for case in cases(options, options.sequence_lengths or [setup.config.block_size]):
         data = open_eval(setup, case[1])
         nats, reason = attempt(mean_nats, model, data, case[0], setup)

@@ -660,7 +660,7 @@ AutoModelForCausalLM.register(TinyMambaConfig, TinyMambaHFModel, exist_ok=True)
 CODE = (
     "hf_integration.py", "testv2.py", "checkpoint.py", "cli.py", "data_order.py", "kernels.py",
     "lock.py", "optimizer.py", "runtime.py", "schedule.py",
-    "token_file.py", "tokenizer.py",
+    "token_file.py", "token_shards.py", "tokenizer.py",
 )  # fmt: skip
 OUTPUTS = (
     "model.safetensors", "config.json", "generation_config.json", "README.md", "vocab.txt",

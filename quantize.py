@@ -44,7 +44,6 @@ from testv2 import (
     ModelState,
     SequenceContext,
     TinyMambaModel,
-    TokenFile,
     find_documents,
     load_model,
     save_folder,
@@ -53,6 +52,7 @@ from testv2 import (
 from tinymamba.checkpoint import new_folder, replace_files, require_writable
 from tinymamba.cli import parse_flags, require, run_cli
 from tinymamba.kernels import QUANTIZATION_FORMAT, QUANTIZATION_MODES, quantize_like, to_bytes
+from tinymamba.token_shards import open_tokens
 from tinymamba.tokenizer import open_tokenizer, read_tokenizer_facts, require_data_of
 
 PROJECTIONS = r"blocks\.\d+\.(ssm|attention|mlp)\.(in_proj|qkv|out_proj)(\.down|\.up)?"
@@ -394,7 +394,7 @@ def read_blocks(path: str, model: TinyMambaModel, tokens: int, data_dtype: str =
     problem, remedy = f"{tokens} is less than one block", f"it must be at least {size}"
     require(tokens >= size, "calibration_tokens", problem, remedy)
     require_data_of(model.tokenizer, read_tokenizer_facts(path)[0], "the model")
-    file = TokenFile(path, data_dtype)
+    file = open_tokens(path, data_dtype)
     problem = f"has {file.length} tokens, not {tokens}"
     remedy = "pass a longer file, or fewer --calibration_tokens"
     require(file.length >= tokens, file.path, problem, remedy)

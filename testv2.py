@@ -114,7 +114,8 @@ from tinymamba.runtime import (
     why_no_compile,
 )
 from tinymamba.schedule import learning_rate, warmup_length
-from tinymamba.token_file import TokenFile, read_sidecar
+from tinymamba.token_file import TokenFile, read_sidecar  # noqa: F401
+from tinymamba.token_shards import open_tokens, read_facts
 from tinymamba.tokenizer import (  # noqa: F401
     RunTokenizer,
     SimpleTokenizer,
@@ -189,7 +190,7 @@ class Config:
     rank_timeout: int = 60  # seconds without a heartbeat before a process is declared dead
 
     # Data
-    train_data_path: str | list[str] = "./data/text/train.bin"  # one .bin of tokens, or several
+    train_data_path: str | list[str] = "./data/text/train.bin"  # .bin files, or folders of shards
     train_data_weights: list[float] | None = None  # weights of several sources; None: by size
     val_data_path: str | list[str] = "./data/text/val.bin"  # .bin of tokens to validate on
     data_dtype: str = "auto"  # dtype of the ids in the .bin; auto: as its .json says, else int32
@@ -1224,7 +1225,7 @@ class StreamingTokenDataset(torch.utils.data.Dataset):
         paths = [data_sources] if isinstance(data_sources, str | Path) else data_sources
         self.block_size, self.shuffle, self.seed = block_size, shuffle, seed
         self.vocab_size = vocab_size
-        self.files = [TokenFile(path, data_dtype) for path in paths]
+        self.files = [open_tokens(path, data_dtype) for path in paths]
         require(self.files, "data_sources", "is empty", "name at least one .bin file")
         for file in self.files:
             problem = f"{file.length} tokens are too few for block_size={block_size}"
@@ -1574,7 +1575,7 @@ class Trainer:
         self.bytes_per_token: float | None = None
         if c.enable_validation:
             self.val_data = StreamingTokenDataset(c.val_data_path, c.block_size, **kind)
-            facts = [read_sidecar(f.path) for f in self.val_data.files]
+            facts = [read_facts(f.path) for f in self.val_data.files]
             if all(f.get("tokens") and f.get("bytes") for f in facts):
                 tokens = sum(f["tokens"] for f in facts)
                 self.bytes_per_token = sum(f["bytes"] for f in facts) / tokens

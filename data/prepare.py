@@ -49,11 +49,11 @@ from data.console import progress_bar, say
 from data.encoding import Encoded, Encoder, encoding_with
 from data.sides import Split, Text
 from data.unfinished import TOKENIZER, Progress, Unfinished, file_hash, sync
-from data.vocabulary import Learning, local_tokenizer, make_tokenizer, tokenizer_hash, vocab_text
+from data.vocabulary import Learning, local_tokenizer, make_tokenizer, vocab_text
 from tinymamba.cli import UserError, parse_flags, require, run_cli
 from tinymamba.documents import Corpus, Reading
 from tinymamba.lock import hold_lock
-from tinymamba.tokenizer import EOS_TOKEN
+from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer
 
 OUTPUTS = ("val.bin", "val.json", "vocab.txt", "tokenizer.json", "train.json", "train.bin")
 TEMPLATES = ("chat_template.jinja", "tokenizer_config.json")  # copied if beside a tokenizer.json
@@ -317,7 +317,7 @@ class Run:
             "dtype": self.options.dtype,
             "vocab_size": max(vocabulary.values()) + 1,
             "eos_id": progress.eos_id,
-            "tokenizer": tokenizer_hash(folder / TOKENIZER),
+            "tokenizer": SimpleTokenizer(folder / TOKENIZER).sha256,
         }
         facts: dict[str, dict] = {}
         for side in self.options.sides():

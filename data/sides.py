@@ -1,10 +1,10 @@
 """Which documents are training and which are validation, and where documents end in a text.
 
 A unit is a row, a document of a file with separators, or a whole text file. A hash of the unit
-decides its side, so that equal rows fall on one side and order plays no part. If the corpus has
-fewer than SURVEYED units, the limit between the sides is put where the share is nearest, with at
-least one unit on each side. If it has fewer than FEW_FILES text files without separators, the end
-of each of these is validation instead.
+decides its side, so that equal rows fall on one side and order plays no part. Each side gets at
+least one unit. If the corpus has fewer than SURVEYED rows, the limit between the sides is put where
+the share is nearest. If it has fewer than FEW_FILES text files without separators, the end of each
+of these is validation instead.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Split:
                 break
         self.tails = len(files) < FEW_FILES
         units = rows if self.tails else rows + files
-        self.limit = nearest_limit(units, self.fraction, complete)
+        self.limit = nearest_limit(units, self.fraction, complete and self.tails)
         return self
 
     def survey_file(self, document: Document, rows: list[float], files: list[float]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,12 +20,12 @@ from tinymamba.tokenizer import (
     byte_tokenizer,
 )
 
-# The words within which bpe merges: those of GPT-2, but no longer than 32 characters.
+# The words within which bpe merges: those of GPT-2, but no longer than 128 characters.
 SPLIT = (
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}{1,32}| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]{1,32}"
-    r"|\s{1,32}(?!\S)|\s{1,32}"
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}{1,128}| ?\p{N}{1,128}| ?[^\s\p{L}\p{N}]{1,128}"
+    r"|\s{1,128}(?!\S)|\s{1,128}"
 )
-UNSPACED = re.compile(r"\S{33,}")
+UNSPACED = re.compile(r"\S{129,}")
 UNSPACED_BYTES = 256  # of text without spaces that bpe learns from, for each token
 LINE_BREAK = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 
@@ -163,15 +161,6 @@ def make_tokenizer(name: str, parts: Iterable[str], learning: Learning) -> tuple
 
 
 # ---------------------------------------------------------------------------------- as a file
-
-
-def tokenizer_hash(path: Path) -> str:
-    """The hash of a tokenizer.json that says which tokenizer made a .bin file."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("version", "truncation", "padding", "post_processor"):
-        content.pop(key, None)
-    plain = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(plain.encode()).hexdigest()
 
 
 def vocab_text(tokens: dict[int, str]) -> str:

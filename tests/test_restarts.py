@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import itertools
 import math
 import os
 import re
@@ -13,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -236,6 +238,30 @@ def test_a_further_source_begins_a_new_epoch_whose_order_is_a_pure_function(plac
     assert trainer.run() == 0
     assert torch.equal(torch.stack(batches), torch.stack(wanted[8:]))
     assert digest(load_checkpoint(LATEST)["model"]) == digest(twice["model"])
+
+
+def test_a_folder_or_a_pattern_of_shards_trains_as_the_one_file(place):
+    whole = np.fromfile("data/text/train.bin", np.int32)
+    Path("shards").mkdir()
+    cuts = [0, 1000, 1001, 5000, len(whole)]  # shard 2 is shorter than a block
+    for number, (begin, end) in enumerate(itertools.pairwise(cuts), 9):
+        whole[begin:end].tofile(f"shards/part_{number}.bin")
+    words = brief_flags(max_steps=3, num_workers=1)
+    train(*words)
+    expected = load_checkpoint(LATEST)["model"]
+    for source in ("shards", "shards/part_*.bin"):
+        train(*words, "--train_data_path", source)
+        assert digest(load_checkpoint(LATEST)["model"]) == digest(expected)
+    whole[:100].tofile("shards/part_13.bin")
+    assert_refuses("--resume", "--max_steps", 4, naming=["sources", "--accept_changed_data"])
+
+
+def test_a_file_of_nanogpt_is_named_with_the_flags_to_pass(place):
+    Path("data/text/meta.pkl").write_bytes(b"never read")
+    assert_refuses(*brief_flags(), naming=["train.bin", "nanoGPT", "--data_dtype uint16"])
+    ids = np.fromfile("data/text/train.bin", np.int32).astype(np.uint16)
+    ids.tofile("data/text/train.bin")
+    assert "steps 0 to 1" in train(*brief_flags(max_steps=1), "--data_dtype", "uint16")
 
 
 # --------------------------------------------------------------------------- neighbors and locks

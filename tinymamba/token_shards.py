@@ -28,10 +28,20 @@ LLM_C_MAGIC = 20240520  # the first int32 of a file that llm.c wrote
 
 def open_tokens(path: str | Path, data_dtype: str = "auto") -> TokenFile:
     """The tokens of a .bin file, of a folder of .bin files, or of those that a pattern matches."""
-    if Path(path).is_dir() or (glob.has_magic(str(path)) and not Path(path).exists()):
+    if is_sharded(path):
         return ShardedTokenFile(path, data_dtype)
     reject_foreign(path, data_dtype)
     return TokenFile(path, data_dtype)
+
+
+def is_sharded(path: str | Path) -> bool:
+    """Whether a source is a folder or a pattern, not one file."""
+    return Path(path).is_dir() or (glob.has_magic(str(path)) and not Path(path).exists())
+
+
+def files_of(path: str | Path) -> list[str]:
+    """The .bin files of a source."""
+    return find_shards(path) if is_sharded(path) else [str(path)]
 
 
 def reject_foreign(path: str | Path, data_dtype: str) -> None:
@@ -52,9 +62,7 @@ def read_facts(path: str | Path) -> dict:
 
     Empty if there is none, and without the counts if a shard does not have them.
     """
-    if Path(path).is_file():
-        return read_sidecar(str(path))
-    facts = [read_sidecar(shard) for shard in find_shards(path)]
+    facts = [read_sidecar(file) for file in files_of(path)]
     first = facts[0]
     shared = {k: v for k, v in first.items() if all(each.get(k) == v for each in facts)}
     for name in ("tokens", "bytes"):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinymamba.cli import UserError, require
 from tinymamba.token_file import read_sidecar
+from tinymamba.token_shards import files_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -383,11 +384,11 @@ def read_tokenizer_facts(*sources: str | list[str]) -> tuple[dict, SimpleTokeniz
     Files of different tokenizers are a UserError, and so is a tokenizer beside a file that the
     file was not made with. A .json without a hash has that of the tokenizer.json beside it.
     """
-    paths = [path for source in sources for path in listed(source)]
+    paths = [file for source in sources for path in listed(source) for file in files_of(path)]
     beside: dict[Path, SimpleTokenizer | None] = {}
     said: dict[str, tuple[Any, str]] = {}
     for path in paths:
-        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        folder = Path(path).parent
         if folder not in beside:
             beside[folder] = find_tokenizer(folder)
         own = read_sidecar(path)
