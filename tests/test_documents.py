@@ -630,13 +630,13 @@ STDIN = {  # what is piped in: the documents
     b"a text\n": ["a text\n"],
     ROWS.encode(): TWO,
     b'[{"text": "one"}, {"text": "two"}]': TWO,
-    gzip.compress(ROWS.encode()): TWO,
-    gzip.compress(tar({"a.jsonl": ROWS.encode()})): TWO,
+    frozen_gzip(ROWS.encode()): TWO,
+    frozen_gzip(tar({"a.jsonl": ROWS.encode()})): TWO,
     "\ufeffa text".encode("utf-16-le"): ["a text"],
 }
 
 
-@pytest.mark.parametrize("data", STDIN)
+@pytest.mark.parametrize("data", STDIN, ids=range(len(STDIN)))
 def test_standard_input_is_recognized_by_its_content(tmp_path, monkeypatch, data):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
