@@ -827,6 +827,7 @@ def train(options: Options, adapter_fields: dict[str, Any], config_fields: dict[
     saved, source = find_saved(config)
     if saved is not None:
         own = {"checkpoint_path": config.checkpoint_path, "resume_from": source}
+        own |= {"log_dir": config.log_dir} if source else {}
         config = resumed_config(saved, {**config_fields, **own})
         adapter = resumed_adapter(saved, adapter_fields)
     lora = adapter.method == "lora"

@@ -56,6 +56,7 @@ from tinymamba.checkpoint import (
     digest,
     find_saved,
     load_checkpoint,
+    mark_file,
     move_aside,
     read_all_tensors,
     read_tensors,
@@ -78,6 +79,7 @@ from tinymamba.cli import (
     given_fields,
     require,
     run_cli,
+    say,
     show,
 )
 from tinymamba.data_order import MixtureSchedule, ShardedBatches, permute
@@ -290,7 +292,7 @@ SHAPE_FIELDS = [
 # Fields in the config.json of a model folder.
 FOLDER_FIELDS = [*SHAPE_FIELDS, "eos_id", "block_size", "deepnet", "scan", "chunk_size", "dropout"]
 # Fields that a resumed run cannot change.
-RUN_FIELDS = [*SHAPE_FIELDS, "optimizer", "block_size", "seed"]
+RUN_FIELDS = [*SHAPE_FIELDS, "optimizer", "block_size", "seed", "warmup_steps"]
 
 # -------------------------------------------------------------------------------- primitives
 
@@ -1236,10 +1238,7 @@ class StreamingTokenDataset(torch.utils.data.Dataset):
         integers = self.blocks if weights is None else self._integer_weights(weights)
         self.schedule = MixtureSchedule(integers)
         self.length = sum(self.blocks) if weights is None else self._epoch_length()
-        self.epoch, self.before_epoch = (
-            0,
-            self.schedule.counts(0),
-        )  # samples before the current epoch
+        self.epoch, self.before_epoch = 0, self.schedule.counts(0)  # samples before the epoch
 
     def _integer_weights(self, given: list[float]) -> list[int]:
         weights, field = [float(w) for w in given], "train_data_weights"
@@ -1460,13 +1459,13 @@ class Trainer:
         self.writer = BackgroundWriter(config.async_save)
         self.device = pick_device(config.device, from_launcher("LOCAL_RANK", 0))
         self.amp = pick_amp_dtype(config.amp_dtype, self.device)
-        self.open_data(tokenizer)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.watchdog = None
         if self.world > 1:
             self.watchdog = join_process_group(self.device, config.rank_timeout)
         try:
+            self.open_data(tokenizer)
             self.set_up(saved)
         except Exception as e:
             if self.watchdog:
@@ -1493,7 +1492,7 @@ class Trainer:
             "unfinished": False,  # a signal ended the run before this step's validation was done
             "folder": c.wandb_run_name or time.strftime("%Y%m%d-%H%M%S"),
         }  # fmt: skip
-        self.resumed = saved is not None
+        self.resumed, self.branches = saved is not None, False
         if saved is not None:
             self.restore(saved)
         self.count_steps()
@@ -1522,7 +1521,7 @@ class Trainer:
         """Open the logs: in a new folder and as a new run of W&B, unless this run is resumed."""
         c, p = self.config, self.progress
         if self.main:
-            own = self.resumed and not c.resume_from
+            own = self.resumed and not self.branches
             p["folder"] = open_log_folder(Path(c.log_dir), p["folder"], own)
         self.folder = Path(c.log_dir) / p["folder"]
         names = {"project": c.wandb_project, "name": c.wandb_run_name or None}
@@ -1690,9 +1689,8 @@ class Trainer:
         p["bad_steps"] = 0
         (mean, variance, steps), deviation = p["norm"], p["norm"][1] ** 0.5
         spike = limit > 0 and steps >= SPIKE_WARMUP and norm > mean + limit * deviation
-        seen = (
-            min(norm, mean + limit * deviation) if spike else norm
-        )  # so that the mean follows norms that stay high
+        # Spikes count too, so that the mean follows norms that stay high.
+        seen = min(norm, mean + limit * deviation) if spike else norm
         rate = max(SPIKE_RATE, 1 / (steps + 1))
         change = seen - mean
         p["norm"] = [mean + rate * change, (1 - rate) * (variance + rate * change**2), steps + 1]
@@ -1892,10 +1890,13 @@ class Trainer:
         total = saved["scheduler"]["total_steps"]
         warmup = self.progress.setdefault("warmup", warmup_length(total, old))
         steps = self.step - 1, self.step
-        self.rate_before = [learning_rate(step, total, old, warmup) for step in steps]
-        if sibling(old.checkpoint_path, "").name != sibling(self.config.checkpoint_path, "").name:
+        self.planned = total, *(learning_rate(step, total, old, warmup) for step in steps)
+        c = self.config
+        renamed = Path(old.checkpoint_path).name != Path(c.checkpoint_path).name
+        self.branches = bool(renamed or c.resume_from or old.log_dir != c.log_dir)
+        if renamed or c.resume_from:
             self.progress["best"] = []  # those files are another run's
-        if self.config.resume_from:
+        if self.branches:
             self.progress["folder"] = begun["folder"]
             self.progress.pop("wandb_id", None)
 
@@ -1946,8 +1947,8 @@ class Trainer:
             if self.warmup < c.warmup_steps:
                 self.log.say(f"warm-up: {self.warmup} steps, as this run is short")
             return
-        last, planned = self.rate_before
-        if self.step < self.total_steps and self.rate(self.step) != planned:
+        total, last, planned = self.planned
+        if (self.total_steps, self.rate(self.step)) != (total, planned):
             self.log.say(
                 f"the learning rate was {last:.2e} at step {self.step}, continues with "
                 f"{self.rate(self.step):.2e}, and ends with {end:.2e} at step {self.total_steps}"
@@ -1983,17 +1984,27 @@ class Trainer:
         path = self.config.checkpoint_path
         with run_lock(path):
             self.announce()
-            if self.step == self.total_steps and not self.progress["unfinished"]:
-                self.log.say("nothing is left to do; to train on, raise --max_steps")
+            if flag := self.way_to_continue():
+                self.log.say(f"nothing is left to do; to train on, raise {flag}")
                 return
             if self.main and (not self.resumed or self.config.resume_from):
                 for file in run_files(path):
                     move_aside(file, say=self.log.say)
+            if self.main:
+                mark_file(path, "begins").unlink(missing_ok=True)
             self.loop()
             self.save()
             self.writer.finish()
         if self.progress["history"]["train"]:
             self.log.plot(self.progress["history"])
+
+    def way_to_continue(self) -> str | None:
+        """What to pass so that a resumed run that had ended trains on; None if it has not ended."""
+        c, p = self.config, self.progress
+        if c.use_early_stopping and p["bad_validations"] >= c.early_stopping_patience:
+            return "--early_stopping_patience"
+        ended = self.step == self.total_steps and not p["unfinished"]
+        return "--max_steps" if ended else None
 
     def loop(self) -> None:
         """Run the remaining steps, with validation, samples and saves between them."""
@@ -2152,7 +2163,7 @@ def prepare_default_data(config: Config, named: dict) -> None:
         return
     alone, remedy = from_launcher("WORLD_SIZE", 1) == 1, "run python data/prepare.py, then launch"
     require(alone, str(path), "no such file", remedy)
-    print(f"{path} is missing: preparing the built-in corpus", flush=True)
+    say(f"{path} is missing: preparing the built-in corpus")
     script = [str(Path(__file__).parent / "data" / "prepare.py")]
     if __package__:
         script = ["-m", f"{__package__}.data.prepare"]
@@ -2178,7 +2189,7 @@ def main(argv: list[str] | None = None) -> int:
         config.validate()
         large, first = config.d_model >= 768, from_launcher("RANK", 0) == 0
         if large and first and pick_device(config.device).type == "cpu":
-            print("hint: this is a large model for a CPU; try --preset demo")
+            say("hint: this is a large model for a CPU; try --preset demo")
         prepare_default_data(config, named)
         trainer = Trainer(config, saved=saved)
         return trainer.profile() if profile else trainer.run()

@@ -45,12 +45,12 @@ from tokenizers import Tokenizer
 
 if not __package__:  # run as a script: the package is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.console import progress_bar, say
+from data.console import progress_bar
 from data.encoding import Encoded, Encoder, encoding_with
 from data.sides import Split, Text
 from data.unfinished import TOKENIZER, Progress, Unfinished, file_hash, sync
 from data.vocabulary import Learning, local_tokenizer, make_tokenizer, vocab_text
-from tinymamba.cli import UserError, parse_flags, require, run_cli
+from tinymamba.cli import UserError, parse_flags, require, run_cli, say
 from tinymamba.documents import Corpus, Reading
 from tinymamba.lock import hold_lock
 from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer

@@ -10,8 +10,7 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data.console import say
-from tinymamba.cli import UserError, need
+from tinymamba.cli import UserError, need, say
 from tinymamba.tokenizer import (
     EOS_TOKEN,
     SimpleTokenizer,

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from tinymamba.cli import UserError, require
+from tinymamba.cli import UserError, require, say
 from tinymamba.lock import hold_lock
 
 # ----------------------------------------------------------------------------------- writing
@@ -230,7 +230,15 @@ def require_run_name(path: str | Path) -> None:
     """Reject a path that no run can save its newest state to."""
     field, problem = "checkpoint_path", f"{str(path)!r} is not a file name"
     require(str(path) and not os.path.isdir(path), field, problem, "name a file")
-    found = OTHER_TAG.search(Path(path).stem)
+    longest = sibling(path, "previous").name + ".tmp"
+    problem, remedy = f"{path} is too long for the names made of it", "choose a shorter one"
+    require(len(os.fsencode(longest)) <= 255, field, problem, remedy)
+    stem = Path(path).stem
+    other = stem.removesuffix("_latest") if stem.endswith("_latest") else f"{stem}_latest"
+    twin = Path(path).with_name(other + Path(path).suffix)
+    problem = f"{path} would share {sibling(path, 'best').name} with the run of {twin}"
+    require(not twin.is_file(), field, problem, "choose another")
+    found = OTHER_TAG.search(stem)
     problem = f"{path} is what a run calls its {found and found[1]} checkpoint"
     remedy = f"to continue from it pass --resume_from {path}, and another --checkpoint_path"
     require(not found, field, problem, remedy)
@@ -244,7 +252,13 @@ def run_lock(path: str | Path) -> contextlib.AbstractContextManager:
     if os.environ.get("RANK", "0") != "0":
         return contextlib.nullcontext()
     remedy = "wait until that run has ended, or choose another --checkpoint_path"
-    return hold_lock(sibling(path, "run").with_suffix(".lock"), str(path), remedy)
+    return hold_lock(mark_file(path, "lock"), str(path), remedy)
+
+
+def mark_file(path: str | Path, mark: str) -> Path:
+    """A small file of the run that saves to `path`: lock, or begins (see `find_saved`)."""
+    file = sibling(path, "run")
+    return file.with_name(f"{file.name}.{mark}")
 
 
 def run_files(path: str | Path) -> list[Path]:
@@ -257,7 +271,7 @@ def run_files(path: str | Path) -> list[Path]:
     return [path, *sorted(others)]
 
 
-def load_newest(path: str | Path, say: Callable[[str], object] | None = print) -> dict:
+def load_newest(path: str | Path, say: Callable[[str], object] | None = say) -> dict:
     """The checkpoint at `path`, or if that is damaged or gone the newest good one of its run.
 
     Damaged files are renamed, so that no save takes them for good ones, and `say` reports it.
@@ -289,18 +303,22 @@ def find_saved(config: Any) -> tuple[dict | None, str]:
     """The checkpoint that a run continues and, if that is another run's, its file.
 
     None and "" if the run begins. `config` has checkpoint_path, resume, resume_from and init_from.
-    A run that torchrun has started again continues if it has saved anything.
+    A run that torchrun has started again continues if it has saved anything. If it failed before
+    it could move an earlier run's files aside, what is there is not its own: a file marks that.
     """
     path, first = config.checkpoint_path, os.environ.get("RANK", "0") == "0"
     require_one_start(config)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    begins, life = mark_file(path, "begins"), os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    there = any(file.is_file() for file in run_files(path))
     goes_on = config.resume is True or Path(config.resume_from).resolve() == Path(path).resolve()
-    if config.resume == "auto" or restarted:
-        goes_on = goes_on or any(file.is_file() for file in run_files(path))
+    if config.resume == "auto" or (int(life or 0) > 0 and not begins.exists()):
+        goes_on = goes_on or there
+    if life and first and there and not goes_on:
+        begins.touch()
     if not goes_on and not config.resume_from:
         return None, ""
     source = "" if goes_on else config.resume_from
-    saved = load_newest(path, print if first else None) if goes_on else load_checkpoint(source)
+    saved = load_newest(path, say if first else None) if goes_on else load_checkpoint(source)
     remedy = "start a new run from it: --init_from, or python peft.py --method full"
     require("optimizer" in saved, source or path, "holds no run to resume", remedy)
     return saved, source
@@ -368,7 +386,7 @@ def sibling(path: str | Path, tag: str) -> Path:
     return path.with_name(f"{path.stem.removesuffix('_latest')}_{tag}{path.suffix}")
 
 
-def move_aside(path: Path, mark: str = "", say: Callable[[str], object] = print) -> None:
+def move_aside(path: Path, mark: str = "", say: Callable[[str], object] = say) -> None:
     """Rename a file to path.1, path.2, ..., with the mark before the number: nothing is lost."""
     if path.exists():
         number = next(n for n in range(1, 1 << 30) if not Path(f"{path}{mark}.{n}").exists())

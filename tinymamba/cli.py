@@ -143,6 +143,16 @@ def describe_failure(failure: OSError) -> str:
     return f"error: stdout: cannot be written ({failure.strerror}); send it elsewhere"
 
 
+def say(text: object) -> None:
+    """Print a line; if nobody can read it any more, this and all that follows is dropped."""
+    try:
+        print(text, flush=True)
+    except UnicodeEncodeError:  # before run_cli has made the console tolerant
+        print(ascii(text), flush=True)
+    except (OSError, ValueError):  # a full disk, a closed pipe, a closed file
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
 def run_cli(main: Callable[[], int | None]) -> typing.NoReturn:
     """Exit with what `main()` returns; a UserError becomes one line on stderr and exit code 2."""
     open_standard_streams()

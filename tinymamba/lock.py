@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from socket import gethostname
 
-from tinymamba.cli import UserError
+from tinymamba.cli import UserError, say
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # some network file systems
 
 
 @contextlib.contextmanager
@@ -29,14 +32,16 @@ def hold_lock(file: Path, field: str, remedy: str) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise UserError(field, f"is in use by {read_holder(file)}", remedy) from None
-    except PermissionError as e:
-        raise UserError(field, f"{file} cannot be written ({e.strerror})", remedy) from None
     except OSError as e:
-        print(f"warning: {file.parent} has no locks ({e.strerror}): let no second run write there")
+        if e.errno not in NO_LOCKS:
+            problem = f"{file} cannot be written ({e.strerror})"
+            raise UserError(field, problem, "choose another folder") from None
+        say(f"warning: {file.parent} has no locks ({e.strerror}): let no second run write there")
         yield
         return
     try:
-        file.write_text(f"process {os.getpid()} on {gethostname()}", encoding="utf-8")
+        with contextlib.suppress(OSError):  # a full disk; the lock holds without its text
+            file.write_text(f"process {os.getpid()} on {gethostname()}", encoding="utf-8")
         yield
     finally:
         if lock.lock_counter == 1:

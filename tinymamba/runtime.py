@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tinymamba.checkpoint import require_writable
-from tinymamba.cli import UserError, need, print_error, require, silence
+from tinymamba.cli import UserError, need, print_error, require, say, silence
 
 # ---------------------------------------------------------------------------------- hardware
 
@@ -118,6 +118,7 @@ def meet(store: Any, rank: int, world: int, timeout: float) -> str:
     answers to it. One that has read the name of an earlier life is not confirmed, and reads again.
     """
     me, until = secrets.token_hex(8), time.monotonic() + timeout
+    quiet_until = until - 0.9 * timeout
 
     def confirm(other: int) -> bool:
         answered = store.check([f"{me} {other}"])
@@ -133,6 +134,10 @@ def meet(store: Any, rank: int, world: int, timeout: float) -> str:
         return life if store.check([f"{life} {rank} {me}"]) else None
 
     def wait(other: int) -> None:
+        nonlocal quiet_until
+        if time.monotonic() > quiet_until:
+            quiet_until = until
+            say(f"rank {rank} waits for rank {other}")
         problem = f"rank {other} has not come for {timeout:.0f} seconds"
         require(time.monotonic() < until, "WORLD_SIZE", problem, "see its messages")
         time.sleep(0.02)
@@ -217,7 +222,7 @@ class Watchdog:
                 self.publish(f"alive {beat}")
                 for other in range(self.world):
                     self.check(other)
-            except dist.DistError as e:
+            except Exception as e:  # without this thread, the process would wait for ever
                 self.end(f"the store shared by the processes cannot be reached ({e})")
 
     def check(self, other: int) -> None:
@@ -245,10 +250,11 @@ class Watchdog:
 
     def end(self, why: str) -> None:
         """Print one line and exit with code 2, whatever the main thread is doing."""
-        print(f"error: {why}; fix that and pass --resume", file=sys.stderr, flush=True)
-        with contextlib.suppress(dist.DistError):
+        try:
+            print(f"error: {why}; fix that and pass --resume", file=sys.stderr, flush=True)
             self.publish("ended")
-        os._exit(2)  # the main thread may wait for ever
+        finally:  # whatever has become of the console and the store
+            os._exit(2)  # the main thread may wait for ever
 
     def raise_cause(self, error: Exception) -> typing.NoReturn:
         """After a failed collective operation: wait for the message of the process that failed."""
