@@ -212,6 +212,8 @@ def encoding_with(
     try:
         yield lambda chunks: encode_in(pool, workers, batches(chunks, WORKER_CHARS))
     except BrokenProcessPool:
+        for other in multiprocessing.active_children():
+            other.kill()  # they ignore the signal with which the pool would end them
         problem = "a process that encodes was ended, perhaps for lack of memory"
         raise UserError("--workers", problem, "pass fewer") from None
     finally:
