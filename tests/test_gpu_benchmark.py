@@ -62,6 +62,7 @@ def tiny(tmp_path_factory):
     return folder / "out", done.stdout
 
 
+@pytest.mark.slow
 def test_every_stage_writes_what_is_expected(tiny):
     rows = rows_of(tiny[0])
     assert list(dict.fromkeys(row["stage"] for row in rows)) == ["machine", *gpu.STAGES]
@@ -74,6 +75,7 @@ def test_every_stage_writes_what_is_expected(tiny):
     assert len([row for row in rows if row["stage"] == "profile"]) == 2 * (1 + 3)
 
 
+@pytest.mark.slow
 def test_rows_have_what_the_table_shows(tiny):
     rows = [row for row in rows_of(tiny[0]) if row["status"] == "ok"]
     for row in rows:
@@ -86,6 +88,7 @@ def test_rows_have_what_the_table_shows(tiny):
     assert any(row["name"].startswith("attention of llama: flash") for row in rows)
 
 
+@pytest.mark.slow
 def test_the_table_is_printed_and_written(tiny):
     text = (tiny[0] / "table.md").read_text()
     assert text in tiny[1]
@@ -96,6 +99,7 @@ def test_the_table_is_printed_and_written(tiny):
     assert line_of(text, "quality", "4/4, llama")[-1] == "measured"
 
 
+@pytest.mark.slow
 def test_results_of_an_earlier_run_are_kept_unless_forced(tiny):
     before = (tiny[0] / "rows.jsonl").read_text()
     done = run_main(gpu.main, "--tiny", "--output_dir", tiny[0])

@@ -109,6 +109,7 @@ def test_workers_end_when_their_process_is_killed(start):
 @POSIX
 def test_a_worker_that_is_killed_ends_the_run_saved_and_in_one_line(place):
     """As the system does for lack of memory; PyTorch raises an error in the middle of a step."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # another test's DataLoader may have set one
     trainer = Trainer(brief_config(**ENDLESS, num_workers=1))
     after_step(trainer, 3, lambda: multiprocessing.active_children()[0].kill())
     with pytest.raises(UserError, match="^num_workers: DataLoader worker .* exited unexpectedly"):

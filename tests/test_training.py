@@ -291,7 +291,7 @@ def test_resuming_a_finished_run_trains_nothing(plain_run):
 
 def test_run_without_tokenizer_says_so_and_goes_on(place):
     done = call(*brief_flags(max_steps=1, generate_samples="true"))
-    assert done.returncode == 0 and re.search("no sample: no token", done.stdout)
+    assert done.returncode == 0 and "no sample: there is no tokenizer.json" in done.stdout
 
 
 class Upper:
@@ -815,7 +815,13 @@ TOGETHER = {  # stops early after step 3: of 9, so that the rate has far to go
 
 
 @POSIX
-@pytest.mark.parametrize("launcher", ["torch.distributed.launch", "torch.distributed.run"])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        "torch.distributed.launch",
+        pytest.param("torch.distributed.run", marks=pytest.mark.slow),  # other tests start it too
+    ],
+)
 def test_two_processes_train_as_one_with_twice_the_batch(place, monkeypatch, launcher):
     one = call(*brief_flags(**TOGETHER))
     command = [sys.executable, "-m", launcher, "--nproc_per_node=2", f"--master_port={free_port()}"]
