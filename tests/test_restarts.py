@@ -137,6 +137,7 @@ def test_a_branch_reads_one_run_and_writes_another(place):
         (["--checkpoint_path", "a_step7.pt"], ["a_step7.pt", "step7"]),
         (["--checkpoint_path", "a_latest.pt"], ["a_latest.pt", "a_best.pt", "a.pt"]),
         (["--checkpoint_path", "n" * 245], ["too long"]),
+        pytest.param(["--checkpoint_path", "/proc/a.pt"], ["/proc", "written"], marks=LINUX),
         (["--resume", "--checkpoint_path", "a.pt", "--warmup_steps", "1"], ["warmup_steps"]),
     ],
 )

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from tinymamba.cli import UserError, require, say
+from tinymamba.cli import UserError, from_launcher, require, say
 from tinymamba.lock import hold_lock
 
 # ----------------------------------------------------------------------------------- writing
@@ -249,7 +249,7 @@ def run_lock(path: str | Path) -> contextlib.AbstractContextManager:
 
     Of the processes of a run, the first one holds the lock.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if from_launcher("RANK", 0) != 0:
         return contextlib.nullcontext()
     remedy = "wait until that run has ended, or choose another --checkpoint_path"
     return hold_lock(mark_file(path, "lock"), str(path), remedy)
@@ -306,14 +306,14 @@ def find_saved(config: Any) -> tuple[dict | None, str]:
     A run that torchrun has started again continues if it has saved anything. If it failed before
     it could move an earlier run's files aside, what is there is not its own: a file marks that.
     """
-    path, first = config.checkpoint_path, os.environ.get("RANK", "0") == "0"
+    path, first = config.checkpoint_path, from_launcher("RANK", 0) == 0
     require_one_start(config)
-    begins, life = mark_file(path, "begins"), os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    begins, life = mark_file(path, "begins"), from_launcher("TORCHELASTIC_RESTART_COUNT", 0)
     there = any(file.is_file() for file in run_files(path))
     goes_on = config.resume is True or Path(config.resume_from).resolve() == Path(path).resolve()
-    if config.resume == "auto" or (int(life or 0) > 0 and not begins.exists()):
+    if config.resume == "auto" or (life > 0 and not begins.exists()):
         goes_on = goes_on or there
-    if life and first and there and not goes_on:
+    if "TORCHELASTIC_RESTART_COUNT" in os.environ and first and there and not goes_on:
         begins.touch()
     if not goes_on and not config.resume_from:
         return None, ""

@@ -191,6 +191,13 @@ class CliParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
+def from_launcher(name: str, default: int) -> int:
+    """An environment variable of torchrun or torch.distributed.launch: RANK, WORLD_SIZE, ..."""
+    word = os.environ.get(name, str(default))
+    require(word.isdecimal(), name, f"{word!r} is not a number", "unset it, or start with torchrun")
+    return int(word)
+
+
 # ------------------------------------------------------------------------------------ fields
 
 WORDS: dict[Any, dict[str, Any]] = {bool: {"true": True, "1": True, "false": False, "0": False}}

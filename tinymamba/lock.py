@@ -31,7 +31,10 @@ def hold_lock(file: Path, field: str, remedy: str) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(field, f"is in use by {read_holder(file)}", remedy) from None
+        problem = f"is in use by {read_holder(file)}"
+        if not file.exists():  # a folder such as /proc, where nothing can be made
+            problem, remedy = f"{file} cannot be written", "choose another folder"
+        raise UserError(field, problem, remedy) from None
     except OSError as e:
         if e.errno not in NO_LOCKS:
             problem = f"{file} cannot be written ({e.strerror})"

@@ -28,14 +28,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tinymamba.checkpoint import require_writable
-from tinymamba.cli import UserError, need, print_error, require, say, silence
+from tinymamba.cli import UserError, from_launcher, need, print_error, require, say, silence
 
 # ---------------------------------------------------------------------------------- hardware
-
-
-def from_launcher(name: str, default: int) -> int:
-    """An environment variable of torchrun or torch.distributed.launch: RANK, WORLD_SIZE, ..."""
-    return int(os.environ.get(name, default))
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
