@@ -384,8 +384,8 @@ def test_a_template_beside_the_tokenizer_is_used(tmp_path):
     other = ChatTemplate(SimpleTokenizer(tmp_path / "vocab.txt"))
     assert other.encode(said) == [256]
     (tmp_path / "chat_template.jinja").write_text("{% for %}")
-    with pytest.raises(UserError, match="chat template"):
-        ChatTemplate(SimpleTokenizer(tmp_path / "vocab.txt"))
+    with pytest.raises(ApiError, match="chat template cannot be read"):
+        ChatTemplate(SimpleTokenizer(tmp_path / "vocab.txt")).encode(said)
     with pytest.raises(ApiError, match="template"):
         template.encode([*said, *said])
 
