@@ -511,9 +511,11 @@ class RunTokenizer:
         require_data_of(record, self.facts, owner)
         if record is None and not self.record:
             self.record = None  # it may still lie beside the old model
-        own, has_file = self.opened, "content" in (record or {})
-        same = isinstance(own, SimpleTokenizer) and own.sha256 == (record or {}).get("sha256")
-        if not record or (same and (own.chat_template or not has_file)):
+        if not record:
+            return
+        own, has_file = self.opened, "content" in record
+        same = isinstance(own, SimpleTokenizer) and own.sha256 == record.get("sha256")
+        if same and "class" not in record and (own.chat_template or not has_file):
             return
         self.record = record
         if has_file and not self.is_given:
