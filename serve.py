@@ -1443,6 +1443,17 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError("--port", problem, remedy) from None
 
 
+def warn(api: Api) -> None:
+    """Say who can use the server, and what it cannot do."""
+    options = api.options
+    if not options.api_key and options.host not in ("127.0.0.1", "::1", "localhost"):
+        warning = "no --api_key: everyone who can reach this machine can use the server"
+        print(warning, file=sys.stderr)
+    if problem := api.template.problem:
+        remedy = "pass a --tokenizer with a good chat_template.jinja beside it"
+        print(f"no chat: {problem}; {remedy}", file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Serve until SIGINT or SIGTERM."""
     options = parse(argv)
@@ -1457,12 +1468,7 @@ def main(argv: list[str] | None = None) -> int:
             {"adapter": options.adapter} if options.adapter else {},
         )
         api = Api(server, options)
-        if not options.api_key and options.host not in ("127.0.0.1", "::1", "localhost"):
-            warning = "no --api_key: everyone who can reach this machine can use the server"
-            print(warning, file=sys.stderr)
-        if problem := api.template.problem:
-            remedy = "pass a --tokenizer with a good chat_template.jinja beside it"
-            print(f"no chat: {problem}; {remedy}", file=sys.stderr)
+        warn(api)
         port = listener.getsockname()[1]
         print(f"serving {options.model_name} at http://{options.host}:{port}", flush=True)
         try:

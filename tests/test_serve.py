@@ -30,7 +30,6 @@ from peft import AdapterConfig, save_adapter
 from serve import Api, ChatTemplate, HttpServer, Options, Vocabulary
 from streaming import Answer, StreamingConfig, StreamingServer
 from testv2 import save_folder
-from tinymamba.cli import UserError
 from tinymamba.openai_api import ApiError, Message
 from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer, byte_alphabet
 

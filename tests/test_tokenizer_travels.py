@@ -32,11 +32,12 @@ import quantize
 import serve
 import streaming
 from streaming import StreamingServer
-from testv2 import Trainer, load_model, save_folder
-from tinymamba.checkpoint import load_checkpoint, save_checkpoint
+from testv2 import Config, Trainer, load_model, save_folder
+from tinymamba.checkpoint import load_checkpoint, save_checkpoint, save_model
 from tinymamba.cli import UserError
 from tinymamba.tokenizer import (
     EOS_TOKEN,
+    RunTokenizer,
     SimpleTokenizer,
     byte_alphabet,
     byte_level,
@@ -370,6 +371,21 @@ def test_a_folder_of_the_first_release_takes_another_tokenizer_if_it_is_named(aw
 def test_a_folder_without_a_tokenizer_takes_none_from_where_one_stands(away):
     save_folder(away, wide())
     assert server(away).tokenizer is None
+    save_model("written.pt", load_model(away))
+    assert server("written.pt").tokenizer is None
+    done = run_main(streaming.main, "--checkpoint", "written.pt", "--prompt", "a")
+    assert_refused(done, "none was found; pass --tokenizer")
+
+
+def test_a_folder_that_transformers_saved_with_more_tokens_is_read(away):
+    hf = pytest.importorskip("hf_integration")
+    succeed(hf.main, "convert", "--checkpoint", "model.pt", "--output_dir", "hf")
+    fast = hf.TinyMambaHFTokenizer.from_pretrained("hf")
+    fast.add_special_tokens({"additional_special_tokens": [" plus"]})
+    hf.TinyMambaHFModel.from_pretrained("hf").save_pretrained("again")
+    fast.save_pretrained("again")
+    added = open_tokenizer(None, load_model("again"), [])
+    assert added.sha256 != OWN.sha256 and len(added) == 258
 
 
 # ---------------------------------------------------------------------------------- old checkpoints
@@ -387,6 +403,41 @@ def test_an_old_checkpoint_takes_the_tokenizer_beside_it_or_its_data(away):
     succeed(quantize.main, "--checkpoint", "old.pt", "--output_dir", "made")
     shutil.rmtree(away / "data")
     assert ids_of("made") == IDS
+
+
+def test_data_are_compared_with_the_tokenizer_beside_an_old_checkpoint(away):
+    saved = load_checkpoint("model.pt")
+    del saved["tokenizer"]
+    save_checkpoint("old/model.pt", saved)
+    (away / "old" / "tokenizer.json").write_text(OWN.content, encoding="utf-8")
+    names, data = ["train.bin", OTHER.sha256[:12], OWN.sha256[:12]], "data/text/train.bin"
+    old = ["--checkpoint", "old/model.pt"]
+    done = run_main(peft.main, *old, "--steps", 1, "--device", "cpu")
+    assert_refused(done, *names)
+    words = ["--bits", 4, "--calibration_data", data, "--calibration_tokens", 64]
+    assert_refused(run_main(quantize.main, *old, *words), *names)
+    words = ["--benchmark_type", "perplexity", "--eval_dataset", data, "--device", "cpu"]
+    done = run_main(benchmark.main, "--tinymamba_checkpoint", old[1], *words)
+    assert_refused(done, *names)
+    model = peft.attach(load_model("model.pt"), peft.AdapterConfig("lora", 2))
+    model.tokenizer = OTHER.to_dict()
+    peft.save_adapter(model, "adapter")
+    with pytest.raises(UserError, match=f"{OTHER.sha256[:12]}.*use the checkpoint"):
+        server("old/model.pt", adapters={"a": "adapter"})
+    done = run_main(peft.main, *old, "--adapter", "adapter", "--merge")
+    assert_refused(done, *names[1:])
+
+
+def test_an_old_checkpoint_of_shards_that_are_elsewhere_has_no_tokenizer(away):
+    saved = load_checkpoint("model.pt")
+    del saved["tokenizer"]
+    saved["config"]["train_data_path"] = "shards/*.bin"
+    save_checkpoint("old.pt", saved)
+    done = run_main(streaming.main, "--checkpoint", "old.pt", "--prompt", "a", "--device", "cpu")
+    assert_refused(done, "none was found; pass --tokenizer")
+    options = SimpleNamespace(tinymamba_checkpoint="old.pt")
+    with pytest.raises(UserError, match="hf_integration.py --tokenizer_file"):
+        benchmark.open_for_harness(SimpleNamespace(options=options, device=torch.device("cpu")))
 
 
 @pytest.mark.parametrize("fact", [{"eos_id": 3}, {"vocab_size": 4096}, {"tokenizer": "0" * 64}],
@@ -429,6 +480,12 @@ def test_an_object_is_noted_by_class_and_size(home):
     done = call("--resume", "--checkpoint_path", "custom.pt", "--max_steps", "2")
     assert done.returncode == 0, done.stderr
     assert load_checkpoint("custom.pt")["tokenizer"] == note
+    shutil.rmtree("data")
+    write_data(home / "data" / "text", OTHER)
+    again = Config.from_dict({**load_checkpoint("custom.pt")["config"], "max_steps": 3})
+    again.accept_changed_data = True
+    with pytest.raises(UserError, match=f"{OTHER.sha256[:12]}.*{OWN.sha256[:12]}"):
+        Trainer(again, tokenizer=mine, saved=load_checkpoint("custom.pt"))
 
 
 # ------------------------------------------------------------------------ data of another tokenizer
@@ -489,6 +546,77 @@ def test_files_of_different_tokenizers_are_refused_by_name(home, facts, role):
     assert files_below(home) == before
 
 
+def test_a_run_whose_data_have_only_a_hash_is_held_to_it(away):
+    """What lies in the working folder afterwards has another hash."""
+    (away / "data").rename(away / "other")
+    for folder, facts in (("data/text", {}), ("silent", {"tokenizer": None})):
+        (write_data(away / folder, OWN, **facts) / "tokenizer.json").unlink()
+    words = brief_flags(max_steps=1, checkpoint_path="run.pt")
+    assert call(*words).returncode == 0
+    silent = ["--train_data_path", "silent/train.bin", "--checkpoint_path", "no.pt"]
+    assert call(*words, *silent, "--enable_validation", "false").returncode == 0
+    assert load_checkpoint("run.pt")["tokenizer"] == {"sha256": OWN.sha256}
+    assert load_checkpoint("no.pt")["tokenizer"] == {}
+    shutil.rmtree(away / "data")
+    write_data(away / "data" / "text", OTHER)
+    stream = ["--prompt", "a", "--device", "cpu", "--checkpoint"]
+    assert_refused(run_main(streaming.main, *stream, "run.pt"), "is missing; pass --tokenizer")
+    done = run_main(streaming.main, *stream, "run.pt", "--tokenizer", "data/text/tokenizer.json")
+    assert_refused(done, OTHER.sha256[:12], OWN.sha256[:12], "pass that one")
+    again = ["--resume", "--checkpoint_path", "run.pt", "--max_steps", 2, "--accept_changed_data"]
+    assert_refused(call(*again), "train.bin", OTHER.sha256[:12], OWN.sha256[:12])
+    (away / "silent" / "tokenizer.json").write_text(OTHER.content, encoding="utf-8")
+    assert_refused(run_main(streaming.main, *stream, "no.pt"), "none was found")
+
+
+ORDERS = {  # the folders of the sources, and the tokenizer of the run, or what an error names
+    "one two": OWN,
+    "two one": OWN,
+    "one bare": "tokenizer.json",
+    "bare two": OWN,
+    "none two": OWN,
+    "one none": OTHER,
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_tokenizer_of_several_files_is_the_one_that_they_name(order, away):
+    (write_data(away / "one", OTHER) / "train.json").unlink()  # says nothing of what lies there
+    write_data(away / "two", OWN)
+    (write_data(away / "bare", OWN) / "tokenizer.json").unlink()
+    (write_data(away / "none", OWN, tokenizer=None) / "tokenizer.json").unlink()
+    sources = [[f"{folder}/train.bin"] for folder in order.split()]
+    if isinstance(want := ORDERS[order], str):
+        with pytest.raises(UserError, match=f"{want}.*{OTHER.sha256[:12]}.*{OWN.sha256[:12]}"):
+            RunTokenizer(None, sources, 257)
+        return
+    run = RunTokenizer(None, sources, 257)
+    assert run.record["sha256"] == want.sha256 == run.opened.sha256
+    run.inherit(run.record, "itself")
+
+
+def test_a_vocabulary_is_no_contradiction_to_the_hash_of_a_tokenizer_json(away):
+    plain = SimpleTokenizer.from_dict(SimpleTokenizer().to_dict())
+    folder = write_data(away / "text", plain)
+    (folder / "tokenizer.json").unlink()
+    lines = [*byte_alphabet(), EOS_TOKEN]
+    (folder / "vocab.txt").write_text("\n".join(lines), encoding="utf-8")
+    sources = [[f"text/{name}.bin"] for name in ("train", "val")]
+    run = RunTokenizer(None, sources, 257)
+    assert (run.record["name"], run.record["data_sha256"]) == ("vocab.txt", plain.sha256)
+    (folder / "tokenizer.json").write_text(plain.content, encoding="utf-8")
+    again, record = RunTokenizer(None, sources, 257), run.record
+    again.inherit(record, "model.pt")
+    assert again.record == record and again.opened.name == "vocab.txt"
+    again.inherit({**record, "data_sha256": None}, "model.pt")  # of data without a hash
+    with pytest.raises(UserError, match=plain.sha256[:12]):
+        RunTokenizer(None, [["data/text/train.bin"]], 257).inherit(record, "model.pt")
+    (folder / "vocab.txt").write_text("\n".join([*lines, "more"]), encoding="utf-8")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="has 258 ids"):
+        RunTokenizer(None, sources, 257)
+
+
 def test_files_that_say_nothing_are_compared_by_nothing(home):
     write_data(home / "b", OTHER, "more")
     (home / "b" / "more.json").unlink()
@@ -517,6 +645,20 @@ def test_a_json_of_other_types_is_refused(home, facts):
 
 
 # ------------------------------------------------------------------------------- sessions, adapters
+
+
+def test_a_chat_template_that_cannot_be_read_stops_only_the_chat(away, capsys):
+    saved = load_checkpoint("model.pt")
+    saved["tokenizer"]["chat_template"] = "{% generation %}{% endgeneration %}"
+    save_checkpoint("model.pt", saved)
+    api = served("model.pt")
+    assert api.tokenizer.encode(TEXT) == IDS
+    serve.warn(api)
+    said = capsys.readouterr().err
+    assert said.startswith("no chat: the model's chat template cannot be read") and said[-1] == "\n"
+    with pytest.raises(serve.ApiError, match="chat template cannot be read") as error:
+        api.template.encode([serve.Message(role="user", content="a")])
+    assert error.value.status_code == 400
 
 
 def test_a_session_goes_on_with_its_own_tokenizer_only(away):
