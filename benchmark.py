@@ -627,6 +627,7 @@ def perplexity(setup: Setup, runners: dict[str, Runner]) -> Iterator[dict]:
     options = setup.options
     path = str(options.tinymamba_checkpoint)
     model = load_model(path, setup.device)
+    open_tokenizer(None, model, [path])  # which an old checkpoint does not hold
     require_data_of(model.tokenizer, read_tokenizer_facts(options.eval_dataset)[0], path)
     facts = read_facts(options.eval_dataset)
     for case in cases(options, options.sequence_lengths or [setup.config.block_size]):
@@ -697,7 +698,8 @@ def open_for_harness(setup: Setup) -> dict:
     model = load_model(path, setup.device)
     tokenizer = open_tokenizer(None, model, [path])
     problem = why_no_tokenizer(model, "has no tokenizer, and there is none beside it or its data")
-    require(tokenizer, "--tinymamba_checkpoint", problem, "copy its tokenizer.json there")
+    remedy = "convert it with hf_integration.py --tokenizer_file, and pass the folder"
+    require(tokenizer, "--tinymamba_checkpoint", problem, remedy)
     return {
         "pretrained": TinyMambaHFModel.of(model),
         "tokenizer": TinyMambaHFTokenizer.of(tokenizer),

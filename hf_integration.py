@@ -437,7 +437,10 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
         return model.eval()
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As for every model, with the code that AutoModelForCausalLM needs to load it."""
+        """As for every model, with the code that AutoModelForCausalLM needs to load it.
+
+        The hash of the tokenizer is left out: what is saved beside the model may be another one.
+        """
         if kwargs.get("push_to_hub"):
             raise ValueError(
                 "push_to_hub: would upload the model without its code; "
@@ -447,8 +450,12 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
             stored = stored_tensors(self.model)
             kwargs.setdefault("state_dict", {f"model.{name}": t for name, t in stored.items()})
         super().save_pretrained(save_directory, *args, **kwargs)
-        if (Path(save_directory) / "config.json").is_file():  # not an adapter's folder
-            write_code(Path(save_directory))
+        path = Path(save_directory) / "config.json"
+        if path.is_file():  # not an adapter's folder
+            config = json.loads(path.read_text(encoding="utf-8"))
+            config.pop("tokenizer_sha256", None)
+            write_json(path, config)
+            write_code(path.parent)
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding."""

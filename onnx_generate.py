@@ -104,13 +104,18 @@ def open_tokenizer(folder: Path) -> Tokenizer:
 
 def hash_content(content: str) -> str:
     """SHA-256 of what decides the ids, as in tinymamba/tokenizer.py."""
-    parts = json.loads(content)
+    parts = json.loads(Tokenizer.from_str(content).to_str(), object_hook=drop_defaults)
     for key in ("version", "truncation", "padding", "post_processor"):
         parts.pop(key, None)
     if merges := parts["model"].get("merges"):
         parts["model"]["merges"] = [m.split(" ") if isinstance(m, str) else m for m in merges]
     plain = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(plain.encode()).hexdigest()
+
+
+def drop_defaults(fields: dict) -> dict:
+    """The fields that are not null or false, which some versions of `tokenizers` leave out."""
+    return {n: value for n, value in fields.items() if value is not None and value is not False}
 
 
 def parse() -> argparse.Namespace:

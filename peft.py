@@ -72,7 +72,7 @@ from tinymamba.cli import (
 )
 from tinymamba.kernels import QuantizedLinear, quantize_like
 from tinymamba.namesake import share_name
-from tinymamba.tokenizer import require_data_of
+from tinymamba.tokenizer import open_tokenizer
 
 METHODS = ("lora", "prefix", "state_offset", "full")
 # The linear layers of the branches: the default of target_modules.
@@ -613,8 +613,9 @@ def load_adapter(model: TinyMambaModel, folder: str | Path, name: str = "default
     path, remedy = str(folder / WEIGHTS_FILE), "use the checkpoint that it was trained on"
     same = metadata.get("base", state.base) == state.base
     require(same, path, "belongs to another base model", remedy)
-    made_with = {"tokenizer": metadata.get("tokenizer"), "file": path}
-    require_data_of(model.tokenizer, made_with, "the model")
+    said, own = metadata.get("tokenizer"), (model.tokenizer or {}).get("sha256")
+    problem = f"has another tokenizer ({said!s:.12}) than the model ({own!s:.12})"
+    require(said == own or None in (said, own), path, problem, remedy)
     if config.method == "lora":
         outer = re.compile(r"^base_model\.model\.(.*?)(?=blocks\.\d|head\.)")
         tensors = {outer.sub("", n): t for n, t in tensors.items()}
@@ -819,6 +820,7 @@ def train(options: Options, adapter_fields: dict[str, Any], config_fields: dict[
     """Start a run, or resume one; returns the exit code."""
     folder, adapter = Path(options.output_dir), AdapterConfig(**adapter_fields).validate()
     base = load_model(options.checkpoint)
+    open_tokenizer(None, base, [options.checkpoint])  # which an old checkpoint does not hold
     if adapter.method == "full":
         require_unquantized(base, "only adapters can be trained on it", "use --method lora")
     if options.merge:
@@ -873,6 +875,7 @@ def merge(options: Options) -> int:
     free, remedy = options.force or not path.exists(), "pass --force or another --output_dir"
     require(free, str(path), "exists", remedy)
     model = load_model(options.checkpoint)
+    open_tokenizer(None, model, [options.checkpoint])
     require_unquantized(model)
     load_adapter(model, str(options.adapter))
     require_writable(path.parent, "output_dir")

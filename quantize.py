@@ -413,7 +413,6 @@ def write(options: Options, model: TinyMambaModel, calibration: Tensor | None) -
     require(options.force or not there, str(folder), problem, remedy)
     require_quantizable(model, layer_bits(model, bits), mode, size)
     require_writable(folder, "output_dir")  # before the minutes of work
-    open_tokenizer(None, model, [options.checkpoint])  # which an old checkpoint does not hold
     quantized = quantize_model(model, bits, mode, size, calibration)
     with new_folder(folder / "made") as made:  # all is on disk before anything is replaced
         save_folder(made, quantized)
@@ -427,6 +426,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     options = parse(argv)
     model, calibration = load_model(options.checkpoint), None
+    open_tokenizer(None, model, [options.checkpoint])  # which an old checkpoint does not hold
     if data := options.calibration_data:
         calibration = read_blocks(data, model, options.calibration_tokens, options.data_dtype)
     if calibration is None or not options.report:

@@ -617,20 +617,19 @@ class ChatTemplate:
         """Nothing else may use `tokenizer`: encoding special tokens changes its settings."""
         self.tokenizer = tokenizer
         self.template: Any = None
+        self.problem: str | None = None  # why the template cannot be used
         self.special_tokens: dict[str, str] = {}
         if text := isinstance(tokenizer, SimpleTokenizer) and tokenizer.chat_template:
             self.special_tokens = tokenizer.special_tokens
             self.load(text)
 
     def load(self, text: str) -> None:
-        """Use this template."""
+        """Use this template; one that cannot be read is noted as `problem`."""
         sandbox = need("jinja2.sandbox").ImmutableSandboxedEnvironment
         try:
             self.template = sandbox(trim_blocks=True, lstrip_blocks=True).from_string(text)
         except need("jinja2").TemplateError as e:
-            problem = f"the model's cannot be read ({e})"
-            remedy = "pass a --tokenizer with a good chat_template.jinja beside it"
-            raise UserError("chat template", problem, remedy) from None
+            self.problem = f"the model's chat template cannot be read ({e})"
 
     @property
     def stops(self) -> list[str]:
@@ -639,6 +638,8 @@ class ChatTemplate:
 
     def encode(self, messages: list[Message]) -> list[int]:
         """The token ids of the messages and of the assistant prompt after them."""
+        if self.problem:
+            raise ApiError(400, f"messages: {self.problem}", "messages")
         if not self.template:
             lines = [f"{m.role}: {m.text()}" for m in messages]
             return self.tokenizer.encode("\n\n".join([*lines, "assistant:"]))
@@ -1442,6 +1443,17 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError("--port", problem, remedy) from None
 
 
+def warn(api: Api) -> None:
+    """Say who can use the server, and what it cannot do."""
+    options = api.options
+    if not options.api_key and options.host not in ("127.0.0.1", "::1", "localhost"):
+        warning = "no --api_key: everyone who can reach this machine can use the server"
+        print(warning, file=sys.stderr)
+    if problem := api.template.problem:
+        remedy = "pass a --tokenizer with a good chat_template.jinja beside it"
+        print(f"no chat: {problem}; {remedy}", file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Serve until SIGINT or SIGTERM."""
     options = parse(argv)
@@ -1456,9 +1468,7 @@ def main(argv: list[str] | None = None) -> int:
             {"adapter": options.adapter} if options.adapter else {},
         )
         api = Api(server, options)
-        if not options.api_key and options.host not in ("127.0.0.1", "::1", "localhost"):
-            warning = "no --api_key: everyone who can reach this machine can use the server"
-            print(warning, file=sys.stderr)
+        warn(api)
         port = listener.getsockname()[1]
         print(f"serving {options.model_name} at http://{options.host}:{port}", flush=True)
         try:

@@ -827,10 +827,10 @@ class StreamingServer:
             self.model, beside = model_path, []
         else:
             self.model, beside = load_model(model_path, target), [model_path]
+        self.tokenizer = open_tokenizer(tokenizer, self.model, beside)
         self.adapters = self.load_adapters(adapters or {}, compiled)
         self.model = self.model.to(target, dtype)
         column_major_weights(self.model)
-        self.tokenizer = open_tokenizer(tokenizer, self.model, beside)
         self.vocab_size = self.model.config.vocab_size
         self.config = self.checked(config)
         self.decoder = Decoder(self.model, config.batch_size, compiled)
@@ -1446,6 +1446,8 @@ def main(argv: list[str] | None = None) -> int:
         compiled=options.compile,
         adapters={ADAPTER: options.adapter} if options.adapter else {},
     )
+    problem = why_no_tokenizer(server.model)
+    require(server.tokenizer, "tokenizer", problem, "pass --tokenizer")
     console = Console(server, options, settings)
     if options.prompt or not options.interactive:
         console.say(options.prompt)

@@ -204,7 +204,7 @@ def test_files_that_hold_a_tokenizer_give_its_ids(tmp_path, monkeypatch):
     session = server.load_session(OWN / "session.safetensors")
     said = server.generate_text("7 plus", session, max_new_tokens=12, temperature=0.0)
     assert said == HELD["session"]
-    note = {"class": "Letters", "vocab_size": len(server.tokenizer)}
+    note = {"class": "Letters", "vocab_size": len(server.tokenizer), "sha256": HELD["sha256"]}
     assert load_model(OWN / "custom.pt").tokenizer == note
 
 

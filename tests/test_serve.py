@@ -30,7 +30,6 @@ from peft import AdapterConfig, save_adapter
 from serve import Api, ChatTemplate, HttpServer, Options, Vocabulary
 from streaming import Answer, StreamingConfig, StreamingServer
 from testv2 import save_folder
-from tinymamba.cli import UserError
 from tinymamba.openai_api import ApiError, Message
 from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer, byte_alphabet
 
@@ -384,8 +383,8 @@ def test_a_template_beside_the_tokenizer_is_used(tmp_path):
     other = ChatTemplate(SimpleTokenizer(tmp_path / "vocab.txt"))
     assert other.encode(said) == [256]
     (tmp_path / "chat_template.jinja").write_text("{% for %}")
-    with pytest.raises(UserError, match="chat template"):
-        ChatTemplate(SimpleTokenizer(tmp_path / "vocab.txt"))
+    with pytest.raises(ApiError, match="chat template cannot be read"):
+        ChatTemplate(SimpleTokenizer(tmp_path / "vocab.txt")).encode(said)
     with pytest.raises(ApiError, match="template"):
         template.encode([*said, *said])
 

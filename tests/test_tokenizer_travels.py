@@ -1,6 +1,6 @@
 """A checkpoint holds its tokenizer: every tool gives the same ids from any folder.
 
-Two tokenizers have the same number of ids and the same end-of-text id, so that nothing but their
+Two tokenizers have the same tokens under the same ids, and divide text otherwise: nothing but their
 hashes tells them apart. `home` trained with one; the working folder has data of the other.
 """
 
@@ -32,11 +32,12 @@ import quantize
 import serve
 import streaming
 from streaming import StreamingServer
-from testv2 import Trainer, load_model, save_folder
-from tinymamba.checkpoint import load_checkpoint, save_checkpoint
+from testv2 import Config, Trainer, load_model, save_folder
+from tinymamba.checkpoint import load_checkpoint, save_checkpoint, save_model
 from tinymamba.cli import UserError
 from tinymamba.tokenizer import (
     EOS_TOKEN,
+    RunTokenizer,
     SimpleTokenizer,
     byte_alphabet,
     byte_level,
@@ -45,25 +46,27 @@ from tinymamba.tokenizer import (
 )
 
 TEXT = "12 plus 30 is 42.\n"
-BYTES = SimpleTokenizer()
-IDS = BYTES.encode(TEXT)
 TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}"
 LATEST = "tinymamba_model_latest.pt"
+MERGES = [("p", "l"), ("u", "s"), ("l", "u"), ("i", "s"), ("Ġ", "i"), ("Ġ", "p")]
 
 
-def other_tokenizer() -> SimpleTokenizer:
-    """An id per byte, in the opposite order."""
+def tokenizer_of(merges: list) -> SimpleTokenizer:
+    """256 ids of bytes and merges, and an end-of-text id; an earlier merge goes first."""
     from tokenizers.models import BPE
 
-    vocabulary = {c: i for i, c in enumerate(reversed(byte_alphabet()))}
-    tokenizer = byte_level(BPE(vocabulary, []), use_regex=False)
+    plain = byte_alphabet()[: 256 - len(MERGES)]
+    tokens = [*plain, *(a + b for a, b in MERGES)]
+    tokenizer = byte_level(BPE({token: i for i, token in enumerate(tokens)}, merges))
     tokenizer.add_special_tokens([EOS_TOKEN])
     content = tokenizer.to_str()
     sha256 = hash_content("tokenizer.json", content)
-    return SimpleTokenizer.from_dict({**BYTES.to_dict(), "content": content, "sha256": sha256})
+    bare = {"name": "tokenizer.json", "content": content, "sha256": sha256}
+    return SimpleTokenizer.from_dict(bare)
 
 
-OTHER = other_tokenizer()
+OWN, OTHER = tokenizer_of(MERGES), tokenizer_of(MERGES[::-1])
+IDS = OWN.encode(TEXT)
 
 
 def write_data(folder: Path, tokenizer: SimpleTokenizer, /, *names: str, **changes) -> Path:
@@ -86,7 +89,7 @@ def write_data(folder: Path, tokenizer: SimpleTokenizer, /, *names: str, **chang
 def trained(tmp_path_factory):
     """A checkpoint of two steps, and the folder of the run."""
     home = tmp_path_factory.mktemp("home")
-    folder = write_data(home / "data" / "text", BYTES)
+    folder = write_data(home / "data" / "text", OWN)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS_TOKEN}))
     with pytest.MonkeyPatch.context() as patch:
@@ -137,7 +140,7 @@ def ids_of(path) -> list[int]:
 def by_streaming(place):
     said = succeed(streaming.main, "--checkpoint", "model.pt", "--prompt", TEXT,
                    "--max_tokens", 6, "--temperature", 0, "--device", "cpu")  # fmt: skip
-    want = StreamingServer("model.pt", device="cpu", tokenizer=BYTES)
+    want = StreamingServer("model.pt", device="cpu", tokenizer=OWN)
     assert said == want.generate_text(IDS, max_new_tokens=6, temperature=0.0) + "\n"
     return ids_of("model.pt")
 
@@ -145,7 +148,7 @@ def by_streaming(place):
 def by_serving(place):
     api = served("model.pt")
     messages = [serve.Message(role="user", content="a")]
-    assert api.template.encode(messages) == [*BYTES.encode("user:a"), 256]
+    assert api.template.encode(messages) == [*OWN.encode("user:a"), 256]
     return api.tokenizer.encode(TEXT)
 
 
@@ -167,7 +170,7 @@ def by_onnx(place):
     by_exporting(place)  # of a graph, the files of the tokenizer are the same
     folder = Path("exported_models/pytorch")
     record = SimpleTokenizer(folder / "tokenizer.json").to_dict()
-    assert onnx_generate.hash_content(record["content"]) == record["sha256"] == BYTES.sha256
+    assert onnx_generate.hash_content(record["content"]) == record["sha256"] == OWN.sha256
     return onnx_generate.open_tokenizer(folder).encode(TEXT).ids
 
 
@@ -184,13 +187,13 @@ def by_hugging_face(place):
 
 
 def by_merging(place):
-    write_data(place / "own", BYTES)
+    write_data(place / "own", OWN)
     words = ["--checkpoint", "model.pt", "--train_data", "own/train.bin", "--steps", 1]
     words += ["--val_data", "own/val.bin", "--lora_rank", 2, "--merge", "--device", "cpu"]
     succeed(peft.main, *words, "--generate_samples", "false", "--validation_steps", 1)
     shutil.rmtree(place / "own")
     assert ids_of("adapter/merged.pt") == IDS
-    assert load_checkpoint("adapter/adapter_latest.pt")["tokenizer"]["sha256"] == BYTES.sha256
+    assert load_checkpoint("adapter/adapter_latest.pt")["tokenizer"]["sha256"] == OWN.sha256
     return server("model.pt", adapters={"a": "adapter"}).encode(TEXT)
 
 
@@ -214,9 +217,9 @@ def test_what_is_written_holds_the_tokenizer_its_template_and_its_hash(away):
     by_quantizing(away)
     by_exporting(away)
     for folder in (away / "made", away / "exported_models" / "pytorch"):
-        assert SimpleTokenizer(folder / "tokenizer.json").sha256 == BYTES.sha256
+        assert SimpleTokenizer(folder / "tokenizer.json").sha256 == OWN.sha256
         assert (folder / "chat_template.jinja").read_text() == TEMPLATE
-        assert json.loads((folder / "config.json").read_text())["tokenizer_sha256"] == BYTES.sha256
+        assert json.loads((folder / "config.json").read_text())["tokenizer_sha256"] == OWN.sha256
         again = load_model(folder).tokenizer
         assert again["special_tokens"] == {"eos_token": EOS_TOKEN}
 
@@ -256,26 +259,61 @@ def test_another_tokenizer_is_refused_and_both_are_named(main, words, away):
         main, words = pytest.importorskip(main).main, ["convert", *words]
     before, path = files_below(away), str(Path("data", "text", "tokenizer.json"))
     done = run_main(main, *words, path, "--checkpoint", "model.pt")
-    assert_refused(done, path, OTHER.sha256[:12], BYTES.sha256[:12], "leave it out")
+    assert_refused(done, path, OTHER.sha256[:12], OWN.sha256[:12], "leave it out")
     assert files_below(away) == before
 
 
 def test_the_same_tokenizer_in_other_words_is_accepted(away):
-    parts = json.loads(BYTES.to_dict()["content"])
+    parts = json.loads(OWN.to_dict()["content"])
     parts["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst",
                            "stride": 0}  # fmt: skip
+    model = {n: v for n, v in parts["model"].items() if v not in (None, False)}
+    assert len(model) < len(parts["model"])  # earlier versions of the library leave fields out
+    parts["model"] = model
     text = json.dumps(dict(reversed(parts.items())), indent=1)
     (away / "same.json").write_text(text.replace("\n", "\r\n"), newline="")
-    assert SimpleTokenizer(away / "same.json").sha256 == BYTES.sha256
-    lines = [*byte_alphabet(), EOS_TOKEN]
-    (away / "vocab.txt").write_text("\n".join(lines), encoding="utf-8")
-    for name in ("same.json", "vocab.txt"):
-        mine = server("model.pt", tokenizer=name).tokenizer
-        assert mine.encode(TEXT) == IDS and mine.chat_template == TEMPLATE
-    (away / "vocab.txt").write_text("\n".join(reversed(lines)), encoding="utf-8")
-    with pytest.raises(UserError, match="vocab.txt"):
-        server("model.pt", tokenizer="vocab.txt")
+    assert SimpleTokenizer(away / "same.json").sha256 == OWN.sha256
+    mine = server("model.pt", tokenizer="same.json").tokenizer
+    assert mine.encode(TEXT) == IDS and mine.chat_template == TEMPLATE
     assert server("model.pt", tokenizer=OTHER).tokenizer is OTHER  # an object is never checked
+
+
+def test_a_vocabulary_stands_for_a_tokenizer_json_only_if_it_divides_text_alike(tmp_path, bpe):
+    def opened(name, record):
+        return open_tokenizer(tmp_path / name, SimpleNamespace(tokenizer=record), [])
+
+    tokens = [*byte_alphabet(), EOS_TOKEN]
+    vocabularies = {"bytes.txt": tokens, "back.txt": tokens[::-1]}
+    vocabularies["bpe.txt"] = [bpe.id_to_token(i) for i in range(bpe.get_vocab_size())]
+    for name, lines in vocabularies.items():
+        (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
+    single = SimpleTokenizer().to_dict()
+    for name, content in (("bpe.json", bpe.to_str()), ("bytes.json", single["content"])):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    own = SimpleTokenizer(tmp_path / "bpe.json")
+    listed = SimpleTokenizer(tmp_path / "bpe.txt")
+    assert listed.decode(own.encode(TEXT)) == TEXT and len(listed) == len(own)
+    assert opened("bytes.txt", single).encode(TEXT) == list(TEXT.encode())
+    assert opened("bpe.json", listed.to_dict()).encode(TEXT) == own.encode(TEXT)
+    for name, record in [("bpe.txt", own.to_dict()), ("back.txt", single), ("bpe.txt", single),
+                         ("bytes.json", listed.to_dict())]:  # fmt: skip
+        with pytest.raises(UserError, match="is another tokenizer"):
+            opened(name, record)
+
+
+def test_a_file_must_have_as_many_ids_as_the_object_that_a_model_was_trained_with(tmp_path):
+    (tmp_path / "own.json").write_text(OWN.content, encoding="utf-8")
+    model = SimpleNamespace(tokenizer={"class": "Foo", "vocab_size": 300})
+    with pytest.raises(UserError, match="has 257 ids, but the model was trained with a Foo of 300"):
+        open_tokenizer(tmp_path / "own.json", model, [])
+    model.tokenizer["sha256"] = OWN.sha256
+    assert open_tokenizer(tmp_path / "own.json", model, []).encode(TEXT) == IDS
+
+
+@pytest.mark.parametrize("record", [None, {}, {"sha256": "0" * 64}, {"class": "Foo"}], ids=str)
+def test_a_record_without_content_makes_no_tokenizer(record):
+    with pytest.raises(UserError, match="none was found|is missing|with a Foo"):
+        SimpleTokenizer.from_dict(record)
 
 
 def test_line_ends_of_a_vocabulary_and_notations_of_merges_do_not_count(tmp_path, bpe):
@@ -306,7 +344,7 @@ def test_a_folder_whose_tokenizer_was_replaced_or_lost_says_so(away):
 
     by_quantizing(away)
     (away / "made" / "tokenizer.json").write_text(OTHER.content, encoding="utf-8")
-    names = ["tokenizer.json", "config.json", OTHER.sha256[:12], BYTES.sha256[:12]]
+    names = ["tokenizer.json", "config.json", OTHER.sha256[:12], OWN.sha256[:12]]
     done = run_main(streaming.main, "--checkpoint", "made", "--prompt", "a", "--device", "cpu")
     assert_refused(done, *names)
     done = run_main(lambda _: onnx_generate.open_tokenizer(Path("made")))
@@ -314,9 +352,9 @@ def test_a_folder_whose_tokenizer_was_replaced_or_lost_says_so(away):
     (away / "made" / "tokenizer.json").unlink()
     done = run_main(streaming.main, "--checkpoint", "made", "--prompt", "a", "--device", "cpu")
     assert_refused(done, "the file that belongs to the model is missing")
-    (away / "mine.json").write_text(BYTES.to_dict()["content"], encoding="utf-8")
+    (away / "mine.json").write_text(OWN.to_dict()["content"], encoding="utf-8")
     assert server("made", tokenizer="mine.json").encode(TEXT) == IDS
-    with pytest.raises(UserError, match="is not the model's own"):
+    with pytest.raises(UserError, match="than the model's own"):
         server("made", tokenizer="data/text/tokenizer.json")
 
 
@@ -333,6 +371,21 @@ def test_a_folder_of_the_first_release_takes_another_tokenizer_if_it_is_named(aw
 def test_a_folder_without_a_tokenizer_takes_none_from_where_one_stands(away):
     save_folder(away, wide())
     assert server(away).tokenizer is None
+    save_model("written.pt", load_model(away))
+    assert server("written.pt").tokenizer is None
+    done = run_main(streaming.main, "--checkpoint", "written.pt", "--prompt", "a")
+    assert_refused(done, "none was found; pass --tokenizer")
+
+
+def test_a_folder_that_transformers_saved_with_more_tokens_is_read(away):
+    hf = pytest.importorskip("hf_integration")
+    succeed(hf.main, "convert", "--checkpoint", "model.pt", "--output_dir", "hf")
+    fast = hf.TinyMambaHFTokenizer.from_pretrained("hf")
+    fast.add_special_tokens({"additional_special_tokens": [" plus"]})
+    hf.TinyMambaHFModel.from_pretrained("hf").save_pretrained("again")
+    fast.save_pretrained("again")
+    added = open_tokenizer(None, load_model("again"), [])
+    assert added.sha256 != OWN.sha256 and len(added) == 258
 
 
 # ---------------------------------------------------------------------------------- old checkpoints
@@ -342,7 +395,7 @@ def test_an_old_checkpoint_takes_the_tokenizer_beside_it_or_its_data(away):
     saved = load_checkpoint("model.pt")
     del saved["tokenizer"]
     save_checkpoint("old.pt", saved)
-    write_data(away / "data" / "text", BYTES, tokenizer=None)
+    write_data(away / "data" / "text", OWN, tokenizer=None)
     assert ids_of("old.pt") == IDS
     (away / "tokenizer.json").write_text(OTHER.content, encoding="utf-8")
     assert ids_of("old.pt") == OTHER.encode(TEXT)
@@ -350,6 +403,41 @@ def test_an_old_checkpoint_takes_the_tokenizer_beside_it_or_its_data(away):
     succeed(quantize.main, "--checkpoint", "old.pt", "--output_dir", "made")
     shutil.rmtree(away / "data")
     assert ids_of("made") == IDS
+
+
+def test_data_are_compared_with_the_tokenizer_beside_an_old_checkpoint(away):
+    saved = load_checkpoint("model.pt")
+    del saved["tokenizer"]
+    save_checkpoint("old/model.pt", saved)
+    (away / "old" / "tokenizer.json").write_text(OWN.content, encoding="utf-8")
+    names, data = ["train.bin", OTHER.sha256[:12], OWN.sha256[:12]], "data/text/train.bin"
+    old = ["--checkpoint", "old/model.pt"]
+    done = run_main(peft.main, *old, "--steps", 1, "--device", "cpu")
+    assert_refused(done, *names)
+    words = ["--bits", 4, "--calibration_data", data, "--calibration_tokens", 64]
+    assert_refused(run_main(quantize.main, *old, *words), *names)
+    words = ["--benchmark_type", "perplexity", "--eval_dataset", data, "--device", "cpu"]
+    done = run_main(benchmark.main, "--tinymamba_checkpoint", old[1], *words)
+    assert_refused(done, *names)
+    model = peft.attach(load_model("model.pt"), peft.AdapterConfig("lora", 2))
+    model.tokenizer = OTHER.to_dict()
+    peft.save_adapter(model, "adapter")
+    with pytest.raises(UserError, match=f"{OTHER.sha256[:12]}.*use the checkpoint"):
+        server("old/model.pt", adapters={"a": "adapter"})
+    done = run_main(peft.main, *old, "--adapter", "adapter", "--merge")
+    assert_refused(done, *names[1:])
+
+
+def test_an_old_checkpoint_of_shards_that_are_elsewhere_has_no_tokenizer(away):
+    saved = load_checkpoint("model.pt")
+    del saved["tokenizer"]
+    saved["config"]["train_data_path"] = "shards/*.bin"
+    save_checkpoint("old.pt", saved)
+    done = run_main(streaming.main, "--checkpoint", "old.pt", "--prompt", "a", "--device", "cpu")
+    assert_refused(done, "none was found; pass --tokenizer")
+    options = SimpleNamespace(tinymamba_checkpoint="old.pt")
+    with pytest.raises(UserError, match="hf_integration.py --tokenizer_file"):
+        benchmark.open_for_harness(SimpleNamespace(options=options, device=torch.device("cpu")))
 
 
 @pytest.mark.parametrize("fact", [{"eos_id": 3}, {"vocab_size": 4096}, {"tokenizer": "0" * 64}],
@@ -369,7 +457,7 @@ def test_data_that_contradict_an_old_checkpoint_do_not_give_it_a_tokenizer(away,
 class HuggingFaceTokenizerWrapper:
     """A tokenizer that no file describes."""
 
-    encode, decode = staticmethod(BYTES.encode), staticmethod(BYTES.decode)
+    encode, decode = staticmethod(OWN.encode), staticmethod(OWN.decode)
 
     def __len__(self):
         return 50257
@@ -379,7 +467,7 @@ def test_an_object_is_noted_by_class_and_size(home):
     mine = HuggingFaceTokenizerWrapper()
     trainer = Trainer(brief_config(max_steps=1, checkpoint_path="custom.pt"), tokenizer=mine)
     assert trainer.tokenizer is mine and trainer.run() == 0
-    note = {"class": "HuggingFaceTokenizerWrapper", "vocab_size": 50257}
+    note = {"class": "HuggingFaceTokenizerWrapper", "vocab_size": 50257, "sha256": OWN.sha256}
     assert load_checkpoint("custom.pt")["tokenizer"] == note
     said = "the model was trained with a HuggingFaceTokenizerWrapper of 50257 ids; pass"
     words = ["--prompt", "a", "--device", "cpu"]
@@ -392,6 +480,12 @@ def test_an_object_is_noted_by_class_and_size(home):
     done = call("--resume", "--checkpoint_path", "custom.pt", "--max_steps", "2")
     assert done.returncode == 0, done.stderr
     assert load_checkpoint("custom.pt")["tokenizer"] == note
+    shutil.rmtree("data")
+    write_data(home / "data" / "text", OTHER)
+    again = Config.from_dict({**load_checkpoint("custom.pt")["config"], "max_steps": 3})
+    again.accept_changed_data = True
+    with pytest.raises(UserError, match=f"{OTHER.sha256[:12]}.*{OWN.sha256[:12]}"):
+        Trainer(again, tokenizer=mine, saved=load_checkpoint("custom.pt"))
 
 
 # ------------------------------------------------------------------------ data of another tokenizer
@@ -399,7 +493,7 @@ def test_an_object_is_noted_by_class_and_size(home):
 
 def test_a_run_does_not_go_on_with_data_of_another_tokenizer(home):
     write_data(home / "data" / "text", OTHER)
-    names = ["data/text/train.bin", OTHER.sha256[:12], BYTES.sha256[:12]]
+    names = ["data/text/train.bin", OTHER.sha256[:12], OWN.sha256[:12]]
     before = files_below(home)
     done = call("--resume", "--max_steps", "3", "--accept_changed_data")
     assert_refused(done, *names, LATEST)
@@ -422,7 +516,7 @@ def test_a_run_goes_on_without_the_file_of_its_tokenizer(home):
     assert done.returncode == 0, done.stderr
     assert "sample at step 3" in done.stdout
     assert load_checkpoint(LATEST)["tokenizer"]["chat_template"] == TEMPLATE
-    (home / "moved" / "text" / "tokenizer.json").write_text(BYTES.to_dict()["content"])
+    (home / "moved" / "text" / "tokenizer.json").write_text(OWN.to_dict()["content"])
     (home / "moved" / "text" / "chat_template.jinja").write_text("new")
     assert call("--resume", "--max_steps", "4", *words).returncode == 0
     assert load_checkpoint(LATEST)["tokenizer"]["chat_template"] == "new"
@@ -431,8 +525,8 @@ def test_a_run_goes_on_without_the_file_of_its_tokenizer(home):
 MIXED = {  # how the second source is made, and what the error names besides both files
     "hash": (OTHER, {}, OTHER.sha256[:12]),
     "hash of the file beside it": (OTHER, {"tokenizer": None}, OTHER.sha256[:12]),
-    "eos_id": (BYTES, {"eos_id": 7}, "eos_id 7, not 256"),
-    "vocab_size": (BYTES, {"tokenizer": None, "vocab_size": 300}, "vocab_size 300, not 257"),
+    "eos_id": (OWN, {"eos_id": 7}, "eos_id 7, not 256"),
+    "vocab_size": (OWN, {"tokenizer": None, "vocab_size": 300}, "vocab_size 300, not 257"),
 }
 
 
@@ -441,7 +535,7 @@ MIXED = {  # how the second source is made, and what the error names besides bot
 def test_files_of_different_tokenizers_are_refused_by_name(home, facts, role):
     tokenizer, changes, fragment = MIXED[facts]
     write_data(home / "b", tokenizer, "more", **changes)
-    if tokenizer is BYTES:
+    if tokenizer is OWN:
         (home / "b" / "tokenizer.json").unlink()
     sources = {"train_data_path": ["data/text/train.bin", "b/more.bin"]}
     if role == "validation":
@@ -452,19 +546,90 @@ def test_files_of_different_tokenizers_are_refused_by_name(home, facts, role):
     assert files_below(home) == before
 
 
+def test_a_run_whose_data_have_only_a_hash_is_held_to_it(away):
+    """What lies in the working folder afterwards has another hash."""
+    (away / "data").rename(away / "other")
+    for folder, facts in (("data/text", {}), ("silent", {"tokenizer": None})):
+        (write_data(away / folder, OWN, **facts) / "tokenizer.json").unlink()
+    words = brief_flags(max_steps=1, checkpoint_path="run.pt")
+    assert call(*words).returncode == 0
+    silent = ["--train_data_path", "silent/train.bin", "--checkpoint_path", "no.pt"]
+    assert call(*words, *silent, "--enable_validation", "false").returncode == 0
+    assert load_checkpoint("run.pt")["tokenizer"] == {"sha256": OWN.sha256}
+    assert load_checkpoint("no.pt")["tokenizer"] == {}
+    shutil.rmtree(away / "data")
+    write_data(away / "data" / "text", OTHER)
+    stream = ["--prompt", "a", "--device", "cpu", "--checkpoint"]
+    assert_refused(run_main(streaming.main, *stream, "run.pt"), "is missing; pass --tokenizer")
+    done = run_main(streaming.main, *stream, "run.pt", "--tokenizer", "data/text/tokenizer.json")
+    assert_refused(done, OTHER.sha256[:12], OWN.sha256[:12], "pass that one")
+    again = ["--resume", "--checkpoint_path", "run.pt", "--max_steps", 2, "--accept_changed_data"]
+    assert_refused(call(*again), "train.bin", OTHER.sha256[:12], OWN.sha256[:12])
+    (away / "silent" / "tokenizer.json").write_text(OTHER.content, encoding="utf-8")
+    assert_refused(run_main(streaming.main, *stream, "no.pt"), "none was found")
+
+
+ORDERS = {  # the folders of the sources, and the tokenizer of the run, or what an error names
+    "one two": OWN,
+    "two one": OWN,
+    "one bare": "tokenizer.json",
+    "bare two": OWN,
+    "none two": OWN,
+    "one none": OTHER,
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_tokenizer_of_several_files_is_the_one_that_they_name(order, away):
+    (write_data(away / "one", OTHER) / "train.json").unlink()  # says nothing of what lies there
+    write_data(away / "two", OWN)
+    (write_data(away / "bare", OWN) / "tokenizer.json").unlink()
+    (write_data(away / "none", OWN, tokenizer=None) / "tokenizer.json").unlink()
+    sources = [[f"{folder}/train.bin"] for folder in order.split()]
+    if isinstance(want := ORDERS[order], str):
+        with pytest.raises(UserError, match=f"{want}.*{OTHER.sha256[:12]}.*{OWN.sha256[:12]}"):
+            RunTokenizer(None, sources, 257)
+        return
+    run = RunTokenizer(None, sources, 257)
+    assert run.record["sha256"] == want.sha256 == run.opened.sha256
+    run.inherit(run.record, "itself")
+
+
+def test_a_vocabulary_is_no_contradiction_to_the_hash_of_a_tokenizer_json(away):
+    plain = SimpleTokenizer.from_dict(SimpleTokenizer().to_dict())
+    folder = write_data(away / "text", plain)
+    (folder / "tokenizer.json").unlink()
+    lines = [*byte_alphabet(), EOS_TOKEN]
+    (folder / "vocab.txt").write_text("\n".join(lines), encoding="utf-8")
+    sources = [[f"text/{name}.bin"] for name in ("train", "val")]
+    run = RunTokenizer(None, sources, 257)
+    assert (run.record["name"], run.record["data_sha256"]) == ("vocab.txt", plain.sha256)
+    (folder / "tokenizer.json").write_text(plain.content, encoding="utf-8")
+    again, record = RunTokenizer(None, sources, 257), run.record
+    again.inherit(record, "model.pt")
+    assert again.record == record and again.opened.name == "vocab.txt"
+    again.inherit({**record, "data_sha256": None}, "model.pt")  # of data without a hash
+    with pytest.raises(UserError, match=plain.sha256[:12]):
+        RunTokenizer(None, [["data/text/train.bin"]], 257).inherit(record, "model.pt")
+    (folder / "vocab.txt").write_text("\n".join([*lines, "more"]), encoding="utf-8")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="has 258 ids"):
+        RunTokenizer(None, sources, 257)
+
+
 def test_files_that_say_nothing_are_compared_by_nothing(home):
     write_data(home / "b", OTHER, "more")
     (home / "b" / "more.json").unlink()
     sources = ["data/text/train.bin", "b/more.bin"]
     done = call(*brief_flags(checkpoint_path="new.pt", max_steps=1, train_data_path=sources))
     assert done.returncode == 0, done.stderr
-    assert load_checkpoint("new.pt")["tokenizer"]["sha256"] == BYTES.sha256
+    assert load_checkpoint("new.pt")["tokenizer"]["sha256"] == OWN.sha256
 
 
 def test_a_tokenizer_replaced_beside_its_data_is_refused(home):
     (home / "data" / "text" / "tokenizer.json").write_text(OTHER.content, encoding="utf-8")
     done = call(*brief_flags(checkpoint_path="new.pt", max_steps=1))
-    assert_refused(done, "tokenizer.json", OTHER.sha256[:12], BYTES.sha256[:12], "train.bin")
+    assert_refused(done, "tokenizer.json", OTHER.sha256[:12], OWN.sha256[:12], "train.bin")
 
 
 def test_data_of_more_ids_than_the_model_has_are_refused_with_the_flag_to_pass(home):
@@ -482,13 +647,27 @@ def test_a_json_of_other_types_is_refused(home, facts):
 # ------------------------------------------------------------------------------- sessions, adapters
 
 
+def test_a_chat_template_that_cannot_be_read_stops_only_the_chat(away, capsys):
+    saved = load_checkpoint("model.pt")
+    saved["tokenizer"]["chat_template"] = "{% generation %}{% endgeneration %}"
+    save_checkpoint("model.pt", saved)
+    api = served("model.pt")
+    assert api.tokenizer.encode(TEXT) == IDS
+    serve.warn(api)
+    said = capsys.readouterr().err
+    assert said.startswith("no chat: the model's chat template cannot be read") and said[-1] == "\n"
+    with pytest.raises(serve.ApiError, match="chat template cannot be read") as error:
+        api.template.encode([serve.Message(role="user", content="a")])
+    assert error.value.status_code == 400
+
+
 def test_a_session_goes_on_with_its_own_tokenizer_only(away):
     mine = server("model.pt")
     mine.save_session(mine.create_session(), "s.safetensors")
     again = server("model.pt")
     again.load_session("s.safetensors")
     other = server("model.pt", tokenizer=OTHER)
-    with pytest.raises(UserError, match=f"{BYTES.sha256[:12]}.*{OTHER.sha256[:12]}"):
+    with pytest.raises(UserError, match=f"{OWN.sha256[:12]}.*{OTHER.sha256[:12]}"):
         other.load_session("s.safetensors")
     assert not other.sessions
     unknown = server("model.pt", tokenizer=HuggingFaceTokenizerWrapper.__new__(Small))

@@ -191,7 +191,7 @@ def save_checkpoint(path: str | Path, state: dict, previous: Path | None = None)
 
 def save_model(path: str | Path, model: Any, weights: dict[str, Tensor] | None = None) -> None:
     """Write a checkpoint of a model without the state of training; None takes its own weights."""
-    config, tokenizer = model.config.to_dict(), model.tokenizer or None
+    config, tokenizer = model.config.to_dict(), model.tokenizer
     weights = model.state_dict() if weights is None else weights
     save_checkpoint(path, {"model": weights, "config": config, "tokenizer": tokenizer})
 

@@ -56,19 +56,27 @@ def hash_content(name: str, content: str) -> str:
     """SHA-256 of what decides the ids that a tokenizer gives.
 
     Line ends, white space, the order of keys, truncation, padding and the tokens to add around a
-    text do not count; neither does how a merge is written, which depends on the version of
-    `tokenizers`. onnx_generate.py does the same.
+    text do not count; neither do the fields that a version of `tokenizers` leaves out, nor how it
+    writes a merge. onnx_generate.py does the same.
     """
     if name == FILES[1]:
         parts: Any = split_lines(content)
     else:
-        parts = json.loads(content or byte_tokenizer().to_str())
+        from tokenizers import Tokenizer
+
+        library = Tokenizer.from_str(content) if content else byte_tokenizer()
+        parts = json.loads(library.to_str(), object_hook=drop_defaults)
         for key in ("version", "truncation", "padding", "post_processor"):
             parts.pop(key, None)
         if merges := parts["model"].get("merges"):
             parts["model"]["merges"] = [m.split(" ") if isinstance(m, str) else m for m in merges]
     plain = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(plain.encode()).hexdigest()
+
+
+def drop_defaults(fields: dict) -> dict:
+    """The fields of a tokenizer.json that are not null or false, which may be left out."""
+    return {n: value for n, value in fields.items() if value is not None and value is not False}
 
 
 def read_template(folder: Path) -> tuple[str | None, dict[str, str]]:
@@ -118,8 +126,13 @@ class SimpleTokenizer:
         self._read(str(path))
 
     @staticmethod
-    def from_dict(record: dict, source: str = "tokenizer") -> SimpleTokenizer:
-        """The opposite of `to_dict`; `source` is the file that holds the record, for errors."""
+    def from_dict(record: dict | None, source: str = "tokenizer") -> SimpleTokenizer:
+        """The opposite of `to_dict`; `source` is the file that holds the record, for errors.
+
+        A record of a model without the content of a tokenizer is a UserError.
+        """
+        if record is None or "content" not in record:
+            raise UserError(source, describe_lack(record), f"pass {' or '.join(FILES)}")
         made = SimpleTokenizer.__new__(SimpleTokenizer)
         made.path, made.chat_template, made.special_tokens = None, None, {}
         made.__dict__ |= {name: record[name] for name in RECORD if record.get(name) is not None}
@@ -249,10 +262,11 @@ def find_tokenizer(data_path: str | Path) -> SimpleTokenizer | None:
 # `model.tokenizer` and the key "tokenizer" of a checkpoint hold a record, which is one of these:
 #
 #     None                      not known: the checkpoint is older than these records
-#     {}                        a folder without a tokenizer
-#     SimpleTokenizer.to_dict(), with "assumed" if a path may replace it without comparison
-#     {"sha256": ...}           the files of a folder do not include its tokenizer
-#     {"class", "vocab_size"}   an object of another class
+#     {}                        there is none: not in the folder, or not beside the data
+#     SimpleTokenizer.to_dict(), with "assumed" if a path may replace it without comparison, and
+#                               with "data_sha256" for a vocab.txt whose data have a hash
+#     {"sha256": ...}           the tokenizer is not among the files of the folder or the data
+#     {"class", "vocab_size"}   an object of another class, with the "sha256" of the data if known
 
 
 def describe_tokenizer(tokenizer: Any) -> dict | None:
@@ -289,22 +303,33 @@ def open_tokenizer(given: Any, model: nn.Module, beside: list) -> Any:
 
 
 def require_own_ids(given: SimpleTokenizer, record: dict) -> None:
-    """Reject a file with other ids than the record says; it may take over the chat template.
-
-    A vocab.txt and a tokenizer.json are the same if each id stands for the same text.
-    """
-    if not record.get("assumed") and record.get("sha256", given.sha256) != given.sha256:
-        same = record.get("name") not in (given.name, None)
-        if same:
-            own = SimpleTokenizer.from_dict(record)
-            ids = range(max(len(own), len(given)))
-            same = all(own.decode([i], False) == given.decode([i], False) for i in ids)
-        own_name = f"{record.get('name', 'tokenizer')} ({record['sha256'][:12]})"
-        problem = f"({given.sha256[:12]}) is not the model's own {own_name}"
-        require(same, str(given.path), problem, "leave it out")
+    """Reject a file with other ids than the record says; it may take over the chat template."""
+    remedy = "leave it out" if "content" in record else "pass that one"
+    wanted, size = record.get("sha256"), record.get("vocab_size")
+    if not record.get("assumed") and wanted not in (None, given.sha256):
+        pair = f"({given.sha256[:12]}) than the model's own ({wanted[:12]})"
+        problem = f"is another tokenizer {pair}"
+        require(replaces(given, record), str(given.path), problem, remedy)
+    elif wanted is None and size:
+        problem = f"has {len(given)} ids, but {describe_lack(record)}"
+        require(len(given) == size, str(given.path), problem, remedy)
     if given.chat_template is None:
         given.chat_template = record.get("chat_template")
         given.special_tokens = record.get("special_tokens") or {}
+
+
+def replaces(given: SimpleTokenizer, record: dict) -> bool:
+    """Whether a tokenizer.json may stand for the vocab.txt of a record, or the other way round.
+
+    Each id must stand for the same text. A vocab.txt matches the longest token, which divides text
+    otherwise than a tokenizer.json does, unless its tokens are single bytes.
+    """
+    other_kind = record.get("name") not in (given.name, None)
+    if not other_kind or (given.name == FILES[1] and given.longest > 1):
+        return False
+    own = SimpleTokenizer.from_dict(record)
+    ids = range(max(len(own), len(given)))
+    return all(own.decode([i], False) == given.decode([i], False) for i in ids)
 
 
 def find_beside_data(config: Any) -> SimpleTokenizer | None:
@@ -312,18 +337,28 @@ def find_beside_data(config: Any) -> SimpleTokenizer | None:
 
     The path may be relative, and other data may be there by now: what their .json says must fit.
     """
-    facts, found = read_tokenizer_facts(config.train_data_path)
+    try:
+        paths = [file for path in listed(config.train_data_path) for file in files_of(path)]
+    except UserError:  # the shards are elsewhere
+        return None
+    facts, found = read_tokenizer_facts(paths)
     size, eos = facts.get("vocab_size", 0), facts.get("eos_id", config.eos_id)
     problem = f"is of another tokenizer than the model ({size} ids, eos_id {eos})"
     remedy = "put the model's tokenizer beside its checkpoint, or pass its path"
     fits = size <= config.vocab_size and config.eos_id in (-1, eos)
-    require(found is None or fits, listed(config.train_data_path)[0], problem, remedy)
+    require(found is None or fits, paths[0], problem, remedy)
     return found
 
 
 def why_no_tokenizer(model: nn.Module, otherwise: str = "none was found") -> str:
     """The problem to report if `open_tokenizer` has returned None."""
-    record: Any = getattr(model, "tokenizer", None) or {}
+    record: Any = getattr(model, "tokenizer", None)
+    return describe_lack(record, otherwise)
+
+
+def describe_lack(record: dict | None, otherwise: str = "none was found") -> str:
+    """Why a record has no content."""
+    record = record or {}
     if name := record.get("class"):
         size = f" of {record['vocab_size']} ids" if record.get("vocab_size") else ""
         return f"the model was trained with a {name}{size}"
@@ -379,10 +414,11 @@ def listed(paths: str | list[str]) -> list[str]:
 
 
 def read_tokenizer_facts(*sources: str | list[str]) -> tuple[dict, SimpleTokenizer | None]:
-    """What the .json files of some data say of their tokenizer, and the one beside the first file.
+    """What the .json files of some data say of their tokenizer, and the one that lies beside them.
 
     Files of different tokenizers are a UserError, and so is a tokenizer beside a file that the
-    file was not made with. A .json without a hash has that of the tokenizer.json beside it.
+    file was not made with. A .json without a hash has that of the tokenizer.json beside it. Of
+    several tokenizers, the one with that hash is taken, or the first.
     """
     paths = [file for source in sources for path in listed(source) for file in files_of(path)]
     beside: dict[Path, SimpleTokenizer | None] = {}
@@ -403,14 +439,30 @@ def read_tokenizer_facts(*sources: str | list[str]) -> tuple[dict, SimpleTokeniz
     facts = {name: value for name, (value, _) in said.items()}
     if "tokenizer" in said:
         facts["file"] = said["tokenizer"][1]
-    return facts, next(iter(beside.values()), None)
+    lying = [tokenizer for tokenizer in beside.values() if tokenizer]
+    return facts, choose_tokenizer(lying, facts)
+
+
+def choose_tokenizer(found: list[SimpleTokenizer], facts: dict) -> SimpleTokenizer | None:
+    """The tokenizer that the data were made with, of those beside them, or None."""
+    said = facts.get("tokenizer")
+    fitting = [each for each in found if said in (None, each.sha256)]
+    chosen = next(iter([*fitting, *found]), None)
+    if chosen and not fitting and chosen.name == FILES[0]:
+        problem = f"({chosen.sha256[:12]}) is not the tokenizer of {facts['file']} ({said:.12})"
+        raise UserError(str(chosen.path), problem, "remove it, or prepare all data with one")
+    return chosen
 
 
 def require_made_with(found: SimpleTokenizer, path: str, facts: dict) -> None:
-    """Reject a tokenizer beside a .bin whose .json says that it was made with another one."""
+    """Reject a tokenizer beside a .bin whose .json says that it was made with another one.
+
+    The hash is that of a tokenizer.json. A vocab.txt beside it has another, so its size must do.
+    """
     said, remedy = facts.get("tokenizer"), "restore it, or prepare the data again"
     problem = f"({found.sha256[:12]}) is not the tokenizer of {path} ({said!s:.12})"
-    require(said in (None, found.sha256), str(found.path), problem, remedy)
+    same = said in (None, found.sha256) or found.name == FILES[1]
+    require(same, str(found.path), problem, remedy)
     size, known = facts.get("vocab_size"), len(found) if found.library else found.listed
     problem = f"has {known} ids, but the .json of {path} says {size}"
     require(size is None or known <= size, str(found.path), problem, remedy)
@@ -418,7 +470,9 @@ def require_made_with(found: SimpleTokenizer, path: str, facts: dict) -> None:
 
 def require_data_of(record: dict | None, facts: dict, owner: str) -> None:
     """Reject data of another tokenizer than that of a model; `owner` is the model's file."""
-    wanted, said = (record or {}).get("sha256"), facts.get("tokenizer")
+    kept = record or {}
+    key = "data_sha256" if kept.get("name") == FILES[1] else "sha256"
+    wanted, said = kept.get(key), facts.get("tokenizer")
     problem = f"has another tokenizer ({said!s:.12}) than {owner} ({wanted!s:.12})"
     same = said == wanted or None in (said, wanted)
     require(same, str(facts.get("file")), problem, "prepare it with the tokenizer of the model")
@@ -440,7 +494,14 @@ class RunTokenizer:
         require(size <= vocab_size, "vocab_size", f"{vocab_size}, but the data has {size}", remedy)
         self.is_given = given is not None
         self.opened: Any = given if self.is_given else found
-        self.record = describe_tokenizer(self.opened)
+        self.record: dict | None = self.describe()
+
+    def describe(self) -> dict:
+        """The record, with the hash in the .json of the data if the tokenizer itself has none."""
+        record, said = describe_tokenizer(self.opened) or {}, self.facts.get("tokenizer")
+        if said is None or record.get("name") == FILES[0]:
+            return record
+        return {**record, "data_sha256" if "name" in record else "sha256": said}
 
     def inherit(self, record: dict | None, owner: str) -> None:
         """Go on with the tokenizer of the model in the file `owner`; other data are a UserError.
@@ -448,9 +509,13 @@ class RunTokenizer:
         A tokenizer with the same ids that was found beside the data may bring a new chat template.
         """
         require_data_of(record, self.facts, owner)
-        own, has_file = self.opened, "content" in (record or {})
-        same = isinstance(own, SimpleTokenizer) and own.sha256 == (record or {}).get("sha256")
-        if not record or (same and (own.chat_template or not has_file)):
+        if record is None and not self.record:
+            self.record = None  # it may still lie beside the old model
+        if not record:
+            return
+        own, has_file = self.opened, "content" in record
+        same = isinstance(own, SimpleTokenizer) and own.sha256 == record.get("sha256")
+        if same and "class" not in record and (own.chat_template or not has_file):
             return
         self.record = record
         if has_file and not self.is_given:
