@@ -117,6 +117,20 @@ def test_a_worker_that_is_killed_ends_the_run_saved_and_in_one_line(place):
     assert saved_step() == trainer.step >= 3
 
 
+def test_a_process_that_still_holds_its_workers_ends(place):
+    """As a notebook does; the workers ignore the signal that multiprocessing ends them with."""
+    code = """if True:
+        from testv2 import Trainer, parse_command_line
+        import sys
+        trainer = Trainer(parse_command_line(sys.argv[1:])[0])
+        batches = trainer.train_batches(3)
+        next(batches)"""
+    words = brief_flags(max_steps=3, num_workers=1)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code, *words], env=env, timeout=60)
+    assert done.returncode == 0
+
+
 @pytest.mark.slow
 @POSIX
 def test_a_terminal_that_closes_leaves_a_saved_run(start):

@@ -5,9 +5,11 @@ Nothing here depends on the model.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import math
+import multiprocessing
 import os
 import re
 import secrets
@@ -418,8 +420,12 @@ def make_loader(data: Any, plan: Any, workers: int, pinned: bool) -> Any:
 
 def take_batches(loader: Any) -> Iterator:
     """All batches of a loader; a UserError if a worker dies."""
+    before = multiprocessing.active_children()
     with signals_held():
         batches = iter(loader)
+    for worker in multiprocessing.active_children():
+        if worker not in before:  # at exit Python sends SIGTERM, which it ignores, and waits
+            atexit.register(worker.kill)
     try:
         yield from batches
     except RuntimeError as e:
