@@ -15,7 +15,7 @@ An end-of-text token follows every document.
 
 Validation. Whole documents go to training or validation, by a hash of the row, of the beginning of
 the document in a file, or of the file's path. With fewer than 20 text files without separators,
-the end of each file is validation instead; fewer than 20 separators in a file do not count here.
+the end of each file is validation instead; a file counts as one if it has fewer than 20 separators.
 With --val_input or --val_split, nothing else is validation.
 
 Interruptions. Until everything is written, all is in OUTPUT_DIR/.prepare-unfinished. After a kill,
@@ -270,14 +270,16 @@ class Run:
             tokenizer, eos = local_tokenizer(options.tokenizer, options.eos_token)
             for path in templates(options.tokenizer):
                 shutil.copyfile(path, folder / path.name)
+                with open(folder / path.name, "rb+") as file:
+                    sync(file)
                 self.progress.templates.append(path.name)
         tokens = {i: token for token, i in tokenizer.get_vocab().items()}
         check_fits(max(tokens) + 1, options.dtype)
         texts = {TOKENIZER: tokenizer_text(tokenizer), "vocab.txt": vocab_text(tokens)}
         for name, text in texts.items():
-            with open(folder / name, "w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-                sync(file)
+            with open(folder / name, "w", encoding="utf-8", newline="\n") as output:
+                output.write(text)
+                sync(output)
         self.progress.tokenizer, self.progress.eos_id = file_hash(folder / TOKENIZER), eos
         self.work.save(self.progress)
 
@@ -408,8 +410,9 @@ def prepare(options: Options) -> dict[str, dict]:
     """Write all OUTPUTS, or go on where an interrupted run was; returns the facts of each side."""
     check(options)
     target = Path(options.output_dir)
-    require(not target.is_file(), str(target), "is a file", "name a folder as --output_dir")
     try:
+        is_other = target.exists() and not target.is_dir()
+        require(not is_other, str(target), "is not a folder", "pass another --output_dir")
         target.mkdir(parents=True, exist_ok=True)
         remedy = "wait for it, or pass another --output_dir"
         with hold_lock(target / LOCK, str(target), remedy):

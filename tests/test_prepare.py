@@ -483,7 +483,7 @@ ERRORS = {  # name: (file content, flags, what the error line must match)
     "output is that file": (
         LINES,
         "--input a.txt --output_dir a.txt",
-        r"a\.txt: is a file; name a",
+        r"a\.txt: is not a folder; ",
     ),
     "no tokenizer": (
         LINES,

@@ -119,14 +119,16 @@ class Corpus:
     def leave_to(self, validation: Corpus) -> None:
         """Do without the files of the corpus that is validation."""
         theirs = {os.path.realpath(found.path) for found in validation.files}
-        files = [found for found in self.files if os.path.realpath(found.path) not in theirs]
-        if self.files and not files:
-            raise UserError("--val_input", "has all files of --input", "name other files")
+        kept = []
         for found in self.files:
-            if found not in files:
+            if os.path.realpath(found.path) in theirs:
                 self.files_left_out.add(FOR_VALIDATION, found.place)
-        if len(files) < len(self.files):
-            self.files, self.total_bytes = files, sum(found.size for found in files)
+            else:
+                kept.append(found)
+        if self.files and not kept:
+            raise UserError("--val_input", "has all files of --input", "name other files")
+        if len(kept) < len(self.files):
+            self.files, self.total_bytes = kept, sum(found.size for found in kept)
 
     def documents(self, advance: Advance = lambda count: None) -> Iterator[Document]:
         """Every document; `advance` is told how many more bytes of input were read.
