@@ -192,6 +192,23 @@ def test_what_was_left_out_before_an_interruption_is_still_reported(corpus, monk
         prepare.prepare(options(**both, strict=True, resume=True))
 
 
+def test_a_chat_template_that_was_moved_before_an_interruption_stays(corpus, monkeypatch):
+    Path("t").mkdir()
+    byte_tokenizer().save("t/tokenizer.json")
+    Path("t/chat_template.jinja").write_text("theirs")
+    given = {"tokenizer": "t", "eos_token": "a"}
+
+    def interrupted(folder):
+        if folder == Path("out"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(unfinished, "sync_folder", interrupted)
+        prepare.prepare(options(**given))
+    prepare.prepare(options(**given, resume=True))
+    assert Path("out/chat_template.jinja").read_text() == "theirs"
+
+
 def test_what_the_first_release_left_is_named_and_removed_with_force(corpus):
     (corpus / "out" / ".prepare-abc123").mkdir(parents=True)
     for resume in (False, True):
@@ -233,7 +250,7 @@ with hold_lock(Path("out/.prepare.lock"), "out", "x"):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_leaves_a_run_that_goes_on(tmp_path, number):
     """The real command, with processes that encode, of which none may stay."""
-    (tmp_path / "a.txt").write_text(TEXT * 60_000, encoding="utf-8")
+    (tmp_path / "a.txt").write_text(TEXT * 45_000, encoding="utf-8")
     code = "from data import prepare; prepare.SAVE_SECONDS = 0.0; prepare.run_cli(prepare.main)"
     flags = ["--input", "a.txt", "--tokenizer", "byte", "--output_dir", "out"]
     env = {**os.environ, "PYTHONPATH": str(Path(prepare.__file__).parent.parent)}
