@@ -58,7 +58,7 @@ class Encoder:
 
     def __init__(self, path: Path, eos: int, dtype: str):
         self.path, self.eos, self.dtype = path, eos, dtype
-        self.tokenizer = plain(Tokenizer.from_file(str(path)))
+        self.tokenizer = plain(Tokenizer.from_str(path.read_text(encoding="utf-8")))
 
     @cached_property
     def bare(self) -> Tokenizer:
@@ -211,9 +211,11 @@ def encoding_with(
     )
     try:
         yield lambda chunks: encode_in(pool, workers, batches(chunks, WORKER_CHARS))
-    except BrokenProcessPool:
-        for other in multiprocessing.active_children():
-            other.kill()  # they ignore the signal with which the pool would end them
+    except BaseException as error:
+        for worker in multiprocessing.active_children():
+            worker.kill()  # it ignores the signal with which a pool that lost another would end it
+        if not isinstance(error, BrokenProcessPool):
+            raise
         problem = "a process that encodes was ended, perhaps for lack of memory"
         raise UserError("--workers", problem, "pass fewer") from None
     finally:

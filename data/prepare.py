@@ -15,7 +15,8 @@ An end-of-text token follows every document.
 
 Validation. Whole documents go to training or validation, by a hash of the row, of the beginning of
 the document in a file, or of the file's path. With fewer than 20 text files without separators,
-the end of each file is validation instead. With --val_input or --val_split, nothing else is.
+the end of each file is validation instead; a file counts as one if it has fewer than 20 separators.
+With --val_input or --val_split, nothing else is validation.
 
 Interruptions. Until everything is written, all is in OUTPUT_DIR/.prepare-unfinished. After a kill,
 the same command with --resume goes on there; the result is the same.
@@ -28,6 +29,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import shutil
@@ -49,7 +51,8 @@ from data.console import progress_bar
 from data.encoding import Encoded, Encoder, encoding_with
 from data.sides import Split, Text
 from data.unfinished import TOKENIZER, Progress, Unfinished, file_hash, sync
-from data.vocabulary import Learning, local_tokenizer, make_tokenizer, vocab_text
+from data.vocabulary import Learning, local_tokenizer, make_tokenizer, tokenizer_text, vocab_text
+from tinymamba.archives import LeftOut
 from tinymamba.cli import UserError, parse_flags, require, run_cli, say
 from tinymamba.documents import Corpus, Reading
 from tinymamba.lock import hold_lock
@@ -61,7 +64,8 @@ OWN_TOKENIZERS = ("byte", "bpe", "gpt2")
 LOCK = ".prepare.lock"
 SAVE_SECONDS = 5.0  # between two saves of the progress
 SIDES = ("train", "val")
-ENDS = ("bin", "json")
+CHANGED = "is not what it was when the run began"
+RESTORE = "restore it, or pass --force without --resume to start again"
 
 
 @dataclass
@@ -131,6 +135,8 @@ def check(options: Options) -> None:
     require(not both, "--dataset", "is given beside --input", "leave one out")
     both = options.val_input is not None and options.val_split is not None
     require(not both, "--val_split", "is given beside --val_input", "leave one out")
+    same = options.val_split == options.split
+    require(not same, "--val_split", f"{options.split} is the training split", "name another")
 
 
 def check_fits(vocab_size: int, dtype: str) -> None:
@@ -140,9 +146,8 @@ def check_fits(vocab_size: int, dtype: str) -> None:
 
 
 def check_outputs(options: Options) -> None:
-    """Reject a folder that has the files already."""
-    copied = [path.name for path in templates(options.tokenizer)]
-    for path in (Path(options.output_dir, name) for name in (*OUTPUTS, *copied)):
+    """Reject a folder that has the files already, or a template of another tokenizer."""
+    for path in (Path(options.output_dir, name) for name in (*OUTPUTS, *TEMPLATES)):
         if path.exists() and not options.force:
             raise UserError(str(path), "exists", "pass --force or another --output_dir")
 
@@ -169,6 +174,10 @@ class Source(NamedTuple):
         with progress_bar(label, self.corpus.total_bytes) as bar:
             yield from self.split.texts(self.corpus.documents(bar.update))
 
+    def report(self) -> dict[str, Any]:
+        """What the last pass left out, and the separators in it."""
+        return {**dataclasses.asdict(self.corpus.left_out), "separators": self.split.found}
+
 
 def open_sources(options: Options, work: Unfinished) -> list[Source]:
     """What is read: one corpus for both sides, or one for each."""
@@ -186,6 +195,8 @@ def open_sources(options: Options, work: Unfinished) -> list[Source]:
         val = dataclasses.replace(of_dataset, split=options.val_split)
         fraction, rest = 0, [Corpus(None, val, outputs, spool)]
     corpora = [Corpus(options.input, of_dataset, outputs, spool), *rest]
+    if options.val_input:
+        corpora[0].leave_to(corpora[1])
     if options.strict:
         for corpus in corpora:
             corpus.left_out.refuse()
@@ -201,16 +212,17 @@ def training_parts(source: Source) -> Iterator[str]:
                 yield part
 
 
-def report_input(sources: list[Source], options: Options) -> None:
+def report_input(progress: Progress, options: Options) -> None:
     """Say what was left out and what was taken for a separator; with --strict, reject it."""
-    for corpus, split in sources:
+    for report in progress.reports:
+        left_out, found = LeftOut(report["counts"], report["names"]), report["separators"]
         if options.strict:
-            corpus.left_out.refuse()
-        for line in corpus.left_out.lines():
+            left_out.refuse()
+        for line in left_out.lines():
             say(line)
-        if split.found:
+        if found:
             remedy = "--document_separator '' keeps it as text"
-            say(f"{split.separator} ended {split.found:,} documents within files; {remedy}")
+            say(f"{options.document_separator} ended {found:,} documents within files; {remedy}")
 
 
 # ------------------------------------------------------------------------------------ output
@@ -224,20 +236,28 @@ class Run:
         self.sources = open_sources(options, work)
         prints = [source.corpus.fingerprint() for source in self.sources]
         self.progress = progress or Progress(options.deciding(), prints)
-        remedy = "restore it, or pass --force without --resume to start again"
-        same = self.progress.inputs == prints
-        require(same, "--input", "is not what it was when the run began", remedy)
+        require(self.progress.inputs == prints, "--input", CHANGED, RESTORE)
         self.itemsize = np.dtype(options.dtype).itemsize
 
     def write(self) -> None:
         """Write all files into the folder of the work."""
         for source in self.sources:
             source.split.survey(source.corpus)
-        if not self.work.check_tokenizer(self.progress):
+        if self.work.check_tokenizer(self.progress):
+            self.check_given_tokenizer()
+        else:
             self.write_tokenizer()
         self.encode()
-        report_input(self.sources, self.options)
+        report_input(self.progress, self.options)
         self.write_facts()
+
+    def check_given_tokenizer(self) -> None:
+        """Reject a file of --tokenizer that is not what it was."""
+        name = self.options.tokenizer
+        if name not in OWN_TOKENIZERS:
+            text = tokenizer_text(local_tokenizer(name, self.options.eos_token)[0])
+            same = hashlib.sha256(text.encode()).hexdigest() == self.progress.tokenizer
+            require(same, "--tokenizer", CHANGED, RESTORE)
 
     def write_tokenizer(self) -> None:
         """Write tokenizer.json and vocab.txt."""
@@ -250,13 +270,16 @@ class Run:
             tokenizer, eos = local_tokenizer(options.tokenizer, options.eos_token)
             for path in templates(options.tokenizer):
                 shutil.copyfile(path, folder / path.name)
+                with open(folder / path.name, "rb+") as file:
+                    sync(file)
+                self.progress.templates.append(path.name)
         tokens = {i: token for token, i in tokenizer.get_vocab().items()}
         check_fits(max(tokens) + 1, options.dtype)
-        tokenizer.save(str(folder / TOKENIZER))
-        (folder / "vocab.txt").write_text(vocab_text(tokens), encoding="utf-8", newline="\n")
-        for name in (TOKENIZER, "vocab.txt"):
-            with open(folder / name, "rb+") as file:
-                sync(file)
+        texts = {TOKENIZER: tokenizer_text(tokenizer), "vocab.txt": vocab_text(tokens)}
+        for name, text in texts.items():
+            with open(folder / name, "w", encoding="utf-8", newline="\n") as output:
+                output.write(text)
+                sync(output)
         self.progress.tokenizer, self.progress.eos_id = file_hash(folder / TOKENIZER), eos
         self.work.save(self.progress)
 
@@ -267,9 +290,11 @@ class Run:
             encode = stack.enter_context(encoding_with(encoder, self.options.workers))
             files = {side: stack.enter_context(self.open_bin(side)) for side in SIDES}
             while self.progress.source < len(self.sources):
-                texts = self.sources[self.progress.source].texts("encoding")
-                chunks = islice(encoder.chunks(texts), self.progress.chunks, None)
-                self.write_ids(encode(chunks), files)
+                source = self.sources[self.progress.source]
+                chunks = encoder.chunks(source.texts("encoding"))
+                self.write_ids(encode(islice(chunks, self.progress.chunks, None)), files)
+                del chunks  # ends a pass that --max_tokens has cut short
+                self.progress.reports.append(source.report())
                 self.progress.source += 1
                 self.progress.chunks = self.progress.taken = 0
                 self.save(files)
@@ -312,12 +337,12 @@ class Run:
     def write_facts(self) -> None:
         """Write the .json files; everything is complete then."""
         folder, progress = self.work.folder, self.progress
-        vocabulary = Tokenizer.from_file(str(folder / TOKENIZER)).get_vocab()
+        tokenizer = SimpleTokenizer(folder / TOKENIZER)
         shared = {
             "dtype": self.options.dtype,
-            "vocab_size": max(vocabulary.values()) + 1,
+            "vocab_size": max(Tokenizer.from_str(tokenizer.content).get_vocab().values()) + 1,
             "eos_id": progress.eos_id,
-            "tokenizer": SimpleTokenizer(folder / TOKENIZER).sha256,
+            "tokenizer": tokenizer.sha256,
         }
         facts: dict[str, dict] = {}
         for side in self.options.sides():
@@ -339,10 +364,11 @@ def prepare_locked(options: Options, work: Unfinished) -> dict[str, dict]:
         check_outputs(options)
     if progress is None or not progress.facts:
         progress = write_all(options, work, progress)
-    written = [
-        name for name in OUTPUTS if Path(name).stem in (*progress.facts, "vocab", "tokenizer")
-    ]
-    work.publish([*TEMPLATES, *written], set(OUTPUTS) - set(written))
+    else:
+        report_input(progress, options)
+    stems = (*progress.facts, "vocab", "tokenizer")
+    written = [*progress.templates, *(name for name in OUTPUTS if Path(name).stem in stems)]
+    work.publish(written, {*OUTPUTS, *TEMPLATES} - set(written))
     return progress.facts
 
 
@@ -353,11 +379,11 @@ def write_all(options: Options, work: Unfinished, earlier: Progress | None) -> P
         work.folder.mkdir(exist_ok=True)
         run = Run(options, work, earlier)
         run.write()
-    except BaseException:
-        if earlier or (time.monotonic() - began >= SAVE_SECONDS and work.has_tokens()):
-            say(f"{work.folder} is kept: the same command with --resume goes on")
-        else:
+    except BaseException as error:
+        if not earlier and (time.monotonic() - began < SAVE_SECONDS or not work.has_tokens()):
             work.remove()
+        elif "--force" not in str(error):  # else it says that nothing can go on
+            say(f"{work.folder} is kept: the same command with --resume goes on")
         raise
     return run.progress
 
@@ -385,6 +411,8 @@ def prepare(options: Options) -> dict[str, dict]:
     check(options)
     target = Path(options.output_dir)
     try:
+        is_other = target.exists() and not target.is_dir()
+        require(not is_other, str(target), "is not a folder", "pass another --output_dir")
         target.mkdir(parents=True, exist_ok=True)
         remedy = "wait for it, or pass another --output_dir"
         with hold_lock(target / LOCK, str(target), remedy):

@@ -1,10 +1,11 @@
 """Which documents are training and which are validation, and where documents end in a text.
 
-A unit is a row, a document of a file with separators, or a whole text file. A hash of the unit
-decides its side, so that equal rows fall on one side and order plays no part. Each side gets at
-least one unit. If the corpus has fewer than SURVEYED rows, the limit between the sides is put where
-the share is nearest. If it has fewer than FEW_FILES text files without separators, the end of each
-of these is validation instead.
+A unit is a row, a document of a file with separators, or a whole text file. A file has separators
+if there are FEW_FILES of them in its first HEAD_CHARS characters; with fewer, its documents are too
+coarse for a split. A hash of the unit decides its side, so that equal rows fall on one side and
+order plays no part. Each side gets at least one unit. If the corpus has fewer than SURVEYED rows,
+the limit between the sides is put where the share is nearest. If it has fewer than FEW_FILES text
+files without separators, the end of each of these is validation instead.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from typing import NamedTuple
 
 from tinymamba.documents import Corpus, Document
 
-FEW_FILES = 20  # with fewer, whole files are too coarse for a validation split
+FEW_FILES = 20  # with fewer, whole files or documents are too coarse for a validation split
 SURVEYED = 1000  # units that the limit between the sides is made from
-HEAD_CHARS = 1 << 22  # a separator in the first so many characters makes documents of a file
+HEAD_CHARS = 1 << 22  # where the separators of a file are counted
 KEY_CHARS = 1 << 16  # a document's beginning, which decides its side
 LINE_BYTES = 1 << 20  # farthest that a line break is looked for
 
@@ -102,7 +103,7 @@ class Split:
                 yield Text(self.side(beginning), whole)
 
     def of_file(self, document: Document, parts: Iterable[str]) -> Iterator[Text]:
-        """A whole file, or its beginning and its end; a separator may come late."""
+        """A whole file, or its beginning and its end; a few separators end documents there too."""
         size = self.sizes.get(document.place, document.size)
         both: Iterator[Iterable[str]]
         if not self.tails or size is None:
@@ -123,8 +124,8 @@ class Split:
         self.found -= 1  # the end of the file
 
     def separates(self, head: str) -> bool:
-        """Whether the beginning of a file has the separator."""
-        return bool(self.separator) and self.separator in head
+        """Whether the documents in a file, judged by its beginning, have a side each."""
+        return bool(self.separator) and head.count(self.separator) >= FEW_FILES
 
     def side(self, key: str) -> str:
         """The side of a unit."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from tinymamba.cli import UserError
 
-FORMAT = 1
+FORMAT = 2
 PREFIX = ".prepare-"  # of the folder's name; those of the first release ended at random
 TOKENIZER = "tokenizer.json"
 
@@ -36,6 +36,8 @@ class Progress:
     taken: int = 0  # tokens of the source that are written
     tokens: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})
     bytes: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})
+    templates: list[str] = field(default_factory=list)  # files that came with the tokenizer
+    reports: list[dict[str, Any]] = field(default_factory=list)  # on each source that is written
     facts: dict[str, dict] = field(default_factory=dict)  # of each side, once all is written
     format: int = FORMAT
 

@@ -137,8 +137,8 @@ def local_tokenizer(name: str, eos_token: str | None) -> tuple[Tokenizer, int]:
     if not path.is_file() or path.suffix != ".json":
         remedy = "pass byte, bpe, gpt2 or the path of a tokenizer.json"
         raise UserError("--tokenizer", f"{path} is not a tokenizer.json", remedy)
-    eos = SimpleTokenizer(str(path)).eos_token_id
-    tokenizer = Tokenizer.from_file(str(path))
+    simple = SimpleTokenizer(str(path))
+    eos, tokenizer = simple.eos_token_id, Tokenizer.from_str(simple.content)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if eos_token is not None:
@@ -160,6 +160,11 @@ def make_tokenizer(name: str, parts: Iterable[str], learning: Learning) -> tuple
 
 
 # ---------------------------------------------------------------------------------- as a file
+
+
+def tokenizer_text(tokenizer: Tokenizer) -> str:
+    """The content of tokenizer.json; the library itself takes no path that is not UTF-8."""
+    return tokenizer.to_str(pretty=True)
 
 
 def vocab_text(tokens: dict[int, str]) -> str:

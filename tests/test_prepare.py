@@ -338,6 +338,28 @@ def test_the_chat_template_comes_with_a_local_tokenizer(tmp_path):
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "theirs"
 
 
+def test_a_chat_template_does_not_stay_for_another_tokenizer(tmp_path):
+    (tmp_path / "a.txt").write_text("a b late " * 50 + "\n")
+    flags = ["--input", "a.txt", "--tokenizer", "byte", "--output_dir", "out"]
+    (tmp_path / "out").mkdir()
+    for name in prepare.TEMPLATES:
+        (tmp_path / "out" / name).write_text("theirs")
+    done = run_main(prepare.main, *flags, cwd=tmp_path)
+    assert_refused(done, "chat_template.jinja: exists; pass --force")
+    run(tmp_path, *flags, "--force")
+    Prepared(tmp_path / "out")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_paths_need_not_be_utf_8(tmp_path):
+    (tmp_path / "a.txt").write_text("some text\n" * 50)
+    byte_tokenizer().save(str(tmp_path / "t.json"))
+    (tmp_path / "t.json").rename(tmp_path / "t\udcff.json")
+    flags = ["--tokenizer", "t\udcff.json", "--eos_token", byte_alphabet()[0]]
+    run(tmp_path, "--input", "a.txt", *flags, "--output_dir", "d\udcff")
+    assert sorted(path.name for path in (tmp_path / "d\udcff").iterdir()) == NAMES
+
+
 def ranks_of(text, size):
     """Ranks as tiktoken keeps them, from a vocabulary learned on `text`."""
     learner = byte_level(models.BPE())
@@ -457,6 +479,11 @@ ERRORS = {  # name: (file content, flags, what the error line must match)
         LINES,
         "--input a.txt --output_dir a.txt/out",
         r"a\.txt/out: Not a directory; ",
+    ),
+    "output is that file": (
+        LINES,
+        "--input a.txt --output_dir a.txt",
+        r"a\.txt: is not a folder; ",
     ),
     "no tokenizer": (
         LINES,

@@ -103,6 +103,19 @@ def test_val_input_is_all_of_the_validation(tmp_path):
     assert made == {"train": ["text of a.txt\n" * 50], "val": ["text of b.txt\n" * 50]}
 
 
+def test_what_is_validation_is_not_training_too(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "in" / name).write_text(f"text of {name}\n" * 50)
+    made, done = make(tmp_path, "--input", "in", "--val_input", "in/../in/b.txt", "--strict")
+    assert made == {"train": ["text of a.txt\n" * 50], "val": ["text of b.txt\n" * 50]}
+    assert f"only validation: 1 ({Path('in', 'b.txt')})" in done.stdout
+    flags = ("--input", "in/a.txt", "--val_input", "in", "--output_dir", "new")
+    assert_refused(run_main(prepare.main, *flags, cwd=tmp_path), "--val_input: has all files of")
+    done = run_main(prepare.main, "--dataset", "x", "--val_split", "train", cwd=tmp_path)
+    assert_refused(done, "--val_split: train is the training split; name another")
+
+
 def test_fraction_0_writes_no_validation_and_leaves_no_older_one(tmp_path):
     (tmp_path / "a.txt").write_text("some text\n" * 50)
     make(tmp_path, "--input", "a.txt")
@@ -136,6 +149,17 @@ def test_separators_end_documents_of_a_file_and_no_other_special_text_does(tmp_p
         "--val_fraction", 0,
     )  # fmt: skip
     assert len(made["train"]) == 41
+
+
+@pytest.mark.parametrize("marked", ["Title" + EOS_TOKEN + "{}", "{}" + EOS_TOKEN])
+def test_a_few_separators_leave_the_end_of_the_file_as_validation(tmp_path, marked):
+    text = "".join(f"line {i}\n" for i in range(5000))
+    (tmp_path / "a.txt").write_text(marked.format(text))
+    made, done = make(tmp_path, "--input", "a.txt")
+    assert made["train"][-1] + made["val"][0] == text
+    assert len(made["train"]) == (2 if marked.startswith("Title") else 1)
+    assert 0.04 < len(made["val"][0]) / len(text) <= 0.05
+    assert "ended 1 documents" in done.stdout
 
 
 def test_a_separator_that_comes_late_ends_documents_too(tmp_path, monkeypatch):
@@ -343,22 +367,29 @@ def test_any_number_of_processes_writes_the_same(tmp_path, monkeypatch):
 
 
 @POSIX
-def test_a_process_that_is_killed_is_one_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_a_process_that_is_killed_is_one_line(tmp_path, monkeypatch, error):
+    """The others end with it, also when something else happens at the same time."""
     tokenizer = tmp_path / "tokenizer.json"
     byte_tokenizer().save(str(tokenizer))
     encoder = encoding.Encoder(tokenizer, EOS, "int32")
-    chunk = encoding.Chunk("train", "text", False, True)
+    chunk = encoding.Chunk("train", "x" * 100_000, False, True)  # its ids fill a pipe
 
     def chunks():
         yield from [chunk] * 9
-        for process in multiprocessing.active_children():
-            os.kill(process.pid, signal.SIGKILL)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        if error:
+            raise error
         yield from [chunk] * 99
 
     monkeypatch.setattr(encoding, "WORKER_CHARS", 1)
-    problem = "--workers: a process .* was ended, .*; pass fewer"
-    with pytest.raises(UserError, match=problem), encoding.encoding_with(encoder, 2) as encode:
+    problem = None if error else "--workers: a process .* was ended, .*; pass fewer"
+    with (
+        pytest.raises(error or UserError, match=problem),
+        encoding.encoding_with(encoder, 2) as encode,
+    ):
         list(encode(chunks()))
+    assert not multiprocessing.active_children()
 
 
 # ------------------------------------------------------------------------- datasets and pipes

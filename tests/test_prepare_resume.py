@@ -13,6 +13,7 @@ from helpers import POSIX, assert_refused, run_main
 
 from data import encoding, prepare, unfinished
 from tinymamba.cli import UserError
+from tinymamba.tokenizer import byte_tokenizer
 
 CHAOS = bool(os.environ.get("CHAOS"))
 MOVES = (-18, -13, -9, -6, -4, -2, -1)  # points near the end, where files are moved
@@ -141,27 +142,71 @@ def test_old_files_never_stand_beside_new_ones(corpus, whole):
         ({"input": ["in", "in/a.txt"]}, "--input: "),
         ("touch", "--input: is not what it was when the run began; restore it"),
         ("tokenizer", "tokenizer.json: is not as it was written; "),
+        ("given", "--tokenizer: is not what it was when the run began; restore it"),
         ("bin", "train.bin: has lost what was written; "),
         ("progress", "progress.json: is damaged, or of another version; "),
     ],
 )
-def test_a_run_does_not_go_on_with_something_else(corpus, change, message):
-    assert run_and_kill(options(), 30)
+def test_a_run_does_not_go_on_with_something_else(corpus, capsys, change, message):
+    given = {"tokenizer": "t.json", "eos_token": "a"} if change == "given" else {}
+    byte_tokenizer().save("t.json")
+    assert run_and_kill(options(**given), 30)
     folder = corpus / "out" / FOLDER
     if change == "touch":
         os.utime(corpus / "in" / "a.txt", (1, 1))
+    elif change == "given":
+        tokenizer = byte_tokenizer()
+        tokenizer.add_tokens(["a line"])
+        tokenizer.save("t.json")
     elif change == "bin":
         (folder / "train.bin").write_bytes(b"")
     elif isinstance(change, str):
         name = {"tokenizer": "tokenizer.json", "progress": "progress.json"}[change]
         (folder / name).write_text("{}")
-    changes = change if isinstance(change, dict) else {}
+    changes = change if isinstance(change, dict) else given
     with pytest.raises(UserError) as caught:
         prepare.prepare(options(resume=True, **changes))
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert folder.exists()
+    assert "goes on" not in capsys.readouterr().out
     prepare.prepare(options(force=True, **changes))
     assert not list((corpus / "out").glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["write_ids", "write_facts"])
+def test_what_was_left_out_before_an_interruption_is_still_reported(corpus, monkeypatch, name):
+    """Interrupted when the source with what is left out is written, and when all is."""
+    (corpus / "rows.jsonl").write_text('{"text": "a"}\nnull\n{"text": "b"}\n')
+    both = {"input": ["rows.jsonl"], "val_input": ["in/a.txt"], "tokenizer": "byte"}
+    original = getattr(prepare.Run, name)
+
+    def interrupted(run, *args):
+        if run.progress.source:
+            raise KeyboardInterrupt
+        original(run, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare.Run, name, interrupted)
+        prepare.prepare(options(**both))
+    with pytest.raises(UserError, match=r"--strict: null row: 1 \(rows.jsonl:2\)"):
+        prepare.prepare(options(**both, strict=True, resume=True))
+
+
+def test_a_chat_template_that_was_moved_before_an_interruption_stays(corpus, monkeypatch):
+    Path("t").mkdir()
+    byte_tokenizer().save("t/tokenizer.json")
+    Path("t/chat_template.jinja").write_text("theirs")
+    given = {"tokenizer": "t", "eos_token": "a"}
+
+    def interrupted(folder):
+        if folder == Path("out"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(unfinished, "sync_folder", interrupted)
+        prepare.prepare(options(**given))
+    prepare.prepare(options(**given, resume=True))
+    assert Path("out/chat_template.jinja").read_text() == "theirs"
 
 
 def test_what_the_first_release_left_is_named_and_removed_with_force(corpus):
@@ -205,7 +250,7 @@ with hold_lock(Path("out/.prepare.lock"), "out", "x"):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_leaves_a_run_that_goes_on(tmp_path, number):
     """The real command, with processes that encode, of which none may stay."""
-    (tmp_path / "a.txt").write_text(TEXT * 60_000, encoding="utf-8")
+    (tmp_path / "a.txt").write_text(TEXT * 45_000, encoding="utf-8")
     code = "from data import prepare; prepare.SAVE_SECONDS = 0.0; prepare.run_cli(prepare.main)"
     flags = ["--input", "a.txt", "--tokenizer", "byte", "--output_dir", "out"]
     env = {**os.environ, "PYTHONPATH": str(Path(prepare.__file__).parent.parent)}

@@ -45,6 +45,7 @@ DEEPEST = 8  # archives and compression inside each other
 LONGEST_NAME = 300  # characters that are shown
 NAMES_SHOWN = 3  # of what is left out, for each reason
 READ_ALREADY = "read already under another name"
+FOR_VALIDATION = "in --val_input too, so only validation"
 AS_TEXT = "read as text"  # ends the reasons of what is read, but not as rows
 
 BOMS = {  # the longer ones first: that of UTF-32-LE begins with that of UTF-16-LE
@@ -156,8 +157,8 @@ class LeftOut:
         return f"{reason}: {self.counts[reason]:,} ({', '.join(self.names[reason])}{more})"
 
     def refuse(self) -> None:
-        """Raise a UserError if there is anything; what was read under another name is no loss."""
-        reasons = sorted(self.counts.keys() - {READ_ALREADY})
+        """Raise a UserError if there is anything; what is read elsewhere is no loss."""
+        reasons = sorted(self.counts.keys() - {READ_ALREADY, FOR_VALIDATION})
         if reasons:
             problem = ", ".join(self.line(reason) for reason in reasons)
             raise UserError("--strict", problem, "correct or remove it, or run without --strict")

@@ -25,6 +25,7 @@ import codecs
 import hashlib
 import itertools
 import json
+import os
 import re
 import string
 import tempfile
@@ -36,6 +37,7 @@ from typing import Any, NamedTuple
 from tinymamba.archives import (
     AS_TEXT,
     DAMAGE,
+    FOR_VALIDATION,
     READ_BYTES,
     Advance,
     Found,
@@ -113,6 +115,20 @@ class Corpus:
         else:
             self.files = sample_files(self.files_left_out)
         self.total_bytes = sum(file.size for file in self.files)
+
+    def leave_to(self, validation: Corpus) -> None:
+        """Do without the files of the corpus that is validation."""
+        theirs = {os.path.realpath(found.path) for found in validation.files}
+        kept = []
+        for found in self.files:
+            if os.path.realpath(found.path) in theirs:
+                self.files_left_out.add(FOR_VALIDATION, found.place)
+            else:
+                kept.append(found)
+        if self.files and not kept:
+            raise UserError("--val_input", "has all files of --input", "name other files")
+        if len(kept) < len(self.files):
+            self.files, self.total_bytes = kept, sum(found.size for found in kept)
 
     def documents(self, advance: Advance = lambda count: None) -> Iterator[Document]:
         """Every document; `advance` is told how many more bytes of input were read.
@@ -531,7 +547,7 @@ def not_json(where: str, error: Exception, column: int, remedy: str) -> UserErro
     """The error for a row that is not JSON."""
     if isinstance(error, json.JSONDecodeError):
         return UserError(where, f"not JSON ({error.msg} at column {column})", remedy)
-    return UserError(where, "JSON that is nested too deeply", remedy)
+    return UserError(where, "JSON that is nested too deeply", "make it flat, or remove it")
 
 
 # ---------------------------------------------------------------------- Parquet and `datasets`
