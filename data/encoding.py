@@ -203,6 +203,7 @@ def encoding_with(
     if workers == 1:
         yield lambda chunks: (e for batch in batches(chunks, BATCH_CHARS) for e in encoder(batch))
         return
+    before = multiprocessing.active_children()
     pool = ProcessPoolExecutor(
         workers,
         multiprocessing.get_context("spawn"),
@@ -211,11 +212,10 @@ def encoding_with(
     )
     try:
         yield lambda chunks: encode_in(pool, workers, batches(chunks, WORKER_CHARS))
-    except BaseException as error:
-        for worker in multiprocessing.active_children():
-            worker.kill()  # it ignores the signal with which a pool that lost another would end it
-        if not isinstance(error, BrokenProcessPool):
-            raise
+    except BrokenProcessPool:
+        for child in multiprocessing.active_children():
+            if child not in before:  # it ignores the signal with which the pool would end it
+                child.kill()
         problem = "a process that encodes was ended, perhaps for lack of memory"
         raise UserError("--workers", problem, "pass fewer") from None
     finally:

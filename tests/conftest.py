@@ -9,8 +9,6 @@ from helpers import make_tokenizers, train_bpe, write_tokens
 
 from tinymamba.tokenizer import EOS_TOKEN
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read once, when that library is imported
-
 
 @pytest.fixture(autouse=True)
 def seeded():

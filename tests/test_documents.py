@@ -950,7 +950,8 @@ def test_a_template_has_each_part_once():
 def dataset(tmp_path, monkeypatch):
     """A local folder that the library opens without the network."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    pytest.importorskip("datasets")
+    monkeypatch.setattr(pytest.importorskip("datasets").config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(pytest.importorskip("huggingface_hub").constants, "HF_HUB_OFFLINE", True)
     rows = [{"text": t, "m": {"n": i}} for i, t in enumerate(["one", None, "two"])]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     write(tmp_path / "set", {"train.jsonl": lines, "test.jsonl": '{"text": "t", "m": {"n": 9}}'})

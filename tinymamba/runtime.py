@@ -428,8 +428,11 @@ def take_batches(loader: Any) -> Iterator:
             atexit.register(worker.kill)
     try:
         yield from batches
-    except RuntimeError as e:
-        require("DataLoader worker" not in str(e), "num_workers", str(e), "resume with fewer")
+    except (RuntimeError, OSError, EOFError) as e:  # the last two: it died while it sent a batch
+        own = "Caught" in str(e) or not loader.num_workers  # an error of reading the data
+        died = "DataLoader worker" in str(e) if isinstance(e, RuntimeError) else not own
+        problem = f"a DataLoader worker has ended ({str(e) or type(e).__name__})"
+        require(not died, "num_workers", problem, "resume with fewer")
         raise
 
 
