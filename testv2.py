@@ -1320,7 +1320,7 @@ def require_same_run(old: dict, new: dict) -> None:
 
 def resumed_config(saved: dict, named: dict) -> Config:
     """The settings of a checkpoint, overridden by those that the user has named."""
-    for_one_start = {"accept_changed_data": False, "resume_from": "", "init_from": ""}
+    for_one_start = {"accept_changed_data": False, "resume_from": ""}
     settings = {**saved["config"], **for_one_start, **named, "resume": True, "init_from": ""}
     require_same_run(saved["config"], settings)
     return Config.from_dict(settings)
