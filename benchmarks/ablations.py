@@ -23,7 +23,6 @@ Dimension letters in shape comments:
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 import typing
@@ -37,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmark import append_row
+from benchmarks.report import read_rows, write_between
 from testv2 import sparsemax
 from tinymamba.cli import (
     CliParser,
@@ -751,12 +751,6 @@ class Line:
         return f"{round(more, 1) + 0.0:+.1f}%"  # + 0.0 makes 0 of -0
 
 
-def read_rows(path: str) -> list[dict]:
-    """The rows of a .jsonl file."""
-    require(Path(path).is_file(), path, "no such file", "name a file of rows with --output")
-    return [json.loads(line) for line in Path(path).read_text().splitlines() if line]
-
-
 def lines_of(rows: list[dict]) -> list[Line]:
     """Group by group, each sorted by loss. A row's base is of the same seed, if there is one."""
     group_of = {name: group for name, (group, _) in describe_fields(Settings).items()}
@@ -790,10 +784,6 @@ def words(settings: dict) -> str:
 
 def write_table(rows: list[dict], path: str) -> None:
     """Replace the text between the two markers of a Markdown file."""
-    require(Path(path).is_file(), path, "no such file", "name an existing Markdown file")
-    before, begin, rest = Path(path).read_text().partition("<!-- rows -->\n")
-    _, end, after = rest.partition("<!-- /rows -->")
-    require(begin and end, path, "has no markers", "add <!-- rows --> and <!-- /rows --> to it")
     table = [
         "| varied | run | seed | against | changed | parameters | nats/byte | bits/byte | |",
         "|---|---|--:|---|---|--:|--:|--:|--:|",
@@ -807,7 +797,7 @@ def write_table(rows: list[dict], path: str) -> None:
             f"| {line.group} | {row['name']} | {row['seed']} | {row['base'] or ''} | {changed} "
             f"| {row['parameters']:,} | {loss} | {line.percent} |"
         )
-    Path(path).write_text(before + begin + "\n".join(table) + "\n" + end + after)
+    write_between(path, "rows", table)
 
 
 def draw_line(axes: Any, y: float, line: Line, right: float) -> None:

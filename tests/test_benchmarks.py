@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import assert_refused, flags, run_main, run_script, tiny_config
+from helpers import assert_refused, flags, run_main, run_script, tiny_config, write_tokens
 
-from benchmarks import finetune, quality, scan, streaming, synthetic
+from benchmarks import finetune, quality, scan, streaming
+from benchmarks.peers import MODELS, Shape, count
 from testv2 import TinyMambaModel
 from tinymamba.checkpoint import save_checkpoint
 from tinymamba.cli import UserError
@@ -20,88 +21,12 @@ def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def random() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
-@pytest.mark.parametrize("pairs", (1, 4, 16))
-def test_mqar_asks_for_the_value_that_followed_the_key(pairs):
-    ids, targets = synthetic.mqar(8, 64, pairs, 64, random())
-    assert ids.shape == targets.shape == (8, 64)
-    for row, asked in zip(ids.tolist(), targets.tolist(), strict=True):
-        keys, values = row[: 2 * pairs : 2], row[1 : 2 * pairs : 2]
-        assert len(set(keys)) == pairs and max(keys) < 32 <= min(values)
-        where = [i for i, value in enumerate(asked) if value != synthetic.IGNORE]
-        assert len(where) == pairs and min(where) >= 2 * pairs
-        found = dict(zip(keys, values, strict=True))
-        assert all(asked[i] == found[row[i]] for i in where)
-
-
-def test_induction_asks_for_the_token_after_the_only_other_marker():
-    ids, targets = synthetic.induction(32, 20, 16, random())
-    for row, asked in zip(ids.tolist(), targets.tolist(), strict=True):
-        assert row.count(0) == 2 and row[-1] == 0
-        assert asked[:-1] == [synthetic.IGNORE] * 19 and asked[-1] == row[row.index(0) + 1]
-
-
-def test_parity_is_that_of_the_bits_so_far():
-    ids, targets = synthetic.parity(4, 10, random())
-    assert ids[:, 0].eq(2).all() and targets[:, 0].eq(synthetic.IGNORE).all()
-    for row, odd in zip(ids.tolist(), targets.tolist(), strict=True):
-        assert odd[1:] == [sum(row[1 : i + 1]) % 2 for i in range(1, 11)]
-
-
-def test_long_texts_are_read_in_chunks_as_in_one_pass(monkeypatch):
-    options = synthetic.parse(["induction", "--d_model", "32", "--test_samples", "8"])
-    model = synthetic.build(options)
-    torch.nn.init.normal_(model.embedding.weight)
-    whole = synthetic.accuracy(model, options, 100)
-    monkeypatch.setattr(synthetic, "AT_ONCE", 10)
-    monkeypatch.setattr(synthetic, "CHUNK", 7)
-    assert synthetic.accuracy(model, options, 100) == whole
-
-
-@pytest.mark.parametrize(
-    "task, model", [("mqar", "tinymamba"), ("induction", "llama"), ("parity", "tinymamba")]
-)
-def test_synthetic_command(task, model, tmp_path):
-    words = flags(
-        model=model,
-        steps=2,
-        d_model=32,
-        d_state=8,
-        read=64,
-        length=64,
-        pairs=4,
-        test_samples=4,
-        seeds=[0, 1],
-    )
-    if task == "parity":  # one of them in a process of its own
-        done = run_script("benchmarks.synthetic", task, *words, cwd=tmp_path)
-    else:
-        done = run_main(synthetic.main, task, *words, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    rows = rows_of(tmp_path / "synthetic.jsonl")
-    assert [row["seed"] for row in rows] == [0, 1]
-    assert all(row["task"] == task and row["model"] == model for row in rows)
-    assert all(math.isfinite(row["loss"]) and 0 <= row["accuracy"]["64"] <= 1 for row in rows)
-
-
-def test_synthetic_refuses_what_does_not_fit(tmp_path):
-    words = ("mqar", "--length", 32, "--pairs", 16)
-    assert_refused(run_main(synthetic.main, *words, cwd=tmp_path), "length")
-    words = ("induction", "--model", "llama", "--read", 8192, "--steps", 1, "--d_model", 32)
-    assert_refused(run_main(synthetic.main, *words, cwd=tmp_path), "read")
-
-
 @pytest.mark.parametrize("task", quality.TASKS)
 def test_compared_models_have_equal_sizes(task):
     with torch.device("meta"):
-        sizes = {
-            name: sum(p.numel() for p in quality.build(task, name).parameters())
-            for name in quality.SHAPES[task]
-        }
+        sizes = {name: count(quality.build(task, name)) for name in MODELS}
     assert max(sizes.values()) <= 1.02 * min(sizes.values()), sizes
+    assert quality.RATES[task].keys() == sizes.keys()
 
 
 def test_quality_command(tmp_path):
@@ -118,9 +43,78 @@ def test_quality_command(tmp_path):
         assert row["bits_per_byte"] == pytest.approx(row["nats_per_token"] / math.log(2), abs=1e-4)
 
 
-def test_quality_needs_its_data(tmp_path):
-    assert_refused(run_main(quality.main, "S", cwd=tmp_path), "text")
-    assert_refused(run_script("benchmarks.quality", "M", cwd=tmp_path), "train.bin")
+def test_long_blocks_say_where_the_loss_is_and_what_the_state_is_worth(tmp_path, monkeypatch):
+    monkeypatch.setitem(quality.TASKS, "M-small", quality.Task(300, 300, 1, 1))
+    tiny = {"d_model": 32, "n_layer": 1, "num_heads": 2, "ssm_head_dim": 32, "d_state": 8}
+    monkeypatch.setitem(quality.OURS, "M-small", tiny)
+    shape = Shape(300, width=32, layers=1, heads=2, mlp=32)
+    monkeypatch.setitem(quality.SHAPES, "M-small", {"llama_conv": shape})
+    for name in ("train", "val"):
+        write_tokens(tmp_path / f"{name}.bin", [7 * i % 300 for i in range(5000)])
+        (tmp_path / f"{name}.json").write_text(json.dumps({"tokens": 5000, "bytes": 9000}))
+    (tmp_path / "notes.md").write_text("<!-- quality -->\n<!-- /quality -->\n")
+    words = flags(data=".", seeds=0, models=["tinymamba", "llama_conv"], table="notes.md")
+    done = run_main(quality.main, "M-small", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    ours, llama = rows_of(tmp_path / "quality.jsonl")
+    assert [*ours["loss_by_position"]] == ["0-63", "64-127", "128-255", "256-299"]
+    assert ours["share_by_last_seen"] == {"never": 1.0, "up to 64": 0.0, "farther": 0.0}
+    assert ours["loss_by_last_seen"]["farther"] is None  # there is none
+    assert ours["state_worth"].keys() == {"all", "never", "up to 64", "farther"}
+    assert llama.keys() == ours.keys() - {"state_worth"}
+    table = (tmp_path / "notes.md").read_text()
+    assert "**M-small**" in table and "| llama_conv |" in table and "`steps" not in table
+    (tmp_path / "quality.jsonl").write_text(
+        '{"task": "S", "model": "llama", "lr": 0.1, "seed": 0, "bits_per_byte": 2.0, "seconds": 1}'
+    )  # as earlier versions wrote it
+    assert run_main(quality.main, "--table", "notes.md", cwd=tmp_path).returncode == 0
+    assert (
+        "| llama |  |  | 0.1 (edge) | 1 | 2.000 | none | 1 |" in (tmp_path / "notes.md").read_text()
+    )
+
+
+def test_a_pair_was_last_seen_where_it_was():
+    windows = torch.randint(4, (2, 200), generator=torch.manual_seed(0))
+    windows[:, 100] = torch.tensor([9, 11])  # new
+    seen = quality.last_seen(windows, 16).tolist()
+    for row, found in zip(windows.tolist(), seen, strict=True):
+        pairs = list(zip(row, row[1:], strict=False))
+        for i, pair in enumerate(pairs):
+            back = [i - j for j in range(i) if pairs[j] == pair]
+            assert found[i] == (0 if not back else 1 if min(back) <= quality.NEAR else 2)
+    assert {0, 1} <= set(seen[0])
+
+
+@pytest.mark.parametrize("dt, differs", [(-20.0, False), (1.0, True)])
+def test_the_state_is_worth_what_it_holds(dt, differs):
+    model = TinyMambaModel(tiny_config(vocab_size=64)).eval()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.ssm.dt_bias.fill_(dt)  # dt is 0, and nothing is ever written; or 1
+            block.ssm.A_log.fill_(-9.0)
+            block.ssm.out_proj.weight.mul_(9.0)
+        model.embedding.weight.normal_()
+    windows = torch.randint(64, (2, 2 * quality.NEAR + 1))
+    with_state = quality.token_losses(model, windows)
+    change = (quality.losses_without_state(model, windows) - with_state).abs() / with_state.mean()
+    assert change[:, : quality.NEAR].mean() < 1e-2
+    assert (change[:, quality.NEAR :].mean() > 5e-2) == differs
+
+
+@pytest.mark.parametrize("words, field", [
+    (["S"], "--text"), (["M", "--data", "none"], "train.bin"), ([], "task"), (["L"], "task: L"),
+    (["--table", "none.md"], "none.md"),
+    (["S", "--models", "llama", "--variant", "x"], "--variant"),
+])  # fmt: skip
+def test_quality_needs_its_data(tmp_path, words, field):
+    assert_refused(run_main(quality.main, *words, cwd=tmp_path), field)
+    assert not list(tmp_path.iterdir())
+
+
+def test_quality_needs_enough_to_validate_on(tmp_path):
+    (tmp_path / "a").write_bytes(b"few words " * 100)
+    done = run_main(quality.main, "S", "--text", "a", "a", cwd=tmp_path)
+    assert_refused(done, "S: 1000 tokens are too few to validate on; it needs 1025")
 
 
 def test_a_sliding_window_counts_every_token_once():

@@ -189,7 +189,7 @@ COMPARISON = flags(
     warmup_iterations=1, test_iterations=1, models_to_compare="llama", compile="off",
 )  # fmt: skip
 TRAINED = flags(tinymamba_checkpoint="tinymamba_model_latest.pt")
-TASK = flags(steps=1, seeds=0, read=16, test_samples=2, d_model=32, batch_size=2)
+TASK = flags(steps=1, seeds=0, test_samples=2, d_model=32, batch_size=2)
 
 
 class Run(NamedTuple):
@@ -262,12 +262,12 @@ RUNS = [  # the first pattern that a command begins with counts
         "style",
     ),
     Run(
-        r"python -m benchmarks.synthetic mqar",
-        "benchmarks.synthetic",
-        [*TASK, *flags(length=16, pairs=2, vocab_size=32)],
+        r"python -m benchmarks.memory recall",
+        "benchmarks.memory",
+        [*TASK, *flags(length=32, pairs=2, vocab_size=32)],
         "accuracy",
     ),
-    Run(r"python -m benchmarks.synthetic", "benchmarks.synthetic", TASK, "accuracy"),
+    Run(r"python -m benchmarks.memory", "benchmarks.memory", [*TASK, *flags(read=16)], "accuracy"),
     Run(
         r"python -m benchmarks.scan",
         "benchmarks.scan",

@@ -1,0 +1,169 @@
+"""The models that quality.py and memory.py compare: TinyMamba, and its peers from transformers.
+
+llama        Llama.
+llama_conv   Llama with what a Transformer gains most from for little: norms of queries and keys
+             (that is Qwen3), and a short convolution before attention and before the MLP in every
+             layer, in the residual form of Canon layers (arXiv 2512.17351).
+mamba2       Mamba2 (arXiv 2405.21060).
+gated_delta  OlmoHybrid: layers of the gated delta rule (arXiv 2412.06464) whose eigenvalues may be
+             negative (arXiv 2411.12537); every fourth layer, or the last, is full attention.
+
+All are float32, with one matrix for embedding and output layer.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from testv2 import Config, TinyMambaModel, to_autocast
+from tinymamba.cli import need, require
+from tinymamba.kernels import DepthwiseConv
+
+WIDTH = 4  # tokens of llama_conv's convolutions
+TRANSFORMERS = "5.23.0"  # has all of them
+
+
+class Shape(NamedTuple):
+    """The size of a peer."""
+
+    vocab: int
+    width: int
+    layers: int
+    heads: int  # of attention and of the delta rule; of mamba2, those of the state
+    mlp: int = 0  # hidden width of the MLP; mamba2 has none
+    state: int = 0  # size of mamba2's state
+
+
+class NormAndConv(nn.Module):
+    """A norm, and then u plus a causal depthwise convolution of u."""
+
+    def __init__(self, norm: nn.Module, dim: int):
+        super().__init__()
+        self.norm = norm
+        self.conv_weight = nn.Parameter(torch.empty(dim, WIDTH).uniform_(-0.25, 0.25))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (b, l, d) -> the same shape."""
+        u = to_autocast(self.norm(x))
+        history = F.pad(u, (0, 0, WIDTH - 1, 0))  # (b, k-1+l, d)
+        return u + DepthwiseConv.apply(history, self.conv_weight.to(u.dtype))
+
+
+# ------------------------------------------------------------------------------------ models
+
+
+def transformer_settings(shape: Shape) -> dict[str, Any]:
+    """What the configurations of all peers with attention have in common.
+
+    No token is padding: the embedding of one would not be trained.
+    """
+    return {
+        "vocab_size": shape.vocab,
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "intermediate_size": shape.mlp,
+        "tie_word_embeddings": True,
+        "use_cache": False,
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
+    }
+
+
+def make_llama(hf: Any, shape: Shape) -> nn.Module:
+    """Llama."""
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**transformer_settings(shape)))
+
+
+def make_llama_conv(hf: Any, shape: Shape) -> nn.Module:
+    """Llama with norms of queries and keys and with short convolutions."""
+    heads = {"num_key_value_heads": shape.heads, "head_dim": shape.width // shape.heads}
+    model = hf.Qwen3ForCausalLM(hf.Qwen3Config(**transformer_settings(shape), **heads))
+    for layer in model.model.layers:
+        layer.input_layernorm = NormAndConv(layer.input_layernorm, shape.width)
+        layer.post_attention_layernorm = NormAndConv(layer.post_attention_layernorm, shape.width)
+    return model
+
+
+def make_mamba2(hf: Any, shape: Shape) -> nn.Module:
+    """Mamba2."""
+    config = hf.Mamba2Config(
+        vocab_size=shape.vocab,
+        hidden_size=shape.width,
+        num_hidden_layers=shape.layers,
+        num_heads=shape.heads,
+        head_dim=2 * shape.width // shape.heads,
+        state_size=shape.state,
+        n_groups=1,
+        chunk_size=64,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    return hf.Mamba2ForCausalLM(config)
+
+
+def make_gated_delta(hf: Any, shape: Shape) -> nn.Module:
+    """Gated delta rule and full attention."""
+    found, problem = hasattr(hf, "OlmoHybridForCausalLM"), f"{hf.__version__} has no OlmoHybrid"
+    require(found, "transformers", problem, f"pip install transformers=={TRANSFORMERS}")
+    return hf.OlmoHybridForCausalLM(hf.OlmoHybridConfig(**transformer_settings(shape)))
+
+
+PEERS = {
+    "llama": make_llama,
+    "llama_conv": make_llama_conv,
+    "mamba2": make_mamba2,
+    "gated_delta": make_gated_delta,
+}
+MODELS = ("tinymamba", *PEERS)
+
+
+def build_peer(name: str, shape: Shape) -> nn.Module:
+    """A peer with random weights."""
+    hf = need("transformers")
+    hf.logging.set_verbosity_error()  # Mamba2 warns at length of missing CUDA kernels
+    return PEERS[name](hf, shape)
+
+
+def build_tinymamba(config: Config, words: str = "") -> TinyMambaModel:
+    """TinyMamba with random weights, or the variant of it that `words` describe."""
+    if not words:
+        return TinyMambaModel(config)
+    return importlib.import_module("benchmarks.variants").build(config, words)
+
+
+def require_variant_of_ours(models: list[str], words: str) -> None:
+    """Reject a variant of a peer."""
+    problem = "variants are of TinyMamba only"
+    require(not words or models == ["tinymamba"], "--variant", problem, "pass --models tinymamba")
+
+
+# -------------------------------------------------------------------------------- equal sizes
+
+
+def count(model: nn.Module) -> int:
+    """Parameters of a model, shared ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def fit(name: str, shape: Shape, target: int) -> Shape:
+    """The shape whose MLP (of mamba2: whose state) comes nearest to `target` parameters."""
+
+    def resized(size: int) -> Shape:
+        return shape._replace(state=size) if name == "mamba2" else shape._replace(mlp=size)
+
+    def parameters(size: int) -> int:
+        with torch.device("meta"):
+            return count(build_peer(name, resized(size)))
+
+    one = parameters(1)
+    each = parameters(2) - one
+    size = 1 + round((target - one) / each)
+    near = size >= 1 and each <= 0.02 * target  # then it is at most 1% off
+    problem = f"width {shape.width} and {shape.layers} layers cannot have {target:,} parameters"
+    require(near, name, problem, "change --d_model or --n_layer, or name others with --models")
+    return resized(size)
