@@ -61,7 +61,7 @@ EVERY, CHECKED = 100, 64  # steps between looks at recall, and the texts of a lo
 # ------------------------------------------------------------------------------------ tasks
 
 ALL = ["tinymamba", "llama_conv", "mamba2", "gated_delta"]
-FAST = ["tinymamba", "llama_conv", "gated_delta"]  # mamba2 takes hours for the other tasks
+FAST = ["tinymamba", "llama_conv", "gated_delta"]  # mamba2 takes far longer on a CPU
 RECALL = {
     "models": ALL,
     "d_model": 64,
@@ -329,7 +329,7 @@ def largest_dt(model: TinyMambaModel, options: Options) -> list[list[float]] | N
     with mock.patch.object(testv2, "selective_scan", record):
         model.run(ids)
     if not steps:
-        print("dt is not in the row: this variant does not use testv2.selective_scan")
+        print("dt is unknown: this variant does not use testv2.selective_scan")
         return None
     return [[round(v, 5) for v in dt[idle].amax(0).tolist()] for dt in steps]
 
@@ -537,7 +537,7 @@ def check(options: Options) -> None:
 
 
 def require_readable(options: Options, named: bool) -> None:
-    """Reject lengths that the user has named and a peer cannot read; say which others are left out.
+    """Reject lengths that a peer cannot read, if the user named them; else say what is left out.
 
     A peer reads a text at once, TinyMamba through its state.
     """

@@ -6,9 +6,10 @@ mqar         multi-query associative recall (Zoology, arXiv 2312.04927, appendix
 induction    a marker somewhere, a token after it, the marker again at the very end; the answer is
              the token (Mamba, arXiv 2312.00752, section 4.1.2).
 counting     elements of a group; the answer to each is the product so far. parity and mod5 are sums
-             (as in Mamba-3, arXiv 2603.15569, section 4.3). s5 has any of the 120 permutations of
-             five things, as in arXiv 2404.08819; s5_swaps has the ten that swap two of them and the
-             one that changes nothing, as in arXiv 2411.12537.
+             (as in Mamba-3, arXiv 2603.15569, section 4.3). s5 is the word problem of arXiv
+             2404.08819: each token is any of the 120 permutations of five things. s5_swaps has only
+             the ten that swap two things and the one that changes nothing, the easier form of
+             arXiv 2411.12537, which one step of a delta rule can make.
 far copy     a passage of a text that is repeated some hundreds of tokens later.
 """
 
