@@ -48,6 +48,7 @@ from transformers.utils import cached_file, is_tracing
 from transformers.utils.generic import can_return_tuple
 
 from testv2 import (
+    BEFORE,
     FOLDER_FIELDS,
     FOLDER_FORMAT,
     Config,
@@ -101,8 +102,10 @@ class TinyMambaConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         """Set the fields; the values of `kwargs` may come from a config.json."""
         given = {self.attribute_map.get(name, name): value for name, value in kwargs.items()}
+        before = BEFORE if "format_version" in given else {}
         for name in FOLDER_FIELDS:
-            setattr(self, name, given.pop(name, getattr(Config, name)))
+            default = before.get(name, getattr(Config, name))
+            setattr(self, name, given.pop(name, default))
         given.pop("layer_types", None)  # a property here, and written to config.json for readers
         self.quantization = given.pop("quantization", None)
         self.format_version = given.pop("format_version", FOLDER_FORMAT)
@@ -665,9 +668,9 @@ AutoModelForCausalLM.register(TinyMambaConfig, TinyMambaHFModel, exist_ok=True)
 
 # The code of a model folder, and all files that `convert` may write.
 CODE = (
-    "hf_integration.py", "testv2.py", "checkpoint.py", "cli.py", "data_order.py", "kernels.py",
-    "lock.py", "optimizer.py", "runtime.py", "schedule.py",
-    "token_file.py", "token_shards.py", "tokenizer.py",
+    "hf_integration.py", "testv2.py", "checkpoint.py", "cli.py", "data_order.py",
+    "delta_rule.py", "kernels.py", "lock.py", "optimizer.py", "packing.py", "runtime.py",
+    "schedule.py", "token_file.py", "token_shards.py", "tokenizer.py",
 )  # fmt: skip
 OUTPUTS = (
     "model.safetensors", "config.json", "generation_config.json", "README.md", "vocab.txt",

@@ -83,6 +83,7 @@ from tinymamba.cli import (
     show,
 )
 from tinymamba.data_order import MixtureSchedule, ShardedBatches, permute
+from tinymamba.delta_rule import run_delta_rule
 from tinymamba.kernels import (
     ChunkedLoss,
     ChunkedScan,
@@ -94,17 +95,19 @@ from tinymamba.kernels import (
     loss_and_gradients,
     lower_triangle,
     quantize_like,
-    running_max,
     scan_in_one_tile,
+    sparsemax,
     stored_tensors,
 )
 from tinymamba.optimizer import make_optimizer
+from tinymamba.packing import find_documents, keep_last, padding_last, take_tokens
 from tinymamba.runtime import (
     Logger,
     Signals,
     all_reduce,
     from_launcher,
     full_tensor,
+    gate_statistics,
     join_process_group,
     make_loader,
     open_log_folder,
@@ -147,7 +150,8 @@ class Config:
     # Architecture
     activation: str = "silu"  # activation of the MLP
     d_state: int = 16  # SSM state size n per channel
-    d_conv: int = 4  # width k of the causal convolution before the SSM
+    d_conv: int = 4  # width k of the causal convolutions
+    ssm_rule: str = "delta"  # how a token changes the SSM state; decay is Mamba-2's rule
     expand_factor: int = 2  # inner width of SSM and MLP, as a multiple of d_model
     ssm_head_dim: int = 64  # channels p that share one SSM decay
     scan: str = "chunked"  # the parallel scan, or its slow reference
@@ -229,8 +233,9 @@ class Config:
 
     CHOICES: ClassVar = {
         "activation": ("silu", "gelu", "relu"), "gate": ("softmax", "top_k", "sparsemax"),
-        "scan": ("chunked", "sequential"), "optimizer": ("muon", "adamw"),
+        "scan": ("chunked", "sequential"), "ssm_rule": ("delta", "decay"),
         "schedule": ("cosine", "linear", "wsd", "constant"), "resume": (False, True, "auto"),
+        "optimizer": ("muon", "adamw"),
         "parallel": ("ddp", "fsdp"), "data_dtype": ("auto", "int32", "uint16"),
         "amp_dtype": tuple(DTYPES.values()),
     }  # fmt: skip
@@ -276,6 +281,7 @@ class Config:
     @staticmethod
     def from_dict(values: dict) -> Config:
         """The opposite of `to_dict`; an unknown name is a UserError."""
+        values = {**BEFORE, **values}
         known, remedy = {f.name for f in fields(Config)}, "update TinyMamba, or remove the field"
         for name in values:
             require(name in known, name, "is not a field of Config", remedy)
@@ -286,9 +292,11 @@ class Config:
 # Fields that determine what weights and states mean: fixed once they are trained.
 SHAPE_FIELDS = [
     "d_model", "n_layer", "vocab_size", "bias", "tie_embeddings", "low_rank", "activation",
-    "d_state", "d_conv", "expand_factor", "ssm_head_dim", "window_size", "num_heads",
+    "d_state", "d_conv", "ssm_rule", "expand_factor", "ssm_head_dim", "window_size", "num_heads",
     "rope_theta", "gate", "gate_top_k", "document_mask",
 ]  # fmt: skip
+# Values of fields that did not exist yet when a model was written.
+BEFORE = {"ssm_rule": "decay"}
 # Fields in the config.json of a model folder.
 FOLDER_FIELDS = [*SHAPE_FIELDS, "eos_id", "block_size", "deepnet", "scan", "chunk_size", "dropout"]
 # Fields that a resumed run cannot change.
@@ -403,6 +411,8 @@ MIN_LOG_DECAY = -30.0
 # A dt below this counts as 0, which leaves the state exactly as it was, so that it can hold its
 # content for any number of tokens. Softplus alone is never 0, and small leaks add up.
 MIN_DT = 1e-3
+# How much of B comes from the token before at first.
+SHIFT = 0.88
 
 
 def selective_scan(
@@ -416,16 +426,21 @@ def selective_scan(
     resets: Tensor | None = None,
     method: str = "chunked",
     chunk_size: int = 32,
+    beta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the recurrence of Mamba-2 (Dao & Gu, arXiv 2405.21060, eq. 2 with scalar A).
 
         h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T        y_t = h_t C_t + D x_t
 
+    With beta, the gated delta rule (Yang et al., arXiv 2412.06464, eq. 10) for B_t of length 1:
+
+        h_t = exp(dt_t A) h_{t-1} (I - beta_t B_t B_t^T) + beta_t x_t B_t^T
+
     x (b, l, h, p), dt (b, l, h) >= 0, A (h,) < 0, B and C (b, l, n), D (h,), state (b, h, p, n)
     before the first token (zeros if None), resets (b, l) of bool: tokens before which the state is
-    erased. Returns y (b, l, h, p) and the state after the last token. y and the matrix products
-    have the dtype of x; decays and states are float32, or float64 if x is. Where dt is exactly 0,
-    its gradient through the written term is taken as 0.
+    erased, beta (b, l, h) from 0 to 2. Returns y (b, l, h, p) and the state after the last token.
+    y and the matrix products have the dtype of x; decays and states are float32, or float64 if x
+    is. Without beta, where dt is exactly 0 its gradient through the written term is taken as 0.
     """
     if method not in Config.CHOICES["scan"]:
         raise ValueError(f"method {method!r} is not one of {Config.CHOICES['scan']}")
@@ -439,7 +454,11 @@ def selective_scan(
         log_decay = (dt * A).clamp(min=MIN_LOG_DECAY)  # (b, l, h)
         if resets is not None:
             log_decay = log_decay.masked_fill(resets[..., None], MIN_LOG_DECAY)
-        if method == "sequential" or x.shape[1] == 1:
+        stepwise = method == "sequential" or x.shape[1] == 1
+        if beta is not None:
+            y, state = run_delta_rule(x, beta, log_decay, B, C, state, chunk_size, stepwise)
+            return y + D[:, None].to(x.dtype) * x, state
+        if stepwise:
             return scan_sequential(x, dt, log_decay, B, C, D, state)
         B, C = B.to(x.dtype), C.to(x.dtype)
         scan = scan_in_one_tile if is_writing_graph() else ChunkedScan.apply
@@ -470,9 +489,9 @@ def scan_sequential(
 class LayerState(NamedTuple):
     """The state of one block, of constant size."""
 
-    conv: Tensor  # (b, k-1, d) last inputs of the convolution
+    conv: Tensor  # (b, k-1, d + 2n) last inputs of the convolutions; d with ssm_rule=decay
     ssm: Tensor  # (b, h, p, n) float32
-    phase: Tensor  # (b, n/2) float32, rotation of the SSM state in half turns, modulo 2
+    phase: Tensor  # (b, r) float32, rotation of r pairs of channels in half turns, modulo 2
     keys: Tensor  # (b, a, w-1, f) after RoPE
     values: Tensor  # (b, a, w-1, f)
 
@@ -494,35 +513,26 @@ class SequenceContext(NamedTuple):
     stateless: bool = False  # the states after the call are not needed
 
 
-def keep_last(history: Tensor, count: int, lengths: Tensor | None) -> Tensor:
-    """The `count` entries of history (b, count + l, ...) that end at each row's last token."""
-    if lengths is None:
-        return history[:, history.shape[1] - count :]
-    index = lengths[:, None] + torch.arange(count, device=history.device)  # (b, count)
-    index = index.view(*index.shape, *(1,) * (history.dim() - 2))
-    return history.gather(1, index.expand(-1, -1, *history.shape[2:]))
-
-
 class ShortConv(nn.Module):
-    """u plus a causal depthwise convolution of u over k tokens, for all branches at once.
+    """u plus a causal depthwise convolution of u over k tokens.
 
     The residual form is that of Canon layers (Allen-Zhu, arXiv 2512.17351).
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, channels: int, width: int):
         super().__init__()
-        self.width = config.d_conv
-        self.weight = nn.Parameter(torch.empty(config.d_model, config.d_conv))
+        self.width = width
+        self.weight = nn.Parameter(torch.empty(channels, width))
 
     def forward(
-        self, u: Tensor, context: SequenceContext, past: LayerState | None
+        self, u: Tensor, context: SequenceContext, tail: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """u (b, l, d) -> the same shape, and the new tail (b, k-1, d)."""
+        """u (b, l, d), tail (b, k-1, d) of the inputs before it -> the same shapes."""
         width, length, weight = self.width, u.shape[1], self.weight.to(u.dtype)
-        if past is None:
+        if tail is None:
             history = F.pad(u, (0, 0, width - 1, 0))  # (b, k-1+l, d)
         else:
-            history = torch.cat((past.conv.to(u.dtype), u), dim=1)
+            history = torch.cat((tail.to(u.dtype), u), dim=1)
         if length == 1 and not context.packed:
             u = u + (history * weight.T).sum(1, keepdim=True)
         elif context.packed:
@@ -536,53 +546,83 @@ class ShortConv(nn.Module):
 
 
 class MambaSSM(nn.Module):
-    """Selective state-space branch: Mamba-2 (arXiv 2405.21060, section 7) with a rotating state.
+    """Selective state-space branch: a gated delta rule on a state that can rotate.
 
-    Every token rotates the pairs of state channels (i, i + n/2) by angles that are a
-    function of its content, so that a state can count (Mamba-3, arXiv 2603.15569). As with RoPE,
-    rotating B and C by the sum of all angles so far is the same as rotating the state. An angle is
-    exactly 0 or exactly pi over wide ranges of its input, so no error builds up over a long text.
+    A token writes its value x under its key B, in place of what the key held before (Gated
+    DeltaNet, arXiv 2412.06464). Keys and read vectors C have length 1. A quarter of the pairs of
+    state channels (i, i + n/2) rotates by angles that are a function of the token's content, so
+    that a state can count (Mamba-3, arXiv 2603.15569). As with RoPE, rotating B and C by the sum of
+    all angles so far is the same as rotating the state. An angle is exactly 0 or exactly pi over
+    wide ranges of its input, so no error builds up over a long text.
+
+    With ssm_rule=decay it is Mamba-2's branch (arXiv 2405.21060, section 7), and all pairs rotate:
+    no delta rule, no convolution of B and C, no norms.
     """
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config = config
+        self.config, self.delta = config, config.ssm_rule == "delta"
         self.d_inner = config.expand_factor * config.d_model
         self.n_heads = self.d_inner // config.ssm_head_dim
-        self.sizes = [self.d_inner] * 2 + [config.d_state] * 2 + [self.n_heads]
-        self.in_proj = projection(config.d_model, self.sizes, config)  # z, x, B, C, dt
-        self.angle_proj = Float32Linear(config.d_model, config.d_state // 2, config.bias)
+        pairs = config.d_state // 2
+        self.n_rotating = max(1, pairs // 4) if self.delta else pairs  # r
+        self.sizes = [self.d_inner] * 2 + [config.d_state] * 2 + [self.n_heads]  # z, x, B, C, dt
+        self.sizes += [self.n_heads] if self.delta else []  # beta
+        self.in_proj = projection(config.d_model, self.sizes, config)
+        self.angle_proj = Float32Linear(config.d_model, self.n_rotating, config.bias)
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
         self.D = nn.Parameter(torch.ones(self.n_heads))
         self.out_proj = projection(self.d_inner, [config.d_model], config)
+        if self.delta:
+            self.conv = ShortConv(2 * config.d_state, config.d_conv)
+            self.norm_weight = nn.Parameter(torch.ones(self.d_inner))
         self.offset: nn.Module | None = None  # slot: C before rotation (b, l, n) -> (b, l, h, p)
 
     def forward(
         self, u: Tensor, context: SequenceContext, past: LayerState | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """u (b, l, d) -> the branch's output (b, l, d), the new SSM state and its phase."""
-        c = self.config
-        z, x, B, C, dt = self.in_proj(u).split(self.sizes, dim=-1)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """u (b, l, d) -> the output (b, l, d), new SSM state, phase, and tail of B and C."""
+        c, tail = self.config, None
+        z, x, B, C, dt, *beta = self.in_proj(u).split(self.sizes, dim=-1)
+        if self.delta:
+            tail = None if past is None else past.conv[..., c.d_model :]
+            BC, tail = self.conv(torch.cat((B, C), dim=-1), context, tail)
+            B, C = (F.normalize(upcast(t), dim=-1) for t in BC.chunk(2, dim=-1))  # (b, l, n)
         x = x.unflatten(-1, (self.n_heads, c.ssm_head_dim))  # (b, l, h, p)
         dt = F.threshold(F.softplus(upcast(dt) + upcast(self.dt_bias)), MIN_DT, 0.0)  # (b, l, h)
         # The rotation by each token, in half turns from -1 to 1; float32, as rounding would add up.
-        half_turns = F.hardtanh(F.softshrink(self.angle_proj(u), 0.5))  # (b, l, n/2)
+        half_turns = F.hardtanh(F.softshrink(self.angle_proj(u), 0.5))  # (b, l, r)
         index, resets = torch.arange(u.shape[1], device=u.device), None
+        beta = [write_strength(upcast(t)) for t in beta]  # (b, l, h)
         if context.lengths is not None:
             real = (index < context.lengths[:, None])[..., None]
-            dt, half_turns = dt * real, half_turns * real
+            dt, half_turns, *beta = (t * real for t in (dt, half_turns, *beta))
         if context.packed:
             resets = (context.starts == index) & (index > 0)
         state, phase = (None, None) if past is None else (past.ssm, past.phase)
         phase = running_phase(half_turns, phase)
-        cos, sin = (math.pi * phase).cos(), (math.pi * phase).sin()
         plain_C = C
-        B, C = apply_rotary_pos_emb(B, cos, sin), apply_rotary_pos_emb(C, cos, sin)  # (b, l, n)
+        B, C = rotate_channels(B, phase), rotate_channels(C, phase)  # (b, l, n)
         A = -upcast(self.A_log).exp()
-        y, state = selective_scan(x, dt, A, B, C, self.D, state, resets, c.scan, c.chunk_size)
+        rest = (state, resets, c.scan, c.chunk_size, *beta)
+        y, state = selective_scan(x, dt, A, B, C, self.D, *rest)
         y = y if self.offset is None else y + self.offset(plain_C)
-        return self.out_proj(y.flatten(2) * F.silu(z)), state, phase[:, -1]
+        if self.delta:  # per head
+            y = F.rms_norm(y, y.shape[-1:]) * upcast(self.norm_weight).view(self.n_heads, -1)
+        return self.out_proj(y.flatten(2).to(z.dtype) * F.silu(z)), state, phase[:, -1], tail
+
+
+def write_strength(b: Tensor) -> Tensor:
+    """beta, from 0 to 1."""
+    return b.sigmoid()
+
+
+def rotate_channels(x: Tensor, phase: Tensor) -> Tensor:
+    """Rotate pairs (i, i + n/2) of x (b, l, n) by phase (b, l, r) half turns, for i < r."""
+    cos, sin = (math.pi * phase).cos(), (math.pi * phase).sin()
+    rest = x.shape[-1] // 2 - phase.shape[-1]
+    return apply_rotary_pos_emb(x, F.pad(cos, (0, rest), value=1.0), F.pad(sin, (0, rest)))
 
 
 def running_phase(half_turns: Tensor, phase: Tensor | None) -> Tensor:
@@ -733,17 +773,6 @@ class SwiGLU(nn.Module):
         return self.out_proj(self.activation(gate) * up)
 
 
-def sparsemax(logits: Tensor) -> Tensor:
-    """Projection onto the probability simplex (Martins & Astudillo, arXiv 1602.02068, alg. 1)."""
-    logits = logits - logits.amax(-1, keepdim=True)  # changes nothing but the rounding
-    ordered = logits.sort(dim=-1, descending=True).values
-    ranks = torch.arange(1, logits.shape[-1] + 1, device=logits.device, dtype=logits.dtype)
-    sums = ordered.cumsum(-1) - 1
-    support = (ordered * ranks > sums).sum(-1, keepdim=True)
-    threshold = sums.gather(-1, support - 1) / support
-    return (logits - threshold).clamp(min=0)
-
-
 class TokenAdaptiveGating(nn.Module):
     """Three branch weights for every token: non-negative, of sum one, float32."""
 
@@ -774,7 +803,7 @@ class TinyMambaBlock(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.norm = RMSNorm(config.d_model)
-        self.conv = ShortConv(config)
+        self.conv = ShortConv(config.d_model, config.d_conv)
         self.gate = TokenAdaptiveGating(config)
         self.ssm = MambaSSM(config)
         self.attention = LocalAttention(config)
@@ -786,14 +815,16 @@ class TinyMambaBlock(nn.Module):
         self, x: Tensor, context: SequenceContext, past: LayerState | None
     ) -> tuple[Tensor, LayerState | None, Tensor]:
         """x (b, l, d) -> new x, new LayerState (None if stateless), gate weights (b, l, 3)."""
-        u, conv_tail = self.conv(to_autocast(self.norm(x)), context, past)
+        tail = None if past is None else past.conv[..., : x.shape[-1]]
+        u, tail = self.conv(to_autocast(self.norm(x)), context, tail)
         gates = self.gate(u)
         g = gates.to(u.dtype).unsqueeze(-2)  # (b, l, 1, 3)
-        ssm, ssm_state, phase = self.ssm(u, context, past)
+        ssm, ssm_state, phase, key_tail = self.ssm(u, context, past)
         attention, keys, values = self.attention(u, context, past)
         mix = g[..., 0] * ssm + g[..., 1] * attention + g[..., 2] * self.run_mlp(u, gates[..., 2])
         x = x + self.residual_scale * self.dropout(mix)
-        layer = LayerState(conv_tail, ssm_state, phase, keys, values)
+        tail = tail if key_tail is None else torch.cat((tail, key_tail), dim=-1)
+        layer = LayerState(tail, ssm_state, phase, keys, values)
         return x, None if context.stateless else layer, gates
 
     def run_mlp(self, u: Tensor, weight: Tensor) -> Tensor:
@@ -991,8 +1022,8 @@ class TinyMambaModel(nn.Module):
         state = (ssm.n_heads, c.ssm_head_dim, c.d_state)
         layers = []
         for _ in self.blocks:
-            h, phase = upcast(zeros(*state)), upcast(zeros(c.d_state // 2))
-            tail = zeros(c.d_conv - 1, c.d_model)
+            h, phase = upcast(zeros(*state)), upcast(zeros(ssm.n_rotating))
+            tail = zeros(c.d_conv - 1, c.d_model + (2 * c.d_state if ssm.delta else 0))
             layers.append(LayerState(tail, h, phase, zeros(*keys), zeros(*keys)))
         layers = layers if self.start is None else self.start(layers)
         return ModelState(layers, zeros(dtype=torch.int64), zeros(dtype=torch.int64))
@@ -1012,43 +1043,10 @@ class TinyMambaModel(nn.Module):
     def fingerprint(self) -> str:
         """SHA-256 of the architecture and of every weight."""
         shape = {name: getattr(self.config, name) for name in SHAPE_FIELDS}
+        shape = {name: v for name, v in shape.items() if BEFORE.get(name) != v}
         if self.quantization:
             shape["quantization"] = self.quantization
         return digest({"config": shape, "weights": dict(self.state_dict())})
-
-
-def padding_last(attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(order, back, lengths): indices (b, l) that put padding last, and undo it; tokens per row."""
-    order = (attention_mask == 0).long().argsort(dim=1, stable=True)
-    return order, order.argsort(dim=1), (attention_mask != 0).sum(1)
-
-
-def take_tokens(x: Tensor, order: Tensor) -> Tensor:
-    """The tokens of x (b, l, ...) in another order (b, l)."""
-    index = order.view(*order.shape, *(1,) * (x.dim() - 2))
-    return x.gather(1, index.expand_as(x))
-
-
-def find_documents(
-    ids: Tensor, ends: Tensor | None, state: ModelState | None, lengths: Tensor | None
-) -> tuple[Tensor | None, Any]:
-    """The index at which the document of each token begins (b, l), and of the next one (b,).
-
-    None stands for 0 everywhere.
-    """
-    if state is None and ends is None:
-        return None, None
-    first = ids.new_zeros(ids.shape[0])  # negative if it began in an earlier call
-    if state is not None:
-        first = state.document_start - state.position
-    if ends is None:
-        return first[:, None].expand_as(ids), first
-    index = torch.arange(ids.shape[1], device=ids.device)
-    if lengths is not None:
-        ends = ends & (index < lengths[:, None])
-    begins = running_max(torch.where(ends, index + 1, first[:, None]))  # (b, l)
-    starts = torch.cat((first[:, None], begins), dim=1)[:, : ids.shape[1]]
-    return starts, begins[:, -1]
 
 
 def init_weights(model: TinyMambaModel) -> None:
@@ -1060,7 +1058,10 @@ def init_weights(model: TinyMambaModel) -> None:
     - Embedding: normal, deviation 0.02.
     - Gate: zero, so that every branch starts with a third. For gate=top_k tiny noise breaks the
       tie differently for each token; otherwise one branch would never be chosen, and never learn.
-    - SSM: dt log-uniform in [1e-3, 1e-1], A uniform in [1, 16], as in Mamba-2.
+    - SSM: dt log-uniform in [1e-3, 1e-1]; A uniform in [1, 16], as in Mamba-2. For the delta rule
+      the state starts as a memory that recalls what followed a token: A log-uniform in [0.02, 16],
+      so that some heads hold for the whole text, C equal to B (Trockman et al., arXiv 2410.11135),
+      and B from the token before.
     - DeepNet (arXiv 2203.00555, table 1, decoder-only, one sublayer per block): its stream is
       norm(alpha x + f) with alpha = n_layer^(1/4), and values and output projections are scaled
       by beta = (4 n_layer)^(-1/4). Only the ratio of x to f counts before a norm, so the stream
@@ -1092,10 +1093,21 @@ def init_weights(model: TinyMambaModel) -> None:
 
 @torch.no_grad()
 def init_ssm(ssm: MambaSSM) -> None:
-    """Decay rates and step sizes, see init_weights."""
+    """Decay rates, step sizes and the memory of the delta rule, see init_weights."""
     dt = torch.empty_like(ssm.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
     ssm.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
-    ssm.A_log.copy_(torch.empty_like(ssm.A_log).uniform_(1, 16).log())
+    if not ssm.delta:
+        ssm.A_log.copy_(torch.empty_like(ssm.A_log).uniform_(1, 16).log())
+        return
+    ssm.A_log.uniform_(math.log(0.02), math.log(16))
+    _, _, B, C, *_ = last_layer(ssm.in_proj).weight.split(ssm.sizes)
+    C.copy_(B)
+    bound = 0.5 * ssm.conv.width**-0.5
+    nn.init.uniform_(ssm.conv.weight, -bound, bound)
+    if ssm.conv.width > 1:
+        of_B = ssm.conv.weight[: len(B)]
+        of_B[:, -1] -= SHIFT
+        of_B[:, -2] += SHIFT
 
 
 # ------------------------------------------------------------------------------------ state
@@ -1164,7 +1176,7 @@ class ModelState:
         return ModelState(layers, self.position, start).forget_inputs()
 
     def forget_inputs(self) -> ModelState:
-        """Erase inputs of the convolution from before each row's document."""
+        """Erase inputs of the convolutions from before each row's document."""
         age = torch.arange(self.layers[0].conv.shape[1], 0, -1, device=self.position.device)
         foreign = age > (self.position - self.document_start)[:, None]  # (b, k-1)
         layers = [
@@ -1312,7 +1324,7 @@ def require_same(names: list[str], old: dict, new: dict) -> None:
 
 def require_same_run(old: dict, new: dict) -> None:
     """Reject settings that a resumed run cannot change."""
-    require_same(RUN_FIELDS, old, new)
+    require_same(RUN_FIELDS, {**BEFORE, **old}, {**BEFORE, **new})
     field = "train_data_weights"
     problem, remedy = f"were {old[field]}", "leave them out, or pass --accept_changed_data"
     require(new["accept_changed_data"] or old[field] == new[field], field, problem, remedy)
@@ -1369,7 +1381,7 @@ def load_folder(folder: Path) -> TinyMambaModel:
     """
     path, remedy = folder / "config.json", "export the model again"
     try:
-        config = json.loads(path.read_bytes())
+        config = {**BEFORE, **json.loads(path.read_bytes())}
         known = config["model_type"] == "tinymamba" and config["format_version"] == FOLDER_FORMAT
         require(known, str(path), f"is not a TinyMamba model of format {FOLDER_FORMAT}", remedy)
         model = TinyMambaModel(Config.from_dict({n: config[n] for n in FOLDER_FIELDS}))
@@ -1429,17 +1441,6 @@ def generate(
 
 SPIKE_RATE = 0.01  # weight of one step in the running mean of the gradient norm
 SPIKE_WARMUP = 20  # steps that the mean must have seen
-
-
-def gate_statistics(gates: Tensor) -> dict[str, float]:
-    """Mean weight of each branch and mean entropy in nats; gates is (n_layer, b, l, 3)."""
-    mean = gates.mean(dim=(1, 2))  # (n_layer, 3)
-    entropy = torch.special.entr(gates).sum(-1).mean(dim=(1, 2))  # (n_layer,)
-    columns = dict(zip(TokenAdaptiveGating.BRANCHES, mean.T, strict=True)) | {"entropy": entropy}
-    values = {f"gate/{name}": column.mean().item() for name, column in columns.items()}
-    for name, column in columns.items():
-        values |= {f"gate_{name}/layer{i}": value for i, value in enumerate(column.tolist())}
-    return values
 
 
 class Trainer:
@@ -1755,7 +1756,7 @@ class Trainer:
                 with self.autocast():
                     loss, gates = self.model(*batch, return_gates=True)
                 total, count = total + loss * batch[1].numel(), count + batch[1].numel()
-                values = values or gate_statistics(gates)
+                values = values or gate_statistics(gates, TokenAdaptiveGating.BRANCHES)
         nats, tokens = all_reduce([total, count], self.device)
         values["val/loss"] = loss = nats / tokens
         line = f"validation at step {self.step}: {loss:.4f} nats"
@@ -2058,7 +2059,7 @@ class Trainer:
         elif self.step % c.validation_interval == 0:  # without validation data
             with self.evaluating(), self.autocast():
                 gates = self.model(self.last_ids[:1], return_gates=True)[1]
-            self.log.record(gate_statistics(gates), self.step)
+            self.log.record(gate_statistics(gates, TokenAdaptiveGating.BRANCHES), self.step)
         samples = c.generate_samples and (end or stop or self.step % c.generation_interval == 0)
         if samples:
             self.sample()

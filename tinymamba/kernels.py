@@ -285,6 +285,17 @@ def running_max(x: Tensor) -> Tensor:
     return table.masked_fill(~lower_triangle(table), torch.iinfo(x.dtype).min).amax(-1)
 
 
+def sparsemax(logits: Tensor) -> Tensor:
+    """Projection onto the probability simplex (Martins & Astudillo, arXiv 1602.02068, alg. 1)."""
+    logits = logits - logits.amax(-1, keepdim=True)  # changes nothing but the rounding
+    ordered = logits.sort(dim=-1, descending=True).values
+    ranks = torch.arange(1, logits.shape[-1] + 1, device=logits.device, dtype=logits.dtype)
+    sums = ordered.cumsum(-1) - 1
+    support = (ordered * ranks > sums).sum(-1, keepdim=True)
+    threshold = sums.gather(-1, support - 1) / support
+    return (logits - threshold).clamp(min=0)
+
+
 # ------------------------------------------------------------------------------------ convolution
 
 

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -484,6 +484,17 @@ class TolerantStream:
             act()
         except Exception as e:
             self.error = self.error or e
+
+
+def gate_statistics(gates: Tensor, branches: Sequence[str]) -> dict[str, float]:
+    """Mean weight of each of the branches and mean entropy in nats; gates (n_layer, b, l, 3)."""
+    mean = gates.mean(dim=(1, 2))  # (n_layer, 3)
+    entropy = torch.special.entr(gates).sum(-1).mean(dim=(1, 2))  # (n_layer,)
+    columns = dict(zip(branches, mean.T, strict=True)) | {"entropy": entropy}
+    values = {f"gate/{name}": column.mean().item() for name, column in columns.items()}
+    for name, column in columns.items():
+        values |= {f"gate_{name}/layer{i}": value for i, value in enumerate(column.tolist())}
+    return values
 
 
 class Logger:
