@@ -408,9 +408,10 @@ def last_layer(projection: Any) -> Any:
 # exp(-30) is 1e-13, which erases the state in float32. With no term below it, differences of a
 # chunk's cumulative sums are exact to 1e-4 even where every token erases the past.
 MIN_LOG_DECAY = -30.0
-# A dt below this counts as 0, which leaves the state exactly as it was, so that it can hold its
-# content for any number of tokens. Softplus alone is never 0, and small leaks add up.
-MIN_DT = 1e-3
+# A dt or a beta below these counts as 0. Where both are 0 the state stays exactly as it was, so
+# that it can hold its content for any number of tokens. Softplus and sigmoid alone are never 0, and
+# small leaks add up.
+MIN_DT, MIN_BETA = 1e-3, 1e-2
 # How much of B comes from the token before at first.
 SHIFT = 0.88
 
@@ -594,7 +595,7 @@ class MambaSSM(nn.Module):
         # The rotation by each token, in half turns from -1 to 1; float32, as rounding would add up.
         half_turns = F.hardtanh(F.softshrink(self.angle_proj(u), 0.5))  # (b, l, r)
         index, resets = torch.arange(u.shape[1], device=u.device), None
-        beta = [write_strength(upcast(t)) for t in beta]  # (b, l, h)
+        beta = [F.threshold(upcast(t).sigmoid(), MIN_BETA, 0.0) for t in beta]  # (b, l, h)
         if context.lengths is not None:
             real = (index < context.lengths[:, None])[..., None]
             dt, half_turns, *beta = (t * real for t in (dt, half_turns, *beta))
@@ -611,11 +612,6 @@ class MambaSSM(nn.Module):
         if self.delta:  # per head
             y = F.rms_norm(y, y.shape[-1:]) * upcast(self.norm_weight).view(self.n_heads, -1)
         return self.out_proj(y.flatten(2).to(z.dtype) * F.silu(z)), state, phase[:, -1], tail
-
-
-def write_strength(b: Tensor) -> Tensor:
-    """beta, from 0 to 1."""
-    return b.sigmoid()
 
 
 def rotate_channels(x: Tensor, phase: Tensor) -> Tensor:
