@@ -1,11 +1,12 @@
-"""The scan alone, forward and backward: ours, that of transformers' Mamba2, that of mambapy.
+"""The scan alone, forward and backward: ours by both rules, transformers' Mamba2's, mambapy's.
 
     python -m benchmarks.scan --batch_sizes 1 4 --sequence_lengths 512 4096
     python -m benchmarks.scan --dtype float32 --device cuda
 
-All scans get the same x, dt, A, B, C, D and must give the same y, or the run fails. Each runs as in
-training: ours and Mamba2's torch path take x, B and C in --dtype; mambapy computes in the dtype of
-their products. In every round each scan runs once; the medians count. Rows go to --output.
+All scans get the same x, dt, A, B, C, D and must give the same y, or the run fails. `delta` is the
+exception: the gated delta rule gives another y, and tests/test_delta_rule.py checks it. Each runs
+as in training: ours and Mamba2's torch path take x, B and C in --dtype; mambapy computes in the
+dtype of their products. In every round each scan runs once; the medians count. Rows go to --output.
 """
 
 from __future__ import annotations
@@ -34,6 +35,12 @@ def ours(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> T
     return selective_scan(x, dt, A, B, C, D)[0]
 
 
+def delta(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """The gated delta rule of testv2.py, with keys of length 1."""
+    K, beta = F.normalize(B.float(), dim=-1).to(B.dtype), (-dt).exp()  # beta from 0 to 1
+    return selective_scan(x, dt, A, K, C, D, beta=beta)[0]
+
+
 def mamba2(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
     """The torch path of transformers' Mamba2."""
     library = need("transformers.models.mamba2.modeling_mamba2")
@@ -53,7 +60,7 @@ def mambapy(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -
     return y.unflatten(2, x.shape[2:])
 
 
-SCANS = {"ours": ours, "mamba2": mamba2, "mambapy": mambapy}
+SCANS = {"ours": ours, "delta": delta, "mamba2": mamba2, "mambapy": mambapy}
 
 
 @dataclass
@@ -113,6 +120,8 @@ def compare(options: Options, batch: int, length: int) -> list[dict]:
     near = 1e-3 if options.dtype == torch.float32 else 3e-2
     expected = ours(*inputs).float()
     for name in names:
+        if name == "delta":
+            continue
         error = (SCANS[name](*inputs).float() - expected).abs().max() / expected.abs().max()
         problem, remedy = f"differs from ours by {error:.1e}", "leave it out of --scans"
         require(error < near, name, problem, remedy)

@@ -142,7 +142,7 @@ def test_scan_command_compares_scans_that_agree(tmp_path, dtype):
     assert done.returncode == 0, done.stderr
     rows = rows_of(tmp_path / "scan.jsonl")
     assert [(row["length"], row["scan"]) for row in rows] == [
-        (length, name) for length in (40, 100) for name in ("ours", "mamba2", "mambapy")
+        (length, name) for length in (40, 100) for name in ("ours", "delta", "mamba2", "mambapy")
     ]
     assert all(len(row["all"]) == 3 and row["seconds"] == sorted(row["all"])[1] for row in rows)
     assert all(row["dtype"] == dtype and row["batch_sizes"] == [2] for row in rows)
