@@ -13,7 +13,7 @@ import torch
 from helpers import EXTRAS, assert_refused, flags, run_main, run_script, tiny_config, write_tokens
 from torch import nn
 
-from benchmarks import memory, memory_tasks, peers, quality
+from benchmarks import memory, memory_tasks, peers, quality, variants
 from benchmarks.memory_tasks import GROUPS, IGNORE
 from benchmarks.peers import PEERS, Shape, build_peer, count, fit
 from benchmarks.report import Column, best_rate, cell, sweep_table, write_between
@@ -404,3 +404,38 @@ def test_a_file_without_markers_is_refused_and_kept(tmp_path):
     with pytest.raises(UserError, match="has no markers"):
         write_between(str(path), "memory", ["new"])
     assert path.read_text() == "<!-- memory -->\n"
+
+
+VARIANTS = [
+    "rotate=none",
+    "rotate=all keys=rms slowest=0.02",
+    "write=beta keys=l2 out_norm=true start=memory d_state=16",
+    "rule=delta beta=flat",
+    "rule=mamba2",
+]
+
+
+@pytest.mark.parametrize("words", VARIANTS)
+def test_a_variant_of_the_branch_learns_and_reads_a_text_in_parts(words):
+    config = Config(d_model=32, n_layer=2, num_heads=2, vocab_size=16, ssm_head_dim=16, d_state=8)
+    model = variants.build(config, words).eval()
+    ids = torch.randint(16, (2, 40))
+    logits, state = model.advance(ids[:, :23], model.init_state(2))
+    later, _ = model.advance(ids[:, 23:], state)
+    torch.testing.assert_close(torch.cat((logits, later), 1), model(ids), atol=1e-4, rtol=1e-4)
+    model.loss(ids[:, :-1], ids[:, 1:]).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_variant_without_words_is_the_model():
+    config = Config(d_model=32, n_layer=2, num_heads=2, vocab_size=16, ssm_head_dim=16)
+    torch.manual_seed(0)
+    model = TinyMambaModel(config)
+    torch.manual_seed(0)
+    assert variants.build(config, "").fingerprint() == model.fingerprint()
+
+
+@pytest.mark.parametrize("words", ["rotate=twice", "turn=all", "rotate", "d_state=x"])
+def test_unknown_words_of_a_variant_are_refused(words):
+    with pytest.raises(UserError):
+        variants.build(Config(d_model=32, num_heads=2), words)
