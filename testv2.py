@@ -151,7 +151,7 @@ class Config:
     activation: str = "silu"  # activation of the MLP
     d_state: int = 16  # SSM state size n per channel
     d_conv: int = 4  # width k of the causal convolutions
-    ssm_rule: str = "delta"  # how a token changes the SSM state; decay is Mamba-2's rule
+    ssm_rule: str = "decay"  # how a token changes the SSM state; mamba2 is the form of old models
     expand_factor: int = 2  # inner width of SSM and MLP, as a multiple of d_model
     ssm_head_dim: int = 64  # channels p that share one SSM decay
     scan: str = "chunked"  # the parallel scan, or its slow reference
@@ -233,7 +233,7 @@ class Config:
 
     CHOICES: ClassVar = {
         "activation": ("silu", "gelu", "relu"), "gate": ("softmax", "top_k", "sparsemax"),
-        "scan": ("chunked", "sequential"), "ssm_rule": ("delta", "decay"),
+        "scan": ("chunked", "sequential"), "ssm_rule": ("decay", "delta", "mamba2"),
         "schedule": ("cosine", "linear", "wsd", "constant"), "resume": (False, True, "auto"),
         "optimizer": ("muon", "adamw"),
         "parallel": ("ddp", "fsdp"), "data_dtype": ("auto", "int32", "uint16"),
@@ -296,7 +296,7 @@ SHAPE_FIELDS = [
     "rope_theta", "gate", "gate_top_k", "document_mask",
 ]  # fmt: skip
 # Values of fields that did not exist yet when a model was written.
-BEFORE = {"ssm_rule": "decay"}
+BEFORE = {"ssm_rule": "mamba2"}
 # Fields in the config.json of a model folder.
 FOLDER_FIELDS = [*SHAPE_FIELDS, "eos_id", "block_size", "deepnet", "scan", "chunk_size", "dropout"]
 # Fields that a resumed run cannot change.
@@ -412,8 +412,7 @@ MIN_LOG_DECAY = -30.0
 # that it can hold its content for any number of tokens. Softplus and sigmoid alone are never 0, and
 # small leaks add up.
 MIN_DT, MIN_BETA = 1e-3, 1e-2
-# How much of B comes from the token before at first.
-SHIFT = 0.88
+SHIFT = 0.88  # how much of B comes from the token before at first
 
 
 def selective_scan(
@@ -490,7 +489,7 @@ def scan_sequential(
 class LayerState(NamedTuple):
     """The state of one block, of constant size."""
 
-    conv: Tensor  # (b, k-1, d + 2n) last inputs of the convolutions; d with ssm_rule=decay
+    conv: Tensor  # (b, k-1, d + 2n) last inputs of the convolutions; d with ssm_rule=mamba2
     ssm: Tensor  # (b, h, p, n) float32
     phase: Tensor  # (b, r) float32, rotation of r pairs of channels in half turns, modulo 2
     keys: Tensor  # (b, a, w-1, f) after RoPE
@@ -547,17 +546,18 @@ class ShortConv(nn.Module):
 
 
 class MambaSSM(nn.Module):
-    """Selective state-space branch: a gated delta rule on a state that can rotate.
+    """Selective state-space branch: Mamba-2 (arXiv 2405.21060, section 7) with a rotating state.
 
-    A token writes its value x under its key B, in place of what the key held before (Gated
-    DeltaNet, arXiv 2412.06464). Keys and read vectors C have length 1. A quarter of the pairs of
-    state channels (i, i + n/2) rotates by angles that are a function of the token's content, so
-    that a state can count (Mamba-3, arXiv 2603.15569). As with RoPE, rotating B and C by the sum of
-    all angles so far is the same as rotating the state. An angle is exactly 0 or exactly pi over
-    wide ranges of its input, so no error builds up over a long text.
+    Every token rotates pairs of state channels (i, i + n/2) by angles that are a function of its
+    content, so that a state can count (Mamba-3, arXiv 2603.15569). As with RoPE, rotating B and C
+    by the sum of all angles so far is the same as rotating the state. An angle is exactly 0 or
+    exactly pi over wide ranges of its input, so no error builds up over a long text. Only a quarter
+    of the pairs rotates: on text, almost every token turns the pairs that can turn, and what was
+    written to them is lost.
 
-    With ssm_rule=decay it is Mamba-2's branch (arXiv 2405.21060, section 7), and all pairs rotate:
-    no delta rule, no convolution of B and C, no norms.
+    With ssm_rule=delta a token writes its value x under its key B in place of what the key held
+    before (Gated DeltaNet, arXiv 2412.06464); B and C have length 1, and y has a norm per head.
+    With ssm_rule=mamba2 all pairs rotate, and B and C have no convolution.
     """
 
     def __init__(self, config: Config):
@@ -565,8 +565,8 @@ class MambaSSM(nn.Module):
         self.config, self.delta = config, config.ssm_rule == "delta"
         self.d_inner = config.expand_factor * config.d_model
         self.n_heads = self.d_inner // config.ssm_head_dim
-        pairs = config.d_state // 2
-        self.n_rotating = max(1, pairs // 4) if self.delta else pairs  # r
+        pairs, first_form = config.d_state // 2, config.ssm_rule == "mamba2"
+        self.n_rotating = pairs if first_form else max(1, pairs // 4)  # r
         self.sizes = [self.d_inner] * 2 + [config.d_state] * 2 + [self.n_heads]  # z, x, B, C, dt
         self.sizes += [self.n_heads] if self.delta else []  # beta
         self.in_proj = projection(config.d_model, self.sizes, config)
@@ -575,8 +575,8 @@ class MambaSSM(nn.Module):
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
         self.D = nn.Parameter(torch.ones(self.n_heads))
         self.out_proj = projection(self.d_inner, [config.d_model], config)
+        self.conv: Any = None if first_form else ShortConv(2 * config.d_state, config.d_conv)
         if self.delta:
-            self.conv = ShortConv(2 * config.d_state, config.d_conv)
             self.norm_weight = nn.Parameter(torch.ones(self.d_inner))
         self.offset: nn.Module | None = None  # slot: C before rotation (b, l, n) -> (b, l, h, p)
 
@@ -586,10 +586,12 @@ class MambaSSM(nn.Module):
         """u (b, l, d) -> the output (b, l, d), new SSM state, phase, and tail of B and C."""
         c, tail = self.config, None
         z, x, B, C, dt, *beta = self.in_proj(u).split(self.sizes, dim=-1)
-        if self.delta:
+        if self.conv is not None:
             tail = None if past is None else past.conv[..., c.d_model :]
             BC, tail = self.conv(torch.cat((B, C), dim=-1), context, tail)
-            B, C = (F.normalize(upcast(t), dim=-1) for t in BC.chunk(2, dim=-1))  # (b, l, n)
+            B, C = BC.chunk(2, dim=-1)  # (b, l, n)
+        if self.delta:
+            B, C = F.normalize(upcast(B), dim=-1), F.normalize(upcast(C), dim=-1)
         x = x.unflatten(-1, (self.n_heads, c.ssm_head_dim))  # (b, l, h, p)
         dt = F.threshold(F.softplus(upcast(dt) + upcast(self.dt_bias)), MIN_DT, 0.0)  # (b, l, h)
         # The rotation by each token, in half turns from -1 to 1; float32, as rounding would add up.
@@ -1019,7 +1021,7 @@ class TinyMambaModel(nn.Module):
         layers = []
         for _ in self.blocks:
             h, phase = upcast(zeros(*state)), upcast(zeros(ssm.n_rotating))
-            tail = zeros(c.d_conv - 1, c.d_model + (2 * c.d_state if ssm.delta else 0))
+            tail = zeros(c.d_conv - 1, c.d_model + (2 * c.d_state if ssm.conv else 0))
             layers.append(LayerState(tail, h, phase, zeros(*keys), zeros(*keys)))
         layers = layers if self.start is None else self.start(layers)
         return ModelState(layers, zeros(dtype=torch.int64), zeros(dtype=torch.int64))
@@ -1054,10 +1056,9 @@ def init_weights(model: TinyMambaModel) -> None:
     - Embedding: normal, deviation 0.02.
     - Gate: zero, so that every branch starts with a third. For gate=top_k tiny noise breaks the
       tie differently for each token; otherwise one branch would never be chosen, and never learn.
-    - SSM: dt log-uniform in [1e-3, 1e-1]; A uniform in [1, 16], as in Mamba-2. For the delta rule
-      the state starts as a memory that recalls what followed a token: A log-uniform in [0.02, 16],
-      so that some heads hold for the whole text, C equal to B (Trockman et al., arXiv 2410.11135),
-      and B from the token before.
+    - SSM: dt log-uniform in [1e-3, 1e-1], A uniform in [1, 16], as in Mamba-2. With the delta rule
+      the state starts as a memory of what followed a token: A log-uniform in [0.02, 16], C equal to
+      B (Trockman et al., arXiv 2410.11135), and B that of the token before.
     - DeepNet (arXiv 2203.00555, table 1, decoder-only, one sublayer per block): its stream is
       norm(alpha x + f) with alpha = n_layer^(1/4), and values and output projections are scaled
       by beta = (4 n_layer)^(-1/4). Only the ratio of x to f counts before a norm, so the stream
@@ -1089,21 +1090,22 @@ def init_weights(model: TinyMambaModel) -> None:
 
 @torch.no_grad()
 def init_ssm(ssm: MambaSSM) -> None:
-    """Decay rates, step sizes and the memory of the delta rule, see init_weights."""
+    """Decay rates, step sizes, convolution and the memory of the delta rule, see init_weights."""
     dt = torch.empty_like(ssm.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
     ssm.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
+    ssm.A_log.copy_(torch.empty_like(ssm.A_log).uniform_(1, 16).log())
+    if ssm.conv is not None:
+        bound = 0.5 * ssm.conv.width**-0.5
+        nn.init.uniform_(ssm.conv.weight, -bound, bound)
     if not ssm.delta:
-        ssm.A_log.copy_(torch.empty_like(ssm.A_log).uniform_(1, 16).log())
         return
     ssm.A_log.uniform_(math.log(0.02), math.log(16))
     _, _, B, C, *_ = last_layer(ssm.in_proj).weight.split(ssm.sizes)
     C.copy_(B)
-    bound = 0.5 * ssm.conv.width**-0.5
-    nn.init.uniform_(ssm.conv.weight, -bound, bound)
+    taps = ssm.conv.weight[: len(B)]
     if ssm.conv.width > 1:
-        of_B = ssm.conv.weight[: len(B)]
-        of_B[:, -1] -= SHIFT
-        of_B[:, -2] += SHIFT
+        taps[:, -1] -= SHIFT
+        taps[:, -2] += SHIFT
 
 
 # ------------------------------------------------------------------------------------ state

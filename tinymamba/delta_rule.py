@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tinymamba.kernels import GPU_TILE, heads_first, is_writing_graph, lower_triangle, to_chunks
+from tinymamba.kernels import GPU_TILE, heads_first, is_writing_graph, to_chunks
 
 CPU_TILE = 1024  # tokens whose intermediate values are in memory at a time
 LEVELS = 16  # of `carry_in_parallel` in an exported graph: enough for 65,536 chunks
@@ -150,7 +150,9 @@ class Tile(NamedTuple):
     """Intermediate values of one tile that both passes need."""
 
     decay: Tensor  # (b, c, h, q, q) from token j to i; 0 where j > i
-    overlap: Tensor  # (b, c, h, q, q) k_i . k_j times decay, for j < i
+    keys: Tensor  # (b, c, 1, q, q) k_i . k_j for j < i
+    similarity: Tensor  # (b, c, 1, q, q) c_i . k_j
+    overlap: Tensor  # (b, c, h, q, q) keys times decay, in the dtype of decays
     solve: Tensor  # (b, c, h, q, q) from the differences to the written values u, beta left out
     scores: Tensor  # (b, c, h, q, q) factor of u_j in y_i
     from_start: Tensor  # (b, c, h, q, 1) decay since the start of the chunk
@@ -174,9 +176,10 @@ def make_tile(
     total = log_decay.cumsum(-1)  # (b, c, h, q)
     between = total[..., :, None] - total[..., None, :]
     future = torch.full_like(between[0, 0, 0], -math.inf).triu(1)
-    decay = torch.minimum(between, future).exp()
-    overlap = (K @ K.mT).to(decay.dtype) * decay * lower_triangle(decay, -1)
-    solve = unit_lower_inverse(beta[..., None] * overlap)
+    decay = torch.minimum(between, future).exp_()
+    keys, similarity = (K @ K.mT).tril(-1), C @ K.mT  # (b, c, 1, q, q)
+    overlap = keys.to(decay.dtype) * decay
+    solve = unit_lower_inverse(overlap * beta[..., None])
     from_start = total.exp()[..., None]
     to_end = (total[..., -1:] - total).clamp(max=0).exp()[..., None]
     reads, erases = (C * from_start).to(x.dtype), (K * from_start).to(x.dtype)
@@ -187,10 +190,11 @@ def make_tile(
     transition = from_start[..., -1:, :] * identity - (writes.mT @ keeps).to(decay.dtype)
     states = carry(transition, (writes.mT @ values).to(state.dtype), state)
     u = values - keeps @ states[:, :-1].to(x.dtype)
-    scores = ((C @ K.mT) * decay).to(x.dtype)
+    decay = decay.to(x.dtype)
+    scores = similarity * decay
     return Tile(
-        decay, overlap, solve, scores, from_start, to_end, reads, erases, writes, keeps,
-        transition, states, u,
+        decay, keys, similarity, overlap, solve, scores, from_start, to_end, reads, erases, writes,
+        keeps, transition, states, u,
     )  # fmt: skip
 
 
@@ -213,9 +217,14 @@ def unit_lower_inverse(A: Tensor) -> Tensor:
     half = q // 2
     diagonal = torch.stack((A[..., :half, :half], A[..., half:, half:]))
     first, second = unit_lower_inverse(diagonal).unbind()
-    corner = -second @ A[..., half:, :half] @ first
-    upper = torch.cat((first, torch.zeros_like(first)), dim=-1)
-    return torch.cat((upper, torch.cat((corner, second), dim=-1)), dim=-2)
+    corner = second @ A[..., half:, :half] @ first
+    if is_writing_graph():  # export allows no in-place write to a view
+        upper = torch.cat((first, torch.zeros_like(first)), dim=-1)
+        return torch.cat((upper, torch.cat((-corner, second), dim=-1)), dim=-2)
+    inverse = torch.zeros_like(A)
+    inverse[..., :half, :half], inverse[..., half:, half:] = first, second
+    inverse[..., half:, :half] = corner.neg_()
+    return inverse
 
 
 def carry(transition: Tensor, written: Tensor, state: Tensor) -> Tensor:
@@ -279,14 +288,13 @@ def tile_backward(
     dr = t.solve.mT.to(x.dtype) @ du  # of beta (x - erases @ before)
     dx = dr * beta[..., None].to(x.dtype)
     difference = x - t.erases @ before
-    lower = lower_triangle(t.decay, -1)
-    dsystem = -(dr @ t.u.mT).to(wide) * lower  # (b, c, h, q, q)
-    dbeta = (dr * difference).sum(-1, dtype=wide) + (dsystem * t.overlap).sum(-1)
+    weight = (dr @ t.u.mT).mul_(t.overlap)  # (b, c, h, q, q), as `overlap` strictly lower
+    dbeta = (dr * difference).sum(-1, dtype=wide) - weight.sum(-1, dtype=wide)
 
-    doverlap = dsystem * beta[..., None]
-    dscores = (dy @ t.u.mT).to(wide)
-    dkeys = (doverlap * t.decay).sum(2, keepdim=True).to(K.dtype)  # (b, c, 1, q, q)
-    dsimilarity = (dscores * t.decay).sum(2, keepdim=True).to(K.dtype)
+    doverlap = (dx @ t.u.mT).mul_(t.decay)  # the negative of it, times decay
+    dscores = (dy @ t.u.mT).mul_(t.decay)
+    dkeys = -doverlap.sum(2, keepdim=True).tril(-1)  # (b, c, 1, q, q)
+    dsimilarity = dscores.sum(2, keepdim=True)
     derases = -(dx @ before.mT).to(wide)  # (b, c, h, q, n)
     dreads, dwrites = (dy @ before.mT).to(wide), (t.u @ after.mT).to(wide)
     dK = (derases * t.from_start + dwrites * t.to_end).sum(2, keepdim=True)
@@ -294,8 +302,9 @@ def tile_backward(
     dC = (dreads * t.from_start).sum(2, keepdim=True) + dsimilarity @ K
 
     # Every decay is the exponential of a sum of logarithms, so its gradient is value * gradient.
-    weight = dscores * t.scores + doverlap * t.overlap
-    dtotal = weight.sum(-1) - weight.sum(-2) - (dwrites * t.writes).sum(-1)
+    weight = dscores.mul_(t.similarity).sub_(doverlap.mul_(t.keys))
+    dtotal = weight.sum(-1, dtype=wide) - weight.sum(-2, dtype=wide)
+    dtotal = dtotal - (dwrites * t.writes).sum(-1)
     dtotal = dtotal + (dreads * t.reads).sum(-1) + (derases * t.erases).sum(-1)
     dtotal[..., -1] += (dstates[:, 1:] * t.states[:, 1:]).sum((-2, -1))
     dlog_decay = dtotal.flip(-1).cumsum(-1).flip(-1)
