@@ -21,6 +21,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -201,10 +202,13 @@ def unit_lower_inverse(A: Tensor) -> Tensor:
     """The inverse of I + A (..., q, q), A being strictly lower triangular.
 
     By halves: [[a, 0], [c, d]] has the inverse [[a', 0], [-d' c a', d']]. Where A^q = 0 ends the
-    series early, it is (I - A)(I + A^2)(I + A^4)...
+    series early, it is (I - A)(I + A^2)(I + A^4)... A larger one would lose all digits where keys
+    repeat: its powers grow as binomials do, and cancel.
     """
     q = A.shape[-1]
-    if q <= SMALLEST or q % 2:
+    if q > SMALLEST and q % 2:
+        return unit_lower_inverse(F.pad(A, (0, 1, 0, 1)))[..., :q, :q]
+    if q <= SMALLEST:
         inverse = torch.eye(q, dtype=A.dtype, device=A.device) - A
         for _ in range((q - 1).bit_length() - 1):
             A = A @ A
