@@ -39,7 +39,9 @@ def digest(value: Any) -> str:
     def feed(v: Any) -> None:
         if isinstance(v, Tensor):
             h.update(f"{v.dtype}{tuple(v.shape)}".encode())
-            h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            v = v.detach().cpu().contiguous()
+            v = v.as_strided((v.numel(),), (1,))  # a lone element may have any stride
+            h.update(v.view(torch.uint8).numpy().data)
         elif isinstance(v, dict):
             feed([[str(k), v[k]] for k in sorted(v, key=str)])
         elif isinstance(v, list | tuple):

@@ -205,7 +205,7 @@ def unit_lower_inverse(A: Tensor) -> Tensor:
     series early, it is (I - A)(I + A^2)(I + A^4)... A larger one would lose all digits where keys
     repeat: its powers grow as binomials do, and cancel.
     """
-    q = A.shape[-1]
+    q = int(A.shape[-1])  # torch.jit.trace has a tensor here
     if q > SMALLEST and q % 2:
         return unit_lower_inverse(F.pad(A, (0, 1, 0, 1)))[..., :q, :q]
     if q <= SMALLEST:
