@@ -83,7 +83,6 @@ from tinymamba.cli import (
     show,
 )
 from tinymamba.data_order import MixtureSchedule, ShardedBatches, permute
-from tinymamba.delta_rule import run_delta_rule
 from tinymamba.kernels import (
     ChunkedLoss,
     ChunkedScan,
@@ -151,7 +150,8 @@ class Config:
     activation: str = "silu"  # activation of the MLP
     d_state: int = 16  # SSM state size n per channel
     d_conv: int = 4  # width k of the causal convolutions
-    ssm_rule: str = "decay"  # how a token changes the SSM state; mamba2 is the form of old models
+    bc_conv: bool = True  # a convolution of the SSM's B and C, besides that of the block's input
+    rotating: float = 0.25  # share of the pairs of SSM state channels that rotate
     expand_factor: int = 2  # inner width of SSM and MLP, as a multiple of d_model
     ssm_head_dim: int = 64  # channels p that share one SSM decay
     scan: str = "chunked"  # the parallel scan, or its slow reference
@@ -233,9 +233,8 @@ class Config:
 
     CHOICES: ClassVar = {
         "activation": ("silu", "gelu", "relu"), "gate": ("softmax", "top_k", "sparsemax"),
-        "scan": ("chunked", "sequential"), "ssm_rule": ("decay", "delta", "mamba2"),
+        "scan": ("chunked", "sequential"), "optimizer": ("muon", "adamw"),
         "schedule": ("cosine", "linear", "wsd", "constant"), "resume": (False, True, "auto"),
-        "optimizer": ("muon", "adamw"),
         "parallel": ("ddp", "fsdp"), "data_dtype": ("auto", "int32", "uint16"),
         "amp_dtype": tuple(DTYPES.values()),
     }  # fmt: skip
@@ -250,8 +249,8 @@ class Config:
         **dict.fromkeys(AT_LEAST_ONE.split(), (1, math.inf)),
         **dict.fromkeys(AT_LEAST_ZERO.split(), (0, math.inf)),
         **dict.fromkeys(("dropout", "beta1", "beta2"), (0, 0.9999)),
-        "min_lr_ratio": (0, 1), "gate_top_k": (1, 3), "eos_id": (-1, math.inf),
-        "seed": (0, 2**63 - 1),
+        "min_lr_ratio": (0, 1), "rotating": (0.001, 1), "gate_top_k": (1, 3),
+        "eos_id": (-1, math.inf), "seed": (0, 2**63 - 1),
     }  # fmt: skip
 
     def validate(self) -> Config:
@@ -292,11 +291,11 @@ class Config:
 # Fields that determine what weights and states mean: fixed once they are trained.
 SHAPE_FIELDS = [
     "d_model", "n_layer", "vocab_size", "bias", "tie_embeddings", "low_rank", "activation",
-    "d_state", "d_conv", "ssm_rule", "expand_factor", "ssm_head_dim", "window_size", "num_heads",
-    "rope_theta", "gate", "gate_top_k", "document_mask",
+    "d_state", "d_conv", "bc_conv", "rotating", "expand_factor", "ssm_head_dim", "window_size",
+    "num_heads", "rope_theta", "gate", "gate_top_k", "document_mask",
 ]  # fmt: skip
 # Values of fields that did not exist yet when a model was written.
-BEFORE = {"ssm_rule": "mamba2"}
+BEFORE = {"bc_conv": False, "rotating": 1.0}
 # Fields in the config.json of a model folder.
 FOLDER_FIELDS = [*SHAPE_FIELDS, "eos_id", "block_size", "deepnet", "scan", "chunk_size", "dropout"]
 # Fields that a resumed run cannot change.
@@ -408,11 +407,9 @@ def last_layer(projection: Any) -> Any:
 # exp(-30) is 1e-13, which erases the state in float32. With no term below it, differences of a
 # chunk's cumulative sums are exact to 1e-4 even where every token erases the past.
 MIN_LOG_DECAY = -30.0
-# A dt or a beta below these counts as 0. Where both are 0 the state stays exactly as it was, so
-# that it can hold its content for any number of tokens. Softplus and sigmoid alone are never 0, and
-# small leaks add up.
-MIN_DT, MIN_BETA = 1e-3, 1e-2
-SHIFT = 0.88  # how much of B comes from the token before at first
+# A dt below this counts as 0, which leaves the state exactly as it was, so that it can hold its
+# content for any number of tokens. Softplus alone is never 0, and small leaks add up.
+MIN_DT = 1e-3
 
 
 def selective_scan(
@@ -426,21 +423,16 @@ def selective_scan(
     resets: Tensor | None = None,
     method: str = "chunked",
     chunk_size: int = 32,
-    beta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the recurrence of Mamba-2 (Dao & Gu, arXiv 2405.21060, eq. 2 with scalar A).
 
         h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T        y_t = h_t C_t + D x_t
 
-    With beta, the gated delta rule (Yang et al., arXiv 2412.06464, eq. 10) for B_t of length 1:
-
-        h_t = exp(dt_t A) h_{t-1} (I - beta_t B_t B_t^T) + beta_t x_t B_t^T
-
     x (b, l, h, p), dt (b, l, h) >= 0, A (h,) < 0, B and C (b, l, n), D (h,), state (b, h, p, n)
     before the first token (zeros if None), resets (b, l) of bool: tokens before which the state is
-    erased, beta (b, l, h) from 0 to 2. Returns y (b, l, h, p) and the state after the last token.
-    y and the matrix products have the dtype of x; decays and states are float32, or float64 if x
-    is. Without beta, where dt is exactly 0 its gradient through the written term is taken as 0.
+    erased. Returns y (b, l, h, p) and the state after the last token. y and the matrix products
+    have the dtype of x; decays and states are float32, or float64 if x is. Where dt is exactly 0,
+    its gradient through the written term is taken as 0.
     """
     if method not in Config.CHOICES["scan"]:
         raise ValueError(f"method {method!r} is not one of {Config.CHOICES['scan']}")
@@ -454,11 +446,7 @@ def selective_scan(
         log_decay = (dt * A).clamp(min=MIN_LOG_DECAY)  # (b, l, h)
         if resets is not None:
             log_decay = log_decay.masked_fill(resets[..., None], MIN_LOG_DECAY)
-        stepwise = method == "sequential" or x.shape[1] == 1
-        if beta is not None:
-            y, state = run_delta_rule(x, beta, log_decay, B, C, state, chunk_size, stepwise)
-            return y + D[:, None].to(x.dtype) * x, state
-        if stepwise:
+        if method == "sequential" or x.shape[1] == 1:
             return scan_sequential(x, dt, log_decay, B, C, D, state)
         B, C = B.to(x.dtype), C.to(x.dtype)
         scan = scan_in_one_tile if is_writing_graph() else ChunkedScan.apply
@@ -489,7 +477,7 @@ def scan_sequential(
 class LayerState(NamedTuple):
     """The state of one block, of constant size."""
 
-    conv: Tensor  # (b, k-1, d + 2n) last inputs of the convolutions; d with ssm_rule=mamba2
+    conv: Tensor  # (b, k-1, d + 2n) last inputs of the convolutions; (b, k-1, d) without bc_conv
     ssm: Tensor  # (b, h, p, n) float32
     phase: Tensor  # (b, r) float32, rotation of r pairs of channels in half turns, modulo 2
     keys: Tensor  # (b, a, w-1, f) after RoPE
@@ -554,30 +542,22 @@ class MambaSSM(nn.Module):
     exactly pi over wide ranges of its input, so no error builds up over a long text. Only a quarter
     of the pairs rotates: on text, almost every token turns the pairs that can turn, and what was
     written to them is lost.
-
-    With ssm_rule=delta a token writes its value x under its key B in place of what the key held
-    before (Gated DeltaNet, arXiv 2412.06464); B and C have length 1, and y has a norm per head.
-    With ssm_rule=mamba2 all pairs rotate, and B and C have no convolution.
     """
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config, self.delta = config, config.ssm_rule == "delta"
+        self.config = config
         self.d_inner = config.expand_factor * config.d_model
         self.n_heads = self.d_inner // config.ssm_head_dim
-        pairs, first_form = config.d_state // 2, config.ssm_rule == "mamba2"
-        self.n_rotating = pairs if first_form else max(1, pairs // 4)  # r
-        self.sizes = [self.d_inner] * 2 + [config.d_state] * 2 + [self.n_heads]  # z, x, B, C, dt
-        self.sizes += [self.n_heads] if self.delta else []  # beta
-        self.in_proj = projection(config.d_model, self.sizes, config)
+        self.n_rotating = math.ceil(config.rotating * (config.d_state // 2))  # r
+        self.sizes = [self.d_inner] * 2 + [config.d_state] * 2 + [self.n_heads]
+        self.in_proj = projection(config.d_model, self.sizes, config)  # z, x, B, C, dt
         self.angle_proj = Float32Linear(config.d_model, self.n_rotating, config.bias)
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
         self.D = nn.Parameter(torch.ones(self.n_heads))
         self.out_proj = projection(self.d_inner, [config.d_model], config)
-        self.conv: Any = None if first_form else ShortConv(2 * config.d_state, config.d_conv)
-        if self.delta:
-            self.norm_weight = nn.Parameter(torch.ones(self.d_inner))
+        self.conv: Any = ShortConv(2 * config.d_state, config.d_conv) if config.bc_conv else None
         self.offset: nn.Module | None = None  # slot: C before rotation (b, l, n) -> (b, l, h, p)
 
     def forward(
@@ -585,22 +565,19 @@ class MambaSSM(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """u (b, l, d) -> the output (b, l, d), new SSM state, phase, and tail of B and C."""
         c, tail = self.config, None
-        z, x, B, C, dt, *beta = self.in_proj(u).split(self.sizes, dim=-1)
+        z, x, B, C, dt = self.in_proj(u).split(self.sizes, dim=-1)
         if self.conv is not None:
             tail = None if past is None else past.conv[..., c.d_model :]
             BC, tail = self.conv(torch.cat((B, C), dim=-1), context, tail)
             B, C = BC.chunk(2, dim=-1)  # (b, l, n)
-        if self.delta:
-            B, C = F.normalize(upcast(B), dim=-1), F.normalize(upcast(C), dim=-1)
         x = x.unflatten(-1, (self.n_heads, c.ssm_head_dim))  # (b, l, h, p)
         dt = F.threshold(F.softplus(upcast(dt) + upcast(self.dt_bias)), MIN_DT, 0.0)  # (b, l, h)
         # The rotation by each token, in half turns from -1 to 1; float32, as rounding would add up.
         half_turns = F.hardtanh(F.softshrink(self.angle_proj(u), 0.5))  # (b, l, r)
         index, resets = torch.arange(u.shape[1], device=u.device), None
-        beta = [F.threshold(upcast(t).sigmoid(), MIN_BETA, 0.0) for t in beta]  # (b, l, h)
         if context.lengths is not None:
             real = (index < context.lengths[:, None])[..., None]
-            dt, half_turns, *beta = (t * real for t in (dt, half_turns, *beta))
+            dt, half_turns = dt * real, half_turns * real
         if context.packed:
             resets = (context.starts == index) & (index > 0)
         state, phase = (None, None) if past is None else (past.ssm, past.phase)
@@ -608,12 +585,9 @@ class MambaSSM(nn.Module):
         plain_C = C
         B, C = rotate_channels(B, phase), rotate_channels(C, phase)  # (b, l, n)
         A = -upcast(self.A_log).exp()
-        rest = (state, resets, c.scan, c.chunk_size, *beta)
-        y, state = selective_scan(x, dt, A, B, C, self.D, *rest)
+        y, state = selective_scan(x, dt, A, B, C, self.D, state, resets, c.scan, c.chunk_size)
         y = y if self.offset is None else y + self.offset(plain_C)
-        if self.delta:  # per head
-            y = F.rms_norm(y, y.shape[-1:]) * upcast(self.norm_weight).view(self.n_heads, -1)
-        return self.out_proj(y.flatten(2).to(z.dtype) * F.silu(z)), state, phase[:, -1], tail
+        return self.out_proj(y.flatten(2) * F.silu(z)), state, phase[:, -1], tail
 
 
 def rotate_channels(x: Tensor, phase: Tensor) -> Tensor:
@@ -1052,13 +1026,11 @@ def init_weights(model: TinyMambaModel) -> None:
 
     - Projections: normal, variance 2/(5 d_in) (Nguyen & Salazar, arXiv 1910.05895), biases zero;
       of a low-rank pair the first keeps the variance of its input, 1/d_in.
-    - Convolution: uniform within 1/sqrt(4 k), half of PyTorch's default, as its input is added.
+    - Convolutions: uniform within 1/sqrt(4 k), half of PyTorch's default, as its input is added.
     - Embedding: normal, deviation 0.02.
     - Gate: zero, so that every branch starts with a third. For gate=top_k tiny noise breaks the
       tie differently for each token; otherwise one branch would never be chosen, and never learn.
-    - SSM: dt log-uniform in [1e-3, 1e-1], A uniform in [1, 16], as in Mamba-2. With the delta rule
-      the state starts as a memory of what followed a token: A log-uniform in [0.02, 16], C equal to
-      B (Trockman et al., arXiv 2410.11135), and B that of the token before.
+    - SSM: dt log-uniform in [1e-3, 1e-1], A uniform in [1, 16], as in Mamba-2.
     - DeepNet (arXiv 2203.00555, table 1, decoder-only, one sublayer per block): its stream is
       norm(alpha x + f) with alpha = n_layer^(1/4), and values and output projections are scaled
       by beta = (4 n_layer)^(-1/4). Only the ratio of x to f counts before a norm, so the stream
@@ -1090,22 +1062,13 @@ def init_weights(model: TinyMambaModel) -> None:
 
 @torch.no_grad()
 def init_ssm(ssm: MambaSSM) -> None:
-    """Decay rates, step sizes, convolution and the memory of the delta rule, see init_weights."""
+    """Decay rates, step sizes and the convolution, see init_weights."""
     dt = torch.empty_like(ssm.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
     ssm.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
     ssm.A_log.copy_(torch.empty_like(ssm.A_log).uniform_(1, 16).log())
     if ssm.conv is not None:
         bound = 0.5 * ssm.conv.width**-0.5
         nn.init.uniform_(ssm.conv.weight, -bound, bound)
-    if not ssm.delta:
-        return
-    ssm.A_log.uniform_(math.log(0.02), math.log(16))
-    _, _, B, C, *_ = last_layer(ssm.in_proj).weight.split(ssm.sizes)
-    C.copy_(B)
-    taps = ssm.conv.weight[: len(B)]
-    if ssm.conv.width > 1:
-        taps[:, -1] -= SHIFT
-        taps[:, -2] += SHIFT
 
 
 # ------------------------------------------------------------------------------------ state

@@ -407,11 +407,11 @@ def test_a_file_without_markers_is_refused_and_kept(tmp_path):
 
 
 VARIANTS = [
-    "rotate=none",
-    "rotate=all keys=rms slowest=0.02",
+    "rotate=false",
+    "rotating=1 keys=rms slowest=0.02",
     "write=beta keys=l2 out_norm=true start=memory d_state=16",
-    "rule=delta beta=flat",
-    "rule=mamba2",
+    "write=delta keys=l2 beta=flat",
+    "rotating=1 bc_conv=false",
 ]
 
 
@@ -435,7 +435,7 @@ def test_a_variant_without_words_is_the_model():
     assert variants.build(config, "").fingerprint() == model.fingerprint()
 
 
-@pytest.mark.parametrize("words", ["rotate=twice", "turn=all", "rotate", "d_state=x"])
+@pytest.mark.parametrize("words", ["write=twice", "turn=all", "rotate", "write=delta"])
 def test_unknown_words_of_a_variant_are_refused(words):
     with pytest.raises(UserError):
         variants.build(Config(d_model=32, num_heads=2), words)
