@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from helpers import (
     EOS,
     GATES,
+    RULES,
     Census,
     close,
     close_angles,
@@ -69,52 +70,79 @@ def angle_by_hand(a):
     return a.sign() * (a.abs() - 0.5).clamp(min=0, max=1)
 
 
-def ssm_by_hand(ssm, u, past, begins):
-    """Token by token, with a state of complex numbers that every token turns and nothing else.
+def ssm_by_hand(ssm, u, past, begins, starts):
+    """Token by token, with a state of complex numbers that tokens turn, change and read.
 
-    begins (b, l) tells where a document begins. Our states are kept as if never turned.
+    begins (b, l) tells where a document begins, and starts (b, l) where that of a token began. Our
+    states are kept as if never turned; of n/2 pairs only the first r turn.
     """
-    z, x, B, C, dt = ssm.in_proj(u).split(ssm.sizes, dim=-1)
-    angle = ssm.angle_proj(u)
+    z, x, B, C, dt, *beta = ssm.in_proj(u).split(ssm.sizes, dim=-1)
+    angle, delta = ssm.angle_proj(u), ssm.config.ssm_rule == "delta"
+    if ssm.config.ssm_rule != "mamba2":
+        tail = past.conv[..., u.shape[-1] :]
+        B, C = conv_by_hand(ssm.conv.weight, torch.cat((B, C), -1), tail, starts).chunk(2, -1)
+    if delta:
+        B, C = (t / t.square().sum(-1, keepdim=True).sqrt() for t in (B, C))
+        beta = 1 / (1 + (-beta[0]).exp())
+        beta = torch.where(beta > 0.01, beta, 0.0)
     x, B, C = x.unflatten(-1, (ssm.n_heads, -1)), complex_pairs(B), complex_pairs(C)
-    dt, angle = (dt + ssm.dt_bias).exp().log1p(), angle_by_hand(angle)
-    h, phase = turned(complex_pairs(past.ssm), -past.phase[:, None, None]), past.phase
+    still = B.shape[-1] - angle.shape[-1]
+    dt, angle = (dt + ssm.dt_bias).exp().log1p(), F.pad(angle_by_hand(angle), (0, still))
+    phase = F.pad(past.phase, (0, still))
+    h = turned(complex_pairs(past.ssm), -phase[:, None, None])
     ys = []
     for t in range(u.shape[1]):
         h = torch.where(begins[:, t, None, None, None], 0.0, h)
         decay = (-dt[:, t] * ssm.A_log.exp()).exp()[..., None, None]
         h = turned(h, -angle[:, t, None, None]) * decay
-        h = h + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, None, None]
-        ys.append((h * C[:, t, None, None].conj()).real.sum(-1) + ssm.D[:, None] * x[:, t])
+        key, read = B[:, t, None, None], C[:, t, None, None]
+        held = (h * key.conj()).real.sum(-1)  # what the key gives back so far
+        change = beta[:, t, :, None] * (x[:, t] - held) if delta else dt[:, t, :, None] * x[:, t]
+        h = h + change[..., None] * key
+        ys.append((h * read.conj()).real.sum(-1) + ssm.D[:, None] * x[:, t])
         phase = phase + angle[:, t]
-    h = turned(h, phase[:, None, None])
-    y = torch.stack(ys, dim=1).flatten(2) * z * z.sigmoid()
-    return ssm.out_proj(y), torch.cat((h.real, h.imag), dim=-1), phase
+    h, y = turned(h, phase[:, None, None]), torch.stack(ys, dim=1)
+    if delta:
+        size = (y.square().mean(-1, keepdim=True) + torch.finfo(y.dtype).eps).sqrt()
+        y = y / size * ssm.norm_weight.view(ssm.n_heads, -1)
+    y = y.flatten(2) * z * z.sigmoid()
+    return ssm.out_proj(y), torch.cat((h.real, h.imag), dim=-1), phase[:, : past.phase.shape[1]]
+
+
+def ssm_past(ssm, state, phase, tail) -> LayerState:
+    """What the SSM branch reads of a LayerState, from what it gave."""
+    tail = None if tail is None else F.pad(tail, (ssm.config.d_model, 0))
+    return past_of(ssm=state, phase=phase, conv=tail)
+
+
+def random_past(model, rows) -> LayerState:
+    """A LayerState full of random values."""
+    return LayerState(*(torch.randn_like(t) for t in model.init_state(rows).layers[0]))
 
 
 @pytest.mark.parametrize("past", ["fresh", "continued"])
 @pytest.mark.parametrize("documents", [False, True], ids=["one_text", "documents"])
 @pytest.mark.parametrize("scan", ["chunked", "sequential"])
-@pytest.mark.parametrize("L", [1, 2, 16, 41])
-def test_ssm_branch_equals_a_turning_state_of_complex_numbers(L, scan, documents, past):
-    model = wide(double=True, scan=scan, low_rank=5, document_mask=documents, eos_id=EOS)
+@pytest.mark.parametrize("L", [1, 2, 41])
+@pytest.mark.parametrize("rule", RULES)
+def test_ssm_branch_equals_a_turning_state_of_complex_numbers(rule, L, scan, documents, past):
+    shape = {"scan": scan, "low_rank": 5, "ssm_rule": rule}
+    model = wide(double=True, document_mask=documents, eos_id=EOS, **shape)
     ssm = free_copy(model.blocks[0].ssm)
     index, starts = torch.arange(L).expand(2, -1), torch.zeros(2, L, dtype=torch.int64)
     if documents:
         starts[0, L // 3 :], starts[1, L // 2 :], starts[1, L - 1 :] = L // 3, L // 2, L - 1
-    before = past_of(
-        ssm=torch.zeros(2, 8, 8, 8, dtype=torch.float64), phase=torch.zeros(2, 4).double()
-    )
+    before = model.init_state(2).layers[0]
     if past == "continued":
         starts = torch.where(starts == 0, -7, starts)
-        before = past_of(ssm=torch.randn_like(before.ssm), phase=2 * torch.rand(2, 4).double())
+        before = random_past(model, 2)
     u = torch.randn(2, L, 32, dtype=torch.float64, requires_grad=True)
     inputs = [u, *ssm.parameters()]
     if past == "continued":
-        inputs += [before.ssm.requires_grad_(), before.phase.requires_grad_()]
+        inputs += [t.requires_grad_() for t in (before.ssm, before.phase, before.conv)]
     piece = piece_of(model, L, starts)
-    y, state, phase = ssm(u, piece, before if past == "continued" else None)
-    want = ssm_by_hand(ssm, u, before, (starts == index) & documents)
+    y, state, phase, _ = ssm(u, piece, before if past == "continued" else None)
+    want = ssm_by_hand(ssm, u, before, (starts == index) & documents, starts)
     close(y, want[0], 1e-9)
     close(state, want[1], 1e-9)
     close_angles(phase, want[2], 1e-9)
@@ -136,7 +164,7 @@ def test_ssm_branch_without_angles_equals_mamba2_of_transformers(scan, L):
     mamba2 = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
     from transformers import Mamba2Config
 
-    model = wide(scan=scan)
+    model = wide(scan=scan, ssm_rule="mamba2")
     ours = free_copy(model.blocks[0].ssm)
     torch.nn.init.zeros_(ours.angle_proj.weight)
     torch.nn.init.zeros_(ours.angle_proj.bias)
@@ -171,12 +199,13 @@ def test_ssm_branch_without_angles_equals_mamba2_of_transformers(scan, L):
         close(gradient, dw2[name], 1e-4)
 
 
-def test_steps_angles_and_both_projections_of_the_state_depend_on_the_input(monkeypatch):
+@pytest.mark.parametrize("rule", RULES)
+def test_steps_angles_and_both_projections_of_the_state_depend_on_the_input(monkeypatch, rule):
     seen = {}
 
-    def scan(x, dt, A, B, C, *rest, **named):
-        seen.update(dt=dt, B=B, C=C)
-        return selective_scan(x, dt, A, B, C, *rest, **named)
+    def scan(x, dt, A, B, C, D, state, resets, method, chunk_size, *beta):
+        seen.update(dt=dt, B=B, C=C, **dict(zip(["beta"], beta, strict=False)))
+        return selective_scan(x, dt, A, B, C, D, state, resets, method, chunk_size, *beta)
 
     def phase(angle, *rest):
         seen.update(angle=angle)
@@ -184,9 +213,9 @@ def test_steps_angles_and_both_projections_of_the_state_depend_on_the_input(monk
 
     monkeypatch.setattr(testv2, "selective_scan", scan)
     monkeypatch.setattr(testv2, "running_phase", phase)
-    model = TinyMambaModel(tiny_config())  # at its first values
+    model = TinyMambaModel(tiny_config(ssm_rule=rule))  # at its first values
     model.blocks[0].ssm(torch.randn(1, 20, 32), piece_of(model, 20), None)
-    assert set(seen) == {"dt", "B", "C", "angle"}
+    assert set(seen) == {"dt", "B", "C", "angle"} | ({"beta"} if rule == "delta" else set())
     for name, t in seen.items():
         assert (t[0, 4:].std(0) > 1e-6).all(), name
     assert ((seen["dt"] == 0) | (seen["dt"] > testv2.MIN_DT)).all()
@@ -195,30 +224,36 @@ def test_steps_angles_and_both_projections_of_the_state_depend_on_the_input(monk
 
 
 @pytest.mark.parametrize("scan", ["chunked", "sequential"])
-def test_a_state_that_no_token_asks_to_change_stays_the_same_bits(scan):
-    model = TinyMambaModel(tiny_config(scan=scan))
+@pytest.mark.parametrize("rule", RULES)
+def test_a_state_that_no_token_asks_to_change_stays_the_same_bits(rule, scan):
+    model = TinyMambaModel(tiny_config(scan=scan, ssm_rule=rule))
     ssm, u = model.blocks[0].ssm, torch.randn(2, 300, 32)
     written = model.init_state(2).layers[0]
     written = written._replace(ssm=torch.randn_like(written.ssm))
     with torch.no_grad():
         ssm.dt_bias.fill_(-12.0)  # a softplus of 6e-6, which alone would forget 3% of it
         ssm.angle_proj.bias.fill_(1.0)  # turns in every token
-        _, state, phase = ssm(u, piece_of(model, 300), written)
+        if rule == "delta":
+            ssm.in_proj.bias[-ssm.n_heads :] = -12.0  # of beta
+        _, state, *_ = ssm(u, piece_of(model, 300), written)
         assert torch.equal(state, written.ssm)
-        ssm.dt_bias.fill_(-4.0)
-        assert not torch.equal(ssm(u, piece_of(model, 300), written)[1], written.ssm)
+        for bias in (ssm.dt_bias, *([ssm.in_proj.bias[-8:]] if rule == "delta" else [])):
+            before = bias.clone()
+            bias.fill_(-4.0)
+            assert not torch.equal(ssm(u, piece_of(model, 300), written)[1], written.ssm)
+            bias.copy_(before)
 
 
-def parity_machine():
+def parity_machine(rule):
     """An SSM, set by hand, whose output is +1 after an even number of ones and -1 after an odd.
 
     Input 0 is the bit, input 1 marks the begin: it alone writes to the state, a one turns the state
     by half a turn, nothing decays, and every token reads.
     """
-    model = TinyMambaModel(tiny_config(chunk_size=16)).requires_grad_(False)
+    model = TinyMambaModel(tiny_config(chunk_size=16, ssm_rule=rule)).requires_grad_(False)
     ssm = model.blocks[0].ssm
-    z, x, B, C, dt = ssm.in_proj.bias.split(ssm.sizes)
-    write, turn = ssm.in_proj.weight.split(ssm.sizes)[1], ssm.angle_proj.weight
+    z, x, B, C, dt, *beta = ssm.in_proj.bias.split(ssm.sizes)
+    (_, write, *_, last), turn = ssm.in_proj.weight.split(ssm.sizes), ssm.angle_proj.weight
     for layer in (ssm.in_proj, ssm.out_proj, ssm.angle_proj):
         layer.weight.zero_()
         layer.bias.zero_()
@@ -228,11 +263,18 @@ def parity_machine():
     B[0] = C[0] = z[0] = 1.0
     write[0, 1], turn[0, 0] = 1.0, 100.0
     ssm.out_proj.weight[0, 0] = 1 / torch.tensor(1.0).sigmoid()  # of z * sigmoid(z)
+    if rule != "mamba2":
+        ssm.conv.weight.zero_()
+    if rule == "delta":
+        beta[0].fill_(-100.0)
+        last[:, 1] = 200.0
+        ssm.norm_weight.fill_(ssm.config.ssm_head_dim**-0.5)  # one channel of a head is not 0
     return model, ssm
 
 
-def test_a_turning_state_tracks_parity_which_decays_cannot():
-    model, ssm = parity_machine()
+@pytest.mark.parametrize("rule", RULES)
+def test_a_turning_state_tracks_parity_which_decays_cannot(rule):
+    model, ssm = parity_machine(rule)
     bits = torch.rand(16, 257, generator=torch.manual_seed(0)) < 0.5
     bits[:, 0] = False  # the begin
     bits[0], bits[1, 1:] = False, True
@@ -243,25 +285,26 @@ def test_a_turning_state_tracks_parity_which_decays_cannot():
     past, outputs = None, []
     for t in range(257):
         y, *state = ssm(u[:, t : t + 1], piece_of(model, 1), past)
-        past = past_of(ssm=state[0], phase=state[1])
+        past = ssm_past(ssm, *state)
         outputs.append(y[..., 0])
     close(torch.cat(outputs, dim=1), want, 1e-4)
     ssm.angle_proj.weight[:, 0] = 0.0  # no token turns
     close(ssm(u, piece_of(model, 257), None)[0][..., 0], torch.ones(16, 257), 1e-4)
 
 
-def test_half_turns_do_not_drift_however_long_the_text():
-    model, ssm = parity_machine()
-    *_, C, _ = ssm.in_proj.bias.split(ssm.sizes)
+@pytest.mark.parametrize(("rule", "tolerance"), [("decay", 1e-5), ("delta", 1e-3)])
+def test_half_turns_do_not_drift_however_long_the_text(rule, tolerance):
+    model, ssm = parity_machine(rule)  # the norm of the delta rule makes what is near 0 larger
+    _, _, _, C, *_ = ssm.in_proj.bias.split(ssm.sizes)
     C[0], C[4] = 0.0, 1.0  # reads across: nothing, so long as the state has turned by half turns
     u = torch.zeros(1, 100_000, 32)
     u[..., 0], u[0, 0, 1] = 1.0, 1.0
     y, *state = ssm(u, piece_of(model, 100_000), None)
-    assert y[..., 0].abs().max() < 1e-5
+    assert y[..., 0].abs().max() < tolerance
     assert state[0].abs().max() > 0.99
     for t in range(1, 1000):
-        y, *state = ssm(u[:, t : t + 1], piece_of(model, 1), past_of(ssm=state[0], phase=state[1]))
-    assert y[..., 0].abs().max() < 1e-5
+        y, *state = ssm(u[:, t : t + 1], piece_of(model, 1), ssm_past(ssm, *state))
+    assert y[..., 0].abs().max() < tolerance
 
 
 # ------------------------------------------------------------------------------- running phase
@@ -294,32 +337,38 @@ def test_the_phase_is_exact_after_a_million_tokens_in_pieces():
     close_angles(got, torch.tensor(exact, dtype=torch.float64), 1e-4)
 
 
-def test_a_padded_row_keeps_its_phase():
-    model = wide()
-    ssm, u = model.blocks[0].ssm, torch.randn(3, 20, 32)
-    past = past_of(ssm=torch.randn(3, 8, 8, 8), phase=2 * torch.rand(3, 4))
+@pytest.mark.parametrize("rule", RULES)
+def test_a_padded_row_keeps_its_state(rule):
+    model = wide(ssm_rule=rule)
+    ssm, u, past = model.blocks[0].ssm, torch.randn(3, 20, 32), random_past(model, 3)
+    past = past._replace(phase=past.phase.abs())
     lengths = torch.tensor([20, 7, 0])
-    _, state, phase = ssm(u, piece_of(model, 20, lengths=lengths), past)
+    _, *new = ssm(u, piece_of(model, 20, lengths=lengths), past)
+    new = ssm_past(ssm, *new)
     for row, length in enumerate(lengths.tolist()):
         one = slice(row, row + 1)
-        alone = past_of(ssm=past.ssm[one], phase=past.phase[one])
+        alone = LayerState(*(t[one] for t in past))
         if length:
             _, *alone = ssm(u[one, :length], piece_of(model, length), alone)
-            alone = past_of(ssm=alone[0], phase=alone[1])
-        close(state[one], alone.ssm, 1e-5)
-        close_angles(phase[one], alone.phase, 1e-6)
-    assert torch.equal(phase[2], past.phase[2])
+            alone = ssm_past(ssm, *alone)
+        close(new.ssm[one], alone.ssm, 1e-5)
+        close_angles(new.phase[one], alone.phase, 1e-6)
+        if rule != "mamba2":
+            close(new.conv[one, :, 32:], alone.conv[..., 32:], 1e-6)
+    assert torch.equal(new.phase[2], past.phase[2])
+    assert torch.equal(new.ssm[2], past.ssm[2])
 
 
-def test_a_fresh_document_does_not_depend_on_the_phase_at_its_begin():
-    model = wide(double=True, document_mask=True, eos_id=EOS)
+@pytest.mark.parametrize("rule", RULES)
+def test_a_fresh_document_does_not_depend_on_the_phase_at_its_begin(rule):
+    model = wide(double=True, document_mask=True, eos_id=EOS, ssm_rule=rule)
     ids, other = some_ids(2, 20), some_ids(2, 30, seed=1)
     ids[:, -1] = EOS
     _, state = model.advance(ids, model.init_state(2))
     logits, _ = model.advance(other, state)
     turned = state.clone()
     for layer in turned.layers:
-        layer.phase.copy_(2 * torch.rand(2, 4))
+        layer.phase.copy_(2 * torch.rand_like(layer.phase))
     close(model.advance(other, turned)[0], logits, 1e-11, scale=1.0)
     ssm, u = model.blocks[0].ssm, torch.randn(2, 30, 32, dtype=torch.float64)
     starts = torch.full((2, 30), -5)
@@ -361,7 +410,7 @@ def test_short_conv_equals_a_loop_over_taps(L, K, documents, past):
         starts[0, L // 3 :], starts[1, L // 2 :], starts[1, L - 1 :] = L // 3, L // 2, L - 1
     tail.requires_grad_()
     piece = piece_of(model, L, starts)
-    y, new_tail = conv(u, piece, past_of(conv=tail) if past == "continued" else None)
+    y, new_tail = conv(u, piece, tail if past == "continued" else None)
     seen = starts if documents else starts.clamp(max=0) - (past == "continued") * 100
     want = conv_by_hand(conv.weight, u, tail, seen)
     close(y, want, 1e-12)
@@ -387,7 +436,7 @@ def test_the_tail_of_a_padded_row_ends_with_its_last_token():
     model = wide()
     u, tail = torch.randn(4, 6, 32), torch.randn(4, 3, 32)
     lengths = torch.tensor([6, 4, 1, 0])
-    _, new = model.blocks[0].conv(u, piece_of(model, 6, lengths=lengths), past_of(conv=tail))
+    _, new = model.blocks[0].conv(u, piece_of(model, 6, lengths=lengths), tail)
     for row, length in enumerate(lengths.tolist()):
         assert torch.equal(new[row], torch.cat((tail[row], u[row, :length]))[-3:])
 
