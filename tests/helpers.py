@@ -23,15 +23,7 @@ from hypothesis import settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft import AdapterConfig, adapter_tensors, attach
-from testv2 import (
-    Config,
-    RotaryEmbedding,
-    SequenceContext,
-    TinyMambaModel,
-    Trainer,
-    last_layer,
-    main,
-)
+from testv2 import Config, RotaryEmbedding, SequenceContext, TinyMambaModel, Trainer, main
 from tinymamba.__main__ import COMMANDS  # noqa: F401
 from tinymamba.checkout import find_scripts
 from tinymamba.checkpoint import load_checkpoint
@@ -61,7 +53,8 @@ TINY = {
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals, limits or a shell")
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 GATES = ("softmax", "top_k", "sparsemax")
-RULES = ("decay", "delta", "mamba2")  # of the SSM state
+FORMS = ("today's", "first")  # of the SSM branch
+FIRST_FORM = {"bc_conv": False, "rotating": 1.0}  # that of models from before these fields
 EOS = 0
 DOCUMENTS = {"document_mask": True, "eos_id": EOS}
 BRIEF = {"generate_samples": False, "enable_validation": False, "log_interval": 1}
@@ -102,7 +95,7 @@ def wide(double=False, **changes) -> TinyMambaModel:
                 p.uniform_(-2.0, 2.7)
             elif name.endswith("dt_bias"):
                 p.uniform_(-4.0, 0.5)
-            elif name.endswith(("norm.weight", "norm_weight", ".D")):
+            elif name.endswith(("norm.weight", ".D")):
                 p.normal_(1.0, 0.3)
             elif name.endswith("residual_scale"):
                 p.normal_(0.7, 0.1)
@@ -116,9 +109,6 @@ def wide(double=False, **changes) -> TinyMambaModel:
                 p.normal_(0.0, 0.1)  # its parts are multiplied: more would drown the other branches
             else:
                 p.normal_(0.0, 0.2)
-        for block in model.blocks if model.config.ssm_rule == "delta" else ():
-            of_beta = last_layer(block.ssm.in_proj).weight[-block.ssm.n_heads :]
-            of_beta.normal_(0.0, 0.3)  # how strongly tokens write differs
     model.eval().requires_grad_(False)
     if double:
         model.double().rotary = ExactRotary(model.rotary.head_dim, model.rotary.theta)

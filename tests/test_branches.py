@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from helpers import (
     EOS,
+    FIRST_FORM,
+    FORMS,
     GATES,
-    RULES,
     Census,
     close,
     close_angles,
@@ -40,6 +41,11 @@ from testv2 import (
     sparsemax,
 )
 from tinymamba.cli import UserError
+
+
+def shape_of(form):
+    """The fields of Config for one of FORMS."""
+    return FIRST_FORM if form == "first" else {}
 
 
 def past_of(**parts) -> LayerState:
@@ -76,15 +82,11 @@ def ssm_by_hand(ssm, u, past, begins, starts):
     begins (b, l) tells where a document begins, and starts (b, l) where that of a token began. Our
     states are kept as if never turned; of n/2 pairs only the first r turn.
     """
-    z, x, B, C, dt, *beta = ssm.in_proj(u).split(ssm.sizes, dim=-1)
-    angle, delta = ssm.angle_proj(u), ssm.config.ssm_rule == "delta"
-    if ssm.config.ssm_rule != "mamba2":
+    z, x, B, C, dt = ssm.in_proj(u).split(ssm.sizes, dim=-1)
+    angle = ssm.angle_proj(u)
+    if ssm.config.bc_conv:
         tail = past.conv[..., u.shape[-1] :]
         B, C = conv_by_hand(ssm.conv.weight, torch.cat((B, C), -1), tail, starts).chunk(2, -1)
-    if delta:
-        B, C = (t / t.square().sum(-1, keepdim=True).sqrt() for t in (B, C))
-        beta = 1 / (1 + (-beta[0]).exp())
-        beta = torch.where(beta > 0.01, beta, 0.0)
     x, B, C = x.unflatten(-1, (ssm.n_heads, -1)), complex_pairs(B), complex_pairs(C)
     still = B.shape[-1] - angle.shape[-1]
     dt, angle = (dt + ssm.dt_bias).exp().log1p(), F.pad(angle_by_hand(angle), (0, still))
@@ -95,17 +97,11 @@ def ssm_by_hand(ssm, u, past, begins, starts):
         h = torch.where(begins[:, t, None, None, None], 0.0, h)
         decay = (-dt[:, t] * ssm.A_log.exp()).exp()[..., None, None]
         h = turned(h, -angle[:, t, None, None]) * decay
-        key, read = B[:, t, None, None], C[:, t, None, None]
-        held = (h * key.conj()).real.sum(-1)  # what the key gives back so far
-        change = beta[:, t, :, None] * (x[:, t] - held) if delta else dt[:, t, :, None] * x[:, t]
-        h = h + change[..., None] * key
-        ys.append((h * read.conj()).real.sum(-1) + ssm.D[:, None] * x[:, t])
+        h = h + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, None, None]
+        ys.append((h * C[:, t, None, None].conj()).real.sum(-1) + ssm.D[:, None] * x[:, t])
         phase = phase + angle[:, t]
-    h, y = turned(h, phase[:, None, None]), torch.stack(ys, dim=1)
-    if delta:
-        size = (y.square().mean(-1, keepdim=True) + torch.finfo(y.dtype).eps).sqrt()
-        y = y / size * ssm.norm_weight.view(ssm.n_heads, -1)
-    y = y.flatten(2) * z * z.sigmoid()
+    h = turned(h, phase[:, None, None])
+    y = torch.stack(ys, dim=1).flatten(2) * z * z.sigmoid()
     return ssm.out_proj(y), torch.cat((h.real, h.imag), dim=-1), phase[:, : past.phase.shape[1]]
 
 
@@ -124,9 +120,9 @@ def random_past(model, rows) -> LayerState:
 @pytest.mark.parametrize("documents", [False, True], ids=["one_text", "documents"])
 @pytest.mark.parametrize("scan", ["chunked", "sequential"])
 @pytest.mark.parametrize("L", [1, 2, 41])
-@pytest.mark.parametrize("rule", RULES)
-def test_ssm_branch_equals_a_turning_state_of_complex_numbers(rule, L, scan, documents, past):
-    shape = {"scan": scan, "low_rank": 5, "ssm_rule": rule}
+@pytest.mark.parametrize("form", FORMS)
+def test_ssm_branch_equals_a_turning_state_of_complex_numbers(form, L, scan, documents, past):
+    shape = {"scan": scan, "low_rank": 5, **shape_of(form)}
     model = wide(double=True, document_mask=documents, eos_id=EOS, **shape)
     ssm = free_copy(model.blocks[0].ssm)
     index, starts = torch.arange(L).expand(2, -1), torch.zeros(2, L, dtype=torch.int64)
@@ -164,7 +160,7 @@ def test_ssm_branch_without_angles_equals_mamba2_of_transformers(scan, L):
     mamba2 = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
     from transformers import Mamba2Config
 
-    model = wide(scan=scan, ssm_rule="mamba2")
+    model = wide(scan=scan, **FIRST_FORM)
     ours = free_copy(model.blocks[0].ssm)
     torch.nn.init.zeros_(ours.angle_proj.weight)
     torch.nn.init.zeros_(ours.angle_proj.bias)
@@ -199,13 +195,13 @@ def test_ssm_branch_without_angles_equals_mamba2_of_transformers(scan, L):
         close(gradient, dw2[name], 1e-4)
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_steps_angles_and_both_projections_of_the_state_depend_on_the_input(monkeypatch, rule):
+@pytest.mark.parametrize("form", FORMS)
+def test_steps_angles_and_both_projections_of_the_state_depend_on_the_input(monkeypatch, form):
     seen = {}
 
-    def scan(x, dt, A, B, C, D, state, resets, method, chunk_size, *beta):
-        seen.update(dt=dt, B=B, C=C, **dict(zip(["beta"], beta, strict=False)))
-        return selective_scan(x, dt, A, B, C, D, state, resets, method, chunk_size, *beta)
+    def scan(x, dt, A, B, C, *rest):
+        seen.update(dt=dt, B=B, C=C)
+        return selective_scan(x, dt, A, B, C, *rest)
 
     def phase(angle, *rest):
         seen.update(angle=angle)
@@ -213,9 +209,9 @@ def test_steps_angles_and_both_projections_of_the_state_depend_on_the_input(monk
 
     monkeypatch.setattr(testv2, "selective_scan", scan)
     monkeypatch.setattr(testv2, "running_phase", phase)
-    model = TinyMambaModel(tiny_config(ssm_rule=rule))  # at its first values
+    model = TinyMambaModel(tiny_config(**shape_of(form)))  # at its first values
     model.blocks[0].ssm(torch.randn(1, 20, 32), piece_of(model, 20), None)
-    assert set(seen) == {"dt", "B", "C", "angle"} | ({"beta"} if rule == "delta" else set())
+    assert set(seen) == {"dt", "B", "C", "angle"}
     for name, t in seen.items():
         assert (t[0, 4:].std(0) > 1e-6).all(), name
     assert ((seen["dt"] == 0) | (seen["dt"] > testv2.MIN_DT)).all()
@@ -224,36 +220,31 @@ def test_steps_angles_and_both_projections_of_the_state_depend_on_the_input(monk
 
 
 @pytest.mark.parametrize("scan", ["chunked", "sequential"])
-@pytest.mark.parametrize("rule", RULES)
-def test_a_state_that_no_token_asks_to_change_stays_the_same_bits(rule, scan):
-    model = TinyMambaModel(tiny_config(scan=scan, ssm_rule=rule))
+@pytest.mark.parametrize("form", FORMS)
+def test_a_state_that_no_token_asks_to_change_stays_the_same_bits(form, scan):
+    model = TinyMambaModel(tiny_config(scan=scan, **shape_of(form)))
     ssm, u = model.blocks[0].ssm, torch.randn(2, 300, 32)
     written = model.init_state(2).layers[0]
     written = written._replace(ssm=torch.randn_like(written.ssm))
     with torch.no_grad():
         ssm.dt_bias.fill_(-12.0)  # a softplus of 6e-6, which alone would forget 3% of it
         ssm.angle_proj.bias.fill_(1.0)  # turns in every token
-        if rule == "delta":
-            ssm.in_proj.bias[-ssm.n_heads :] = -12.0  # of beta
         _, state, *_ = ssm(u, piece_of(model, 300), written)
         assert torch.equal(state, written.ssm)
-        for bias in (ssm.dt_bias, *([ssm.in_proj.bias[-8:]] if rule == "delta" else [])):
-            before = bias.clone()
-            bias.fill_(-4.0)
-            assert not torch.equal(ssm(u, piece_of(model, 300), written)[1], written.ssm)
-            bias.copy_(before)
+        ssm.dt_bias.fill_(-4.0)
+        assert not torch.equal(ssm(u, piece_of(model, 300), written)[1], written.ssm)
 
 
-def parity_machine(rule):
+def parity_machine(form):
     """An SSM, set by hand, whose output is +1 after an even number of ones and -1 after an odd.
 
     Input 0 is the bit, input 1 marks the begin: it alone writes to the state, a one turns the state
     by half a turn, nothing decays, and every token reads.
     """
-    model = TinyMambaModel(tiny_config(chunk_size=16, ssm_rule=rule)).requires_grad_(False)
+    model = TinyMambaModel(tiny_config(chunk_size=16, **shape_of(form))).requires_grad_(False)
     ssm = model.blocks[0].ssm
-    z, x, B, C, dt, *beta = ssm.in_proj.bias.split(ssm.sizes)
-    (_, write, *_, last), turn = ssm.in_proj.weight.split(ssm.sizes), ssm.angle_proj.weight
+    z, x, B, C, dt = ssm.in_proj.bias.split(ssm.sizes)
+    write, turn = ssm.in_proj.weight.split(ssm.sizes)[1], ssm.angle_proj.weight
     for layer in (ssm.in_proj, ssm.out_proj, ssm.angle_proj):
         layer.weight.zero_()
         layer.bias.zero_()
@@ -263,18 +254,14 @@ def parity_machine(rule):
     B[0] = C[0] = z[0] = 1.0
     write[0, 1], turn[0, 0] = 1.0, 100.0
     ssm.out_proj.weight[0, 0] = 1 / torch.tensor(1.0).sigmoid()  # of z * sigmoid(z)
-    if rule != "mamba2":
+    if ssm.conv is not None:
         ssm.conv.weight.zero_()
-    if rule == "delta":
-        beta[0].fill_(-100.0)
-        last[:, 1] = 200.0
-        ssm.norm_weight.fill_(ssm.config.ssm_head_dim**-0.5)  # one channel of a head is not 0
     return model, ssm
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_a_turning_state_tracks_parity_which_decays_cannot(rule):
-    model, ssm = parity_machine(rule)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_turning_state_tracks_parity_which_decays_cannot(form):
+    model, ssm = parity_machine(form)
     bits = torch.rand(16, 257, generator=torch.manual_seed(0)) < 0.5
     bits[:, 0] = False  # the begin
     bits[0], bits[1, 1:] = False, True
@@ -292,19 +279,18 @@ def test_a_turning_state_tracks_parity_which_decays_cannot(rule):
     close(ssm(u, piece_of(model, 257), None)[0][..., 0], torch.ones(16, 257), 1e-4)
 
 
-@pytest.mark.parametrize(("rule", "tolerance"), [("decay", 1e-5), ("delta", 1e-3)])
-def test_half_turns_do_not_drift_however_long_the_text(rule, tolerance):
-    model, ssm = parity_machine(rule)  # the norm of the delta rule makes what is near 0 larger
-    _, _, _, C, *_ = ssm.in_proj.bias.split(ssm.sizes)
+def test_half_turns_do_not_drift_however_long_the_text():
+    model, ssm = parity_machine("today's")
+    *_, C, _ = ssm.in_proj.bias.split(ssm.sizes)
     C[0], C[4] = 0.0, 1.0  # reads across: nothing, so long as the state has turned by half turns
     u = torch.zeros(1, 100_000, 32)
     u[..., 0], u[0, 0, 1] = 1.0, 1.0
     y, *state = ssm(u, piece_of(model, 100_000), None)
-    assert y[..., 0].abs().max() < tolerance
+    assert y[..., 0].abs().max() < 1e-5
     assert state[0].abs().max() > 0.99
     for t in range(1, 1000):
         y, *state = ssm(u[:, t : t + 1], piece_of(model, 1), ssm_past(ssm, *state))
-    assert y[..., 0].abs().max() < tolerance
+    assert y[..., 0].abs().max() < 1e-5
 
 
 # ------------------------------------------------------------------------------- running phase
@@ -337,9 +323,9 @@ def test_the_phase_is_exact_after_a_million_tokens_in_pieces():
     close_angles(got, torch.tensor(exact, dtype=torch.float64), 1e-4)
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_a_padded_row_keeps_its_state(rule):
-    model = wide(ssm_rule=rule)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_padded_row_keeps_its_state(form):
+    model = wide(**shape_of(form))
     ssm, u, past = model.blocks[0].ssm, torch.randn(3, 20, 32), random_past(model, 3)
     past = past._replace(phase=past.phase.abs())
     lengths = torch.tensor([20, 7, 0])
@@ -353,15 +339,15 @@ def test_a_padded_row_keeps_its_state(rule):
             alone = ssm_past(ssm, *alone)
         close(new.ssm[one], alone.ssm, 1e-5)
         close_angles(new.phase[one], alone.phase, 1e-6)
-        if rule != "mamba2":
+        if ssm.conv is not None:
             close(new.conv[one, :, 32:], alone.conv[..., 32:], 1e-6)
     assert torch.equal(new.phase[2], past.phase[2])
     assert torch.equal(new.ssm[2], past.ssm[2])
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_a_fresh_document_does_not_depend_on_the_phase_at_its_begin(rule):
-    model = wide(double=True, document_mask=True, eos_id=EOS, ssm_rule=rule)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_fresh_document_does_not_depend_on_the_phase_at_its_begin(form):
+    model = wide(double=True, document_mask=True, eos_id=EOS, **shape_of(form))
     ids, other = some_ids(2, 20), some_ids(2, 30, seed=1)
     ids[:, -1] = EOS
     _, state = model.advance(ids, model.init_state(2))
