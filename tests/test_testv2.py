@@ -24,6 +24,7 @@ import pytest
 import torch
 from helpers import (
     BRIEF,
+    FIRST_FORM,
     ROOT,
     TINY,
     assert_refused,
@@ -221,7 +222,7 @@ def test_config_survives_the_round_trip_through_plain_values():
         values = json.loads(json.dumps(config.to_dict()))
         assert set(values) == set(FIELDS)
         assert Config.from_dict(values) == config
-    assert Config.from_dict({"n_layer": 3}) == Config(n_layer=3)
+    assert Config.from_dict({"n_layer": 3}) == Config(n_layer=3, **FIRST_FORM)
 
 
 @pytest.mark.parametrize("values, name", [
