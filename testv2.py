@@ -1318,7 +1318,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> TinyMamb
     try:
         model.load_state_dict(state["model"])
     except RuntimeError:
-        raise UserError(str(path), "does not fit its config", "train the model again") from None
+        raise UserError(
+            str(path), "does not fit its config", "use the version that wrote it"
+        ) from None
     model.tokenizer = state.get("tokenizer")
     return model.to(device).eval()
 

@@ -81,7 +81,7 @@ LEGAL = {  # another legal value beside the other defaults, where default + 1 is
     "scan": "sequential", "gate": "sparsemax", "amp_dtype": torch.float16, "device": "cpu",
     "data_dtype": "uint16", "train_data_path": ["a.bin", "b.bin"], "val_data_path": "v.bin",
     "train_data_weights": [0.7, 0.3], "optimizer": "adamw", "parallel": "fsdp",
-    "schedule": "linear", "resume": "auto",
+    "schedule": "linear", "resume": "auto", "rotating": 0.5,
 }  # fmt: skip
 
 
