@@ -662,7 +662,8 @@ def test_state_moves_and_knows_its_size():
     model = wide()
     state = model.init_state(3)
     c = model.config
-    floats = 3 * 32 + 64 * 8 + 4 + 2 * 7 * 32  # conv tail, SSM, phase, keys and values of a layer
+    tail = 3 * (32 + 2 * 8)  # of both convolutions
+    floats = tail + 64 * 8 + 1 + 2 * 7 * 32  # tail, SSM, phase, keys and values of a layer
     assert state.nbytes == 3 * (c.n_layer * floats * 4 + 2 * 8)
     assert all(not t.any() for t in state.tensors().values())
     assert model.init_state(6).nbytes == 2 * state.nbytes

@@ -24,6 +24,7 @@ import pytest
 import torch
 from helpers import (
     BRIEF,
+    FIRST_FORM,
     ROOT,
     TINY,
     assert_refused,
@@ -80,7 +81,7 @@ LEGAL = {  # another legal value beside the other defaults, where default + 1 is
     "scan": "sequential", "gate": "sparsemax", "amp_dtype": torch.float16, "device": "cpu",
     "data_dtype": "uint16", "train_data_path": ["a.bin", "b.bin"], "val_data_path": "v.bin",
     "train_data_weights": [0.7, 0.3], "optimizer": "adamw", "parallel": "fsdp",
-    "schedule": "linear", "resume": "auto",
+    "schedule": "linear", "resume": "auto", "rotating": 0.5,
 }  # fmt: skip
 
 
@@ -221,7 +222,7 @@ def test_config_survives_the_round_trip_through_plain_values():
         values = json.loads(json.dumps(config.to_dict()))
         assert set(values) == set(FIELDS)
         assert Config.from_dict(values) == config
-    assert Config.from_dict({"n_layer": 3}) == Config(n_layer=3)
+    assert Config.from_dict({"n_layer": 3}) == Config(n_layer=3, **FIRST_FORM)
 
 
 @pytest.mark.parametrize("values, name", [
