@@ -1315,7 +1315,10 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> TinyMamb
     remedy = "pass the base's checkpoint, and the adapter's folder as --adapter"
     require("adapter" not in state, str(path), problem, remedy)
     model = TinyMambaModel(Config.from_dict(state["config"]))
-    model.load_state_dict(state["model"])
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError:
+        raise UserError(str(path), "does not fit its config", "train the model again") from None
     model.tokenizer = state.get("tokenizer")
     return model.to(device).eval()
 

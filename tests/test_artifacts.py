@@ -15,12 +15,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import call
+from helpers import call, tiny_config
 from safetensors.torch import load_file
 
 from peft import load_adapter
 from streaming import StreamingServer
-from testv2 import ModelState, SimpleTokenizer, load_checkpoint, load_model
+from testv2 import (
+    BEFORE,
+    Config,
+    ModelState,
+    SimpleTokenizer,
+    TinyMambaModel,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+    save_folder,
+)
+from tinymamba.cli import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 OLD = Path(__file__).resolve().parent / "artifacts"
@@ -177,6 +188,40 @@ def test_onnx_graphs_of_the_first_release_generate():
     want = LOGITS["plain"][-1].numpy()
     assert np.abs(logits[0] - want).max() <= 1e-4 * np.abs(want).max()
     assert list(model.generate(FOUND["ids"], len(FOUND["follow"]))) == FOUND["follow"]
+
+
+# ------------------------------------------------------------ fields that came later
+
+
+@pytest.mark.parametrize("name", ["plain.pt", "folder"])
+def test_a_model_from_before_a_field_has_the_value_of_then(name):
+    config = load_model(OLD / name).config
+    assert {field: getattr(config, field) for field in BEFORE} == BEFORE
+    assert all(getattr(Config(), field) != value for field, value in BEFORE.items())
+
+
+def test_a_folder_whose_fields_are_lost_does_not_fit(tmp_path):
+    model = TinyMambaModel(tiny_config())
+    save_folder(tmp_path, model)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    assert {config[field] for field in BEFORE} == {True, 0.25}
+    assert load_model(tmp_path).fingerprint() == model.fingerprint()
+    for field in BEFORE:
+        kept = {name: value for name, value in config.items() if name != field}
+        path.write_text(json.dumps(kept), encoding="utf-8")
+        with pytest.raises(UserError, match="does not fit its config.json"):
+            load_model(tmp_path)
+
+
+def test_a_checkpoint_whose_fields_are_lost_does_not_fit(tmp_path):
+    model = TinyMambaModel(tiny_config())
+    config = model.config.to_dict()
+    for field in BEFORE:
+        kept = {name: value for name, value in config.items() if name != field}
+        save_checkpoint(tmp_path / "a.pt", {"config": kept, "model": model.state_dict()})
+        with pytest.raises(UserError, match=r"a\.pt: .*does not fit"):
+            load_model(tmp_path / "a.pt")
 
 
 # ------------------------------------------------------------------ files that hold a tokenizer

@@ -43,11 +43,6 @@ from testv2 import (
 from tinymamba.cli import UserError
 
 
-def shape_of(form):
-    """The fields of Config for one of FORMS."""
-    return FIRST_FORM if form == "first" else {}
-
-
 def past_of(**parts) -> LayerState:
     """A LayerState of which one branch has its part only."""
     return LayerState(**{**dict.fromkeys(LayerState._fields), **parts})
@@ -122,7 +117,7 @@ def random_past(model, rows) -> LayerState:
 @pytest.mark.parametrize("L", [1, 2, 41])
 @pytest.mark.parametrize("form", FORMS)
 def test_ssm_branch_equals_a_turning_state_of_complex_numbers(form, L, scan, documents, past):
-    shape = {"scan": scan, "low_rank": 5, **shape_of(form)}
+    shape = {"scan": scan, "low_rank": 5, **FORMS[form]}
     model = wide(double=True, document_mask=documents, eos_id=EOS, **shape)
     ssm = free_copy(model.blocks[0].ssm)
     index, starts = torch.arange(L).expand(2, -1), torch.zeros(2, L, dtype=torch.int64)
@@ -209,7 +204,7 @@ def test_steps_angles_and_both_projections_of_the_state_depend_on_the_input(monk
 
     monkeypatch.setattr(testv2, "selective_scan", scan)
     monkeypatch.setattr(testv2, "running_phase", phase)
-    model = TinyMambaModel(tiny_config(**shape_of(form)))  # at its first values
+    model = TinyMambaModel(tiny_config(**FORMS[form]))  # at its first values
     model.blocks[0].ssm(torch.randn(1, 20, 32), piece_of(model, 20), None)
     assert set(seen) == {"dt", "B", "C", "angle"}
     for name, t in seen.items():
@@ -222,7 +217,7 @@ def test_steps_angles_and_both_projections_of_the_state_depend_on_the_input(monk
 @pytest.mark.parametrize("scan", ["chunked", "sequential"])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_state_that_no_token_asks_to_change_stays_the_same_bits(form, scan):
-    model = TinyMambaModel(tiny_config(scan=scan, **shape_of(form)))
+    model = TinyMambaModel(tiny_config(scan=scan, **FORMS[form]))
     ssm, u = model.blocks[0].ssm, torch.randn(2, 300, 32)
     written = model.init_state(2).layers[0]
     written = written._replace(ssm=torch.randn_like(written.ssm))
@@ -241,7 +236,7 @@ def parity_machine(form):
     Input 0 is the bit, input 1 marks the begin: it alone writes to the state, a one turns the state
     by half a turn, nothing decays, and every token reads.
     """
-    model = TinyMambaModel(tiny_config(chunk_size=16, **shape_of(form))).requires_grad_(False)
+    model = TinyMambaModel(tiny_config(chunk_size=16, **FORMS[form])).requires_grad_(False)
     ssm = model.blocks[0].ssm
     z, x, B, C, dt = ssm.in_proj.bias.split(ssm.sizes)
     write, turn = ssm.in_proj.weight.split(ssm.sizes)[1], ssm.angle_proj.weight
@@ -325,7 +320,7 @@ def test_the_phase_is_exact_after_a_million_tokens_in_pieces():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_padded_row_keeps_its_state(form):
-    model = wide(**shape_of(form))
+    model = wide(**FORMS[form])
     ssm, u, past = model.blocks[0].ssm, torch.randn(3, 20, 32), random_past(model, 3)
     past = past._replace(phase=past.phase.abs())
     lengths = torch.tensor([20, 7, 0])
@@ -347,7 +342,7 @@ def test_a_padded_row_keeps_its_state(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_fresh_document_does_not_depend_on_the_phase_at_its_begin(form):
-    model = wide(double=True, document_mask=True, eos_id=EOS, **shape_of(form))
+    model = wide(double=True, document_mask=True, eos_id=EOS, **FORMS[form])
     ids, other = some_ids(2, 20), some_ids(2, 30, seed=1)
     ids[:, -1] = EOS
     _, state = model.advance(ids, model.init_state(2))

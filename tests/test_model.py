@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from helpers import (
     DOCUMENTS,
     EOS,
+    FORMS,
     GATES,
     close,
     close_angles,
@@ -33,6 +34,7 @@ from testv2 import LowRankProjection, ModelState, TinyMambaModel, generate, make
 from tinymamba.cli import UserError
 from tinymamba.kernels import ChunkedLoss, loss_and_gradients
 
+FORM = pytest.mark.parametrize("form", FORMS)
 LAW = pytest.mark.parametrize(
     ("double", "tolerance"), [(False, 1e-4), (True, 1e-9)], ids=["float32", "float64"]
 )
@@ -92,13 +94,14 @@ def texts_in_pieces(draw):
     window=st.sampled_from([1, 2, 8, 500]),
     d_conv=st.sampled_from([1, 4]),
     low_rank=st.sampled_from([0, 6]),
+    form=st.sampled_from([{}, {"rotating": 0.5}, *FORMS.values()]),
     double=st.booleans(),
 )
 def test_any_split_gives_the_logits_of_one_pass(
-    gate, document_mask, text, window, d_conv, low_rank, double
+    gate, document_mask, text, window, d_conv, low_rank, form, double
 ):
     shape = {"window_size": window, "d_conv": d_conv, "low_rank": low_rank, "chunk_size": 8}
-    model = wide(double, gate=gate, document_mask=document_mask, eos_id=EOS, **shape)
+    model = wide(double, gate=gate, document_mask=document_mask, eos_id=EOS, **shape, **form)
     tolerance = 1e-9 if double else 1e-4
     sizes, ids = text
     state, logits = model.init_state(2), []
@@ -130,9 +133,10 @@ def test_token_by_token_equals_one_pass_at_many_times_the_training_length(gate):
     close(torch.cat(logits, dim=1), model(ids), 1e-4, scale=1.0)
 
 
+@FORM
 @pytest.mark.parametrize("document_mask", [False, True])
-def test_logits_at_position_ten_million_equal_those_at_ten(document_mask):
-    model = wide(document_mask=document_mask, eos_id=EOS)
+def test_logits_at_position_ten_million_equal_those_at_ten(document_mask, form):
+    model = wide(document_mask=document_mask, eos_id=EOS, **FORMS[form])
     head, tail = some_ids(2, 11), some_ids(2, 30, seed=1)
     head[0, 4] = tail[1, 7] = EOS
     near, far = model.init_state(2), model.init_state(2)
@@ -159,8 +163,9 @@ def test_advance_refuses_a_state_of_other_rows():
         model.advance(some_ids(2, 4), model.init_state(3))
 
 
-def test_gradients_flow_through_a_split_as_through_one_pass():
-    model = free_copy(wide(double=True))
+@FORM
+def test_gradients_flow_through_a_split_as_through_one_pass(form):
+    model = free_copy(wide(double=True, **FORMS[form]))
     ids, weights = some_ids(2, 21), list(model.parameters())
     whole = torch.autograd.grad(model(ids).square().mean(), weights)
     first, state = model.advance(ids[:, :13], model.init_state(2))
@@ -204,9 +209,11 @@ def test_padding_leaves_a_row_as_if_it_were_not_there(kind, gate, document_mask)
     close(again[mask.bool()], logits[mask.bool()], 1e-6, scale=1.0)
 
 
+@FORM
 @pytest.mark.parametrize("document_mask", [False, True], ids=["one_text", "documents"])
-def test_gradients_of_padded_rows_are_those_of_the_rows_alone(document_mask):
-    model = free_copy(wide(True, document_mask=document_mask, eos_id=EOS, chunk_size=8))
+def test_gradients_of_padded_rows_are_those_of_the_rows_alone(document_mask, form):
+    shape = {"chunk_size": 8, **FORMS[form]}
+    model = free_copy(wide(True, document_mask=document_mask, eos_id=EOS, **shape))
     ids, mask = some_ids(3, 29), padding("holes", 3, 29)
     ids[torch.rand(ids.shape, generator=torch.manual_seed(2)) < 0.2] = EOS
     weights = list(model.parameters())
@@ -219,12 +226,14 @@ def test_gradients_of_padded_rows_are_those_of_the_rows_alone(document_mask):
 
 
 @pytest.mark.parametrize("document_mask", [False, True], ids=["one_text", "documents"])
-@pytest.mark.parametrize("window", [1, 8, 500])
+@pytest.mark.parametrize(
+    ("window", "form"), [(1, "today's"), (8, "today's"), (8, "first"), (500, "today's")]
+)
 @LAW
 def test_ragged_pieces_in_mid_session_equal_each_row_alone(
-    double, tolerance, window, document_mask
+    double, tolerance, window, form, document_mask
 ):
-    shape = {"window_size": window, "chunk_size": 8}
+    shape = {"window_size": window, "chunk_size": 8, **FORMS[form]}
     model = wide(double, document_mask=document_mask, eos_id=EOS, **shape)
     g = torch.manual_seed(4)
     state, texts, logits = model.init_state(4), [[] for _ in range(4)], [[] for _ in range(4)]
@@ -274,8 +283,9 @@ def test_packed_documents_have_the_logits_of_each_document_alone(double, toleran
 @pytest.mark.parametrize(
     ("double", "tolerance"), [(False, 1e-5), (True, 1e-11)], ids=["float32", "float64"]
 )
-def test_a_change_in_one_document_leaves_the_next_unchanged(double, tolerance):
-    model = wide(double, **DOCUMENTS)
+@FORM
+def test_a_change_in_one_document_leaves_the_next_unchanged(form, double, tolerance):
+    model = wide(double, **DOCUMENTS, **FORMS[form])
     first, second = some_ids(2, 18), some_ids(2, 30, seed=1)
     first[:, -1] = EOS
     logits = model(torch.cat((first, second), dim=1))
@@ -464,7 +474,9 @@ def test_initial_weights_are_as_documented(low_rank, deepnet):
             check_std(last.weight, scale * std)
         assert not last.bias.any()
 
-    check_std(torch.cat([block.conv.weight for block in model.blocks]), 0.25 / math.sqrt(3))
+    for convs in ([b.conv for b in model.blocks], [b.ssm.conv for b in model.blocks]):
+        check_std(torch.cat([conv.weight for conv in convs]), 0.25 / math.sqrt(3))
+        assert max(conv.weight.abs().max() for conv in convs) <= 0.25
     for block in model.blocks:
         ssm, gate = block.ssm, block.gate.controller
         check(ssm.in_proj, D, 1.0)
@@ -482,7 +494,6 @@ def test_initial_weights_are_as_documented(low_rank, deepnet):
         assert A.min() >= 0.999
         assert A.max() <= 16.01
         assert torch.equal(ssm.D, torch.ones_like(ssm.D))
-        assert block.conv.weight.abs().max() <= 0.25
         for norm in (block.norm, block.attention.q_norm, block.attention.k_norm):
             assert torch.equal(norm.weight, torch.ones_like(norm.weight))
 
@@ -662,8 +673,8 @@ def test_state_moves_and_knows_its_size():
     model = wide()
     state = model.init_state(3)
     c = model.config
-    tail = 3 * (32 + 2 * 8)  # of both convolutions
-    floats = tail + 64 * 8 + 1 + 2 * 7 * 32  # tail, SSM, phase, keys and values of a layer
+    # Tails of both convolutions, SSM, phase, keys and values of a layer.
+    floats = 3 * (32 + 2 * 8) + 64 * 8 + 1 + 2 * 7 * 32
     assert state.nbytes == 3 * (c.n_layer * floats * 4 + 2 * 8)
     assert all(not t.any() for t in state.tensors().values())
     assert model.init_state(6).nbytes == 2 * state.nbytes
@@ -725,7 +736,7 @@ def test_damaged_and_foreign_state_files_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"tie_embeddings": False}, {"low_rank": 4}, {"bias": False}, {"gate": "top_k"}],
+    [{}, {"tie_embeddings": False}, {"low_rank": 4}, {"bias": False}, FORMS["first"]],
     ids=str,
 )
 def test_parameter_counts_add_up_by_component(changes):
@@ -854,9 +865,9 @@ def test_training_compiles_without_a_graph_break_and_equals_eager(gate):
         close(got, gradient, 1e-4)
 
 
-FORMS = {
+COMPILED = {
     "softmax": {},
-    "top_k": {"gate": "top_k"},
+    "top_k": {"gate": "top_k", **FORMS["first"]},
     "sparsemax": {"gate": "sparsemax"},
     "documents": DOCUMENTS,
     "recomputed": {"checkpoint_activations": True},
@@ -864,10 +875,10 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", COMPILED)
 def test_compiled_blocks_are_one_graph_and_equal_eager_ones(monkeypatch, form):
     """Two graphs in all: of a block, for all three of them, and of the loss."""
-    model = free_copy(wide(n_layer=3, **FORMS[form]))
+    model = free_copy(wide(n_layer=3, **COMPILED[form]))
     model.LOSS_CHUNK = 40
     ids = some_ids(2, 40)
     ids[0, 5] = EOS
@@ -958,6 +969,20 @@ def test_the_graph_of_a_block_has_no_loop_over_the_text(monkeypatch):
 
 
 # --------------------------------------------------------------------------------- wrong calls
+
+
+@pytest.mark.parametrize("rotating", [0.001, 0.25, 0.26, 0.5, 1.0])
+def test_the_share_of_rotating_pairs_is_rounded_up_and_the_rest_stands_still(rotating):
+    model = wide(rotating=rotating, d_state=16)
+    turning = math.ceil(8 * rotating)
+    assert model.blocks[0].ssm.angle_proj.out_features == turning
+    state = prefilled(model, some_ids(2, 9))
+    assert state.layers[0].phase.shape == (2, turning)
+    phase = model.blocks[0].ssm.angle_proj(torch.randn(2, 9, 32))
+    x = torch.randn(2, 9, 16)
+    moved = (testv2.rotate_channels(x, phase) != x).any(1).any(0)  # (n,)
+    pairs = torch.arange(8) < turning
+    assert torch.equal(moved, torch.cat((pairs, pairs)))
 
 
 def test_a_mask_of_another_shape_and_ids_without_tokens_are_refused():
