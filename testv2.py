@@ -568,7 +568,7 @@ class MambaSSM(nn.Module):
         z, x, B, C, dt = self.in_proj(u).split(self.sizes, dim=-1)
         if self.conv is not None:
             tail = None if past is None else past.conv[..., c.d_model :]
-            BC, tail = self.conv(torch.cat((B, C), dim=-1), context, tail)
+            BC, tail = self.conv(upcast(torch.cat((B, C), dim=-1)), context, tail)
             B, C = BC.chunk(2, dim=-1)  # (b, l, n)
         x = x.unflatten(-1, (self.n_heads, c.ssm_head_dim))  # (b, l, h, p)
         dt = F.threshold(F.softplus(upcast(dt) + upcast(self.dt_bias)), MIN_DT, 0.0)  # (b, l, h)

@@ -307,9 +307,10 @@ class DepthwiseConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, history: Tensor, weight: Tensor) -> Tensor:
-        """The convolution."""
+        """The convolution, in the dtype of its inputs."""
         ctx.save_for_backward(history, weight)
-        return depthwise(history, weight)
+        with torch.autocast(history.device.type, enabled=False):
+            return depthwise(history, weight)
 
     @staticmethod
     @once_differentiable
