@@ -50,7 +50,7 @@ from streaming import (
 )
 from testv2 import TinyMambaModel
 from tinymamba.checkpoint import STATE_FORMAT, digest, save_checkpoint, write_tensors
-from tinymamba.cli import UserError
+from tinymamba.cli import UserError, run_cli
 from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer, byte_alphabet
 
 GREEDY = {"temperature": 0.0}
@@ -1147,12 +1147,17 @@ def test_a_closed_pipe_is_no_error(folder):
 
 
 def test_characters_missing_in_the_encoding_are_replaced(folder, monkeypatch):
-    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    words = ["--max_tokens", "300", "--seed", "3", "--top_k", "0"]
+    want = run_main(streaming.main, *words, cwd=folder).stdout
+    assert not want.isascii()
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii", newline="\n")
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "stdout", output)
-    assert streaming.main(["--max_tokens", "300", "--seed", "3"]) == 0
+    with pytest.raises(SystemExit) as ended:
+        run_cli(lambda: streaming.main(words))
     output.flush()
-    assert b"?" in output.buffer.getvalue()
+    assert ended.value.code == 0
+    assert output.buffer.getvalue() == want.encode("ascii", "replace")
 
 
 @POSIX
