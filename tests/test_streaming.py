@@ -1157,7 +1157,8 @@ def test_characters_missing_in_the_encoding_are_replaced(folder, monkeypatch):
         run_cli(lambda: streaming.main(words))
     output.flush()
     assert ended.value.code == 0
-    assert output.buffer.getvalue() == want.encode("ascii", "replace")
+    got = output.buffer.getvalue().replace(b"\r\n", b"\n").replace(b"\r", b"\n")  # as run_main
+    assert got == want.encode("ascii", "replace")
 
 
 @POSIX
