@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers import (
     DOCUMENTS,
+    FIRST_FORM,
     ROOT,
     assert_refused,
     close,
@@ -129,7 +130,9 @@ def assert_fits_every_length(prefill, step, graph, lengths=LENGTHS):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"gate": "top_k"}, {"gate": "sparsemax", "low_rank": 4, "bias": False}], ids=str
+    "changes",
+    [{"gate": "top_k", **FIRST_FORM}, {"gate": "sparsemax", "low_rank": 4, "bias": False}],
+    ids=str,
 )
 def test_torchscript_fits_every_length(tmp_path, changes):
     graph = graph_of(**changes)

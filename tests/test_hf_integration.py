@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from helpers import (
     DOCUMENTS,
     EOS,
+    FIRST_FORM,
     GATES,
     POSIX,
     ROOT,
@@ -63,7 +64,7 @@ from tinymamba.tokenizer import SimpleTokenizer
 
 SHAPES = {
     "plain": {}, "documents": DOCUMENTS, "no_window": {"window_size": 1},
-    "no_conv": {"d_conv": 1}, "low_rank": {"low_rank": 5, "tie_embeddings": False},
+    "no_conv": {"d_conv": 1}, "first_form": FIRST_FORM, "low_rank": {"low_rank": 5, "tie_embeddings": False},
     **{gate: {"gate": gate} for gate in GATES[1:]},
 }  # fmt: skip
 SPLITS = [(40,), (1,) * 40, (3, 1, 17, 1, 1, 17), (30, 10)]
@@ -568,6 +569,18 @@ def test_the_configuration_knows_both_sets_of_names():
     with pytest.raises(ValueError, match="num_heads: 5 heads do not divide d_model=64"):
         TinyMambaConfig(d_model=64, num_heads=5)
     assert TinyMambaForCausalLM is TinyMambaHFModel
+
+
+def test_a_configuration_from_before_the_fields_of_the_branch_has_its_first_form(tmp_path):
+    new, old = TinyMambaConfig(), TinyMambaConfig.from_pretrained(ROOT / "tests/artifacts/hf")
+    assert (new.bc_conv, new.rotating) == (True, 0.25)
+    assert {name: getattr(old, name) for name in FIRST_FORM} == FIRST_FORM
+    for config in (new, old):
+        config.save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+        again = TinyMambaConfig.from_pretrained(tmp_path)
+        for name in FIRST_FORM:
+            assert saved[name] == getattr(config, name) == getattr(again, name)
 
 
 def test_what_a_file_lacks_has_the_values_of_a_new_model(tmp_path):

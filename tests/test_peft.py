@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
+    FIRST_FORM,
     POSIX,
     ROOT,
     adapted,
@@ -119,9 +120,9 @@ def test_gradients_are_those_of_finite_differences(config):
 
 
 @EVERY
-@pytest.mark.parametrize("gate", ["softmax", "top_k"])
-def test_text_in_chunks_gives_the_logits_of_one_pass(config, gate):
-    model = adapted(config, gate=gate)
+@pytest.mark.parametrize("changes", [{}, {"gate": "top_k", **FIRST_FORM}], ids=str)
+def test_text_in_chunks_gives_the_logits_of_one_pass(config, changes):
+    model = adapted(config, **changes)
     whole, state, chunks, at = model(IDS), model.init_state(3), [], 0
     for size in (1, 16, 3, 1, 9, 7):
         logits, state = model.advance(IDS[:, at : at + size], state)

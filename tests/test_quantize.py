@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from helpers import (
     DOCUMENTS,
+    FIRST_FORM,
     assert_refused,
     close,
     examples,
@@ -178,7 +179,11 @@ def test_a_change_of_type_leaves_whole_numbers_and_scales():
 @pytest.mark.parametrize(("bits", "mode"), SCHEMES)
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"tie_embeddings": False, "bias": False}, {"low_rank": 8, "gate": "top_k", **DOCUMENTS}],
+    [
+        {},
+        {"tie_embeddings": False, "bias": False, **FIRST_FORM},
+        {"low_rank": 8, "gate": "top_k", **DOCUMENTS},
+    ],
     ids=str,
 )
 @torch.no_grad()
