@@ -95,7 +95,7 @@ class TinyMambaConfig(PreTrainedConfig):
         "conv_kernel": "d_conv",
         "hidden_dropout": "dropout",
     }
-    # For each block the cache holds three windows of inputs: those of the convolution, the phase,
+    # For each block the cache holds three windows of inputs: those of the convolutions, the phase,
     # and (position, start of the document). Of the last two, only the newest entry is used.
     number_of_conv_states = 3
 
@@ -167,8 +167,8 @@ def read_cache(cache: Cache, model: TinyMambaModel, batch: int, new: int = 0) ->
         raise ValueError(f"past_key_values: has {rows} sequences, but the input has {batch}")
     states = []
     for i in range(len(model.blocks)):
-        tail = cache.get_conv_state(i, CONV)[:, :, : kernel - 1].mT  # (b, k-1, d)
-        phase = cache.get_conv_state(i, PHASE).squeeze(-1)  # (b, n/2)
+        tail = cache.get_conv_state(i, CONV)[:, :, : kernel - 1].mT  # (b, k-1, d + 2n)
+        phase = cache.get_conv_state(i, PHASE).squeeze(-1)  # (b, r)
         ssm = cache.get_recurrent_state(i)  # (b, h, p, n)
         keys, values = (
             last_keys(t, cache.get_seq_length(i), window - 1)
@@ -195,7 +195,7 @@ def write_cache(cache: Cache, state: ModelState, length: int, padded: bool) -> N
     """Store the state after `length` more tokens in `cache`."""
     position = torch.stack((state.position, state.document_start), dim=1)[..., None]  # (b, 2, 1)
     for i, layer in enumerate(state.layers):
-        tail = layer.conv.mT  # (b, d, k-1)
+        tail = layer.conv.mT  # (b, d + 2n, k-1)
         cache.update_conv_state(tail if tail.shape[2] else F.pad(tail, (1, 0)), i, CONV)
         cache.update_conv_state(layer.phase[..., None], i, PHASE)
         cache.update_conv_state(position, i, POSITION)

@@ -18,6 +18,7 @@ Dimension letters in the comments on shapes:
     b batch      l length        d d_model             e inner width, expand_factor * d
     h SSM heads  p SSM head width (e = h * p)          n d_state     k d_conv
     a attention heads            f attention head width (d = a * f)  w window_size
+    r pairs of SSM state channels that rotate
     v vocabulary                 q chunk_size          c chunks (l / q)
 """
 
@@ -279,7 +280,7 @@ class Config:
 
     @staticmethod
     def from_dict(values: dict) -> Config:
-        """The opposite of `to_dict`; an unknown name is a UserError."""
+        """The opposite of `to_dict`; a missing field has its value in BEFORE, else its default."""
         values = {**BEFORE, **values}
         known, remedy = {f.name for f in fields(Config)}, "update TinyMamba, or remove the field"
         for name in values:
@@ -549,7 +550,8 @@ class MambaSSM(nn.Module):
         self.config = config
         self.d_inner = config.expand_factor * config.d_model
         self.n_heads = self.d_inner // config.ssm_head_dim
-        self.n_rotating = math.ceil(config.rotating * (config.d_state // 2))  # r
+        pairs = config.d_state // 2
+        self.n_rotating = max(1, math.ceil(config.rotating * pairs - 1e-9))  # r
         self.sizes = [self.d_inner] * 2 + [config.d_state] * 2 + [self.n_heads]
         self.in_proj = projection(config.d_model, self.sizes, config)  # z, x, B, C, dt
         self.angle_proj = Float32Linear(config.d_model, self.n_rotating, config.bias)
@@ -586,7 +588,7 @@ class MambaSSM(nn.Module):
         B, C = rotate_channels(B, phase), rotate_channels(C, phase)  # (b, l, n)
         A = -upcast(self.A_log).exp()
         y, state = selective_scan(x, dt, A, B, C, self.D, state, resets, c.scan, c.chunk_size)
-        y = y if self.offset is None else y + self.offset(plain_C)
+        y = y if self.offset is None else y + self.offset(plain_C.to(u.dtype))
         return self.out_proj(y.flatten(2) * F.silu(z)), state, phase[:, -1], tail
 
 
@@ -598,7 +600,7 @@ def rotate_channels(x: Tensor, phase: Tensor) -> Tensor:
 
 
 def running_phase(half_turns: Tensor, phase: Tensor | None) -> Tensor:
-    """Cumulative sum of half_turns (b, l, n/2), plus the phase before, modulo 2.
+    """Cumulative sum of half_turns (b, l, r), plus the phase before, modulo 2.
 
     Whole half turns add up exactly. Other angles are summed in float64 (not on MPS), so that their
     error does not grow with the text.
@@ -1272,7 +1274,7 @@ class StreamingTokenDataset(torch.utils.data.Dataset):
 
 # -------------------------------------------------------------------------------- checkpoints
 
-FOLDER_FORMAT = 2
+FOLDER_FORMAT = 3  # 2 is read as well: it had no fields of BEFORE
 
 
 def require_same(names: list[str], old: dict, new: dict) -> None:
@@ -1348,7 +1350,8 @@ def load_folder(folder: Path) -> TinyMambaModel:
     path, remedy = folder / "config.json", "export the model again"
     try:
         config = {**BEFORE, **json.loads(path.read_bytes())}
-        known = config["model_type"] == "tinymamba" and config["format_version"] == FOLDER_FORMAT
+        formats = (2, FOLDER_FORMAT)
+        known = config["model_type"] == "tinymamba" and config["format_version"] in formats
         require(known, str(path), f"is not a TinyMamba model of format {FOLDER_FORMAT}", remedy)
         model = TinyMambaModel(Config.from_dict({n: config[n] for n in FOLDER_FIELDS}))
         if config.get("quantization") is not None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks.delta_rule import run_delta_rule
 from testv2 import (
+    MIN_DT,
     MIN_LOG_DECAY,
     Config,
     LayerState,
@@ -77,6 +78,7 @@ def parse(config: Config, words: str) -> tuple[Config, Variant]:
     variant = Variant(**branch)
     check_fields(variant)
     config = replace(config, **values).validate()
+    require(not config.low_rank, "low_rank", "is not for variants", "leave it out")
     problem, remedy = "needs keys of length 1", "add keys=l2"
     require(variant.write != "delta" or variant.keys == "l2", "write", problem, remedy)
     problem, remedy = "needs bc_conv, and d_conv of 2 or more", "leave it out"
@@ -127,10 +129,10 @@ class VariantSSM(MambaSSM):
         z, x, B, C, dt = self.in_proj(u).split(self.sizes, dim=-1)
         if self.conv is not None:
             tail = None if past is None else past.conv[..., c.d_model :]
-            BC, tail = self.conv(torch.cat((B, C), dim=-1), context, tail)
+            BC, tail = self.conv(upcast(torch.cat((B, C), dim=-1)), context, tail)
             B, C = BC.chunk(2, dim=-1)
         x = x.unflatten(-1, (self.n_heads, c.ssm_head_dim))
-        dt = F.threshold(F.softplus(upcast(dt) + upcast(self.dt_bias)), 1e-3, 0.0)
+        dt = F.threshold(F.softplus(upcast(dt) + upcast(self.dt_bias)), MIN_DT, 0.0)
         half_turns = F.hardtanh(F.softshrink(self.angle_proj(u), 0.5))
         phase = running_phase(half_turns * v.rotate, None if past is None else past.phase)
         if v.keys == "l2":
@@ -159,7 +161,7 @@ class VariantSSM(MambaSSM):
         else:
             beta = F.hardtanh(F.softshrink(beta, 0.5)) + 1
         if self.variant.write == "beta":
-            dt = dt.clamp(min=1e-3)
+            dt = dt.clamp(min=MIN_DT)
             x_scaled, no_skip = (x * (beta / dt)[..., None]).to(x.dtype), torch.zeros_like(self.D)
             y, state = selective_scan(x_scaled, dt, A, B, C, no_skip, state, chunk_size=size)
         else:
