@@ -64,7 +64,8 @@ from tinymamba.tokenizer import SimpleTokenizer
 
 SHAPES = {
     "plain": {}, "documents": DOCUMENTS, "no_window": {"window_size": 1},
-    "no_conv": {"d_conv": 1}, "first_form": FIRST_FORM, "low_rank": {"low_rank": 5, "tie_embeddings": False},
+    "no_conv": {"d_conv": 1}, "first_form": FIRST_FORM,
+    "low_rank": {"low_rank": 5, "tie_embeddings": False},
     **{gate: {"gate": gate} for gate in GATES[1:]},
 }  # fmt: skip
 SPLITS = [(40,), (1,) * 40, (3, 1, 17, 1, 1, 17), (30, 10)]
