@@ -260,3 +260,15 @@ def test_a_run_that_holds_a_tokenizer_resumes(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     after = load_checkpoint("run_latest.pt")
     assert after["global_step"] == 130 and after["tokenizer"]["sha256"] == HELD["sha256"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["plain.pt", "folder"])
+def test_a_model_whose_keys_have_a_convolution_is_the_same_model(name):
+    place = OLD / "bc_conv"
+    model, expected = load_model(place / name), load_file(place / "expected.safetensors")
+    ids = torch.arange(40)[None] * 7 % 24
+    torch.testing.assert_close(model(ids), expected["first"], atol=1e-4, rtol=1e-4)
+    state = ModelState.load(place / "state.safetensors", model)
+    logits, _ = model.advance(ids, state)
+    torch.testing.assert_close(logits, expected["again"], atol=1e-4, rtol=1e-4)
