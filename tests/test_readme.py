@@ -143,8 +143,8 @@ def place(tmp_path_factory) -> Iterator[Workspace]:
         write_tokens(folder / f"{name}.bin", text)
     (folder / "random").mkdir()
     for name in ("train", "val"):
-        write_tokens(folder / "random" / f"{name}.bin", [7 * i % 4096 for i in range(8193)])
-        counts = json.dumps({"tokens": 8193, "bytes": 30_000})
+        write_tokens(folder / "random" / f"{name}.bin", [7 * i % 4096 for i in range(16385)])
+        counts = json.dumps({"tokens": 16385, "bytes": 60_000})
         (folder / "random" / f"{name}.json").write_text(counts)
     (folder / "docs").mkdir()
     for name in ("ablations.md", "ablations.jsonl"):
@@ -232,6 +232,12 @@ RUNS = [  # the first pattern that a command begins with counts
         "bits_per_byte",
     ),
     Run(
+        r"python -m benchmarks.quality M-small",
+        "benchmarks.quality",
+        flags(steps=1, seeds=0, validation_tokens=16384, data="random", models="tinymamba"),
+        "bits_per_byte",
+    ),
+    Run(
         r"python -m benchmarks.quality M",
         "benchmarks.quality",
         flags(steps=1, seeds=0, validation_tokens=8192, data="random", models="tinymamba"),
@@ -266,6 +272,12 @@ RUNS = [  # the first pattern that a command begins with counts
         "benchmarks.memory",
         [*TASK, *flags(length=32, pairs=2, vocab_size=32)],
         "accuracy",
+    ),
+    Run(
+        r"python -m benchmarks.memory far_copy",
+        "benchmarks.memory",
+        [*TASK, *flags(data="random", models="tinymamba")],
+        "loss",
     ),
     Run(r"python -m benchmarks.memory", "benchmarks.memory", [*TASK, *flags(read=16)], "accuracy"),
     Run(
