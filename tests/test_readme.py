@@ -240,15 +240,7 @@ RUNS = [  # the first pattern that a command begins with counts
     Run(
         r"python -m benchmarks.quality M",
         "benchmarks.quality",
-        flags(
-            lr=8e-3,
-            models="tinymamba",
-            steps=1,
-            seeds=0,
-            validation_tokens=8192,
-            data="random",
-            models="tinymamba",
-        ),
+        flags(steps=1, seeds=0, lr=8e-3, validation_tokens=8192, data="random", models="tinymamba"),
         "bits_per_byte",
     ),
     Run(
