@@ -1053,7 +1053,7 @@ def init_weights(model: TinyMambaModel) -> None:
     for block in model.blocks:
         noise = 1e-3 * config.d_model**-0.5 if config.gate == "top_k" else 0.0
         nn.init.normal_(block.gate.controller.weight, std=noise)
-        nn.init.uniform_(block.conv.weight, -0.5 * config.d_conv**-0.5, 0.5 * config.d_conv**-0.5)
+        init_conv(block.conv)
         init_ssm(block.ssm)
         nn.init.constant_(block.residual_scale, 1 / alpha)
         with torch.no_grad():
@@ -1069,8 +1069,13 @@ def init_ssm(ssm: MambaSSM) -> None:
     ssm.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
     ssm.A_log.copy_(torch.empty_like(ssm.A_log).uniform_(1, 16).log())
     if ssm.conv is not None:
-        bound = 0.5 * ssm.conv.width**-0.5
-        nn.init.uniform_(ssm.conv.weight, -bound, bound)
+        init_conv(ssm.conv)
+
+
+def init_conv(conv: ShortConv) -> None:
+    """Taps, see init_weights."""
+    bound = 0.5 * conv.width**-0.5
+    nn.init.uniform_(conv.weight, -bound, bound)
 
 
 # ------------------------------------------------------------------------------------ state
