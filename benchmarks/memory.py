@@ -60,8 +60,8 @@ EVERY, CHECKED = 100, 64  # steps between looks at recall, and the texts of a lo
 
 # ------------------------------------------------------------------------------------ tasks
 
-ALL = ["tinymamba", "llama_conv", "mamba2", "gated_delta"]
-FAST = ["tinymamba", "llama_conv", "gated_delta"]  # mamba2 takes far longer on a CPU
+ALL = ["tinymamba", "llama_conv", "llama_start", "mamba2", "gated_delta"]
+FAST = ["tinymamba", "llama_conv", "llama_start", "gated_delta"]  # mamba2 takes far longer on a CPU
 RECALL = {
     "models": ALL,
     "d_model": 64,

@@ -4,6 +4,9 @@ llama        Llama.
 llama_conv   Llama with what a Transformer gains most from for little: norms of queries and keys
              (that is Qwen3), and a short convolution before attention and before the MLP in every
              layer, in the residual form of Canon layers (arXiv 2512.17351).
+llama_canon  llama_conv with such a convolution of queries, keys and values too (Canon B).
+llama_start  llama_conv with one of keys, and with TinyMamba's start: see init_attention of testv2.
+             No published model has it; it is the strongest Transformer that we know of here.
 mamba2       Mamba2 (arXiv 2405.21060).
 gated_delta  OlmoHybrid: layers of the gated delta rule (arXiv 2412.06464) whose eigenvalues may be
              negative (arXiv 2411.12537); every fourth layer, or the last, is full attention.
@@ -39,17 +42,17 @@ class Shape(NamedTuple):
     state: int = 0  # size of mamba2's state
 
 
-class NormAndConv(nn.Module):
-    """A norm, and then u plus a causal depthwise convolution of u."""
+class WithConv(nn.Module):
+    """A module, and then u plus a causal depthwise convolution of its output u."""
 
-    def __init__(self, norm: nn.Module, dim: int):
+    def __init__(self, module: nn.Module, dim: int):
         super().__init__()
-        self.norm = norm
+        self.module = module
         self.conv_weight = nn.Parameter(torch.empty(dim, WIDTH).uniform_(-0.25, 0.25))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (b, l, d) -> the same shape."""
-        u = to_autocast(self.norm(x))
+        """x (b, l, ...) -> (b, l, d)."""
+        u = to_autocast(self.module(x))
         history = F.pad(u, (0, 0, WIDTH - 1, 0))  # (b, k-1+l, d)
         return u + DepthwiseConv.apply(history, self.conv_weight.to(u.dtype))
 
@@ -80,12 +83,33 @@ def make_llama(hf: Any, shape: Shape) -> nn.Module:
 
 
 def make_llama_conv(hf: Any, shape: Shape) -> nn.Module:
-    """Llama with norms of queries and keys and with short convolutions."""
+    """Llama with norms of queries and keys, and with convolutions before attention and MLP."""
     heads = {"num_key_value_heads": shape.heads, "head_dim": shape.width // shape.heads}
     model = hf.Qwen3ForCausalLM(hf.Qwen3Config(**transformer_settings(shape), **heads))
     for layer in model.model.layers:
-        layer.input_layernorm = NormAndConv(layer.input_layernorm, shape.width)
-        layer.post_attention_layernorm = NormAndConv(layer.post_attention_layernorm, shape.width)
+        layer.input_layernorm = WithConv(layer.input_layernorm, shape.width)
+        layer.post_attention_layernorm = WithConv(layer.post_attention_layernorm, shape.width)
+    return model
+
+
+def make_llama_canon(hf: Any, shape: Shape) -> nn.Module:
+    """llama_conv with convolutions of queries, keys and values."""
+    model = make_llama_conv(hf, shape)
+    for attention in (layer.self_attn for layer in model.model.layers):
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(attention, name, WithConv(getattr(attention, name), shape.width))
+    return model
+
+
+@torch.no_grad()
+def make_llama_start(hf: Any, shape: Shape) -> nn.Module:
+    """llama_conv whose keys equal the queries of the token before at first."""
+    model = make_llama_conv(hf, shape)
+    for attention in (layer.self_attn for layer in model.model.layers):
+        attention.k_proj.weight.copy_(attention.q_proj.weight)
+        attention.k_proj = WithConv(attention.k_proj, shape.width)
+        attention.k_proj.conv_weight[:, -1] -= 1
+        attention.k_proj.conv_weight[:, -2] += 1
     return model
 
 
@@ -116,6 +140,8 @@ def make_gated_delta(hf: Any, shape: Shape) -> nn.Module:
 PEERS = {
     "llama": make_llama,
     "llama_conv": make_llama_conv,
+    "llama_canon": make_llama_canon,
+    "llama_start": make_llama_start,
     "mamba2": make_mamba2,
     "gated_delta": make_gated_delta,
 }

@@ -77,18 +77,24 @@ SHAPES = {  # of the peers, with as many parameters, within 2%
     "S": {
         "llama": Shape(256, width=128, layers=4, heads=2, mlp=326),
         "llama_conv": Shape(256, width=128, layers=4, heads=2, mlp=326),
+        "llama_canon": Shape(256, width=128, layers=4, heads=2, mlp=326),
+        "llama_start": Shape(256, width=128, layers=4, heads=2, mlp=326),
         "mamba2": Shape(256, width=128, layers=7, heads=4, state=32),
         "gated_delta": Shape(256, width=128, layers=4, heads=2, mlp=258),
     },
     "M": {
         "llama": Shape(4096, width=384, layers=5, heads=6, mlp=880),
         "llama_conv": Shape(4096, width=384, layers=5, heads=6, mlp=880),
+        "llama_canon": Shape(4096, width=384, layers=5, heads=6, mlp=880),
+        "llama_start": Shape(4096, width=384, layers=5, heads=6, mlp=880),
         "mamba2": Shape(4096, width=384, layers=9, heads=12, state=16),
         "gated_delta": Shape(4096, width=384, layers=5, heads=6, mlp=669),
     },
     "M-small": {
         "llama": Shape(4096, width=192, layers=6, heads=3, mlp=427),
         "llama_conv": Shape(4096, width=192, layers=6, heads=3, mlp=427),
+        "llama_canon": Shape(4096, width=192, layers=6, heads=3, mlp=427),
+        "llama_start": Shape(4096, width=192, layers=6, heads=3, mlp=427),
         "mamba2": Shape(4096, width=192, layers=10, heads=6, state=32),
         "gated_delta": Shape(4096, width=192, layers=6, heads=3, mlp=326),
     },
@@ -98,6 +104,8 @@ RATES = {  # peak learning rates, with Muon: the best found, but for those marke
         "tinymamba": 4e-3,
         "llama": 2e-3,
         "llama_conv": 4e-3,  # guess
+        "llama_canon": 4e-3,  # guess
+        "llama_start": 4e-3,  # guess
         "mamba2": 8e-3,
         "gated_delta": 4e-3,  # guess
     },
@@ -105,6 +113,8 @@ RATES = {  # peak learning rates, with Muon: the best found, but for those marke
         "tinymamba": 8e-3,
         "llama": 4e-3,
         "llama_conv": 1.6e-2,
+        "llama_canon": 1.6e-2,  # guess
+        "llama_start": 1.6e-2,  # guess
         "mamba2": 8e-3,
         "gated_delta": 8e-3,  # guess
     },

@@ -134,9 +134,8 @@ def test_llama_conv_is_qwen3_with_convolutions_that_begin_small():
     model = peer("llama_conv")
     heads = {"num_key_value_heads": 2, "head_dim": 16}
     plain = hf.Qwen3ForCausalLM(hf.Qwen3Config(**peers.transformer_settings(SMALL), **heads)).eval()
-    weights = {name.replace(".norm.weight", ".weight"): t for name, t in model.state_dict().items()}
+    weights = {name.replace(".module.", "."): t for name, t in model.state_dict().items()}
     convs = {name: weights.pop(name) for name in [*weights] if "conv_weight" in name}
-    weights["model.norm.weight"] = weights.pop("model.weight")
     assert len(convs) == 4 and all(0.2 < t.abs().max() <= 0.25 for t in convs.values())
     plain.load_state_dict(weights)
     ids = torch.randint(40, (2, 20))
@@ -148,6 +147,19 @@ def test_llama_conv_is_qwen3_with_convolutions_that_begin_small():
         assert torch.equal(model(ids).logits, plain(ids).logits)
         for weight, value in zip(convs.values(), kept, strict=True):
             weight.copy_(value)
+
+
+@torch.no_grad()
+def test_llama_canon_and_llama_start_have_convolutions_in_attention():
+    canon, start = peer("llama_canon").model.layers[0].self_attn, peer("llama_start").model.layers
+    assert all(type(p) is peers.WithConv for p in (canon.q_proj, canon.k_proj, canon.v_proj))
+    u = torch.randn(2, 9, 32)
+    for attention in (layer.self_attn for layer in start):
+        assert type(attention.q_proj) is type(attention.v_proj) is nn.Linear
+        attention.k_proj.conv_weight.round_()  # without the random part
+        queries, keys = attention.q_proj(u), attention.k_proj(u)
+        torch.testing.assert_close(keys[:, 1:], queries[:, :-1])
+
 
 
 def test_peers_have_the_size_of_tinymamba_in_every_task():
