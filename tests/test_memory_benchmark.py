@@ -161,7 +161,6 @@ def test_llama_canon_and_llama_start_have_convolutions_in_attention():
         torch.testing.assert_close(keys[:, 1:], queries[:, :-1])
 
 
-
 def test_peers_have_the_size_of_tinymamba_in_every_task():
     seen = set()
     for task in memory.TASKS:
