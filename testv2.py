@@ -153,6 +153,7 @@ class Config:
     d_conv: int = 4  # width k of the causal convolutions
     bc_conv: bool = True  # a convolution of the SSM's B and C, besides that of the block's input
     rotating: float = 0.25  # share of the pairs of SSM state channels that rotate
+    k_conv: bool = True  # a convolution of the attention's keys
     expand_factor: int = 2  # inner width of SSM and MLP, as a multiple of d_model
     ssm_head_dim: int = 64  # channels p that share one SSM decay
     scan: str = "chunked"  # the parallel scan, or its slow reference
@@ -292,11 +293,11 @@ class Config:
 # Fields that determine what weights and states mean: fixed once they are trained.
 SHAPE_FIELDS = [
     "d_model", "n_layer", "vocab_size", "bias", "tie_embeddings", "low_rank", "activation",
-    "d_state", "d_conv", "bc_conv", "rotating", "expand_factor", "ssm_head_dim", "window_size",
+    "d_state", "d_conv", "bc_conv", "rotating", "k_conv", "expand_factor", "ssm_head_dim", "window_size",
     "num_heads", "rope_theta", "gate", "gate_top_k", "document_mask",
 ]  # fmt: skip
 # Values of fields that did not exist yet when a model was written.
-BEFORE = {"bc_conv": False, "rotating": 1.0}
+BEFORE = {"bc_conv": False, "rotating": 1.0, "k_conv": False}
 # Fields in the config.json of a model folder.
 FOLDER_FIELDS = [*SHAPE_FIELDS, "eos_id", "block_size", "deepnet", "scan", "chunk_size", "dropout"]
 # Fields that a resumed run cannot change.
@@ -478,7 +479,7 @@ def scan_sequential(
 class LayerState(NamedTuple):
     """The state of one block, of constant size."""
 
-    conv: Tensor  # (b, k-1, d + 2n) last inputs of the convolutions; (b, k-1, d) without bc_conv
+    conv: Tensor  # (b, k-1, d + 2n + d) last inputs of the convolutions: u; B and C; keys
     ssm: Tensor  # (b, h, p, n) float32
     phase: Tensor  # (b, r) float32, rotation of r pairs of channels in half turns, modulo 2
     keys: Tensor  # (b, a, w-1, f) after RoPE
@@ -569,7 +570,7 @@ class MambaSSM(nn.Module):
         c, tail = self.config, None
         z, x, B, C, dt = self.in_proj(u).split(self.sizes, dim=-1)
         if self.conv is not None:
-            tail = None if past is None else past.conv[..., c.d_model :]
+            tail = None if past is None else past.conv[..., c.d_model :][..., : 2 * c.d_state]
             BC, tail = self.conv(upcast(torch.cat((B, C), dim=-1)), context, tail)
             B, C = BC.chunk(2, dim=-1)  # (b, l, n)
         x = x.unflatten(-1, (self.n_heads, c.ssm_head_dim))  # (b, l, h, p)
@@ -615,7 +616,9 @@ class LocalAttention(nn.Module):
     """Causal attention to the last w tokens, in blocks: O(l w) time and memory.
 
     Keys are cached after RoPE at their position in the text. Queries and keys are normalized
-    (Henry et al., arXiv 2010.04245).
+    (Henry et al., arXiv 2010.04245). Before that, keys have a convolution, which begins as a shift:
+    a query then finds the tokens that came after earlier tokens like its own (an induction head:
+    Olsson et al., arXiv 2209.11895; shifted keys: Xu et al., arXiv 2411.19574).
     """
 
     def __init__(self, config: Config):
@@ -624,15 +627,20 @@ class LocalAttention(nn.Module):
         self.use_flash_attn = config.use_flash_attn
         self.head_dim = config.d_model // config.num_heads
         self.qkv = projection(config.d_model, [config.d_model] * 3, config)
+        self.conv: Any = ShortConv(config.d_model, config.d_conv) if config.k_conv else None
         self.q_norm, self.k_norm = RMSNorm(self.head_dim), RMSNorm(self.head_dim)
         self.out_proj = projection(config.d_model, [config.d_model], config)
         self.prefix: nn.Module | None = None  # slot: queries before RoPE -> (b, a, l, f)
 
     def forward(
         self, u: Tensor, context: SequenceContext, past: LayerState | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """u (b, l, d) -> the branch's output (b, l, d), last w-1 keys and values (b, a, w-1, f)."""
-        q, k, v = self.qkv(u).unflatten(-1, (3, self.n_heads, self.head_dim)).unbind(2)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """u (b, l, d) -> the output (b, l, d), last keys and values (b, a, w-1, f), tail of keys."""
+        tail, (q, k, v) = None, self.qkv(u).chunk(3, dim=-1)  # (b, l, d) each
+        if self.conv is not None:
+            tail = None if past is None else past.conv[..., -u.shape[-1] :]
+            k, tail = self.conv(k, context, tail)
+        q, k, v = (t.unflatten(-1, (self.n_heads, self.head_dim)) for t in (q, k, v))
         q, k, v = (t.transpose(1, 2) for t in (self.q_norm(q), self.k_norm(k), v))  # (b, a, l, f)
         plain_q = q
         q, k = (apply_rotary_pos_emb(t, context.cos, context.sin) for t in (q, k))
@@ -644,12 +652,12 @@ class LocalAttention(nn.Module):
         else:
             y = context.attend(attend, q, keys, values, context)
         y = y if self.prefix is None else y + self.prefix(plain_q)
-        tails = (
+        kept = (
             keep_last(t[:, :, 1:].transpose(1, 2), self.window - 1, context.lengths)
             for t in (keys, values)
         )
-        keys, values = (t.transpose(1, 2) for t in tails)
-        return self.out_proj(y.transpose(1, 2).flatten(2)), keys, values
+        keys, values = (t.transpose(1, 2) for t in kept)
+        return self.out_proj(y.transpose(1, 2).flatten(2)), keys, values, tail
 
     def with_cached(self, cached: Tensor | None, new: Tensor) -> Tensor:
         """The w cached keys or values (the first is padding), then the new ones."""
@@ -793,12 +801,12 @@ class TinyMambaBlock(nn.Module):
         u, tail = self.conv(to_autocast(self.norm(x)), context, tail)
         gates = self.gate(u)
         g = gates.to(u.dtype).unsqueeze(-2)  # (b, l, 1, 3)
-        ssm, ssm_state, phase, key_tail = self.ssm(u, context, past)
-        attention, keys, values = self.attention(u, context, past)
+        ssm, ssm_state, phase, bc_tail = self.ssm(u, context, past)
+        attention, keys, values, k_tail = self.attention(u, context, past)
         mix = g[..., 0] * ssm + g[..., 1] * attention + g[..., 2] * self.run_mlp(u, gates[..., 2])
         x = x + self.residual_scale * self.dropout(mix)
-        tail = tail if key_tail is None else torch.cat((tail, key_tail), dim=-1)
-        layer = LayerState(tail, ssm_state, phase, keys, values)
+        tails = [t for t in (tail, bc_tail, k_tail) if t is not None]
+        layer = LayerState(torch.cat(tails, dim=-1), ssm_state, phase, keys, values)
         return x, None if context.stateless else layer, gates
 
     def run_mlp(self, u: Tensor, weight: Tensor) -> Tensor:
@@ -997,7 +1005,7 @@ class TinyMambaModel(nn.Module):
         layers = []
         for _ in self.blocks:
             h, phase = upcast(zeros(*state)), upcast(zeros(ssm.n_rotating))
-            tail = zeros(c.d_conv - 1, c.d_model + (2 * c.d_state if ssm.conv else 0))
+            tail = zeros(c.d_conv - 1, c.d_model * (1 + c.k_conv) + 2 * c.d_state * c.bc_conv)
             layers.append(LayerState(tail, h, phase, zeros(*keys), zeros(*keys)))
         layers = layers if self.start is None else self.start(layers)
         return ModelState(layers, zeros(dtype=torch.int64), zeros(dtype=torch.int64))
@@ -1029,6 +1037,7 @@ def init_weights(model: TinyMambaModel) -> None:
     - Projections: normal, variance 2/(5 d_in) (Nguyen & Salazar, arXiv 1910.05895), biases zero;
       of a low-rank pair the first keeps the variance of its input, 1/d_in.
     - Convolutions: uniform within 1/sqrt(4 k), half of PyTorch's default, as its input is added.
+    - Attention with k_conv: keys equal to the queries of the token before, up to those taps.
     - Embedding: normal, deviation 0.02.
     - Gate: zero, so that every branch starts with a third. For gate=top_k tiny noise breaks the
       tie differently for each token; otherwise one branch would never be chosen, and never learn.
@@ -1056,6 +1065,7 @@ def init_weights(model: TinyMambaModel) -> None:
         init_conv(block.conv)
         init_ssm(block.ssm)
         nn.init.constant_(block.residual_scale, 1 / alpha)
+        init_attention(block.attention)
         with torch.no_grad():
             last_layer(block.attention.qkv).weight[-config.d_model :] *= beta
             for branch in (block.ssm, block.attention, block.mlp):
@@ -1070,6 +1080,19 @@ def init_ssm(ssm: MambaSSM) -> None:
     ssm.A_log.copy_(torch.empty_like(ssm.A_log).uniform_(1, 16).log())
     if ssm.conv is not None:
         init_conv(ssm.conv)
+
+
+@torch.no_grad()
+def init_attention(attention: LocalAttention) -> None:
+    """The projection and the convolution of keys, see init_weights."""
+    if attention.conv is None:
+        return
+    init_conv(attention.conv)
+    q, k, _ = last_layer(attention.qkv).weight.chunk(3)
+    k.copy_(q)
+    if attention.conv.width > 1:
+        attention.conv.weight[:, -1] -= 1
+        attention.conv.weight[:, -2] += 1
 
 
 def init_conv(conv: ShortConv) -> None:
