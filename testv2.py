@@ -1037,7 +1037,7 @@ def init_weights(model: TinyMambaModel) -> None:
     - Projections: normal, variance 2/(5 d_in) (Nguyen & Salazar, arXiv 1910.05895), biases zero;
       of a low-rank pair the first keeps the variance of its input, 1/d_in.
     - Convolutions: uniform within 1/sqrt(4 k), half of PyTorch's default, as its input is added.
-    - Attention with k_conv: keys equal to the queries of the token before, up to those taps.
+    - Attention with k_conv and k > 1: keys are the queries of the token before, up to those taps.
     - Embedding: normal, deviation 0.02.
     - Gate: zero, so that every branch starts with a third. For gate=top_k tiny noise breaks the
       tie differently for each token; otherwise one branch would never be chosen, and never learn.
@@ -1088,11 +1088,12 @@ def init_attention(attention: LocalAttention) -> None:
     if attention.conv is None:
         return
     init_conv(attention.conv)
+    if attention.conv.width == 1:
+        return
     q, k, _ = last_layer(attention.qkv).weight.chunk(3)
     k.copy_(q)
-    if attention.conv.width > 1:
-        attention.conv.weight[:, -1] -= 1
-        attention.conv.weight[:, -2] += 1
+    attention.conv.weight[:, -1] -= 1
+    attention.conv.weight[:, -2] += 1
 
 
 def init_conv(conv: ShortConv) -> None:
