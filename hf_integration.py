@@ -167,7 +167,7 @@ def read_cache(cache: Cache, model: TinyMambaModel, batch: int, new: int = 0) ->
         raise ValueError(f"past_key_values: has {rows} sequences, but the input has {batch}")
     states = []
     for i in range(len(model.blocks)):
-        tail = cache.get_conv_state(i, CONV)[:, :, : kernel - 1].mT  # (b, k-1, d + 2n)
+        tail = cache.get_conv_state(i, CONV)[:, :, : kernel - 1].mT  # (b, k-1, d + 2n + d)
         phase = cache.get_conv_state(i, PHASE).squeeze(-1)  # (b, r)
         ssm = cache.get_recurrent_state(i)  # (b, h, p, n)
         keys, values = (
@@ -195,7 +195,7 @@ def write_cache(cache: Cache, state: ModelState, length: int, padded: bool) -> N
     """Store the state after `length` more tokens in `cache`."""
     position = torch.stack((state.position, state.document_start), dim=1)[..., None]  # (b, 2, 1)
     for i, layer in enumerate(state.layers):
-        tail = layer.conv.mT  # (b, d + 2n, k-1)
+        tail = layer.conv.mT  # (b, d + 2n + d, k-1)
         cache.update_conv_state(tail if tail.shape[2] else F.pad(tail, (1, 0)), i, CONV)
         cache.update_conv_state(layer.phase[..., None], i, PHASE)
         cache.update_conv_state(position, i, POSITION)

@@ -128,7 +128,7 @@ class VariantSSM(MambaSSM):
         c, v, tail = self.config, self.variant, None
         z, x, B, C, dt = self.in_proj(u).split(self.sizes, dim=-1)
         if self.conv is not None:
-            tail = None if past is None else past.conv[..., c.d_model :]
+            tail = None if past is None else past.conv[..., c.d_model :][..., : 2 * c.d_state]
             BC, tail = self.conv(upcast(torch.cat((B, C), dim=-1)), context, tail)
             B, C = BC.chunk(2, dim=-1)
         x = x.unflatten(-1, (self.n_heads, c.ssm_head_dim))
