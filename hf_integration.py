@@ -668,9 +668,9 @@ AutoModelForCausalLM.register(TinyMambaConfig, TinyMambaHFModel, exist_ok=True)
 
 # The code of a model folder, and all files that `convert` may write.
 CODE = (
-    "hf_integration.py", "testv2.py", "checkpoint.py", "cli.py", "data_order.py", "kernels.py",
-    "lock.py", "optimizer.py", "packing.py", "runtime.py", "schedule.py", "token_file.py",
-    "token_shards.py", "tokenizer.py",
+    "hf_integration.py", "testv2.py", "checkpoint.py", "cli.py", "data_order.py", "dataset.py",
+    "delta_rule.py", "kernels.py", "lock.py", "optimizer.py", "packing.py", "runtime.py",
+    "schedule.py", "token_file.py", "token_shards.py", "tokenizer.py",
 )  # fmt: skip
 OUTPUTS = (
     "model.safetensors", "config.json", "generation_config.json", "README.md", "vocab.txt",

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.delta_rule import run_delta_rule
 from testv2 import (
     MIN_DT,
     MIN_LOG_DECAY,
@@ -36,6 +35,7 @@ from testv2 import (
     upcast,
 )
 from tinymamba.cli import UserError, check_fields, parse_as, require
+from tinymamba.delta_rule import run_delta_rule
 
 SHIFT = 0.88  # how much of B comes from the token before at first, with start=memory
 

@@ -94,7 +94,9 @@ def texts_in_pieces(draw):
     window=st.sampled_from([1, 2, 8, 500]),
     d_conv=st.sampled_from([1, 4]),
     low_rank=st.sampled_from([0, 6]),
-    form=st.sampled_from([{"rotating": 0.5}, {"bc_conv": False}, {"k_conv": False}, *FORMS.values()]),
+    form=st.sampled_from(
+        [{"rotating": 0.5}, {"bc_conv": False}, {"k_conv": False}, *FORMS.values()]
+    ),
     double=st.booleans(),
 )
 def test_any_split_gives_the_logits_of_one_pass(
