@@ -96,7 +96,8 @@ class TinyMambaConfig(PreTrainedConfig):
         "hidden_dropout": "dropout",
     }
     # For each block the cache holds three windows of inputs: those of the convolutions, the phase,
-    # and (position, start of the document). Of the last two, only the newest entry is used.
+    # and (position, start of the document). Of the last two, only the newest entry is used. It also
+    # holds two recurrent states: those of the SSM and of the memory.
     number_of_conv_states = 3
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -140,6 +141,7 @@ def config_of(native: TinyMambaModel, **changes: Any) -> TinyMambaConfig:
 # ------------------------------------------------------------------------------------ cache
 
 CONV, PHASE, POSITION = range(3)  # the windows of inputs; see number_of_conv_states
+SSM, MEMORY = range(2)  # the recurrent states
 
 
 def read_cache(cache: Cache, model: TinyMambaModel, batch: int, new: int = 0) -> ModelState:
@@ -169,12 +171,13 @@ def read_cache(cache: Cache, model: TinyMambaModel, batch: int, new: int = 0) ->
     for i in range(len(model.blocks)):
         tail = cache.get_conv_state(i, CONV)[:, :, : kernel - 1].mT  # (b, k-1, d + 2n + d)
         phase = cache.get_conv_state(i, PHASE).squeeze(-1)  # (b, r)
-        ssm = cache.get_recurrent_state(i)  # (b, h, p, n)
+        ssm = cache.get_recurrent_state(i, SSM)  # (b, h, p, n)
+        memory = cache.get_recurrent_state(i, MEMORY) if model.config.memory else None
         keys, values = (
             last_keys(t, cache.get_seq_length(i), window - 1)
             for t in (cache.layers[i].keys, cache.layers[i].values)
         )
-        states.append(LayerState(tail, ssm, phase, keys, values))
+        states.append(LayerState(tail, ssm, phase, keys, values, memory))
     return ModelState(states, *position.unbind(1))
 
 
@@ -199,7 +202,9 @@ def write_cache(cache: Cache, state: ModelState, length: int, padded: bool) -> N
         cache.update_conv_state(tail if tail.shape[2] else F.pad(tail, (1, 0)), i, CONV)
         cache.update_conv_state(layer.phase[..., None], i, PHASE)
         cache.update_conv_state(position, i, POSITION)
-        cache.update_recurrent_state(layer.ssm, i)
+        cache.update_recurrent_state(layer.ssm, i, SSM)
+        if layer.memory is not None:
+            cache.update_recurrent_state(layer.memory, i, MEMORY)
         write_keys(cache, layer, i, length, padded)
 
 
