@@ -15,6 +15,7 @@ from helpers import (
     EOS,
     FORMS,
     GATES,
+    ROOT,
     close,
     close_angles,
     examples,
@@ -691,6 +692,13 @@ def test_state_moves_and_knows_its_size():
     moved = state.to("meta")
     assert {t.device.type for t in moved.tensors().values()} == {"meta"}
     assert same_state(prefilled(model, some_ids(3, 5)).to("cpu"), prefilled(model, some_ids(3, 5)))
+
+
+def test_the_state_of_the_demo_has_the_size_that_the_page_gives():
+    with torch.device("meta"):
+        state = TinyMambaModel(testv2.Config(**testv2.PRESETS["demo"])).init_state(1)
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert f"model is {state.nbytes / 1000:.0f} kB." in page
 
 
 @pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])
