@@ -293,8 +293,8 @@ class Config:
 # Fields that determine what weights and states mean: fixed once they are trained.
 SHAPE_FIELDS = [
     "d_model", "n_layer", "vocab_size", "bias", "tie_embeddings", "low_rank", "activation",
-    "d_state", "d_conv", "bc_conv", "rotating", "k_conv", "expand_factor", "ssm_head_dim", "window_size",
-    "num_heads", "rope_theta", "gate", "gate_top_k", "document_mask",
+    "d_state", "d_conv", "bc_conv", "rotating", "k_conv", "expand_factor", "ssm_head_dim",
+    "window_size", "num_heads", "rope_theta", "gate", "gate_top_k", "document_mask",
 ]  # fmt: skip
 # Values of fields that did not exist yet when a model was written.
 BEFORE = {"bc_conv": False, "rotating": 1.0, "k_conv": False}
@@ -635,7 +635,7 @@ class LocalAttention(nn.Module):
     def forward(
         self, u: Tensor, context: SequenceContext, past: LayerState | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """u (b, l, d) -> the output (b, l, d), last keys and values (b, a, w-1, f), tail of keys."""
+        """u (b, l, d) -> output (b, l, d), last keys and values (b, a, w-1, f), tail of keys."""
         tail, (q, k, v) = None, self.qkv(u).chunk(3, dim=-1)  # (b, l, d) each
         if self.conv is not None:
             tail = None if past is None else past.conv[..., -u.shape[-1] :]
