@@ -423,8 +423,8 @@ def test_gradients_under_autocast_are_finite_and_near_float32():
 @pytest.mark.parametrize(
     "steps, share",
     [
-        (12, 0.83),  # of the first loss; 0.78, without the DeepNet scaling 0.88
-        pytest.param(50, 0.15, marks=pytest.mark.slow),  # 0.08; without the scaling 0.22
+        (12, 0.83),  # of the first loss; 0.75, without the DeepNet scaling 0.89
+        pytest.param(50, 0.15, marks=pytest.mark.slow),  # 0.08; without the scaling 0.16
     ],
 )
 def test_two_hundred_layers_train_without_divergence(steps, share):
