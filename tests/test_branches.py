@@ -577,7 +577,7 @@ def test_what_the_kernels_of_a_gpu_ask_of_fused_attention(monkeypatch, L):
 @pytest.mark.parametrize("k_conv", [True, False])
 @pytest.mark.parametrize(("L", "W"), SHAPES)
 def test_attention_sees_exactly_the_last_window_tokens(L, W, k_conv):
-    """And through the convolution of the oldest key the three before; one key needs no weight."""
+    """And the three before, through the oldest key; of a single key the weight is always 1."""
     model = wide(window_size=W, k_conv=k_conv)
     reach = W - 1 + (3 if k_conv and W > 1 else 0)
     u = torch.randn(2, L, 32, requires_grad=True)
