@@ -152,7 +152,7 @@ class Config:
     bc_conv: bool = True  # a convolution of the SSM's B and C, besides that of the block's input
     rotating: float = 0.25  # share of the pairs of SSM state channels that rotate
     k_conv: bool = True  # a convolution of the attention's keys
-    memory: bool = True  # attention has a state as well, for what its window does not see
+    memory: bool = False  # attention has a state as well, for what its window does not see
     expand_factor: int = 2  # inner width of SSM and MLP, as a multiple of d_model
     ssm_head_dim: int = 64  # channels p that share one SSM decay
     scan: str = "chunked"  # the parallel scan, or its slow reference

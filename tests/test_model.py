@@ -36,6 +36,7 @@ from tinymamba.cli import UserError
 from tinymamba.kernels import ChunkedLoss, loss_and_gradients
 
 FORM = pytest.mark.parametrize("form", FORMS)
+MEMORY = {"memory": True}
 LAW = pytest.mark.parametrize(
     ("double", "tolerance"), [(False, 1e-4), (True, 1e-9)], ids=["float32", "float64"]
 )
@@ -96,7 +97,7 @@ def texts_in_pieces(draw):
     d_conv=st.sampled_from([1, 4]),
     low_rank=st.sampled_from([0, 6]),
     form=st.sampled_from(
-        [{"rotating": 0.5}, {"bc_conv": False}, {"k_conv": False}, *FORMS.values()]
+        [{"rotating": 0.5}, {"bc_conv": False}, {"k_conv": False}, MEMORY, *FORMS.values()]
     ),
     double=st.booleans(),
 )
@@ -423,8 +424,8 @@ def test_gradients_under_autocast_are_finite_and_near_float32():
 @pytest.mark.parametrize(
     "steps, share",
     [
-        (12, 0.83),  # of the first loss; 0.78, without the DeepNet scaling 0.88
-        pytest.param(50, 0.15, marks=pytest.mark.slow),  # 0.08; without the scaling 0.22
+        (12, 0.83),  # of the first loss; 0.75, without the DeepNet scaling 0.89
+        pytest.param(50, 0.15, marks=pytest.mark.slow),  # 0.08; without the scaling 0.16
     ],
 )
 def test_two_hundred_layers_train_without_divergence(steps, share):
