@@ -80,7 +80,7 @@ class Graph(nn.Module):
 
     def prefill(self, ids: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         """ids (b, l) and ModelState.tensors() -> logits (b, v) and the new state's tensors."""
-        per_layer = len(LayerState._fields)
+        per_layer = (len(tensors) - 2) // self.model.config.n_layer
         layers = [
             LayerState(*tensors[i : i + per_layer]) for i in range(0, len(tensors) - 2, per_layer)
         ]

@@ -96,7 +96,8 @@ class TinyMambaConfig(PreTrainedConfig):
         "hidden_dropout": "dropout",
     }
     # For each block the cache holds three windows of inputs: those of the convolutions, the phase,
-    # and (position, start of the document). Of the last two, only the newest entry is used.
+    # and (position, start of the document). Of the last two, only the newest entry is used. It also
+    # holds two recurrent states: those of the SSM and of the memory.
     number_of_conv_states = 3
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -140,6 +141,7 @@ def config_of(native: TinyMambaModel, **changes: Any) -> TinyMambaConfig:
 # ------------------------------------------------------------------------------------ cache
 
 CONV, PHASE, POSITION = range(3)  # the windows of inputs; see number_of_conv_states
+SSM, MEMORY = range(2)  # the recurrent states
 
 
 def read_cache(cache: Cache, model: TinyMambaModel, batch: int, new: int = 0) -> ModelState:
@@ -167,14 +169,15 @@ def read_cache(cache: Cache, model: TinyMambaModel, batch: int, new: int = 0) ->
         raise ValueError(f"past_key_values: has {rows} sequences, but the input has {batch}")
     states = []
     for i in range(len(model.blocks)):
-        tail = cache.get_conv_state(i, CONV)[:, :, : kernel - 1].mT  # (b, k-1, d + 2n)
+        tail = cache.get_conv_state(i, CONV)[:, :, : kernel - 1].mT  # (b, k-1, d + 2n + d)
         phase = cache.get_conv_state(i, PHASE).squeeze(-1)  # (b, r)
-        ssm = cache.get_recurrent_state(i)  # (b, h, p, n)
+        ssm = cache.get_recurrent_state(i, SSM)  # (b, h, p, n)
+        memory = cache.get_recurrent_state(i, MEMORY) if model.config.memory else None
         keys, values = (
             last_keys(t, cache.get_seq_length(i), window - 1)
             for t in (cache.layers[i].keys, cache.layers[i].values)
         )
-        states.append(LayerState(tail, ssm, phase, keys, values))
+        states.append(LayerState(tail, ssm, phase, keys, values, memory))
     return ModelState(states, *position.unbind(1))
 
 
@@ -195,11 +198,13 @@ def write_cache(cache: Cache, state: ModelState, length: int, padded: bool) -> N
     """Store the state after `length` more tokens in `cache`."""
     position = torch.stack((state.position, state.document_start), dim=1)[..., None]  # (b, 2, 1)
     for i, layer in enumerate(state.layers):
-        tail = layer.conv.mT  # (b, d + 2n, k-1)
+        tail = layer.conv.mT  # (b, d + 2n + d, k-1)
         cache.update_conv_state(tail if tail.shape[2] else F.pad(tail, (1, 0)), i, CONV)
         cache.update_conv_state(layer.phase[..., None], i, PHASE)
         cache.update_conv_state(position, i, POSITION)
-        cache.update_recurrent_state(layer.ssm, i)
+        cache.update_recurrent_state(layer.ssm, i, SSM)
+        if layer.memory is not None:
+            cache.update_recurrent_state(layer.memory, i, MEMORY)
         write_keys(cache, layer, i, length, padded)
 
 
@@ -668,9 +673,9 @@ AutoModelForCausalLM.register(TinyMambaConfig, TinyMambaHFModel, exist_ok=True)
 
 # The code of a model folder, and all files that `convert` may write.
 CODE = (
-    "hf_integration.py", "testv2.py", "checkpoint.py", "cli.py", "data_order.py", "kernels.py",
-    "lock.py", "optimizer.py", "packing.py", "runtime.py", "schedule.py", "token_file.py",
-    "token_shards.py", "tokenizer.py",
+    "hf_integration.py", "testv2.py", "checkpoint.py", "cli.py", "data_order.py", "dataset.py",
+    "delta_rule.py", "kernels.py", "lock.py", "optimizer.py", "packing.py", "runtime.py",
+    "schedule.py", "token_file.py", "token_shards.py", "tokenizer.py",
 )  # fmt: skip
 OUTPUTS = (
     "model.safetensors", "config.json", "generation_config.json", "README.md", "vocab.txt",

@@ -270,7 +270,7 @@ class InitialState(nn.Module):
         layers = model.init_state(1).layers
         self.conv = nn.Parameter(
             torch.stack([layer.conv[0] for layer in layers])
-        )  # (n_layer, k-1, d + 2n)
+        )  # (n_layer, k-1, d + 2n + d)
         self.ssm = nn.Parameter(
             torch.stack([layer.ssm[0] for layer in layers])
         )  # (n_layer, h, p, n)

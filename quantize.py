@@ -278,8 +278,10 @@ def loss_of_rounded_state(model: TinyMambaModel, ids: Tensor) -> float:
     def rounded(state: ModelState) -> ModelState:
         layers = []
         for layer in state.layers:
-            steps, step = to_bytes(layer.ssm)
-            layers.append(layer._replace(ssm=steps * step))
+            sums = {"ssm": layer.ssm, "memory": layer.memory}
+            rounded = {name: to_bytes(t) for name, t in sums.items() if t is not None}
+            rounded = {name: steps * step for name, (steps, step) in rounded.items()}
+            layers.append(layer._replace(**rounded))
         return ModelState(layers, state.position, state.document_start)
 
     state, total = model.init_state(len(ids)), 0.0

@@ -27,24 +27,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import hashlib
 import inspect
 import json
 import math
-import operator
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from types import MethodType
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -83,7 +79,9 @@ from tinymamba.cli import (
     say,
     show,
 )
-from tinymamba.data_order import MixtureSchedule, ShardedBatches, permute
+from tinymamba.data_order import ShardedBatches
+from tinymamba.dataset import StreamingTokenDataset
+from tinymamba.delta_rule import run_delta_rule
 from tinymamba.kernels import (
     ChunkedLoss,
     ChunkedScan,
@@ -120,7 +118,7 @@ from tinymamba.runtime import (
 )
 from tinymamba.schedule import learning_rate, warmup_length
 from tinymamba.token_file import TokenFile, read_sidecar  # noqa: F401
-from tinymamba.token_shards import open_tokens, read_facts
+from tinymamba.token_shards import read_facts
 from tinymamba.tokenizer import (  # noqa: F401
     RunTokenizer,
     SimpleTokenizer,
@@ -153,6 +151,8 @@ class Config:
     d_conv: int = 4  # width k of the causal convolutions
     bc_conv: bool = True  # a convolution of the SSM's B and C, besides that of the block's input
     rotating: float = 0.25  # share of the pairs of SSM state channels that rotate
+    k_conv: bool = True  # a convolution of the attention's keys
+    memory: bool = False  # attention has a state as well, for what its window does not see
     expand_factor: int = 2  # inner width of SSM and MLP, as a multiple of d_model
     ssm_head_dim: int = 64  # channels p that share one SSM decay
     scan: str = "chunked"  # the parallel scan, or its slow reference
@@ -292,11 +292,11 @@ class Config:
 # Fields that determine what weights and states mean: fixed once they are trained.
 SHAPE_FIELDS = [
     "d_model", "n_layer", "vocab_size", "bias", "tie_embeddings", "low_rank", "activation",
-    "d_state", "d_conv", "bc_conv", "rotating", "expand_factor", "ssm_head_dim", "window_size",
-    "num_heads", "rope_theta", "gate", "gate_top_k", "document_mask",
+    "d_state", "d_conv", "bc_conv", "rotating", "k_conv", "memory", "expand_factor",
+    "ssm_head_dim", "window_size", "num_heads", "rope_theta", "gate", "gate_top_k", "document_mask",
 ]  # fmt: skip
 # Values of fields that did not exist yet when a model was written.
-BEFORE = {"bc_conv": False, "rotating": 1.0}
+BEFORE = {"bc_conv": False, "rotating": 1.0, "k_conv": False, "memory": False}
 # Fields in the config.json of a model folder.
 FOLDER_FIELDS = [*SHAPE_FIELDS, "eos_id", "block_size", "deepnet", "scan", "chunk_size", "dropout"]
 # Fields that a resumed run cannot change.
@@ -478,11 +478,12 @@ def scan_sequential(
 class LayerState(NamedTuple):
     """The state of one block, of constant size."""
 
-    conv: Tensor  # (b, k-1, d + 2n) last inputs of the convolutions; (b, k-1, d) without bc_conv
+    conv: Tensor  # (b, k-1, d + 2n + d) last inputs of the convolutions: u; B and C; keys
     ssm: Tensor  # (b, h, p, n) float32
     phase: Tensor  # (b, r) float32, rotation of r pairs of channels in half turns, modulo 2
     keys: Tensor  # (b, a, w-1, f) after RoPE
     values: Tensor  # (b, a, w-1, f)
+    memory: Any = None  # (b, a, f, f) float32, values by keys; None without Config.memory
 
 
 class SequenceContext(NamedTuple):
@@ -500,6 +501,14 @@ class SequenceContext(NamedTuple):
     packed: bool = False  # documents may begin inside the call, at `starts`
     attend: Callable | None = None  # replaces LocalAttention's, which is its first argument
     stateless: bool = False  # the states after the call are not needed
+
+    def real(self, index: Tensor) -> Tensor | None:
+        """Which tokens are no padding, of bool (b, l); None if all."""
+        return None if self.lengths is None else index < self.lengths[:, None]
+
+    def resets(self, index: Tensor) -> Tensor | None:
+        """Tokens after the first that begin a document, of bool (b, l); None if there are none."""
+        return (self.starts == index) & (index > 0) if self.packed else None
 
 
 class ShortConv(nn.Module):
@@ -569,25 +578,23 @@ class MambaSSM(nn.Module):
         c, tail = self.config, None
         z, x, B, C, dt = self.in_proj(u).split(self.sizes, dim=-1)
         if self.conv is not None:
-            tail = None if past is None else past.conv[..., c.d_model :]
+            tail = None if past is None else past.conv[..., c.d_model :][..., : 2 * c.d_state]
             BC, tail = self.conv(upcast(torch.cat((B, C), dim=-1)), context, tail)
             B, C = BC.chunk(2, dim=-1)  # (b, l, n)
         x = x.unflatten(-1, (self.n_heads, c.ssm_head_dim))  # (b, l, h, p)
         dt = F.threshold(F.softplus(upcast(dt) + upcast(self.dt_bias)), MIN_DT, 0.0)  # (b, l, h)
         # The rotation by each token, in half turns from -1 to 1; float32, as rounding would add up.
         half_turns = F.hardtanh(F.softshrink(self.angle_proj(u), 0.5))  # (b, l, r)
-        index, resets = torch.arange(u.shape[1], device=u.device), None
-        if context.lengths is not None:
-            real = (index < context.lengths[:, None])[..., None]
-            dt, half_turns = dt * real, half_turns * real
-        if context.packed:
-            resets = (context.starts == index) & (index > 0)
+        index = torch.arange(u.shape[1], device=u.device)
+        if (real := context.real(index)) is not None:
+            dt, half_turns = dt * real[..., None], half_turns * real[..., None]
         state, phase = (None, None) if past is None else (past.ssm, past.phase)
         phase = running_phase(half_turns, phase)
         plain_C = C
         B, C = rotate_channels(B, phase), rotate_channels(C, phase)  # (b, l, n)
         A = -upcast(self.A_log).exp()
-        y, state = selective_scan(x, dt, A, B, C, self.D, state, resets, c.scan, c.chunk_size)
+        resets, scan = context.resets(index), (c.scan, c.chunk_size)
+        y, state = selective_scan(x, dt, A, B, C, self.D, state, resets, *scan)
         y = y if self.offset is None else y + self.offset(plain_C.to(u.dtype))
         return self.out_proj(y.flatten(2) * F.silu(z)), state, phase[:, -1], tail
 
@@ -611,11 +618,55 @@ def running_phase(half_turns: Tensor, phase: Tensor | None) -> Tensor:
     return total.remainder(2).to(half_turns.dtype).remainder(2).mT  # rounding may have made it 2
 
 
+class Memory(nn.Module):
+    """A state for each head of attention: what the window does not see any more.
+
+    The value of every token is written under its key, and takes the place of what that key held
+    before: the gated delta rule (Yang et al., arXiv 2412.06464, eq. 10). Keys, queries and values
+    are those of attention before RoPE, so what a head learns from near tokens serves far ones.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, heads = config, config.num_heads
+        self.token_proj = Float32Linear(config.d_model, 3 * heads)  # how to write, keep and read
+        self.A_log = nn.Parameter(torch.empty(heads))
+
+    def forward(
+        self, u: Tensor, qkv: list[Tensor], context: SequenceContext, state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """u (b, l, d), qkv (b, a, l, f) each, state (b, a, f, f) -> values read, new state."""
+        q, k, v = qkv
+        rows, heads, length, width = v.shape
+        per_token = self.token_proj(u).mT.unflatten(1, (3, heads))  # (b, 3, a, l)
+        beta, gate = per_token[:, 0].sigmoid(), per_token[:, 2].sigmoid()  # (b, a, l)
+        log_decay = -F.softplus(per_token[:, 1]) * upcast(self.A_log).exp()[:, None]
+        index = torch.arange(length, device=u.device)
+        if (real := context.real(index)) is not None:
+            beta, log_decay = beta * real[:, None], log_decay * real[:, None]
+        log_decay = log_decay.clamp(min=MIN_LOG_DECAY)
+        if (resets := context.resets(index)) is not None:
+            log_decay = log_decay.masked_fill(resets[:, None], MIN_LOG_DECAY)
+        if state is None:
+            state = beta.new_zeros(rows, heads, width, width)
+        q, k = (F.normalize(upcast(t), dim=-1).flatten(0, 1) for t in (q, k))
+        beta, log_decay = (t.flatten(0, 1)[..., None] for t in (beta, log_decay))  # (b*a, l, 1)
+        x, state = v.flatten(0, 1)[:, :, None], upcast(state).flatten(0, 1)[:, None]
+        stepwise = self.config.scan == "sequential" or (isinstance(length, int) and length == 1)
+        with torch.autocast(u.device.type, enabled=False):
+            size = self.config.chunk_size
+            y, state = run_delta_rule(x, beta, log_decay, k, q, state, size, stepwise)
+        y = y[:, :, 0].unflatten(0, (rows, heads)) * gate[..., None]  # (b, a, l, f)
+        return y.to(v.dtype), state[:, 0].unflatten(0, (rows, heads))
+
+
 class LocalAttention(nn.Module):
     """Causal attention to the last w tokens, in blocks: O(l w) time and memory.
 
     Keys are cached after RoPE at their position in the text. Queries and keys are normalized
-    (Henry et al., arXiv 2010.04245).
+    (Henry et al., arXiv 2010.04245). Before that, keys have a convolution, which begins as a shift:
+    a query then finds the tokens that came after earlier tokens like its own (an induction head:
+    Olsson et al., arXiv 2209.11895; shifted keys: Xu et al., arXiv 2411.19574).
     """
 
     def __init__(self, config: Config):
@@ -624,17 +675,23 @@ class LocalAttention(nn.Module):
         self.use_flash_attn = config.use_flash_attn
         self.head_dim = config.d_model // config.num_heads
         self.qkv = projection(config.d_model, [config.d_model] * 3, config)
+        self.conv: Any = ShortConv(config.d_model, config.d_conv) if config.k_conv else None
         self.q_norm, self.k_norm = RMSNorm(self.head_dim), RMSNorm(self.head_dim)
         self.out_proj = projection(config.d_model, [config.d_model], config)
+        self.memory = Memory(config) if config.memory else None
         self.prefix: nn.Module | None = None  # slot: queries before RoPE -> (b, a, l, f)
 
     def forward(
         self, u: Tensor, context: SequenceContext, past: LayerState | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """u (b, l, d) -> the branch's output (b, l, d), last w-1 keys and values (b, a, w-1, f)."""
-        q, k, v = self.qkv(u).unflatten(-1, (3, self.n_heads, self.head_dim)).unbind(2)
+    ) -> tuple[Tensor, Tensor, Tensor, Any, Any]:
+        """u (b, l, d) -> output (b, l, d), last keys and values (b, a, w-1, f), tail, memory."""
+        tail, (q, k, v) = None, self.qkv(u).chunk(3, dim=-1)  # (b, l, d) each
+        if self.conv is not None:
+            tail = None if past is None else past.conv[..., -u.shape[-1] :]
+            k, tail = self.conv(k, context, tail)
+        q, k, v = (t.unflatten(-1, (self.n_heads, self.head_dim)) for t in (q, k, v))
         q, k, v = (t.transpose(1, 2) for t in (self.q_norm(q), self.k_norm(k), v))  # (b, a, l, f)
-        plain_q = q
+        plain = [q, k, v]
         q, k = (apply_rotary_pos_emb(t, context.cos, context.sin) for t in (q, k))
         keys = self.with_cached(None if past is None else past.keys, k)  # (b, a, w+l, f)
         values = self.with_cached(None if past is None else past.values, v)
@@ -643,13 +700,17 @@ class LocalAttention(nn.Module):
             y = attend(q, keys, values, context.mask)
         else:
             y = context.attend(attend, q, keys, values, context)
-        y = y if self.prefix is None else y + self.prefix(plain_q)
-        tails = (
+        y = y if self.prefix is None else y + self.prefix(plain[0])
+        state = None if past is None else past.memory
+        if self.memory is not None:
+            found, state = self.memory(u, plain, context, state)
+            y = y + found
+        kept = (
             keep_last(t[:, :, 1:].transpose(1, 2), self.window - 1, context.lengths)
             for t in (keys, values)
         )
-        keys, values = (t.transpose(1, 2) for t in tails)
-        return self.out_proj(y.transpose(1, 2).flatten(2)), keys, values
+        keys, values = (t.transpose(1, 2) for t in kept)
+        return self.out_proj(y.transpose(1, 2).flatten(2)), keys, values, tail, state
 
     def with_cached(self, cached: Tensor | None, new: Tensor) -> Tensor:
         """The w cached keys or values (the first is padding), then the new ones."""
@@ -793,12 +854,12 @@ class TinyMambaBlock(nn.Module):
         u, tail = self.conv(to_autocast(self.norm(x)), context, tail)
         gates = self.gate(u)
         g = gates.to(u.dtype).unsqueeze(-2)  # (b, l, 1, 3)
-        ssm, ssm_state, phase, key_tail = self.ssm(u, context, past)
-        attention, keys, values = self.attention(u, context, past)
+        ssm, ssm_state, phase, bc_tail = self.ssm(u, context, past)
+        attention, keys, values, k_tail, memory = self.attention(u, context, past)
         mix = g[..., 0] * ssm + g[..., 1] * attention + g[..., 2] * self.run_mlp(u, gates[..., 2])
         x = x + self.residual_scale * self.dropout(mix)
-        tail = tail if key_tail is None else torch.cat((tail, key_tail), dim=-1)
-        layer = LayerState(tail, ssm_state, phase, keys, values)
+        tails = [t for t in (tail, bc_tail, k_tail) if t is not None]
+        layer = LayerState(torch.cat(tails, dim=-1), ssm_state, phase, keys, values, memory)
         return x, None if context.stateless else layer, gates
 
     def run_mlp(self, u: Tensor, weight: Tensor) -> Tensor:
@@ -997,8 +1058,9 @@ class TinyMambaModel(nn.Module):
         layers = []
         for _ in self.blocks:
             h, phase = upcast(zeros(*state)), upcast(zeros(ssm.n_rotating))
-            tail = zeros(c.d_conv - 1, c.d_model + (2 * c.d_state if ssm.conv else 0))
-            layers.append(LayerState(tail, h, phase, zeros(*keys), zeros(*keys)))
+            tail = zeros(c.d_conv - 1, c.d_model * (1 + c.k_conv) + 2 * c.d_state * c.bc_conv)
+            memory = upcast(zeros(c.num_heads, keys[-1], keys[-1])) if c.memory else None
+            layers.append(LayerState(tail, h, phase, zeros(*keys), zeros(*keys), memory))
         layers = layers if self.start is None else self.start(layers)
         return ModelState(layers, zeros(dtype=torch.int64), zeros(dtype=torch.int64))
 
@@ -1029,10 +1091,12 @@ def init_weights(model: TinyMambaModel) -> None:
     - Projections: normal, variance 2/(5 d_in) (Nguyen & Salazar, arXiv 1910.05895), biases zero;
       of a low-rank pair the first keeps the variance of its input, 1/d_in.
     - Convolutions: uniform within 1/sqrt(4 k), half of PyTorch's default, as its input is added.
+    - Attention with k_conv and k > 1: keys are the queries of the token before, up to those taps.
     - Embedding: normal, deviation 0.02.
     - Gate: zero, so that every branch starts with a third. For gate=top_k tiny noise breaks the
       tie differently for each token; otherwise one branch would never be chosen, and never learn.
     - SSM: dt log-uniform in [1e-3, 1e-1], A uniform in [1, 16], as in Mamba-2.
+    - Memory: half of a token is written and half of it read; it fades by half in 100 to 10,000.
     - DeepNet (arXiv 2203.00555, table 1, decoder-only, one sublayer per block): its stream is
       norm(alpha x + f) with alpha = n_layer^(1/4), and values and output projections are scaled
       by beta = (4 n_layer)^(-1/4). Only the ratio of x to f counts before a norm, so the stream
@@ -1056,6 +1120,7 @@ def init_weights(model: TinyMambaModel) -> None:
         init_conv(block.conv)
         init_ssm(block.ssm)
         nn.init.constant_(block.residual_scale, 1 / alpha)
+        init_attention(block.attention)
         with torch.no_grad():
             last_layer(block.attention.qkv).weight[-config.d_model :] *= beta
             for branch in (block.ssm, block.attention, block.mlp):
@@ -1072,6 +1137,23 @@ def init_ssm(ssm: MambaSSM) -> None:
         init_conv(ssm.conv)
 
 
+@torch.no_grad()
+def init_attention(attention: LocalAttention) -> None:
+    """The memory, the convolution of keys and what goes with it, see init_weights."""
+    if attention.memory is not None:
+        nn.init.zeros_(attention.memory.token_proj.weight)
+        attention.memory.A_log.uniform_(math.log(1e-4), math.log(1e-2))
+    if attention.conv is None:
+        return
+    init_conv(attention.conv)
+    if attention.conv.width == 1:
+        return
+    q, k, _ = last_layer(attention.qkv).weight.chunk(3)
+    k.copy_(q)
+    attention.conv.weight[:, -1] -= 1
+    attention.conv.weight[:, -2] += 1
+
+
 def init_conv(conv: ShortConv) -> None:
     """Taps, see init_weights."""
     bound = 0.5 * conv.width**-0.5
@@ -1081,10 +1163,22 @@ def init_conv(conv: ShortConv) -> None:
 # ------------------------------------------------------------------------------------ state
 
 
-def erase_ssm(layers: list[LayerState], rows: Tensor) -> list[LayerState]:
-    """The layers with zeros for their SSM states in the rows (b,) of bool."""
+def erase_states(layers: list[LayerState], rows: Tensor) -> list[LayerState]:
+    """The layers with zeros for the states of SSM and memory in the rows (b,) of bool."""
     rows = rows[:, None, None, None]
-    return [layer._replace(ssm=layer.ssm.masked_fill(rows, 0.0)) for layer in layers]
+    return [
+        layer._replace(
+            ssm=layer.ssm.masked_fill(rows, 0.0),
+            memory=None if layer.memory is None else layer.memory.masked_fill(rows, 0.0),
+        )
+        for layer in layers
+    ]
+
+
+def map_layers(f: Callable[..., Tensor], *layers: LayerState) -> LayerState:
+    """Apply `f` to the tensors that layers have under the same name; None stays None."""
+    fields = zip(*layers, strict=True)
+    return LayerState(*(None if parts[0] is None else f(*parts) for parts in fields))
 
 
 @dataclass
@@ -1097,7 +1191,7 @@ class ModelState:
 
     def map(self, f: Callable[[Tensor], Tensor]) -> ModelState:
         """Apply `f` to every tensor."""
-        layers = [LayerState(*map(f, layer)) for layer in self.layers]
+        layers = [map_layers(f, layer) for layer in self.layers]
         return ModelState(layers, f(self.position), f(self.document_start))
 
     def clone(self) -> ModelState:
@@ -1118,6 +1212,7 @@ class ModelState:
             f"layers.{i}.{name}": t
             for i, layer in enumerate(self.layers)
             for name, t in layer._asdict().items()
+            if t is not None
         }
         return {**named, "position": self.position, "document_start": self.document_start}
 
@@ -1130,16 +1225,16 @@ class ModelState:
         """The state `count` tokens later; the next document begins at index `document` (b,)."""
         position, start = self.position + count, self.position + document
         ended = (start == position) & (position > 0)  # (b,) the last token was eos
-        layers = erase_ssm(layers, ended)
+        layers = erase_states(layers, ended)
         layers = [
-            LayerState(*(n.to(o.dtype) for n, o in zip(new, old, strict=True)))
+            map_layers(lambda n, o: n.to(o.dtype), new, old)
             for new, old in zip(layers, self.layers, strict=True)
         ]
         return ModelState(layers, position, start)
 
     def begin_document(self, rows: Tensor) -> ModelState:
         """Erase the past in the rows (b,) of bool: a document begins there."""
-        layers = erase_ssm(self.layers, rows)
+        layers = erase_states(self.layers, rows)
         start = torch.where(rows, self.position, self.document_start)
         return ModelState(layers, self.position, start).forget_inputs()
 
@@ -1157,7 +1252,7 @@ class ModelState:
     def join(states: list[ModelState]) -> ModelState:
         """The rows of several states as one state."""
         layers = [
-            LayerState(*map(torch.cat, zip(*parts, strict=True)))
+            map_layers(lambda *rows: torch.cat(rows), *parts)
             for parts in zip(*(state.layers for state in states), strict=True)
         ]
         position = torch.cat([state.position for state in states])
@@ -1179,102 +1274,6 @@ class ModelState:
         for name, t in self.tensors().items():
             t.copy_(tensors[name])
         return self
-
-
-# ------------------------------------------------------------------------------------ data
-
-
-class StreamingTokenDataset(torch.utils.data.Dataset):
-    """Blocks of tokens from one or more .bin files, in an order that is a pure function.
-
-    `dataset[i]` is a pair of int64 tensors, inputs and targets, each (block_size,). Any i >= 0 is
-    valid: `i // len(dataset)` is the epoch. Sample i depends on (seed, i) alone, so one integer is
-    the position in the data, for any number of processes and workers. No block is read twice in an
-    epoch, which ends before the first source would repeat one. `weights` are the sources' weights
-    (default: their sizes, which reads everything once).
-    """
-
-    def __init__(
-        self,
-        data_sources: str | Path | list,
-        block_size: int,
-        weights: list[float] | None = None,
-        shuffle: bool = False,
-        seed: int = 1337,
-        vocab_size: int | None = None,
-        data_dtype: str = "auto",
-    ):
-        paths = [data_sources] if isinstance(data_sources, str | Path) else data_sources
-        self.block_size, self.shuffle, self.seed = block_size, shuffle, seed
-        self.vocab_size = vocab_size
-        self.files = [open_tokens(path, data_dtype) for path in paths]
-        require(self.files, "data_sources", "is empty", "name at least one .bin file")
-        for file in self.files:
-            problem = f"{file.length} tokens are too few for block_size={block_size}"
-            require(file.length > block_size, file.path, problem, f"it needs {block_size + 1}")
-            if vocab_size is not None:
-                file.check(vocab_size, 0, file.length)
-        self.blocks = [(file.length - 1) // block_size for file in self.files]
-        integers = self.blocks if weights is None else self._integer_weights(weights)
-        self.schedule = MixtureSchedule(integers)
-        self.length = sum(self.blocks) if weights is None else self._epoch_length()
-        self.epoch, self.before_epoch = 0, self.schedule.counts(0)  # samples before the epoch
-
-    def _integer_weights(self, given: list[float]) -> list[int]:
-        weights, field = [float(w) for w in given], "train_data_weights"
-        problem = f"{len(weights)} weights for {len(self.files)} sources"
-        require(len(weights) == len(self.files), field, problem, "give one for each")
-        problem = f"{weights} are not all above 0"
-        remedy = "leave out sources of weight 0"
-        require(all(math.isfinite(w) and w > 0 for w in weights), field, problem, remedy)
-        exact = [Fraction(str(w)) for w in weights]
-        whole = [int(w * math.lcm(*(e.denominator for e in exact))) for w in exact]
-        return [w // math.gcd(*whole) for w in whole]
-
-    def _epoch_length(self) -> int:
-        """The most samples in which no source can run out, in any epoch."""
-        total, weights = sum(self.schedule.weights), self.schedule.weights
-        whole_cycles = min(b // w for b, w in zip(self.blocks, weights, strict=True)) * total
-        # The schedule is within 2 at both ends of an epoch, so 4 blocks of slack are always enough.
-        with_slack = min((b - 4) * total // w for b, w in zip(self.blocks, weights, strict=True))
-        return max(whole_cycles, with_slack, min(self.blocks))
-
-    def __len__(self) -> int:
-        """Samples in an epoch."""
-        return self.length
-
-    def locate(self, i: int) -> tuple[int, int]:
-        """(source, block) of sample i."""
-        i = operator.index(i)  # any integer type, as numpy's
-        if i < 0:
-            raise IndexError(f"sample {i}: samples are numbered from 0")
-        epoch, (source, nth) = i // self.length, self.schedule.locate(i)
-        if epoch != self.epoch:
-            self.epoch, self.before_epoch = epoch, self.schedule.counts(epoch * self.length)
-        nth -= self.before_epoch[source]
-        if not self.shuffle:
-            return source, nth
-        key = hashlib.sha256(b"%d %d %d" % (self.seed, source, epoch)).digest()
-        return source, permute(nth, self.blocks[source], key)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        source, block = self.locate(i)
-        begin, end = block * self.block_size, (block + 1) * self.block_size + 1
-        if self.vocab_size is not None:  # again, in case the file has changed since
-            self.files[source].check(self.vocab_size, begin, end)
-        ids = torch.from_numpy(self.files[source].read(begin, end).astype(np.int64))
-        return ids[:-1], ids[1:]
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch, in order."""
-        return map(self.__getitem__, range(len(self)))
-
-    def fingerprint(self) -> dict:
-        """What a position in the data depends on; a resumed run compares it."""
-        files = [[Path(f.path).name, f.length, str(f.dtype), f.sampled_hash()] for f in self.files]
-        weights = [str(w) for w in self.schedule.weights]
-        order = {"block_size": self.block_size, "seed": self.seed, "shuffle": self.shuffle}
-        return {**order, "sources": files, "weights": weights}
 
 
 # -------------------------------------------------------------------------------- checkpoints

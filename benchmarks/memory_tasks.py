@@ -56,7 +56,7 @@ def distances_to_answers(ids: Tensor, targets: Tensor) -> Tensor:
 def reach(n_layer: int, window_size: int, d_conv: int) -> int:
     """How many tokens back a model of that many blocks reads without the state of its SSM, at most.
 
-    In a block a window of attention follows the convolution, or another convolution in the SSM.
+    In a block a window of attention follows two convolutions: of the input, then of the keys.
     """
     return n_layer * (window_size - 1 + 2 * (d_conv - 1))
 

@@ -47,7 +47,7 @@ from benchmarks.peers import (
     require_variant_of_ours,
 )
 from benchmarks.report import Column, finite, read_rows, require_task, sweep_table, write_between
-from testv2 import Config, TinyMambaModel, TokenFile, erase_ssm, make_optimizer, read_sidecar
+from testv2 import Config, TinyMambaModel, TokenFile, erase_states, make_optimizer, read_sidecar
 from tinymamba.cli import CliParser, add_flags, make_options, require, run_cli
 
 
@@ -262,7 +262,7 @@ def losses_without_state(model: TinyMambaModel, windows: Tensor) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16):
                 logits, state = model.advance(x, state)
             pieces.append(losses_of(logits, y))
-            state = dataclasses.replace(state, layers=erase_ssm(state.layers, everywhere))
+            state = dataclasses.replace(state, layers=erase_states(state.layers, everywhere))
         found.append(torch.cat(pieces, dim=1))
     return torch.cat(found)
 

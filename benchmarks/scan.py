@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmark import interleave, timed
-from benchmarks.delta_rule import run_delta_rule
 from testv2 import selective_scan
 from tinymamba.cli import DTYPES, need, parse_flags, require, run_cli, show
+from tinymamba.delta_rule import run_delta_rule
 
 # ------------------------------------------------------------------------------------ scans
 

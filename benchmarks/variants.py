@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.delta_rule import run_delta_rule
 from testv2 import (
     MIN_DT,
     MIN_LOG_DECAY,
@@ -36,6 +35,7 @@ from testv2 import (
     upcast,
 )
 from tinymamba.cli import UserError, check_fields, parse_as, require
+from tinymamba.delta_rule import run_delta_rule
 
 SHIFT = 0.88  # how much of B comes from the token before at first, with start=memory
 
@@ -128,7 +128,7 @@ class VariantSSM(MambaSSM):
         c, v, tail = self.config, self.variant, None
         z, x, B, C, dt = self.in_proj(u).split(self.sizes, dim=-1)
         if self.conv is not None:
-            tail = None if past is None else past.conv[..., c.d_model :]
+            tail = None if past is None else past.conv[..., c.d_model :][..., : 2 * c.d_state]
             BC, tail = self.conv(upcast(torch.cat((B, C), dim=-1)), context, tail)
             B, C = BC.chunk(2, dim=-1)
         x = x.unflatten(-1, (self.n_heads, c.ssm_head_dim))

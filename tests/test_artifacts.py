@@ -192,20 +192,42 @@ def test_onnx_graphs_of_the_first_release_generate():
 
 # ------------------------------------------------------------ fields that came later
 
+TODAY = {"bc_conv": True, "rotating": 0.25, "k_conv": True, "memory": False}
+SINCE = {  # folders of files that were written when a field was new, and what it meant then
+    "bc_conv": {"bc_conv": True, "rotating": 0.4, "k_conv": False, "memory": False},
+    "k_conv": {"bc_conv": True, "rotating": 0.4, "k_conv": True, "memory": False},
+    "memory": {"bc_conv": True, "rotating": 0.4, "k_conv": True, "memory": True},
+}
+
 
 @pytest.mark.parametrize("name", ["plain.pt", "folder"])
 def test_a_model_from_before_a_field_has_the_value_of_then(name):
     config = load_model(OLD / name).config
     assert {field: getattr(config, field) for field in BEFORE} == BEFORE
-    assert all(getattr(Config(), field) != value for field, value in BEFORE.items())
+    assert {field: getattr(Config(), field) for field in BEFORE} == TODAY
+    assert {field for field, value in BEFORE.items() if TODAY[field] == value} == {"memory"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["plain.pt", "folder"])
+@pytest.mark.parametrize("since", SINCE)
+def test_a_model_of_a_later_form_is_the_same_model(since, name):
+    place = OLD / since
+    model, expected = load_model(place / name), load_file(place / "expected.safetensors")
+    assert {field: getattr(model.config, field) for field in BEFORE} == SINCE[since]
+    ids = torch.arange(40)[None] * 7 % 24
+    torch.testing.assert_close(model(ids), expected["first"], atol=1e-4, rtol=1e-4)
+    state = ModelState.load(place / "state.safetensors", model)
+    logits, _ = model.advance(ids, state)
+    torch.testing.assert_close(logits, expected["again"], atol=1e-4, rtol=1e-4)
 
 
 def test_a_folder_whose_fields_are_lost_does_not_fit(tmp_path):
-    model = TinyMambaModel(tiny_config())
+    model = TinyMambaModel(tiny_config(memory=True))
     save_folder(tmp_path, model)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    assert {config[field] for field in BEFORE} == {True, 0.25}
+    assert {field: config[field] for field in BEFORE} == TODAY
     assert load_model(tmp_path).fingerprint() == model.fingerprint()
     for field in BEFORE:
         kept = {name: value for name, value in config.items() if name != field}
@@ -215,7 +237,7 @@ def test_a_folder_whose_fields_are_lost_does_not_fit(tmp_path):
 
 
 def test_a_checkpoint_whose_fields_are_lost_does_not_fit(tmp_path):
-    model = TinyMambaModel(tiny_config())
+    model = TinyMambaModel(tiny_config(memory=True))
     config = model.config.to_dict()
     for field in BEFORE:
         kept = {name: value for name, value in config.items() if name != field}
@@ -260,15 +282,3 @@ def test_a_run_that_holds_a_tokenizer_resumes(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     after = load_checkpoint("run_latest.pt")
     assert after["global_step"] == 130 and after["tokenizer"]["sha256"] == HELD["sha256"]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["plain.pt", "folder"])
-def test_a_model_whose_keys_have_a_convolution_is_the_same_model(name):
-    place = OLD / "bc_conv"
-    model, expected = load_model(place / name), load_file(place / "expected.safetensors")
-    ids = torch.arange(40)[None] * 7 % 24
-    torch.testing.assert_close(model(ids), expected["first"], atol=1e-4, rtol=1e-4)
-    state = ModelState.load(place / "state.safetensors", model)
-    logits, _ = model.advance(ids, state)
-    torch.testing.assert_close(logits, expected["again"], atol=1e-4, rtol=1e-4)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
+    DOCUMENTS,
     EOS,
     FIRST_FORM,
     FORMS,
@@ -80,7 +81,7 @@ def ssm_by_hand(ssm, u, past, begins, starts):
     z, x, B, C, dt = ssm.in_proj(u).split(ssm.sizes, dim=-1)
     angle = ssm.angle_proj(u)
     if ssm.config.bc_conv:
-        tail = past.conv[..., u.shape[-1] :]
+        tail = tail_of_ssm(ssm, past)
         B, C = conv_by_hand(ssm.conv.weight, torch.cat((B, C), -1), tail, starts).chunk(2, -1)
     x, B, C = x.unflatten(-1, (ssm.n_heads, -1)), complex_pairs(B), complex_pairs(C)
     still = B.shape[-1] - angle.shape[-1]
@@ -100,9 +101,16 @@ def ssm_by_hand(ssm, u, past, begins, starts):
     return ssm.out_proj(y), torch.cat((h.real, h.imag), dim=-1), phase[:, : past.phase.shape[1]]
 
 
+def tail_of_ssm(ssm, past):
+    """The last B and C, which stand between the last inputs and the last keys."""
+    c = ssm.config
+    return past.conv.split([c.d_model, 2 * c.d_state, c.d_model * c.k_conv], dim=-1)[1]
+
+
 def ssm_past(ssm, state, phase, tail) -> LayerState:
     """What the SSM branch reads of a LayerState, from what it gave."""
-    tail = None if tail is None else F.pad(tail, (ssm.config.d_model, 0))
+    d = ssm.config.d_model
+    tail = None if tail is None else F.pad(tail, (d, d * ssm.config.k_conv))
     return past_of(ssm=state, phase=phase, conv=tail)
 
 
@@ -335,7 +343,7 @@ def test_a_padded_row_keeps_its_state(form):
         close(new.ssm[one], alone.ssm, 1e-5)
         close_angles(new.phase[one], alone.phase, 1e-6)
         if ssm.conv is not None:
-            close(new.conv[one, :, 32:], alone.conv[..., 32:], 1e-6)
+            close(tail_of_ssm(ssm, new)[one], tail_of_ssm(ssm, alone), 1e-6)
     assert torch.equal(new.phase[2], past.phase[2])
     assert torch.equal(new.ssm[2], past.ssm[2])
 
@@ -429,18 +437,25 @@ def rms(x, norm):
     return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
 
 
-def naive_attention(attention, u, W, theta=10000.0):
-    """Full softmax with a band mask; RoPE as complex numbers, by absolute position."""
-    q, k, v = attention.qkv(u).unflatten(-1, (3, attention.n_heads, -1)).transpose(1, 3).unbind(2)
+def naive_attention(attention, u, W, starts, theta=10000.0):
+    """Full softmax with a band mask; RoPE as complex numbers, by absolute position.
+
+    starts (b, l) tells where the document of each token begins.
+    """
+    q, k, v = attention.qkv(u).chunk(3, dim=-1)
+    if attention.conv is not None:
+        k = conv_by_hand(attention.conv.weight, k, None, starts)
+    q, k, v = (x.unflatten(-1, (attention.n_heads, -1)).transpose(1, 2) for x in (q, k, v))
     q, k = rms(q, attention.q_norm), rms(k, attention.k_norm)
     L, width = q.shape[-2:]
     t = torch.arange(L)
-    angles = t[:, None] * theta ** (-torch.arange(0, width, 2) / width)
+    angles = t[:, None] * theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     turn = torch.polar(torch.ones_like(angles), angles)
     q, k = (torch.complex(*x.chunk(2, -1)) * turn for x in (q, k))  # (b, a, l, f/2)
     scores = (q[..., :, None, :] * k[..., None, :, :].conj()).real.sum(-1) * width**-0.5
     gap = t[:, None] - t
-    scores = scores.masked_fill((gap < 0) | (gap >= W), -math.inf)
+    hidden = (gap < 0) | (gap >= W) | (t < starts[..., None])  # (b, l, l)
+    scores = scores.masked_fill(hidden[:, None], -math.inf)
     y = scores.softmax(-1) @ v
     return attention.out_proj(y.transpose(1, 2).flatten(2))
 
@@ -449,15 +464,26 @@ SHAPES = [(1, 1), (5, 1), (3, 8), (7, 8), (8, 8), (9, 8), (16, 8), (29, 8), (20,
 
 
 @pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("documents", [False, True], ids=["one_text", "documents"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("L", "W"), SHAPES)
-def test_attention_equals_a_full_softmax_with_a_band_mask(L, W, fused):
-    model = wide(window_size=W, use_flash_attn=fused, low_rank=5)
-    attention = model.blocks[1].attention
-    u = torch.randn(2, L, 32)
-    y, keys, values = attention(u, piece_of(model, L), None)
+def test_attention_equals_a_full_softmax_with_a_band_mask(L, W, form, documents, fused):
+    shape = {"window_size": W, "use_flash_attn": fused, "low_rank": 5, **FORMS[form]}
+    model = wide(double=True, document_mask=documents, eos_id=EOS, **shape)
+    attention = free_copy(model.blocks[1].attention)
+    starts = torch.zeros(2, L, dtype=torch.int64)
+    if documents:
+        starts[0, L // 3 :], starts[1, L // 2 :], starts[1, L - 1 :] = L // 3, L // 2, L - 1
+    u = torch.randn(2, L, 32, dtype=torch.float64, requires_grad=True)
+    y, keys, values, tail = attention(u, piece_of(model, L, starts), None)
     assert y.shape == u.shape
     assert keys.shape == values.shape == (2, 2, W - 1, 16)
-    close(y, naive_attention(attention, u, W), 1e-5)
+    if attention.conv is not None:
+        close(tail, F.pad(attention.qkv(u).chunk(3, -1)[1], (0, 0, 3, 0))[:, L:], 1e-12)
+    want, inputs = naive_attention(attention, u, W, starts), [u, *attention.parameters()]
+    close(y, want, 1e-9)
+    for got, gradient in zip(gradients([y], inputs), gradients([want], inputs), strict=True):
+        close(got, gradient, 1e-9)
 
 
 def dense_attention(q, keys, values, W, starts):
@@ -548,16 +574,58 @@ def test_what_the_kernels_of_a_gpu_ask_of_fused_attention(monkeypatch, L):
         assert mask.shape == (q.shape[0], 1, q.shape[2], k.shape[2])
 
 
+@pytest.mark.parametrize("k_conv", [True, False])
 @pytest.mark.parametrize(("L", "W"), SHAPES)
-def test_attention_sees_exactly_the_last_window_tokens(L, W):
-    model = wide(window_size=W)
+def test_attention_sees_exactly_the_last_window_tokens(L, W, k_conv):
+    """And the three before, through the oldest key; of a single key the weight is always 1."""
+    model = wide(window_size=W, k_conv=k_conv)
+    reach = W - 1 + (3 if k_conv and W > 1 else 0)
     u = torch.randn(2, L, 32, requires_grad=True)
     y = model.blocks[0].attention(u, piece_of(model, L), None)[0]
     for t in {0, L // 2, max(0, L - 2), L - 1}:
         (gradient,) = torch.autograd.grad(y[1, t].square().sum(), u, retain_graph=True)
         assert not gradient[0].any()
         seen = gradient[1].abs().amax(-1) > 0
-        assert seen.nonzero().flatten().tolist() == list(range(max(0, t - W + 1), t + 1))
+        assert seen.nonzero().flatten().tolist() == list(range(max(0, t - reach), t + 1))
+
+
+def queries_and_keys(attention, u, piece):
+    """What attention normalizes: queries and keys before RoPE, (b, l, d) each."""
+    seen = []
+    hooks = [
+        norm.register_forward_hook(lambda module, args, out: seen.append(args[0].flatten(2)))
+        for norm in (attention.q_norm, attention.k_norm)
+    ]
+    attention(u, piece, None)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("d_conv", [1, 2, 4])
+@pytest.mark.parametrize("low_rank", [0, 5])
+def test_a_key_is_at_first_the_query_of_the_token_before(low_rank, d_conv):
+    """Exactly so without the random taps; the first token of a document has none before.
+
+    A single tap cannot shift: keys then begin as the model's own.
+    """
+    model = TinyMambaModel(tiny_config(low_rank=low_rank, d_conv=d_conv, **DOCUMENTS))
+    starts = torch.zeros(2, 12, dtype=torch.int64)
+    starts[1, 5:] = 5
+    u, piece = torch.randn(2, 12, 32), piece_of(model, 12, starts)
+    for attention in (block.attention for block in model.blocks):
+        shift = torch.zeros_like(attention.conv.weight)
+        if d_conv > 1:
+            shift[:, -2:] = torch.tensor([1.0, -1.0])
+        assert 0.1 < ((attention.conv.weight - shift).abs() * 2 * d_conv**0.5).max() <= 1
+        attention.conv.weight.copy_(shift)
+        q, k = queries_and_keys(attention, u, piece)
+        own = attention.qkv(u).chunk(3, dim=-1)[1]
+        before = q.roll(1, dims=1)
+        before[0, 0], before[1, [0, 5]] = 0.0, 0.0
+        close(k, before if d_conv > 1 else own, 1e-6)
+        assert torch.equal(own, q) == (d_conv > 1)
 
 
 def test_fused_attention_equals_the_softmax_written_out():

@@ -1,4 +1,4 @@
-"""The chunked passes of benchmarks/delta_rule.py against the recurrence and another library."""
+"""The chunked passes of tinymamba/delta_rule.py against the recurrence and another library."""
 
 import itertools
 
@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from helpers import Census, close
 
-from benchmarks import delta_rule
-from benchmarks.delta_rule import (
+from tinymamba import delta_rule
+from tinymamba.delta_rule import (
     GatedDeltaRule,
     carry,
     carry_in_parallel,

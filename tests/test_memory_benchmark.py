@@ -422,7 +422,8 @@ VARIANTS = [
     "rotating=1 keys=rms slowest=0.02",
     "write=beta keys=l2 out_norm=true start=memory d_state=16",
     "write=delta keys=l2 beta=flat",
-    "rotating=1 bc_conv=false",
+    "rotating=1 bc_conv=false k_conv=false",
+    "rotate=false bc_conv=false",
 ]
 
 

@@ -15,6 +15,7 @@ from helpers import (
     EOS,
     FORMS,
     GATES,
+    ROOT,
     close,
     close_angles,
     examples,
@@ -35,6 +36,7 @@ from tinymamba.cli import UserError
 from tinymamba.kernels import ChunkedLoss, loss_and_gradients
 
 FORM = pytest.mark.parametrize("form", FORMS)
+MEMORY = {"memory": True}
 LAW = pytest.mark.parametrize(
     ("double", "tolerance"), [(False, 1e-4), (True, 1e-9)], ids=["float32", "float64"]
 )
@@ -94,7 +96,9 @@ def texts_in_pieces(draw):
     window=st.sampled_from([1, 2, 8, 500]),
     d_conv=st.sampled_from([1, 4]),
     low_rank=st.sampled_from([0, 6]),
-    form=st.sampled_from([{}, {"rotating": 0.5}, *FORMS.values()]),
+    form=st.sampled_from(
+        [{"rotating": 0.5}, {"bc_conv": False}, {"k_conv": False}, MEMORY, *FORMS.values()]
+    ),
     double=st.booleans(),
 )
 def test_any_split_gives_the_logits_of_one_pass(
@@ -292,7 +296,7 @@ def test_a_change_in_one_document_leaves_the_next_unchanged(form, double, tolera
     first[:, :-1] = first[:, :-1].flip(1) % 256 + 1
     again = model(torch.cat((first, second), dim=1))
     assert not torch.allclose(logits[:, :18], again[:, :18], atol=1e-2)
-    close(again[:, 18:], logits[:, 18:], tolerance, scale=1.0)
+    close(again[:, 18:], logits[:, 18:], tolerance)
 
 
 def test_a_document_mask_without_an_eos_id_is_refused():
@@ -420,8 +424,8 @@ def test_gradients_under_autocast_are_finite_and_near_float32():
 @pytest.mark.parametrize(
     "steps, share",
     [
-        (12, 0.83),  # of the first loss; 0.78, without the DeepNet scaling 0.88
-        pytest.param(50, 0.15, marks=pytest.mark.slow),  # 0.08; without the scaling 0.22
+        (12, 0.83),  # of the first loss; 0.75, without the DeepNet scaling 0.89
+        pytest.param(50, 0.15, marks=pytest.mark.slow),  # 0.08; without the scaling 0.16
     ],
 )
 def test_two_hundred_layers_train_without_divergence(steps, share):
@@ -474,13 +478,20 @@ def test_initial_weights_are_as_documented(low_rank, deepnet):
             check_std(last.weight, scale * std)
         assert not last.bias.any()
 
-    for convs in ([b.conv for b in model.blocks], [b.ssm.conv for b in model.blocks]):
-        check_std(torch.cat([conv.weight for conv in convs]), 0.25 / math.sqrt(3))
-        assert max(conv.weight.abs().max() for conv in convs) <= 0.25
+    shift = torch.tensor([0.0, 0.0, 1.0, -1.0])  # of keys
+    for taps in (
+        torch.cat([block.conv.weight for block in model.blocks]),
+        torch.cat([block.ssm.conv.weight for block in model.blocks]),
+        torch.cat([block.attention.conv.weight for block in model.blocks]) - shift,
+    ):
+        check_std(taps, 0.25 / math.sqrt(3))
+        assert taps.abs().max() <= 0.25 + 1e-6
     for block in model.blocks:
         ssm, gate = block.ssm, block.gate.controller
         check(ssm.in_proj, D, 1.0)
         check(block.attention.qkv, D, (1.0, 1.0, beta))
+        q, k, _ = testv2.last_layer(block.attention.qkv).weight.chunk(3)
+        assert torch.equal(q, k)
         check(block.mlp.in_proj, D, 1.0)
         check(ssm.out_proj, 2 * D, beta)
         check(block.attention.out_proj, D, beta)
@@ -673,8 +684,8 @@ def test_state_moves_and_knows_its_size():
     model = wide()
     state = model.init_state(3)
     c = model.config
-    # Tails of both convolutions, SSM, phase, keys and values of a layer.
-    floats = 3 * (32 + 2 * 8) + 64 * 8 + 1 + 2 * 7 * 32
+    # Tails of the three convolutions, SSM, phase, keys and values of a layer.
+    floats = 3 * (32 + 2 * 8 + 32) + 64 * 8 + 1 + 2 * 7 * 32
     assert state.nbytes == 3 * (c.n_layer * floats * 4 + 2 * 8)
     assert all(not t.any() for t in state.tensors().values())
     assert model.init_state(6).nbytes == 2 * state.nbytes
@@ -682,6 +693,13 @@ def test_state_moves_and_knows_its_size():
     moved = state.to("meta")
     assert {t.device.type for t in moved.tensors().values()} == {"meta"}
     assert same_state(prefilled(model, some_ids(3, 5)).to("cpu"), prefilled(model, some_ids(3, 5)))
+
+
+def test_the_state_of_the_demo_has_the_size_that_the_page_gives():
+    with torch.device("meta"):
+        state = TinyMambaModel(testv2.Config(**testv2.PRESETS["demo"])).init_state(1)
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert f"model is {state.nbytes / 1000:.0f} kB." in page
 
 
 @pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])

@@ -209,9 +209,13 @@ def test_merging_changes_nothing_and_can_be_undone_bit_for_bit():
     for config in KINDS[:3]:
         model = attach(TinyMambaModel(tiny_config()), config).eval()
         stir(model, "default")
+        precise = copy.deepcopy(model).double()
+        want = precise(IDS)
+        merge_adapter(precise)
+        assert (precise(IDS) - want).abs().max() <= 1e-12
         want, before = model(IDS), plain_weights(copy.deepcopy(model))
         merge_adapter(model)
-        assert (model(IDS) - want).abs().max() <= 1e-5
+        assert (model(IDS) - want).abs().max() <= 1e-4  # rounding
         plain = TinyMambaModel(tiny_config()).eval()
         plain.load_state_dict(plain_weights(model))
         assert torch.equal(plain(IDS), model(IDS))

@@ -298,8 +298,10 @@ def test_chunks_of_a_text_give_the_logits_of_the_whole():
 # ------------------------------------------------------------------------------------ adapters
 
 
-@pytest.mark.parametrize(("mode", "tolerance"), [("weight_only", 1e-3), ("dynamic", 0.2)])
-def test_lora_on_a_quantized_model_learns_as_on_its_whole_weights(mode, tolerance):
+@pytest.mark.parametrize(
+    ("mode", "of_each", "of_all"), [("weight_only", 1e-3, 1e-3), ("dynamic", 0.5, 0.2)]
+)
+def test_lora_on_a_quantized_model_learns_as_on_its_whole_weights(mode, of_each, of_all):
     model = quantized(8, mode)
     plain = copy.deepcopy(wide())
     for name in model.quantization["layers"]:
@@ -314,7 +316,9 @@ def test_lora_on_a_quantized_model_learns_as_on_its_whole_weights(mode, toleranc
         grads.append({n: p.grad for n, p in adapted.named_parameters() if p.requires_grad})
     assert grads[0].keys() == grads[1].keys() and len(grads[0]) == 2 * 2 * 6
     for name, grad in grads[0].items():
-        close(grad, grads[1][name], tolerance)
+        close(grad, grads[1][name], of_each)
+    got, want = (torch.cat([g.flatten() for g in found.values()]) for found in grads)
+    assert (got - want).norm() <= of_all * want.norm()
 
 
 def test_the_gradient_of_an_input_is_that_of_the_whole_weight():

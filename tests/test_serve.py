@@ -732,7 +732,7 @@ def test_concurrent_answers_equal_single_ones(alone):
 
         with concurrent.futures.ThreadPoolExecutor(30) as pool:
             assert list(pool.map(ask, bodies)) == want
-        assert server.api.pending == 0 and server.busy() == 0
+        wait_until(lambda: server.api.pending == 0 and server.busy() == 0)
         metrics = server.http.get("/metrics").text
         route = 'tinymamba_requests_total{route="/v1/completions",status="200"} 24.0'
         assert route in metrics and "process_resident_memory_bytes" in metrics

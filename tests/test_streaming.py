@@ -209,12 +209,12 @@ def test_the_penalty_applies_to_the_window_only():
     ],
 )
 def test_bad_settings_are_rejected_by_name_and_change_nothing(field, value):
-    server = serve()
+    server = serve(eos_token_id=-1)
     session = server.create_session()
     with pytest.raises(UserError, match=field):
         server.generate_text("a", session, **{field: value})
     assert server.get_session_info(session)["position"] == 0
-    assert server.generate_text("a", session)
+    assert len(tokens_of(server.answer("a", session, as_ids=True))) == 12
 
 
 # ------------------------------------------------------------------------------------ text
@@ -432,7 +432,7 @@ def test_eos_ends_an_answer_and_reset_on_eos_clears_the_session():
     for reset in (False, True):
         server = serve(eos_token_id=first, reset_on_eos=reset)
         session = server.create_session()
-        answer = server.answer("Hello", session)
+        answer = server.answer("Hello", session, as_ids=True)
         ids = tokens_of(answer)
         assert answer.finish_reason == "stop" and first not in ids
         if reset:
@@ -553,7 +553,11 @@ def test_next_tokens_one_at_a_time():
     ids += [model.generate_next_token() for _ in range(9)]
     assert ids == tokens_of(serve().answer("Hello", as_ids=True, max_new_tokens=10))
     assert model.get_state_info()["position"] == 15
-    assert model.generate_next_token(65, eos_token_id=model.generate_next_token(65)) is not None
+    model.reset_state()
+    first = model.generate_next_token(65)
+    for eos, token in ((first, None), (first ^ 1, first)):
+        model.reset_state()
+        assert model.generate_next_token(65, eos_token_id=eos) == token
     model.reset_state()
     assert model.get_state_info()["position"] == 0
     with pytest.raises(UserError, match="tokenizer: none was found"):

@@ -1,4 +1,4 @@
-"""The gated delta rule in chunks, for variants.py: both passes in plain matrix products.
+"""The gated delta rule in chunks: both passes in plain matrix products.
 
 `GatedDeltaRule` is the parallel form of `delta_sequential`, which is its reference. A token t with
 key k, value x, read vector c, write strength beta and decay a changes the state h (n, p) to
