@@ -227,7 +227,7 @@ def test_a_folder_whose_fields_are_lost_does_not_fit(tmp_path):
     save_folder(tmp_path, model)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    assert {field: config[field] for field in BEFORE} == TODAY
+    assert {field: config[field] for field in BEFORE} == {**TODAY, "memory": True}
     assert load_model(tmp_path).fingerprint() == model.fingerprint()
     for field in BEFORE:
         kept = {name: value for name, value in config.items() if name != field}
