@@ -5,6 +5,7 @@ Each is compared with a slow one that says the same in other words.
 
 import itertools
 import math
+import operator
 
 import numpy as np
 import pytest
@@ -37,6 +38,7 @@ from testv2 import (
     TinyMambaModel,
     TokenAdaptiveGating,
     apply_rotary_pos_emb,
+    map_layers,
     running_phase,
     selective_scan,
     sparsemax,
@@ -116,7 +118,7 @@ def ssm_past(ssm, state, phase, tail) -> LayerState:
 
 def random_past(model, rows) -> LayerState:
     """A LayerState full of random values."""
-    return LayerState(*(torch.randn_like(t) for t in model.init_state(rows).layers[0]))
+    return map_layers(torch.randn_like, model.init_state(rows).layers[0])
 
 
 @pytest.mark.parametrize("past", ["fresh", "continued"])
@@ -336,7 +338,7 @@ def test_a_padded_row_keeps_its_state(form):
     new = ssm_past(ssm, *new)
     for row, length in enumerate(lengths.tolist()):
         one = slice(row, row + 1)
-        alone = LayerState(*(t[one] for t in past))
+        alone = map_layers(operator.itemgetter(one), past)
         if length:
             _, *alone = ssm(u[one, :length], piece_of(model, length), alone)
             alone = ssm_past(ssm, *alone)
@@ -475,7 +477,7 @@ def test_attention_equals_a_full_softmax_with_a_band_mask(L, W, form, documents,
     if documents:
         starts[0, L // 3 :], starts[1, L // 2 :], starts[1, L - 1 :] = L // 3, L // 2, L - 1
     u = torch.randn(2, L, 32, dtype=torch.float64, requires_grad=True)
-    y, keys, values, tail = attention(u, piece_of(model, L, starts), None)
+    y, keys, values, tail, _ = attention(u, piece_of(model, L, starts), None)
     assert y.shape == u.shape
     assert keys.shape == values.shape == (2, 2, W - 1, 16)
     if attention.conv is not None:
