@@ -25,7 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tinymamba.kernels import GPU_TILE, heads_first, is_writing_graph, to_chunks
+from tinymamba.kernels import (
+    GPU_TILE,
+    Tiles,
+    backward_over_tiles,
+    forward_over_tiles,
+    heads_first,
+    is_writing_graph,
+    to_chunks,
+)
 
 CPU_TILE = 1024  # tokens whose intermediate values are in memory at a time
 LEVELS = 16  # of `carry_in_parallel` in an exported graph: enough for 65,536 chunks
@@ -89,14 +97,7 @@ class GatedDeltaRule(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """The y (b, l, h, p) and the last state (b, h, n, p)."""
         inputs = to_chunks(chunk_size, x, beta, log_decay, K, C)
-        y, last, begins = torch.empty_like(inputs[0]), torch.empty_like(state), []
-        rows, spans = tiles(inputs[0])
-        for row in rows:
-            h = state[row]
-            for span in spans:
-                begins.append(h)
-                y[row, span], h = tile_forward([t[row, span] for t in inputs], h)
-            last[row] = h
+        y, last, begins = forward_over_tiles(tile_forward, tiles(inputs[0]), inputs, state)
         ctx.save_for_backward(x, beta, log_decay, K, C, *begins)
         ctx.chunk_size = chunk_size
         return y.flatten(1, 2)[:, : x.shape[1]], last
@@ -105,20 +106,11 @@ class GatedDeltaRule(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of the inputs, in their order."""
-        x, beta, log_decay, K, C, *stored = ctx.saved_tensors
-        begins = list(stored)  # torch.compile of PyTorch 2.11 takes `stored` for a tuple
+        x, beta, log_decay, K, C, *begins = ctx.saved_tensors
         inputs = to_chunks(ctx.chunk_size, x, beta, log_decay, K, C)
         [dy] = to_chunks(ctx.chunk_size, dy)
-        grads, dstate = [torch.empty_like(t) for t in inputs], torch.empty_like(dlast)
-        rows, spans = tiles(inputs[0])
-        for row in reversed(rows):
-            dh = dlast[row]
-            for span in reversed(spans):
-                tile = [t[row, span] for t in inputs]
-                *parts, dh = tile_backward(tile, begins.pop(), dy[row, span], dh)
-                for grad, part in zip(grads, parts, strict=True):
-                    grad[row, span] = part
-            dstate[row] = dh
+        over = tiles(inputs[0])
+        grads, dstate = backward_over_tiles(tile_backward, over, inputs, begins, dy, dlast)
         grads = [grad.flatten(1, 2)[:, : x.shape[1]] for grad in grads]
         return *grads, dstate, None
 
@@ -131,7 +123,7 @@ def delta_in_one_tile(
     return y.flatten(1, 2)[:, : x.shape[1]], last
 
 
-def tiles(x: Tensor) -> tuple[list[slice], list[slice]]:
+def tiles(x: Tensor) -> Tiles:
     """Slices of rows and of chunks of x (b, c, q, h, p): as many rows as fit, then chunks.
 
     Rows come first, because chunks go one after the other.

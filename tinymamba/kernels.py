@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 
 CPU_TILE, GPU_TILE = 512, 65_536  # tokens whose intermediate values are in memory at a time
 GROUP = 64  # chunks whose states one product computes
+Tiles = tuple[list[slice], list[slice]]  # slices of rows and of chunks
 
 
 class ChunkedScan(torch.autograd.Function):
@@ -52,15 +53,11 @@ class ChunkedScan(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """The y (b, l, h, p) and the last state (b, h, n, p)."""
         inputs = to_chunks(chunk_size, x, dt, log_decay, B, C)
-        y, last, begins = torch.empty_like(inputs[0]), torch.empty_like(state), []
-        rows, spans = tiles(inputs[0])
-        for row in rows:
-            h = state[row]
-            for span in spans:
-                begins.append(h)
-                tile = [t[row, span] for t in inputs]
-                y[row, span], h = tile_forward(tile, D, h)
-            last[row] = h
+
+        def step(tile: list[Tensor], h: Tensor) -> tuple[Tensor, Tensor]:
+            return tile_forward(tile, D, h)
+
+        y, last, begins = forward_over_tiles(step, tiles(inputs[0]), inputs, state)
         ctx.save_for_backward(x, dt, log_decay, B, C, D, *begins)
         ctx.chunk_size = chunk_size
         return y.flatten(1, 2)[:, : x.shape[1]], last
@@ -69,24 +66,19 @@ class ChunkedScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of the inputs, in their order."""
-        x, dt, log_decay, B, C, D, *stored = ctx.saved_tensors
-        begins = list(stored)  # torch.compile of PyTorch 2.11 takes `stored` for a tuple
+        x, dt, log_decay, B, C, D, *begins = ctx.saved_tensors
         inputs = to_chunks(ctx.chunk_size, x, dt, log_decay, B, C)
         [dy] = to_chunks(ctx.chunk_size, dy)
-        grads, dD = [torch.empty_like(t) for t in inputs], torch.zeros_like(D)
-        dstate: list[Tensor] = []
-        rows, spans = tiles(inputs[0])
-        for row in reversed(rows):
-            dh = dlast[row]
-            for span in reversed(spans):
-                tile = [t[row, span] for t in inputs]
-                *parts, part_D, dh = tile_backward(tile, D, begins.pop(), dy[row, span], dh)
-                for grad, part in zip(grads, parts, strict=True):
-                    grad[row, span] = part
-                dD += part_D
-            dstate.insert(0, dh)
+        dD = torch.zeros_like(D)
+
+        def step(tile: list[Tensor], h: Tensor, dy: Tensor, dh: Tensor) -> tuple[Tensor, ...]:
+            *parts, part_D, dh = tile_backward(tile, D, h, dy, dh)
+            dD.add_(part_D)
+            return *parts, dh
+
+        grads, dstate = backward_over_tiles(step, tiles(inputs[0]), inputs, begins, dy, dlast)
         grads = [grad.flatten(1, 2)[:, : x.shape[1]] for grad in grads]
-        return *grads, dD, torch.cat(dstate), None
+        return *grads, dD, dstate, None
 
 
 def scan_in_one_tile(
@@ -129,7 +121,7 @@ def to_chunks(chunk_size: int, *tensors: Tensor) -> list[Tensor]:
     return [t.unflatten(1, (count, chunk_size)) for t in padded]
 
 
-def tiles(x: Tensor) -> tuple[list[slice], list[slice]]:
+def tiles(x: Tensor) -> Tiles:
     """Slices of rows and of chunks of x (b, c, q, h, p) that make up the tiles.
 
     On a CPU a tile fits the cache. A GPU wants few and large ones; torch.compile wants one, as it
@@ -143,6 +135,50 @@ def tiles(x: Tensor) -> tuple[list[slice], list[slice]]:
     row = max(1, tokens // (size * span))
     rows = [slice(i, i + row) for i in range(0, batch, row)]
     return rows, [slice(i, i + span) for i in range(0, chunks, span)]
+
+
+def forward_over_tiles(
+    step: Callable[..., tuple[Tensor, ...]], tiles: Tiles, inputs: list[Tensor], state: Tensor
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """`step` for one tile after the other: (its inputs, state before it) -> y, state after it.
+
+    Returns y (b, c, q, h, p), the last state, and the state before each tile.
+    """
+    y, last, begins = torch.empty_like(inputs[0]), torch.empty_like(state), []
+    rows, spans = tiles
+    for row in rows:
+        h = state[row]
+        for span in spans:
+            begins.append(h)
+            y[row, span], h = step([t[row, span] for t in inputs], h)
+        last[row] = h
+    return y, last, begins
+
+
+def backward_over_tiles(
+    step: Callable[..., tuple[Tensor, ...]],
+    tiles: Tiles,
+    inputs: list[Tensor],
+    begins: Any,
+    dy: Tensor,
+    dlast: Tensor,
+) -> tuple[list[Tensor], Tensor]:
+    """`step` for the tiles in reverse: (inputs, state before, dy, dstate after) -> all gradients.
+
+    Returns the gradients of `inputs` and of the first state.
+    """
+    begins = list(begins)  # torch.compile of PyTorch 2.11 has a tuple here
+    grads, dstate = [torch.empty_like(t) for t in inputs], torch.empty_like(dlast)
+    rows, spans = tiles
+    for row in reversed(rows):
+        dh = dlast[row]
+        for span in reversed(spans):
+            tile = [t[row, span] for t in inputs]
+            *parts, dh = step(tile, begins.pop(), dy[row, span], dh)
+            for grad, part in zip(grads, parts, strict=True):
+                grad[row, span] = part
+        dstate[row] = dh
+    return grads, dstate
 
 
 class Tile(NamedTuple):
