@@ -1,7 +1,7 @@
 """Later code reads what the first release has written, and finds the same meaning in it.
 
 The files lie in tests/artifacts. make.py there says what each one is, and how it was made. Those
-of a later format lie in folders of their own, with a make.py each.
+of a later format lie in folders of their own; make_form.py, or a make.py with them, made them.
 """
 
 import contextlib

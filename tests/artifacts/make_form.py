@@ -1,10 +1,11 @@
-"""Write a model whose B and C have a convolution, and a state of it.
+"""Write a model of the form that was new when a field came, and a state of it.
 
-It was run from the root of the repository, and OUT was then copied to where this file lies:
+It was run from the root of the repository as it stood then, and OUT was copied to the folder FIELD:
 
-    OMP_NUM_THREADS=1 PYTHONPATH=. python tests/artifacts/bc_conv/make.py OUT
+    OMP_NUM_THREADS=1 PYTHONPATH=. python tests/artifacts/make_form.py FIELD OUT
 
-tests/test_artifacts.py holds all later code to these files.
+FIELD is bc_conv (B and C have a convolution), k_conv (so have the keys of attention) or memory
+(attention has a memory as well). tests/test_artifacts.py holds all later code to these files.
 
     plain.pt              a checkpoint
     folder/               the same model as a folder
@@ -26,15 +27,16 @@ SHAPE = {
     "ssm_head_dim": 8, "d_state": 12, "expand_factor": 1, "window_size": 4, "chunk_size": 8,
     "rotating": 0.4,
 }  # fmt: skip
+FORMS = {"bc_conv": {"k_conv": False}, "k_conv": {}, "memory": {"memory": True}}
 IDS = torch.arange(40)[None] * 7 % 24
 
 
 @torch.no_grad()
-def make(out: Path) -> None:
+def make(form: dict, out: Path) -> None:
     """Write all files to a new folder."""
     (out / "folder").mkdir(parents=True)
     torch.manual_seed(0)
-    model = TinyMambaModel(Config(**SHAPE)).eval()
+    model = TinyMambaModel(Config(**SHAPE, **form)).eval()
     for p in model.parameters():
         p.add_(0.3 * torch.randn_like(p))
     record = {"model": model.state_dict(), "config": model.config.to_dict()}
@@ -47,4 +49,4 @@ def make(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    make(Path(sys.argv[1]))
+    make(FORMS[sys.argv[1]], Path(sys.argv[2]))
