@@ -444,15 +444,19 @@ def selective_scan(
         state = state.to(dt.dtype)
         if x.shape[1] == 0:
             return x, state
-        log_decay = (dt * A).clamp(min=MIN_LOG_DECAY)  # (b, l, h)
-        if resets is not None:
-            log_decay = log_decay.masked_fill(resets[..., None], MIN_LOG_DECAY)
+        log_decay = bounded_decay(dt * A, None if resets is None else resets[..., None])
         if method == "sequential" or x.shape[1] == 1:
             return scan_sequential(x, dt, log_decay, B, C, D, state)
         B, C = B.to(x.dtype), C.to(x.dtype)
         scan = scan_in_one_tile if is_writing_graph() else ChunkedScan.apply
         y, state = scan(x, dt, log_decay, B, C, D, state.mT, chunk_size)
         return y, state.mT
+
+
+def bounded_decay(log_decay: Tensor, resets: Tensor | None) -> Tensor:
+    """No decay below MIN_LOG_DECAY, and that one at `resets`, of bool and the same dimensions."""
+    log_decay = log_decay.clamp(min=MIN_LOG_DECAY)
+    return log_decay if resets is None else log_decay.masked_fill(resets, MIN_LOG_DECAY)
 
 
 def scan_sequential(
@@ -644,9 +648,8 @@ class Memory(nn.Module):
         index = torch.arange(length, device=u.device)
         if (real := context.real(index)) is not None:
             beta, log_decay = beta * real[:, None], log_decay * real[:, None]
-        log_decay = log_decay.clamp(min=MIN_LOG_DECAY)
-        if (resets := context.resets(index)) is not None:
-            log_decay = log_decay.masked_fill(resets[:, None], MIN_LOG_DECAY)
+        resets = context.resets(index)
+        log_decay = bounded_decay(log_decay, None if resets is None else resets[:, None])
         if state is None:
             state = beta.new_zeros(rows, heads, width, width)
         q, k = (F.normalize(upcast(t), dim=-1).flatten(0, 1) for t in (q, k))
@@ -1150,8 +1153,13 @@ def init_attention(attention: LocalAttention) -> None:
         return
     q, k, _ = last_layer(attention.qkv).weight.chunk(3)
     k.copy_(q)
-    attention.conv.weight[:, -1] -= 1
-    attention.conv.weight[:, -2] += 1
+    begin_as_shift(attention.conv.weight)
+
+
+def begin_as_shift(taps: Tensor, share: float = 1.0) -> None:
+    """Make taps (d, k) of u plus a convolution take a share of the token before instead of u."""
+    taps[:, -1] -= share
+    taps[:, -2] += share
 
 
 def init_conv(conv: ShortConv) -> None:
@@ -1278,7 +1286,7 @@ class ModelState:
 
 # -------------------------------------------------------------------------------- checkpoints
 
-FOLDER_FORMAT = 3  # 2 is read as well: it had no fields of BEFORE
+FOLDER_FORMAT = 3  # 2 is read as well: it had no fields of BEFORE; 3 may lack the newer ones
 
 
 def require_same(names: list[str], old: dict, new: dict) -> None:

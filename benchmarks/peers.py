@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from testv2 import Config, TinyMambaModel, to_autocast
+from testv2 import Config, TinyMambaModel, begin_as_shift, to_autocast
 from tinymamba.cli import need, require
 from tinymamba.kernels import DepthwiseConv
 
@@ -108,8 +108,7 @@ def make_llama_start(hf: Any, shape: Shape) -> nn.Module:
     for attention in (layer.self_attn for layer in model.model.layers):
         attention.k_proj.weight.copy_(attention.q_proj.weight)
         attention.k_proj = WithConv(attention.k_proj, shape.width)
-        attention.k_proj.conv_weight[:, -1] -= 1
-        attention.k_proj.conv_weight[:, -2] += 1
+        begin_as_shift(attention.k_proj.conv_weight)
     return model
 
 

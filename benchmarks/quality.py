@@ -73,28 +73,20 @@ OURS: dict[
     "M": {"d_model": 320, "n_layer": 5, "num_heads": 5, "ssm_head_dim": 64},
     "M-small": {"d_model": 192, "n_layer": 4, "num_heads": 3, "ssm_head_dim": 64},
 }
+LLAMAS = ("llama", "llama_conv", "llama_canon", "llama_start")  # convolutions are small
 SHAPES = {  # of the peers, with as many parameters, within 2%
     "S": {
-        "llama": Shape(256, width=128, layers=4, heads=2, mlp=326),
-        "llama_conv": Shape(256, width=128, layers=4, heads=2, mlp=326),
-        "llama_canon": Shape(256, width=128, layers=4, heads=2, mlp=326),
-        "llama_start": Shape(256, width=128, layers=4, heads=2, mlp=326),
+        **dict.fromkeys(LLAMAS, Shape(256, width=128, layers=4, heads=2, mlp=326)),
         "mamba2": Shape(256, width=128, layers=7, heads=4, state=32),
         "gated_delta": Shape(256, width=128, layers=4, heads=2, mlp=258),
     },
     "M": {
-        "llama": Shape(4096, width=384, layers=5, heads=6, mlp=880),
-        "llama_conv": Shape(4096, width=384, layers=5, heads=6, mlp=880),
-        "llama_canon": Shape(4096, width=384, layers=5, heads=6, mlp=880),
-        "llama_start": Shape(4096, width=384, layers=5, heads=6, mlp=880),
+        **dict.fromkeys(LLAMAS, Shape(4096, width=384, layers=5, heads=6, mlp=880)),
         "mamba2": Shape(4096, width=384, layers=9, heads=12, state=16),
         "gated_delta": Shape(4096, width=384, layers=5, heads=6, mlp=669),
     },
     "M-small": {
-        "llama": Shape(4096, width=192, layers=6, heads=3, mlp=427),
-        "llama_conv": Shape(4096, width=192, layers=6, heads=3, mlp=427),
-        "llama_canon": Shape(4096, width=192, layers=6, heads=3, mlp=427),
-        "llama_start": Shape(4096, width=192, layers=6, heads=3, mlp=427),
+        **dict.fromkeys(LLAMAS, Shape(4096, width=192, layers=6, heads=3, mlp=427)),
         "mamba2": Shape(4096, width=192, layers=10, heads=6, state=32),
         "gated_delta": Shape(4096, width=192, layers=6, heads=3, mlp=326),
     },

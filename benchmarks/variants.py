@@ -28,6 +28,7 @@ from testv2 import (
     MambaSSM,
     SequenceContext,
     TinyMambaModel,
+    begin_as_shift,
     init_ssm,
     rotate_channels,
     running_phase,
@@ -115,9 +116,7 @@ class VariantSSM(MambaSSM):
         if self.variant.start == "memory":
             _, _, B, C, _ = self.in_proj.weight.split(self.sizes)
             C.copy_(B)
-            taps = self.conv.weight[: len(B)]
-            taps[:, -1] -= SHIFT
-            taps[:, -2] += SHIFT
+            begin_as_shift(self.conv.weight[: len(B)], SHIFT)
         if self.config.deepnet:
             self.out_proj.weight.mul_((4 * self.config.n_layer) ** -0.25)
 

@@ -31,9 +31,8 @@ OF_EXTRAS = {  # not in `import *`: they need more packages
     "onnx_generate": "OnnxModel",
     "hf_integration": "TinyMambaConfig TinyMambaHFModel TinyMambaHFTokenizer",
 }
-MODULES = {*NAMES, *OF_EXTRAS, "archives", "benchmark", "data", "data_order"}
-MODULES |= {"delta_rule", "documents", "export_model", "inputs", "kernels", "lock", "namesake"}
-MODULES |= {"openai_api"}
+MODULES = {*NAMES, *OF_EXTRAS, "archives", "benchmark", "data", "data_order", "delta_rule"}
+MODULES |= {"documents", "export_model", "inputs", "kernels", "lock", "namesake", "openai_api"}
 MODULES |= {"optimizer", "packing", "runtime", "schedule", "serve", "token_file", "token_shards"}
 HOMES = {name: module for module, names in {**NAMES, **OF_EXTRAS}.items() for name in names.split()}
 
