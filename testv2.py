@@ -652,15 +652,13 @@ class Memory(nn.Module):
         log_decay = bounded_decay(log_decay, None if resets is None else resets[:, None])
         if state is None:
             state = beta.new_zeros(rows, heads, width, width)
-        q, k = (F.normalize(upcast(t), dim=-1).flatten(0, 1) for t in (q, k))
-        beta, log_decay = (t.flatten(0, 1)[..., None] for t in (beta, log_decay))  # (b*a, l, 1)
-        x, state = v.flatten(0, 1)[:, :, None], upcast(state).flatten(0, 1)[:, None]
+        q, k = (F.normalize(upcast(t), dim=-1) for t in (q, k))
         stepwise = self.config.scan == "sequential" or (isinstance(length, int) and length == 1)
+        inputs = [t.flatten(0, 1) for t in (v, beta, log_decay, k, q, upcast(state))]  # (b*a, ...)
         with torch.autocast(u.device.type, enabled=False):
-            size = self.config.chunk_size
-            y, state = run_delta_rule(x, beta, log_decay, k, q, state, size, stepwise)
-        y = y[:, :, 0].unflatten(0, (rows, heads)) * gate[..., None]  # (b, a, l, f)
-        return y.to(v.dtype), state[:, 0].unflatten(0, (rows, heads))
+            y, state = run_delta_rule(*inputs, self.config.chunk_size, stepwise)
+        y, state = (t.unflatten(0, (rows, heads)) for t in (y, state))
+        return (y * gate[..., None]).to(v.dtype), state
 
 
 class LocalAttention(nn.Module):

@@ -25,8 +25,8 @@ EXACT = pytest.mark.parametrize(
 )
 
 
-def rule_inputs(L, dtype=torch.float64, batch=2, H=3, P=4, N=6, seed=0):
-    """x, beta, log_decay, K, C and a state (b, h, p, n).
+def rule_inputs(L, dtype=torch.float64, batch=6, P=4, N=6, seed=0):
+    """x, beta, log_decay, K, C and a state (b, p, n).
 
     Keys repeat, some tokens write nothing, all, or twice the difference, and some erase the state.
     """
@@ -35,17 +35,17 @@ def rule_inputs(L, dtype=torch.float64, batch=2, H=3, P=4, N=6, seed=0):
     def normal(*shape):
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
-    beta = torch.rand(batch, L, H, generator=g, dtype=torch.float64) * 2
+    beta = torch.rand(batch, L, generator=g, dtype=torch.float64) * 2
     special = torch.randint(0, 6, beta.shape, generator=g)
     for kind, value in enumerate((0.0, 1.0, 2.0)):
         beta[special == kind] = value
-    log_decay = -F.softplus(normal(batch, L, H) - 3)
+    log_decay = -F.softplus(normal(batch, L) - 3)
     log_decay[torch.randint(0, 12, log_decay.shape, generator=g) == 0] = -30.0
     log_decay[torch.randint(0, 4, log_decay.shape, generator=g) == 0] = 0.0
     K = F.normalize(normal(batch, L, N), dim=-1)
     K[:, 1::3] = K[:, :-1:3] if L > 1 else K[:, 1::3]  # a third are those of the token before
     C = F.normalize(normal(batch, L, N), dim=-1)
-    parts = (normal(batch, L, H, P), beta, log_decay, K, C, normal(batch, H, P, N))
+    parts = (normal(batch, L, P), beta, log_decay, K, C, normal(batch, P, N))
     return [t.to(dtype) for t in parts]
 
 
@@ -71,7 +71,7 @@ def chunked(run, chunk_size):
 
 # Lengths around a chunk, and of several tiles of 32 tokens; batches of more rows than a tile takes.
 CASES = [
-    (1, 1, 2), (40, 1, 2), (1, 8, 2), (7, 8, 2), (8, 8, 2), (9, 8, 2), (100, 8, 1), (21, 8, 7),
+    (1, 1, 2), (40, 1, 2), (1, 8, 2), (7, 8, 2), (8, 8, 2), (9, 8, 2), (100, 8, 1), (21, 8, 9),
     (11, 12, 2), (13, 12, 2), (50, 12, 3), (31, 32, 2), (32, 32, 2), (33, 32, 2), (130, 32, 2),
 ]  # fmt: skip
 
@@ -95,7 +95,7 @@ def test_chunks_equal_the_recurrence_in_outputs_states_and_gradients(
 
 def test_gradients_are_the_slopes_of_the_outputs(monkeypatch):
     monkeypatch.setattr(delta_rule, "CPU_TILE", 4)
-    inputs = rule_inputs(7, batch=2, H=2, P=2, N=2)
+    inputs = rule_inputs(7, batch=3, P=2, N=2)
     inputs[2] -= 0.1  # at 0 it has a slope on one side only
     inputs = [t.requires_grad_() for t in inputs]
     assert torch.autograd.gradcheck(chunked(GatedDeltaRule.apply, 2), inputs, eps=1e-6, atol=1e-6)
@@ -103,7 +103,7 @@ def test_gradients_are_the_slopes_of_the_outputs(monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
 def test_half_precision_is_near_float32_and_keeps_the_state_in_float32(dtype, tolerance):
-    x, beta, log_decay, K, C, state = rule_inputs(200, torch.float32, H=2, P=8, N=16)
+    x, beta, log_decay, K, C, state = rule_inputs(200, torch.float32, P=8, N=16)
     beta = beta / 2
     x, K, C = (t.to(dtype) for t in (x, K, C))
     want = results(delta_sequential, [x.float(), beta, log_decay, K.float(), C.float(), state])
@@ -138,37 +138,35 @@ def test_the_inverse_equals_that_of_linalg_and_stays_exact_for_equal_keys(q):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 21])
-def test_states_carried_in_parallel_equal_those_of_a_loop(monkeypatch, count):
+@pytest.mark.parametrize("way", ["is_writing_graph", "is_compiling"])
+def test_states_carried_in_parallel_equal_those_of_a_loop(monkeypatch, count, way):
     g = torch.Generator().manual_seed(0)
-    transition = torch.randn(2, count, 3, 4, 4, generator=g).double() / 3
-    written = torch.randn(2, count, 3, 4, 5, generator=g).double()
-    inputs = [transition, written, torch.randn(2, 3, 4, 5, generator=g).double()]
-    want, got = results(stacked(carry), inputs), results(stacked(carry_in_parallel), inputs)
-    for one, two in zip(got, want, strict=True):
+    shapes = (1, 1), (3, 5), (3, 4), (3, 5)  # decay, removes, values, writes
+    inputs = [torch.randn(2, count, *shape, generator=g).double() / 2 for shape in shapes]
+    inputs.append(torch.randn(2, 5, 4, generator=g).double())
+    want = carry(*inputs)
+    owner = delta_rule if way == "is_writing_graph" else torch.compiler
+    monkeypatch.setattr(owner, way, lambda: True)
+    for one, two in zip(carry(*inputs), want, strict=True):
         close(one, two, 1e-11)
-    monkeypatch.setattr(delta_rule, "is_writing_graph", lambda: True)  # with levels to spare
-    close(carry(*inputs)[:, :-1], want[0], 1e-11)
 
 
-def stacked(function):
-    """States between chunks as outputs and a last state."""
-
-    def run(*inputs):
-        states = function(*inputs)
-        return states[:, :-1], states[:, -1]
-
-    return run
+def test_gradients_carried_in_parallel_equal_those_of_a_loop(monkeypatch):
+    inputs = rule_inputs(50)
+    want = results(chunked(GatedDeltaRule.apply, 8), inputs)
+    monkeypatch.setattr(delta_rule, "in_parallel", lambda state: True)
+    for one, two in zip(results(chunked(GatedDeltaRule.apply, 8), inputs), want, strict=True):
+        close(one, two, 1e-11)
 
 
 @pytest.mark.parametrize("stepwise", [True, False], ids=["stepwise", "chunked"])
 def test_a_value_is_read_back_by_its_key_until_another_replaces_it(stepwise):
     """Three values under orthogonal keys, then a fourth under the first key, then questions."""
-    keys, x = torch.eye(4).double(), torch.randn(1, 7, 2, 3, dtype=torch.float64)
+    keys, x = torch.eye(4).double(), torch.randn(1, 7, 3, dtype=torch.float64)
     written = [0, 1, 2, 0, 3, 3, 3]
-    beta = torch.tensor([1, 1, 1, 1, 0, 0, 0]).double()[None, :, None].expand(1, 7, 2)
+    beta = torch.tensor([1, 1, 1, 1, 0, 0, 0]).double()[None]
     K, C = keys[written][None], keys[[0, 0, 2, 0, 0, 1, 2]][None]
-    state = torch.zeros(1, 2, 3, 4).double()
-    still = torch.zeros(1, 7, 2).double()
+    state, still = torch.zeros(1, 3, 4).double(), torch.zeros(1, 7).double()
     y, end = run_delta_rule(x, beta, still, K, C, state, 3, stepwise)
     close(y[0], x[0, [0, 0, 2, 3, 3, 1, 2]], 1e-12)
     close(end[0].movedim(-1, 0)[:3], x[0, [3, 1, 2]], 1e-12)
@@ -187,14 +185,14 @@ def test_tokens_that_write_nothing_leave_the_state_the_same_bits(stepwise):
 def test_outputs_and_states_equal_those_of_transformers(chunk_size):
     theirs = pytest.importorskip("transformers.models.olmo_hybrid.modeling_olmo_hybrid")
     x, beta, log_decay, K, C, state = rule_inputs(70, torch.float32)
-    heads = lambda t: t[:, :, None].expand(-1, -1, x.shape[2], -1)  # noqa: E731
-    query = heads(C) * C.shape[-1] ** 0.5  # they divide by it
+    inputs = [t[:, :, None] for t in (C * C.shape[-1] ** 0.5, K, x)]  # they divide queries by it
+    rates = {"g": log_decay[..., None], "beta": beta[..., None]}
     for rule in (theirs.torch_recurrent_gated_delta_rule, theirs.torch_chunk_gated_delta_rule):
-        settings = {"initial_state": state.mT, "output_final_state": True}
-        want, last = rule(query, heads(K), x, g=log_decay, beta=beta, **settings)
+        settings = {"initial_state": state.mT[:, None], "output_final_state": True}
+        want, last = rule(*inputs, **rates, **settings)
         y, end = run_delta_rule(x, beta, log_decay, K, C, state, chunk_size, False)
-        close(y, want, 1e-4)
-        close(end, last.mT, 1e-4)
+        close(y, want[:, :, 0], 1e-4)
+        close(end, last.mT[:, 0], 1e-4)
 
 
 def test_the_rule_loops_over_tiles_in_memory_linear_in_length():

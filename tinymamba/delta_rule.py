@@ -1,18 +1,18 @@
 """The gated delta rule in chunks: both passes in plain matrix products.
 
 `GatedDeltaRule` is the parallel form of `delta_sequential`, which is its reference. A token t with
-key k, value x, read vector c, write strength beta and decay a changes the state h (n, p) to
+key k, value x, query c, write strength beta and decay a changes the state h (n, p) to
 
     h_t = a_t (h_{t-1} - beta_t k_t k_t^T h_{t-1}) + beta_t k_t x_t^T,    y_t = h_t^T c_t
 
 so a value replaces what its key held before (Yang et al., Gated DeltaNet, arXiv 2412.06464, eq. 10;
-the chunks are those of section 3.3). Time it with
+the chunks are those of section 3.3). Every head of every sequence is a row of its own. Time it with
 
     python -m benchmarks.scan --scans ours delta
 
 Dimension letters in the comments on shapes:
-    b batch      l length        h SSM heads           p SSM head width
-    n d_state    q chunk_size    c chunks (l / q)
+    b rows       l length        n width of keys       p width of values
+    q chunk_size                 c chunks (l / q)
 """
 
 from __future__ import annotations
@@ -30,12 +30,11 @@ from tinymamba.kernels import (
     Tiles,
     backward_over_tiles,
     forward_over_tiles,
-    heads_first,
     is_writing_graph,
     to_chunks,
 )
 
-CPU_TILE = 1024  # tokens whose intermediate values are in memory at a time
+CPU_TILE = 8192  # tokens whose intermediate values are in memory at a time
 LEVELS = 16  # of `carry_in_parallel` in an exported graph: enough for 65,536 chunks
 SMALLEST = 8  # size below which a triangular matrix is inverted by its series
 
@@ -45,17 +44,16 @@ def delta_sequential(
 ) -> tuple[Tensor, Tensor]:
     """The recurrence, token by token: the reference, and the single step of decoding.
 
-    x (b, l, h, p), beta and log_decay (b, l, h), K and C (b, l, n), state (b, h, p, n) -> y
-    (b, l, h, p) and the state after the last token. Keys have length 1.
+    x (b, l, p), beta and log_decay (b, l), K and C (b, l, n), state (b, p, n) -> y (b, l, p) and
+    the state after the last token. Keys have length 1.
     """
     outputs, wide = [], [t.to(state.dtype) for t in (x, beta, K, C)]
     for t in range(x.shape[1]):
         x_t, beta_t, k_t, c_t = (w[:, t] for w in wide)
-        k_t, c_t = k_t[:, None, None], c_t[:, None, None]  # (b, 1, 1, n)
-        state = log_decay[:, t, :, None, None].exp() * state
-        held = (state * k_t).sum(-1)  # (b, h, p): the value that the key has so far
-        state = state + (beta_t[..., None] * (x_t - held))[..., None] * k_t
-        outputs.append((state * c_t).sum(-1))
+        state = log_decay[:, t, None, None].exp() * state
+        held = (state * k_t[:, None]).sum(-1)  # (b, p): the value that the key has so far
+        state = state + (beta_t[:, None] * (x_t - held))[..., None] * k_t[:, None]
+        outputs.append((state * c_t[:, None]).sum(-1))
     return torch.stack(outputs, dim=1).to(x.dtype), state
 
 
@@ -81,7 +79,7 @@ class GatedDeltaRule(torch.autograd.Function):
     """`delta_sequential` in matrix products over chunks of q tokens.
 
     As in ChunkedScan, one tile of chunks goes through all steps before the next tile, and the
-    backward pass computes a tile's intermediate values again. States are (b, h, n, p).
+    backward pass computes a tile's intermediate values again. States are (b, n, p).
     """
 
     @staticmethod
@@ -95,7 +93,7 @@ class GatedDeltaRule(torch.autograd.Function):
         state: Tensor,
         chunk_size: int,
     ) -> tuple[Tensor, Tensor]:
-        """The y (b, l, h, p) and the last state (b, h, n, p)."""
+        """The y (b, l, p) and the last state (b, n, p)."""
         inputs = to_chunks(chunk_size, x, beta, log_decay, K, C)
         y, last, begins = forward_over_tiles(tile_forward, tiles(inputs[0]), inputs, state)
         ctx.save_for_backward(x, beta, log_decay, K, C, *begins)
@@ -124,7 +122,7 @@ def delta_in_one_tile(
 
 
 def tiles(x: Tensor) -> Tiles:
-    """Slices of rows and of chunks of x (b, c, q, h, p): as many rows as fit, then chunks.
+    """Slices of rows and of chunks of x (b, c, q, p): as many rows as fit, then chunks.
 
     Rows come first, because chunks go one after the other.
     """
@@ -141,21 +139,21 @@ def tiles(x: Tensor) -> Tiles:
 class Tile(NamedTuple):
     """Intermediate values of one tile that both passes need."""
 
-    decay: Tensor  # (b, c, h, q, q) from token j to i; 0 where j > i
-    keys: Tensor  # (b, c, 1, q, q) k_i . k_j for j < i
-    similarity: Tensor  # (b, c, 1, q, q) c_i . k_j
-    overlap: Tensor  # (b, c, h, q, q) keys times decay, in the dtype of decays
-    solve: Tensor  # (b, c, h, q, q) from the differences to the written values u, beta left out
-    scores: Tensor  # (b, c, h, q, q) factor of u_j in y_i
-    from_start: Tensor  # (b, c, h, q, 1) decay since the start of the chunk
-    to_end: Tensor  # (b, c, h, q, 1) decay until its end
-    reads: Tensor  # (b, c, h, q, n) C times from_start: reads the state before the chunk
-    erases: Tensor  # (b, c, h, q, n) K times from_start: reads what the keys held before it
-    writes: Tensor  # (b, c, h, q, n) K times to_end: writes the state after the chunk
-    keeps: Tensor  # (b, c, h, q, n) factor of the state before the chunk in -u
-    transition: Tensor  # (b, c, h, n, n) factor of the state before the chunk in that after it
-    states: Tensor  # (b, c+1, h, n, p) before each chunk, and after the last
-    u: Tensor  # (b, c, h, q, p) what is written: values less what the keys held
+    decay: Tensor  # (b, c, q, q) from token j to i; 0 where j > i
+    keys: Tensor  # (b, c, q, q) k_i . k_j for j < i
+    similarity: Tensor  # (b, c, q, q) c_i . k_j
+    overlap: Tensor  # (b, c, q, q) keys times decay, in the dtype of decays
+    solve: Tensor  # (b, c, q, q) from the differences to the written values u, beta left out
+    scores: Tensor  # (b, c, q, q) factor of u_j in y_i
+    whole: Tensor  # (b, c, 1, 1) decay over the chunk, in the dtype of decays
+    from_start: Tensor  # (b, c, q, 1) decay since the start of the chunk
+    to_end: Tensor  # (b, c, q, 1) decay until its end
+    reads: Tensor  # (b, c, q, n) C times from_start: reads the state before the chunk
+    erases: Tensor  # (b, c, q, n) K times from_start: reads what the keys held before it
+    writes: Tensor  # (b, c, q, n) K times to_end: writes the state after the chunk
+    removes: Tensor  # (b, c, q, n) factor of the state before the chunk in u
+    states: Tensor  # (b, c+1, n, p) before each chunk, and after the last
+    u: Tensor  # (b, c, q, p) what is written: values less what the keys held
 
 
 def make_tile(
@@ -163,30 +161,27 @@ def make_tile(
 ) -> Tile:
     """The intermediate values of a tile.
 
-    x (b, c, h, q, p), beta and log_decay (b, c, h, q), K and C (b, c, 1, q, n).
+    x (b, c, q, p), beta and log_decay (b, c, q), K and C (b, c, q, n), state (b, n, p).
     """
-    total = log_decay.cumsum(-1)  # (b, c, h, q)
+    total = log_decay.cumsum(-1)  # (b, c, q)
     between = total[..., :, None] - total[..., None, :]
-    future = torch.full_like(between[0, 0, 0], -math.inf).triu(1)
+    future = torch.full_like(between[0, 0], -math.inf).triu(1)
     decay = torch.minimum(between, future).exp_()
-    keys, similarity = (K @ K.mT).tril(-1), C @ K.mT  # (b, c, 1, q, q)
-    overlap = keys.to(decay.dtype) * decay
+    keys, similarity = (K @ K.mT).tril_(-1), C @ K.mT  # (b, c, q, q)
+    overlap = keys * decay
     solve = unit_lower_inverse(overlap * beta[..., None])
-    from_start = total.exp()[..., None]
-    to_end = (total[..., -1:] - total).clamp(max=0).exp()[..., None]
-    reads, erases = (C * from_start).to(x.dtype), (K * from_start).to(x.dtype)
-    writes = (K * to_end).to(x.dtype)
+    whole = total[..., -1, None, None].exp()  # (b, c, 1, 1)
+    from_start = total.exp()[..., None].to(x.dtype)
+    to_end = (total[..., -1:] - total).clamp(max=0).exp()[..., None].to(x.dtype)
+    reads, erases, writes = C * from_start, K * from_start, K * to_end
     weighted = (solve * beta[..., None, :]).to(x.dtype)
-    keeps, values = weighted @ erases, weighted @ x
-    identity = torch.eye(K.shape[-1], dtype=decay.dtype, device=K.device)
-    transition = from_start[..., -1:, :] * identity - (writes.mT @ keeps).to(decay.dtype)
-    states = carry(transition, (writes.mT @ values).to(state.dtype), state)
-    u = values - keeps @ states[:, :-1].to(x.dtype)
+    removes, values = (-weighted) @ erases, weighted @ x
+    states, u = carry(whole, removes, values, writes, state)
     decay = decay.to(x.dtype)
     scores = similarity * decay
     return Tile(
-        decay, keys, similarity, overlap, solve, scores, from_start, to_end, reads, erases, writes,
-        keeps, transition, states, u,
+        decay, keys, similarity, overlap, solve, scores, whole, from_start, to_end, reads, erases,
+        writes, removes, states, u,
     )  # fmt: skip
 
 
@@ -219,29 +214,63 @@ def unit_lower_inverse(A: Tensor) -> Tensor:
     return inverse
 
 
-def carry(transition: Tensor, written: Tensor, state: Tensor) -> Tensor:
-    """States between chunks, (b, c+1, h, n, p): before the first chunk, then after each one.
+def carry(
+    decay: Tensor, removes: Tensor, values: Tensor, writes: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """States before the first chunk and after each one (b, c+1, n, p), and what each wrote.
 
-    s_{c+1} = transition_c s_c + written_c; transition (b, c, h, n, n), written (b, c, h, n, p),
-    state (b, h, n, p). One after the other on a CPU, where it is cheapest; else in parallel.
+    Chunk c writes u_c = values_c + removes_c s_c (b, c, q, p) to the state s_c, which becomes
+    s_{c+1} = decay_c s_c + writes_c^T u_c. decay (b, c, 1, 1), removes and writes (b, c, q, n),
+    state (b, n, p). In parallel, unless a CPU runs it without a graph.
     """
-    if is_writing_graph() or torch.compiler.is_compiling() or state.device.type != "cpu":
-        return carry_in_parallel(transition, written, state)
-    states, shape = [state], state.shape
-    for t, w in zip(transition.unbind(1), written.unbind(1), strict=True):
-        last = states[-1].flatten(0, 1)
-        states.append(torch.baddbmm(w.flatten(0, 1), t.flatten(0, 1), last).view(shape))
-    return torch.stack(states, dim=1)
+    if in_parallel(state):
+        identity = torch.eye(removes.shape[-1], dtype=state.dtype, device=state.device)
+        transition = decay * identity + (writes.mT @ removes).to(state.dtype)
+        states = carry_in_parallel(transition, (writes.mT @ values).to(state.dtype), state)
+        return states, values + removes @ states[:, :-1].to(values.dtype)
+    states, u = [state], []
+    for c in range(values.shape[1]):
+        u.append(torch.baddbmm(values[:, c], removes[:, c], state.to(values.dtype)))
+        state = decay[:, c] * state + writes[:, c].mT @ u[c]
+        states.append(state)
+    return torch.stack(states, dim=1), torch.stack(u, dim=1)
+
+
+def carry_back(t: Tile, dy: Tensor, dlast: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of t.states (b, c+1, n, p) and of t.u (b, c, q, p), from the last chunk on."""
+    dread, du = t.reads.mT @ dy, t.scores.mT @ dy
+    if in_parallel(dlast):
+        identity = torch.eye(dread.shape[-2], dtype=dlast.dtype, device=dlast.device)
+        transition = t.whole * identity + (t.removes.mT @ t.writes).to(dlast.dtype)
+        written = (dread + t.removes.mT @ du).to(dlast.dtype)
+        dstates = carry_in_parallel(transition.flip(1), written.flip(1), dlast).flip(1)
+        return dstates, du + t.writes @ dstates[:, 1:].to(du.dtype)
+    dstate, dstates, parts = dlast, [dlast], []
+    for c in reversed(range(dy.shape[1])):
+        parts.append(torch.baddbmm(du[:, c], t.writes[:, c], dstate.to(du.dtype)))
+        part = torch.baddbmm(dread[:, c], t.removes[:, c].mT, parts[-1])
+        dstate = t.whole[:, c] * dstate + part
+        dstates.append(dstate)
+    return torch.stack(dstates[::-1], dim=1), torch.stack(parts[::-1], dim=1)
+
+
+def in_parallel(state: Tensor) -> bool:
+    """Whether chunks are carried in parallel, and not one after the other as a CPU does."""
+    return is_writing_graph() or torch.compiler.is_compiling() or state.device.type != "cpu"
 
 
 def carry_in_parallel(transition: Tensor, written: Tensor, state: Tensor) -> Tensor:
-    """The same as `carry` in log2(c) steps, each of which doubles how far back a chunk reaches."""
+    """The states of s_{c+1} = transition_c s_c + written_c, (b, c+1, n, p).
+
+    In log2(c) steps, each of which doubles how far back a chunk reaches. transition (b, c, n, n),
+    written (b, c, n, p), state (b, n, p).
+    """
     count, graph = transition.shape[1], is_writing_graph()
     index = torch.arange(count, device=state.device)
     identity = torch.eye(transition.shape[-1], dtype=state.dtype, device=state.device)
     for level in range(LEVELS if graph else (count - 1).bit_length()):
         before, known = (index - 2**level).clamp(min=0), index >= 2**level
-        known = known[:, None, None, None]
+        known = known[:, None, None]
         earlier = torch.where(known, transition.index_select(1, before), identity)
         added = written.index_select(1, before) * known
         written = written + transition @ added
@@ -252,13 +281,11 @@ def carry_in_parallel(transition: Tensor, written: Tensor, state: Tensor) -> Ten
 def tile_forward(inputs: list[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
     """The y and the last state of one tile.
 
-    inputs: x (b, c, q, h, p), beta and log_decay (b, c, q, h), K and C (b, c, q, n).
+    inputs: x (b, c, q, p), beta and log_decay (b, c, q), K and C (b, c, q, n).
     """
-    x, beta, log_decay, K, C = inputs
-    x, beta, log_decay = heads_first(x, beta, log_decay)
-    t = make_tile(x, beta, log_decay, K[:, :, None], C[:, :, None], state)
-    y = t.scores @ t.u + t.reads @ t.states[:, :-1].to(x.dtype)
-    return y.transpose(2, 3), t.states[:, -1]
+    t = make_tile(*inputs, state)
+    y = t.scores @ t.u + t.reads @ t.states[:, :-1].to(t.u.dtype)
+    return y, t.states[:, -1]
 
 
 def tile_backward(
@@ -266,39 +293,31 @@ def tile_backward(
 ) -> tuple[Tensor, ...]:
     """The gradients of `inputs` and state from those of y and the last state."""
     x, beta, log_decay, K, C = inputs
-    x, beta, log_decay, dy = heads_first(x, beta, log_decay, dy)
-    K, C = K[:, :, None], C[:, :, None]
-    t = make_tile(x, beta, log_decay, K, C, state)
+    t = make_tile(*inputs, state)
     wide, before = beta.dtype, t.states[:, :-1].to(x.dtype)
 
-    # dstates[:, c] is the gradient of the state before chunk c: `carry`, backwards in time.
-    du = t.scores.mT @ dy  # (b, c, h, q, p)
-    dread = (t.reads.mT @ dy - t.keeps.mT @ du).to(state.dtype)
-    dstates = carry(t.transition.mT.flip(1), dread.flip(1), dlast).flip(1)  # (b, c+1, h, n, p)
+    dstates, du = carry_back(t, dy, dlast)
     after = dstates[:, 1:].to(x.dtype)
-    du = du + t.writes @ after
     dr = t.solve.mT.to(x.dtype) @ du  # of beta (x - erases @ before)
     dx = dr * beta[..., None].to(x.dtype)
     difference = x - t.erases @ before
-    weight = (dr @ t.u.mT).mul_(t.overlap)  # (b, c, h, q, q), as `overlap` strictly lower
+    weight = (dr @ t.u.mT).mul_(t.overlap)  # (b, c, q, q), as `overlap` strictly lower
     dbeta = (dr * difference).sum(-1, dtype=wide) - weight.sum(-1, dtype=wide)
 
     doverlap = (dx @ t.u.mT).mul_(t.decay)  # the negative of it, times decay
-    dscores = (dy @ t.u.mT).mul_(t.decay)
-    dkeys = -doverlap.sum(2, keepdim=True).tril(-1)  # (b, c, 1, q, q)
-    dsimilarity = dscores.sum(2, keepdim=True)
-    derases = -(dx @ before.mT).to(wide)  # (b, c, h, q, n)
-    dreads, dwrites = (dy @ before.mT).to(wide), (t.u @ after.mT).to(wide)
-    dK = (derases * t.from_start + dwrites * t.to_end).sum(2, keepdim=True)
+    dsimilarity = (dy @ t.u.mT).mul_(t.decay)
+    dkeys = -doverlap.tril(-1)  # (b, c, q, q)
+    dreads, derases = dy @ before.mT, -dx @ before.mT  # (b, c, q, n)
+    dwrites = t.u @ after.mT
+    dK = derases * t.from_start + dwrites * t.to_end
     dK = dK + (dkeys + dkeys.mT) @ K + dsimilarity.mT @ C
-    dC = (dreads * t.from_start).sum(2, keepdim=True) + dsimilarity @ K
+    dC = dreads * t.from_start + dsimilarity @ K
 
     # Every decay is the exponential of a sum of logarithms, so its gradient is value * gradient.
-    weight = dscores.mul_(t.similarity).sub_(doverlap.mul_(t.keys))
+    weight = dsimilarity.mul_(t.similarity).sub_(doverlap.mul_(t.keys))
     dtotal = weight.sum(-1, dtype=wide) - weight.sum(-2, dtype=wide)
-    dtotal = dtotal - (dwrites * t.writes).sum(-1)
-    dtotal = dtotal + (dreads * t.reads).sum(-1) + (derases * t.erases).sum(-1)
+    through_states = (dreads * t.reads).add_(derases * t.erases).sub_(dwrites * t.writes)
+    dtotal = dtotal + through_states.sum(-1, dtype=wide)
     dtotal[..., -1] += (dstates[:, 1:] * t.states[:, 1:]).sum((-2, -1))
     dlog_decay = dtotal.flip(-1).cumsum(-1).flip(-1)
-    dx, dbeta, dlog_decay = (g.transpose(2, 3) for g in (dx, dbeta, dlog_decay))
-    return dx, dbeta, dlog_decay, dK[:, :, 0], dC[:, :, 0], dstates[:, 0]
+    return dx, dbeta, dlog_decay, dK, dC, dstates[:, 0]
