@@ -76,15 +76,15 @@ class Graph(nn.Module):
     def __init__(self, model: TinyMambaModel):
         super().__init__()
         self.model = model
+        layers = model.init_state(1).layers
+        self.sizes = [sum(t is not None for t in layer) for layer in layers]  # tensors of each
         self.programs: dict[str, torch.export.ExportedProgram] = {}
 
     def prefill(self, ids: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         """ids (b, l) and ModelState.tensors() -> logits (b, v) and the new state's tensors."""
-        per_layer = (len(tensors) - 2) // self.model.config.n_layer
-        layers = [
-            LayerState(*tensors[i : i + per_layer]) for i in range(0, len(tensors) - 2, per_layer)
-        ]
-        state = ModelState(layers, *tensors[-2:])
+        rest = iter(tensors)
+        layers = [LayerState(*itertools.islice(rest, size)) for size in self.sizes]
+        state = ModelState(layers, *rest)
         logits, state = self.model.advance(ids, state, last_only=True)  # (b, 1, v)
         return logits[:, -1], *(t.contiguous() for t in state.tensors().values())
 

@@ -97,7 +97,7 @@ class TinyMambaConfig(PreTrainedConfig):
     }
     # For each block the cache holds three windows of inputs: those of the convolutions, the phase,
     # and (position, start of the document). Of the last two, only the newest entry is used. It also
-    # holds two recurrent states: those of the SSM and of the memory.
+    # holds two recurrent states: those of the SSM and of a memory.
     number_of_conv_states = 3
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -168,11 +168,12 @@ def read_cache(cache: Cache, model: TinyMambaModel, batch: int, new: int = 0) ->
     if rows != batch:
         raise ValueError(f"past_key_values: has {rows} sequences, but the input has {batch}")
     states = []
-    for i in range(len(model.blocks)):
+    for i, block in enumerate(model.blocks):
         tail = cache.get_conv_state(i, CONV)[:, :, : kernel - 1].mT  # (b, k-1, d + 2n + d)
         phase = cache.get_conv_state(i, PHASE).squeeze(-1)  # (b, r)
         ssm = cache.get_recurrent_state(i, SSM)  # (b, h, p, n)
-        memory = cache.get_recurrent_state(i, MEMORY) if model.config.memory else None
+        memory = block.attention.memory  # not every block has one
+        memory = memory if memory is None else cache.get_recurrent_state(i, MEMORY)
         keys, values = (
             last_keys(t, cache.get_seq_length(i), window - 1)
             for t in (cache.layers[i].keys, cache.layers[i].values)

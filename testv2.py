@@ -152,7 +152,11 @@ class Config:
     bc_conv: bool = True  # a convolution of the SSM's B and C, besides that of the block's input
     rotating: float = 0.25  # share of the pairs of SSM state channels that rotate
     k_conv: bool = True  # a convolution of the attention's keys
-    memory: bool = False  # attention has a state as well, for what its window does not see
+    memory: bool = True  # attention has a state as well, for what its window does not see
+    memory_every: int = 4  # of so many blocks, one has that memory: of four the second
+    memory_products: int = (
+        4  # products of a key with itself, shifted, that the memory is written by
+    )
     expand_factor: int = 2  # inner width of SSM and MLP, as a multiple of d_model
     ssm_head_dim: int = 64  # channels p that share one SSM decay
     scan: str = "chunked"  # the parallel scan, or its slow reference
@@ -240,12 +244,12 @@ class Config:
         "amp_dtype": tuple(DTYPES.values()),
     }  # fmt: skip
     AT_LEAST_ONE: ClassVar = """d_model n_layer vocab_size d_state d_conv expand_factor ssm_head_dim
-        chunk_size window_size num_heads rope_theta block_size batch_size
+        chunk_size memory_every window_size num_heads rope_theta block_size batch_size
         gradient_accumulation_steps num_epochs max_bad_steps early_stopping_patience
         generation_length log_interval validation_interval generation_interval rank_timeout"""
-    AT_LEAST_ZERO: ClassVar = """low_rank max_steps lr warmup_steps grad_clip weight_decay
-        decay_steps empty_cache_freq num_workers checkpoint_interval save_top_k skip_spikes
-        validation_steps early_stopping_min_delta generation_temperature"""
+    AT_LEAST_ZERO: ClassVar = """low_rank memory_products max_steps lr warmup_steps grad_clip
+        weight_decay decay_steps empty_cache_freq num_workers checkpoint_interval save_top_k
+        skip_spikes validation_steps early_stopping_min_delta generation_temperature"""
     LIMITS: ClassVar = {
         **dict.fromkeys(AT_LEAST_ONE.split(), (1, math.inf)),
         **dict.fromkeys(AT_LEAST_ZERO.split(), (0, math.inf)),
@@ -292,11 +296,15 @@ class Config:
 # Fields that determine what weights and states mean: fixed once they are trained.
 SHAPE_FIELDS = [
     "d_model", "n_layer", "vocab_size", "bias", "tie_embeddings", "low_rank", "activation",
-    "d_state", "d_conv", "bc_conv", "rotating", "k_conv", "memory", "expand_factor",
-    "ssm_head_dim", "window_size", "num_heads", "rope_theta", "gate", "gate_top_k", "document_mask",
+    "d_state", "d_conv", "bc_conv", "rotating", "k_conv", "memory", "memory_every",
+    "memory_products", "expand_factor", "ssm_head_dim", "window_size", "num_heads", "rope_theta",
+    "gate", "gate_top_k", "document_mask",
 ]  # fmt: skip
 # Values of fields that did not exist yet when a model was written.
-BEFORE = {"bc_conv": False, "rotating": 1.0, "k_conv": False, "memory": False}
+BEFORE = {
+    "bc_conv": False, "rotating": 1.0, "k_conv": False, "memory": False, "memory_every": 1,
+    "memory_products": 0,
+}  # fmt: skip
 # Fields in the config.json of a model folder.
 FOLDER_FIELDS = [*SHAPE_FIELDS, "eos_id", "block_size", "deepnet", "scan", "chunk_size", "dropout"]
 # Fields that a resumed run cannot change.
@@ -487,7 +495,7 @@ class LayerState(NamedTuple):
     phase: Tensor  # (b, r) float32, rotation of r pairs of channels in half turns, modulo 2
     keys: Tensor  # (b, a, w-1, f) after RoPE
     values: Tensor  # (b, a, w-1, f)
-    memory: Any = None  # (b, a, f, f) float32, values by keys; None without Config.memory
+    memory: Any = None  # (b, a, f, m) float32, values by keys; None in a block without a memory
 
 
 class SequenceContext(NamedTuple):
@@ -627,21 +635,24 @@ class Memory(nn.Module):
 
     The value of every token is written under its key, and takes the place of what that key held
     before: the gated delta rule (Yang et al., arXiv 2412.06464, eq. 10). Keys, queries and values
-    are those of attention before RoPE, so what a head learns from near tokens serves far ones.
+    are those of attention before RoPE, so what a head learns from near tokens serves far ones. A
+    key of the memory has `memory_products` f channels, which makes it distinct from more others.
     """
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config, heads = config, config.num_heads
+        self.config, heads, width = config, config.num_heads, config.d_model // config.num_heads
+        self.products = range(1, config.memory_products + 1)
+        self.state_shape = (heads, width, width * max(1, config.memory_products))  # (a, f, m)
         self.token_proj = Float32Linear(config.d_model, 3 * heads)  # how to write, keep and read
         self.A_log = nn.Parameter(torch.empty(heads))
 
     def forward(
         self, u: Tensor, qkv: list[Tensor], context: SequenceContext, state: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """u (b, l, d), qkv (b, a, l, f) each, state (b, a, f, f) -> values read, new state."""
+        """u (b, l, d), qkv (b, a, l, f) each, state (b, a, f, m) -> values read, new state."""
         q, k, v = qkv
-        rows, heads, length, width = v.shape
+        rows, heads, length, _ = v.shape
         per_token = self.token_proj(u).mT.unflatten(1, (3, heads))  # (b, 3, a, l)
         beta, gate = per_token[:, 0].sigmoid(), per_token[:, 2].sigmoid()  # (b, a, l)
         log_decay = -F.softplus(per_token[:, 1]) * upcast(self.A_log).exp()[:, None]
@@ -651,14 +662,26 @@ class Memory(nn.Module):
         resets = context.resets(index)
         log_decay = bounded_decay(log_decay, None if resets is None else resets[:, None])
         if state is None:
-            state = beta.new_zeros(rows, heads, width, width)
-        q, k = (F.normalize(upcast(t), dim=-1) for t in (q, k))
+            state = beta.new_zeros(rows, *self.state_shape)
+        q, k = self.features(q), self.features(k)  # (b, a, l, m)
         stepwise = self.config.scan == "sequential" or (isinstance(length, int) and length == 1)
-        inputs = [t.flatten(0, 1) for t in (v, beta, log_decay, k, q, upcast(state))]  # (b*a, ...)
+        size, parts = self.config.chunk_size, (v, beta, log_decay, k, q, upcast(state))
+        v, beta, log_decay, k, q, state = (t.flatten(0, 1) for t in parts)  # (b*a, ...)
         with torch.autocast(u.device.type, enabled=False):
-            y, state = run_delta_rule(*inputs, self.config.chunk_size, stepwise)
+            y, state = run_delta_rule(v, beta, log_decay, k, q, state, size, stepwise)
         y, state = (t.unflatten(0, (rows, heads)) for t in (y, state))
         return (y * gate[..., None]).to(v.dtype), state
+
+    def features(self, x: Tensor) -> Tensor:
+        """Keys or queries of length 1 (b, a, l, m) from those of attention (b, a, l, f).
+
+        They are the products of channels i and i + r, for r = 1 .. memory_products (Schlag et al.,
+        arXiv 2102.11174, eq. 37, without its rectifier).
+        """
+        x = upcast(x)
+        if self.products:
+            x = torch.cat([x * x.roll(-r, dims=-1) for r in self.products], dim=-1)
+        return F.normalize(x, dim=-1)
 
 
 class LocalAttention(nn.Module):
@@ -679,7 +702,7 @@ class LocalAttention(nn.Module):
         self.conv: Any = ShortConv(config.d_model, config.d_conv) if config.k_conv else None
         self.q_norm, self.k_norm = RMSNorm(self.head_dim), RMSNorm(self.head_dim)
         self.out_proj = projection(config.d_model, [config.d_model], config)
-        self.memory = Memory(config) if config.memory else None
+        self.memory: Memory | None = None  # slot, see `memory_every`
         self.prefix: nn.Module | None = None  # slot: queries before RoPE -> (b, a, l, f)
 
     def forward(
@@ -892,6 +915,9 @@ class TinyMambaModel(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks: Any = nn.ModuleList(self.BLOCK(config) for _ in range(config.n_layer))
+        first = min((config.memory_every - 1) // 2, config.n_layer - 1)
+        for block in self.blocks[first :: config.memory_every] if config.memory else []:
+            block.attention.memory = Memory(config)
         self.rotary = RotaryEmbedding(config.d_model // config.num_heads, config.rope_theta)
         self.norm = RMSNorm(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -1057,10 +1083,11 @@ class TinyMambaModel(nn.Module):
         keys = (c.num_heads, c.window_size - 1, c.d_model // c.num_heads)
         state = (ssm.n_heads, c.ssm_head_dim, c.d_state)
         layers = []
-        for _ in self.blocks:
+        for block in self.blocks:
             h, phase = upcast(zeros(*state)), upcast(zeros(ssm.n_rotating))
             tail = zeros(c.d_conv - 1, c.d_model * (1 + c.k_conv) + 2 * c.d_state * c.bc_conv)
-            memory = upcast(zeros(c.num_heads, keys[-1], keys[-1])) if c.memory else None
+            memory = block.attention.memory
+            memory = memory if memory is None else upcast(zeros(*memory.state_shape))
             layers.append(LayerState(tail, h, phase, zeros(*keys), zeros(*keys), memory))
         layers = layers if self.start is None else self.start(layers)
         return ModelState(layers, zeros(dtype=torch.int64), zeros(dtype=torch.int64))

@@ -40,9 +40,9 @@ def delta(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> 
     """The gated delta rule of delta_rule.py, with keys of length 1."""
     heads, K, C = x.shape[2], *(F.normalize(t.float(), dim=-1) for t in (B, C))
     rows = [x, (-dt).exp(), dt * A, *(t[:, :, None].expand(-1, -1, heads, -1) for t in (K, C))]
-    rows = [t.transpose(1, 2).flatten(0, 1) for t in rows]  # (b*h, l, ...); beta is from 0 to 1
-    state = dt.new_zeros(len(rows[0]), x.shape[-1], B.shape[-1])
-    y, _ = run_delta_rule(*rows, state, 32, stepwise=False)
+    x_rows, beta, log_decay, K, C = (t.transpose(1, 2).flatten(0, 1) for t in rows)  # (b*h, l, ...)
+    state = dt.new_zeros(len(x_rows), x.shape[-1], B.shape[-1])
+    y, _ = run_delta_rule(x_rows, beta, log_decay, K, C, state, 32, stepwise=False)
     return y.unflatten(0, (-1, heads)).transpose(1, 2) + D[:, None].to(x.dtype) * x
 
 

@@ -192,11 +192,13 @@ def test_onnx_graphs_of_the_first_release_generate():
 
 # ------------------------------------------------------------ fields that came later
 
-TODAY = {"bc_conv": True, "rotating": 0.25, "k_conv": True, "memory": False}
+NONE = {"memory": False, "memory_every": 1, "memory_products": 0}
+TODAY = {"bc_conv": True, "rotating": 0.25, "k_conv": True, "memory": True,
+    "memory_every": 4, "memory_products": 4}  # fmt: skip
 SINCE = {  # folders of files that were written when a field was new, and what it meant then
-    "bc_conv": {"bc_conv": True, "rotating": 0.4, "k_conv": False, "memory": False},
-    "k_conv": {"bc_conv": True, "rotating": 0.4, "k_conv": True, "memory": False},
-    "memory": {"bc_conv": True, "rotating": 0.4, "k_conv": True, "memory": True},
+    "bc_conv": {"bc_conv": True, "rotating": 0.4, "k_conv": False, **NONE},
+    "k_conv": {"bc_conv": True, "rotating": 0.4, "k_conv": True, **NONE},
+    "memory": {"bc_conv": True, "rotating": 0.4, "k_conv": True, **NONE, "memory": True},
 }
 
 
@@ -205,7 +207,7 @@ def test_a_model_from_before_a_field_has_the_value_of_then(name):
     config = load_model(OLD / name).config
     assert {field: getattr(config, field) for field in BEFORE} == BEFORE
     assert {field: getattr(Config(), field) for field in BEFORE} == TODAY
-    assert {field for field, value in BEFORE.items() if TODAY[field] == value} == {"memory"}
+    assert {field for field, value in BEFORE.items() if TODAY[field] == value} == set()
 
 
 @torch.no_grad()
@@ -223,13 +225,13 @@ def test_a_model_of_a_later_form_is_the_same_model(since, name):
 
 
 def test_a_folder_whose_fields_are_lost_does_not_fit(tmp_path):
-    model = TinyMambaModel(tiny_config(memory=True))
+    model = TinyMambaModel(tiny_config())
     save_folder(tmp_path, model)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    assert {field: config[field] for field in BEFORE} == {**TODAY, "memory": True}
+    assert {field: config[field] for field in BEFORE} == TODAY
     assert load_model(tmp_path).fingerprint() == model.fingerprint()
-    for field in BEFORE:
+    for field in BEFORE.keys() - {"memory_products"}:  # it has no weights
         kept = {name: value for name, value in config.items() if name != field}
         path.write_text(json.dumps(kept), encoding="utf-8")
         with pytest.raises(UserError, match="does not fit its config.json"):
@@ -237,9 +239,9 @@ def test_a_folder_whose_fields_are_lost_does_not_fit(tmp_path):
 
 
 def test_a_checkpoint_whose_fields_are_lost_does_not_fit(tmp_path):
-    model = TinyMambaModel(tiny_config(memory=True))
+    model = TinyMambaModel(tiny_config())
     config = model.config.to_dict()
-    for field in BEFORE:
+    for field in BEFORE.keys() - {"memory_products"}:  # it has no weights
         kept = {name: value for name, value in config.items() if name != field}
         save_checkpoint(tmp_path / "a.pt", {"config": kept, "model": model.state_dict()})
         with pytest.raises(UserError, match=r"a\.pt: .*does not fit"):

@@ -11,7 +11,6 @@ from tinymamba import delta_rule
 from tinymamba.delta_rule import (
     GatedDeltaRule,
     carry,
-    carry_in_parallel,
     delta_in_one_tile,
     delta_sequential,
     run_delta_rule,

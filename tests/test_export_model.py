@@ -131,7 +131,7 @@ def assert_fits_every_length(prefill, step, graph, lengths=LENGTHS):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"gate": "top_k", **FIRST_FORM}, {"gate": "sparsemax", "low_rank": 4, "memory": True}],
+    [{"gate": "top_k", **FIRST_FORM}, {"gate": "sparsemax", "low_rank": 4, "memory_every": 1}],
     ids=str,
 )
 def test_torchscript_fits_every_length(tmp_path, changes):

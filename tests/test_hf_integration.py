@@ -64,7 +64,7 @@ from tinymamba.tokenizer import SimpleTokenizer
 
 SHAPES = {
     "plain": {}, "documents": DOCUMENTS, "no_window": {"window_size": 1},
-    "no_conv": {"d_conv": 1}, "first_form": FIRST_FORM, "memory": {"memory": True},
+    "no_conv": {"d_conv": 1}, "first_form": FIRST_FORM, "memory": {"memory_every": 1},
     "low_rank": {"low_rank": 5, "tie_embeddings": False},
     **{gate: {"gate": gate} for gate in GATES[1:]},
 }  # fmt: skip

@@ -283,7 +283,8 @@ def tile_forward(inputs: list[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
 
     inputs: x (b, c, q, p), beta and log_decay (b, c, q), K and C (b, c, q, n).
     """
-    t = make_tile(*inputs, state)
+    x, beta, log_decay, K, C = inputs
+    t = make_tile(x, beta, log_decay, K, C, state)
     y = t.scores @ t.u + t.reads @ t.states[:, :-1].to(t.u.dtype)
     return y, t.states[:, -1]
 
@@ -293,7 +294,7 @@ def tile_backward(
 ) -> tuple[Tensor, ...]:
     """The gradients of `inputs` and state from those of y and the last state."""
     x, beta, log_decay, K, C = inputs
-    t = make_tile(*inputs, state)
+    t = make_tile(x, beta, log_decay, K, C, state)
     wide, before = beta.dtype, t.states[:, :-1].to(x.dtype)
 
     dstates, du = carry_back(t, dy, dlast)
