@@ -301,10 +301,8 @@ SHAPE_FIELDS = [
     "gate", "gate_top_k", "document_mask",
 ]  # fmt: skip
 # Values of fields that did not exist yet when a model was written.
-BEFORE = {
-    "bc_conv": False, "rotating": 1.0, "k_conv": False, "memory": False, "memory_every": 1,
-    "memory_products": 0,
-}  # fmt: skip
+BEFORE = {"bc_conv": False, "rotating": 1.0, "k_conv": False, "memory": False,
+          "memory_every": 1, "memory_products": 0}  # fmt: skip
 # Fields in the config.json of a model folder.
 FOLDER_FIELDS = [*SHAPE_FIELDS, "eos_id", "block_size", "deepnet", "scan", "chunk_size", "dropout"]
 # Fields that a resumed run cannot change.
@@ -452,7 +450,7 @@ def selective_scan(
         state = state.to(dt.dtype)
         if x.shape[1] == 0:
             return x, state
-        log_decay = bounded_decay(dt * A, None if resets is None else resets[..., None])
+        log_decay = bounded_decay(dt * A, resets)
         if method == "sequential" or x.shape[1] == 1:
             return scan_sequential(x, dt, log_decay, B, C, D, state)
         B, C = B.to(x.dtype), C.to(x.dtype)
@@ -462,9 +460,9 @@ def selective_scan(
 
 
 def bounded_decay(log_decay: Tensor, resets: Tensor | None) -> Tensor:
-    """No decay below MIN_LOG_DECAY, and that one at `resets`, of bool and the same dimensions."""
+    """log_decay (b, l, h), none below MIN_LOG_DECAY, and that one at `resets`, of bool (b, l)."""
     log_decay = log_decay.clamp(min=MIN_LOG_DECAY)
-    return log_decay if resets is None else log_decay.masked_fill(resets, MIN_LOG_DECAY)
+    return log_decay if resets is None else log_decay.masked_fill(resets[..., None], MIN_LOG_DECAY)
 
 
 def scan_sequential(
@@ -653,24 +651,21 @@ class Memory(nn.Module):
         """u (b, l, d), qkv (b, a, l, f) each, state (b, a, f, m) -> values read, new state."""
         q, k, v = qkv
         rows, heads, length, _ = v.shape
-        per_token = self.token_proj(u).mT.unflatten(1, (3, heads))  # (b, 3, a, l)
-        beta, gate = per_token[:, 0].sigmoid(), per_token[:, 2].sigmoid()  # (b, a, l)
-        log_decay = -F.softplus(per_token[:, 1]) * upcast(self.A_log).exp()[:, None]
+        write, fade, read = self.token_proj(u).chunk(3, dim=-1)  # (b, l, a) each
+        beta, log_decay = write.sigmoid(), -F.softplus(fade) * upcast(self.A_log).exp()
         index = torch.arange(length, device=u.device)
         if (real := context.real(index)) is not None:
-            beta, log_decay = beta * real[:, None], log_decay * real[:, None]
-        resets = context.resets(index)
-        log_decay = bounded_decay(log_decay, None if resets is None else resets[:, None])
-        if state is None:
-            state = beta.new_zeros(rows, *self.state_shape)
+            beta, log_decay = beta * real[..., None], log_decay * real[..., None]
+        log_decay = bounded_decay(log_decay, context.resets(index))
+        state = beta.new_zeros(rows, *self.state_shape) if state is None else state
         q, k = self.features(q), self.features(k)  # (b, a, l, m)
         stepwise = self.config.scan == "sequential" or (isinstance(length, int) and length == 1)
-        size, parts = self.config.chunk_size, (v, beta, log_decay, k, q, upcast(state))
+        size, parts = self.config.chunk_size, (v, beta.mT, log_decay.mT, k, q, upcast(state))
         v, beta, log_decay, k, q, state = (t.flatten(0, 1) for t in parts)  # (b*a, ...)
         with torch.autocast(u.device.type, enabled=False):
             y, state = run_delta_rule(v, beta, log_decay, k, q, state, size, stepwise)
         y, state = (t.unflatten(0, (rows, heads)) for t in (y, state))
-        return (y * gate[..., None]).to(v.dtype), state
+        return (y * read.mT.sigmoid()[..., None]).to(v.dtype), state
 
     def features(self, x: Tensor) -> Tensor:
         """Keys or queries of length 1 (b, a, l, m) from those of attention (b, a, l, f).

@@ -454,8 +454,8 @@ def test_two_hundred_layers_train_without_divergence(steps, share):
 @pytest.mark.parametrize("low_rank", [0, 24])
 def test_initial_weights_are_as_documented(low_rank, deepnet):
     D, N_LAYER = 128, 5
-    config = tiny_config(d_model=D, n_layer=N_LAYER, low_rank=low_rank, deepnet=deepnet, d_conv=4)
-    model = TinyMambaModel(config)
+    shape = {"d_model": D, "n_layer": N_LAYER, "d_state": 64, "d_conv": 4}
+    model = TinyMambaModel(tiny_config(low_rank=low_rank, deepnet=deepnet, **shape))
     assert model.head.weight is model.embedding.weight
     assert abs(model.embedding.weight.std().item() - 0.02) < 0.001
     assert torch.equal(model.norm.weight, torch.ones(D))
@@ -507,6 +507,12 @@ def test_initial_weights_are_as_documented(low_rank, deepnet):
         assert torch.equal(ssm.D, torch.ones_like(ssm.D))
         for norm in (block.norm, block.attention.q_norm, block.attention.k_norm):
             assert torch.equal(norm.weight, torch.ones_like(norm.weight))
+    memories = [block.attention.memory for block in model.blocks]
+    assert [memory is not None for memory in memories] == [False, True, False, False, False]
+    assert not memories[1].token_proj.weight.any()
+    assert not memories[1].token_proj.bias.any()
+    fading = memories[1].A_log.exp()
+    assert 0.999e-4 <= fading.min() < fading.max() <= 1.001e-2
 
 
 def test_first_steps_are_spread_evenly_on_a_log_scale_and_decays_evenly():

@@ -196,7 +196,8 @@ def test_a_quantized_model_is_near_the_model_of_its_whole_weights(bits, mode, ch
     ids = some_ids(2, 40)
     close(model(ids), plain(ids), {"dynamic": 0.2, "weight_only": 1e-3}[mode])
     gates = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    assert len(gates) == 4 and all("controller" in n or "angle_proj" in n for n in gates)
+    kept = ("controller", "angle_proj", "token_proj")
+    assert len(gates) == 4 + plain.config.memory and all(n.endswith(kept) for n in gates)
 
 
 def test_the_given_model_stays_as_it_was_and_another_fingerprint_is_made():
