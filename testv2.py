@@ -81,7 +81,7 @@ from tinymamba.cli import (
 )
 from tinymamba.data_order import ShardedBatches
 from tinymamba.dataset import StreamingTokenDataset
-from tinymamba.delta_rule import run_delta_rule
+from tinymamba.delta_rule import key_features, run_delta_rule
 from tinymamba.kernels import (
     ChunkedLoss,
     ChunkedScan,
@@ -640,8 +640,8 @@ class Memory(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config, heads, width = config, config.num_heads, config.d_model // config.num_heads
-        self.products = range(1, config.memory_products + 1)
-        self.state_shape = (heads, width, width * max(1, config.memory_products))  # (a, f, m)
+        self.products = config.memory_products
+        self.state_shape = (heads, width, width * max(1, self.products))  # (a, f, m)
         self.token_proj = Float32Linear(config.d_model, 3 * heads)  # how to write, keep and read
         self.A_log = nn.Parameter(torch.empty(heads))
 
@@ -658,7 +658,7 @@ class Memory(nn.Module):
             beta, log_decay = beta * real[..., None], log_decay * real[..., None]
         log_decay = bounded_decay(log_decay, context.resets(index))
         state = beta.new_zeros(rows, *self.state_shape) if state is None else state
-        q, k = self.features(q), self.features(k)  # (b, a, l, m)
+        q, k = (key_features(t, self.products, v.dtype) for t in (q, k))  # (b, a, l, m)
         stepwise = self.config.scan == "sequential" or (isinstance(length, int) and length == 1)
         size, parts = self.config.chunk_size, (v, beta.mT, log_decay.mT, k, q, upcast(state))
         v, beta, log_decay, k, q, state = (t.flatten(0, 1) for t in parts)  # (b*a, ...)
@@ -666,17 +666,6 @@ class Memory(nn.Module):
             y, state = run_delta_rule(v, beta, log_decay, k, q, state, size, stepwise)
         y, state = (t.unflatten(0, (rows, heads)) for t in (y, state))
         return (y * read.mT.sigmoid()[..., None]).to(v.dtype), state
-
-    def features(self, x: Tensor) -> Tensor:
-        """Keys or queries of length 1 (b, a, l, m) from those of attention (b, a, l, f).
-
-        They are the products of channels i and i + r, for r = 1 .. memory_products (Schlag et al.,
-        arXiv 2102.11174, eq. 37, without its rectifier).
-        """
-        x = upcast(x)
-        if self.products:
-            x = torch.cat([x * x.roll(-r, dims=-1) for r in self.products], dim=-1)
-        return F.normalize(x, dim=-1)
 
 
 class LocalAttention(nn.Module):

@@ -13,6 +13,7 @@ from tinymamba.delta_rule import (
     carry,
     delta_in_one_tile,
     delta_sequential,
+    key_features,
     run_delta_rule,
     unit_lower_inverse,
 )
@@ -192,6 +193,16 @@ def test_outputs_and_states_equal_those_of_transformers(chunk_size):
         y, end = run_delta_rule(x, beta, log_decay, K, C, state, chunk_size, False)
         close(y, want[:, :, 0], 1e-4)
         close(end, last.mT[:, 0], 1e-4)
+
+
+def test_features_of_a_key_are_its_products_and_have_length_1():
+    x = torch.randn(3, 5, generator=torch.manual_seed(0), dtype=torch.float64)
+    want = torch.tensor([[v[i] * v[(i + r) % 5] for r in (1, 2) for i in range(5)] for v in x])
+    close(key_features(x, 2, torch.float64), F.normalize(want.double(), dim=-1), 1e-12)
+    close(key_features(x, 0, torch.float64), F.normalize(x, dim=-1), 1e-12)
+    lengths = key_features(1e3 * x, 4, torch.bfloat16).float().norm(dim=-1)
+    close(lengths, torch.ones(3), 5e-3)
+    assert not key_features(torch.zeros(2, 5), 2, torch.float32).any()
 
 
 def test_the_rule_loops_over_tiles_in_memory_linear_in_length():

@@ -39,6 +39,23 @@ LEVELS = 16  # of `carry_in_parallel` in an exported graph: enough for 65,536 ch
 SMALLEST = 8  # size below which a triangular matrix is inverted by its series
 
 
+def key_features(x: Tensor, products: int, dtype: torch.dtype) -> Tensor:
+    """Keys or queries of length 1 (..., max(1, products) f) from vectors x (..., f).
+
+    They are the products of channels i and i + r, for r = 1 .. products (Schlag et al., arXiv
+    2102.11174, eq. 37, without its rectifier), or x itself where `products` is 0. Products of
+    different vectors overlap less than the vectors do, so a state can tell more keys apart.
+    """
+    x, shifts = x if x.dtype == torch.float64 else x.float(), range(1, products + 1)
+    if not products:
+        return F.normalize(x, dim=-1).to(dtype)
+    square = x * x
+    others = torch.stack([square.roll(-r, dims=-1) for r in shifts]).sum(0)
+    length = (square * others).sum(-1, keepdim=True).sqrt()  # of all products
+    x = (x * length.clamp(min=1e-12).rsqrt()).to(dtype)
+    return torch.cat([x * x.roll(-r, dims=-1) for r in shifts], dim=-1)
+
+
 def delta_sequential(
     x: Tensor, beta: Tensor, log_decay: Tensor, K: Tensor, C: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -283,7 +300,7 @@ def tile_forward(inputs: list[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
 
     inputs: x (b, c, q, p), beta and log_decay (b, c, q), K and C (b, c, q, n).
     """
-    x, beta, log_decay, K, C = inputs
+    x, beta, log_decay, K, C = (t.contiguous() for t in inputs)  # a product would copy each time
     t = make_tile(x, beta, log_decay, K, C, state)
     y = t.scores @ t.u + t.reads @ t.states[:, :-1].to(t.u.dtype)
     return y, t.states[:, -1]
@@ -293,7 +310,7 @@ def tile_backward(
     inputs: list[Tensor], state: Tensor, dy: Tensor, dlast: Tensor
 ) -> tuple[Tensor, ...]:
     """The gradients of `inputs` and state from those of y and the last state."""
-    x, beta, log_decay, K, C = inputs
+    x, beta, log_decay, K, C, dy = (t.contiguous() for t in (*inputs, dy))
     t = make_tile(x, beta, log_decay, K, C, state)
     wide, before = beta.dtype, t.states[:, :-1].to(x.dtype)
 
