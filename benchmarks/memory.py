@@ -4,7 +4,7 @@
     python -m benchmarks.memory recall_window --window_size 32
     python -m benchmarks.memory parity --models tinymamba --lr 4e-3 --seeds 0
     python -m benchmarks.memory far_copy --models tinymamba llama_conv  # after data/prepare.py
-    python -m benchmarks.memory induction --models tinymamba --variant "WORDS"
+    python -m benchmarks.memory induction --models tinymamba --variant "memory=false d_state=64"
     python -m benchmarks.memory --table docs/benchmarks.md       # of all rows so far
 
 recall_far, recall_window: keys that come again, most of them farther back than the attention of all
@@ -149,7 +149,7 @@ class Options:
 
     # Model; None means the task's own number, here and below
     models: list[str] | None = None  # models to compare
-    variant: str = ""  # words for benchmarks/variants.py, which change TinyMamba
+    variant: str = ""  # FIELD=VALUE words that change TinyMamba's Config
     d_model: int | None = None  # width
     n_layer: int | None = None  # blocks; the peers get three layers for two of them, mamba2 four
     d_state: int | None = None  # size of the SSM's state; mamba2 gets a larger one
@@ -311,7 +311,7 @@ def recall(model: nn.Module, options: Options, texts: int) -> tuple[float | None
 
 
 @torch.no_grad()
-def largest_dt(model: TinyMambaModel, options: Options) -> list[list[float]] | None:
+def largest_dt(model: TinyMambaModel, options: Options) -> list[list[float]]:
     """The largest dt of every head of every block on tokens that induction does not need.
 
     These are all that stand before the marker or out of reach of it.
@@ -328,9 +328,6 @@ def largest_dt(model: TinyMambaModel, options: Options) -> list[list[float]] | N
     idle = ((index < marker) | (index > marker + 1 + options.reach)) & (index < length - 1)
     with mock.patch.object(testv2, "selective_scan", record):
         model.run(ids)
-    if not steps:
-        print("dt is unknown: this variant does not use testv2.selective_scan")
-        return None
     return [[round(v, 5) for v in dt[idle].amax(0).tolist()] for dt in steps]
 
 

@@ -5,7 +5,7 @@
     python -m benchmarks.quality M-small                                # long blocks, 3M
     python -m benchmarks.quality M --models llama --lr 1e-3 2e-3 4e-3   # find a peer's best rate
     python -m benchmarks.quality S --text ... --seeds 0 1 2 --output quality.jsonl
-    python -m benchmarks.quality M-small --models tinymamba --variant "WORDS"
+    python -m benchmarks.quality M-small --models tinymamba --variant "memory=false d_state=64"
     python -m benchmarks.quality --table docs/benchmarks.md             # of all rows so far
 
 Every model sees the same batches of a seed, the same schedule and the same kind of optimizer: Muon
@@ -131,7 +131,7 @@ class Options:
 
     # Runs
     models: list[str] | None = None  # None means all of these; with --variant, tinymamba
-    variant: str = ""  # words for benchmarks/variants.py, which change TinyMamba
+    variant: str = ""  # FIELD=VALUE words that change TinyMamba's Config
     seeds: list[int] | None = None  # random seeds of every model; None means 0 1 2
     lr: list[float] | None = None  # peak learning rates; None means each model's best
     optimizer: str = "muon"  # muon for matrices and AdamW for the rest, or adamw for all

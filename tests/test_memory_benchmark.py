@@ -4,7 +4,6 @@ import functools
 import itertools
 import json
 import math
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +12,7 @@ import torch
 from helpers import EXTRAS, assert_refused, flags, run_main, run_script, tiny_config, write_tokens
 from torch import nn
 
-from benchmarks import memory, memory_tasks, peers, quality, variants
+from benchmarks import memory, memory_tasks, peers, quality
 from benchmarks.memory_tasks import GROUPS, IGNORE
 from benchmarks.peers import PEERS, Shape, build_peer, count, fit
 from benchmarks.report import Column, best_rate, cell, sweep_table, write_between
@@ -84,7 +83,7 @@ def test_a_passage_is_repeated_where_it_counts():
 
 def test_nothing_out_of_reach_is_read_without_the_state():
     """Recall counts as far only where attention and convolutions cannot have found the answer."""
-    config = tiny_config(window_size=4)
+    config = tiny_config(window_size=4, memory=False)
     model, length = TinyMambaModel(config).eval(), 64
     reach = memory_tasks.reach(config.n_layer, config.window_size, config.d_conv)
     assert reach == 2 * (3 + 2 * 3) and memory.complete(memory.Options("recall_far")).reach == 26
@@ -315,24 +314,26 @@ def test_memory_command_in_its_own_process(tmp_path):
 
 
 @pytest.mark.parametrize("script, task", [(memory, "parity"), (quality, "S")])
-def test_a_variant_is_built_from_its_words(script, task, tmp_path, monkeypatch):
-    asked = []
-
-    def build(config, words):
-        asked.append(words)
-        return TinyMambaModel(config)
-
-    monkeypatch.setitem(sys.modules, "benchmarks.variants", SimpleNamespace(build=build))
-    words = flags(steps=1, seeds=0, lr=1e-3, variant="bconv noise=1")
+def test_a_variant_is_built_from_its_words(script, task, tmp_path):
+    words, parameters = flags(steps=1, seeds=0, lr=1e-3, models="tinymamba"), []
     if script is quality:
         (tmp_path / "a").write_bytes(bytes(range(256)) * 5)
         words += flags(text=["a", "a"])
     else:
         words += flags(read=8, test_samples=2)
-    done = run_main(script.main, task, *words, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    [row] = rows_of(tmp_path / f"{script.__name__.split('.')[1]}.jsonl")
-    assert asked == [row["variant"]] == ["bconv noise=1"] and row["model"] == "tinymamba"
+    for variant in ("", "memory=false k_conv=false"):
+        done = run_main(script.main, task, *words, "--variant", variant, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        row = rows_of(tmp_path / f"{script.__name__.split('.')[1]}.jsonl")[-1]
+        assert row["variant"] == variant and row["model"] == "tinymamba"
+        parameters.append(row["parameters"])
+    assert parameters[1] < parameters[0]
+
+
+@pytest.mark.parametrize("words", ["turn=all", "k_conv", "d_state=x", "d_state=0", "memory=maybe"])
+def test_unknown_words_of_a_variant_are_refused(words):
+    with pytest.raises(UserError):
+        peers.build_tinymamba(Config(d_model=32, num_heads=2), words)
 
 
 @pytest.mark.parametrize("words, field", [
@@ -415,39 +416,3 @@ def test_a_file_without_markers_is_refused_and_kept(tmp_path):
     with pytest.raises(UserError, match="has no markers"):
         write_between(str(path), "memory", ["new"])
     assert path.read_text() == "<!-- memory -->\n"
-
-
-VARIANTS = [
-    "rotate=false",
-    "rotating=1 keys=rms slowest=0.02",
-    "write=beta keys=l2 out_norm=true start=memory d_state=16",
-    "write=delta keys=l2 beta=flat",
-    "rotating=1 bc_conv=false k_conv=false",
-    "rotate=false bc_conv=false",
-]
-
-
-@pytest.mark.parametrize("words", VARIANTS)
-def test_a_variant_of_the_branch_learns_and_reads_a_text_in_parts(words):
-    config = Config(d_model=32, n_layer=2, num_heads=2, vocab_size=16, ssm_head_dim=16, d_state=8)
-    model = variants.build(config, words).eval()
-    ids = torch.randint(16, (2, 40))
-    logits, state = model.advance(ids[:, :23], model.init_state(2))
-    later, _ = model.advance(ids[:, 23:], state)
-    torch.testing.assert_close(torch.cat((logits, later), 1), model(ids), atol=1e-4, rtol=1e-4)
-    model.loss(ids[:, :-1], ids[:, 1:]).backward()
-    assert all(p.grad is not None for p in model.parameters())
-
-
-def test_a_variant_without_words_is_the_model():
-    config = Config(d_model=32, n_layer=2, num_heads=2, vocab_size=16, ssm_head_dim=16)
-    torch.manual_seed(0)
-    model = TinyMambaModel(config)
-    torch.manual_seed(0)
-    assert variants.build(config, "").fingerprint() == model.fingerprint()
-
-
-@pytest.mark.parametrize("words", ["write=twice", "turn=all", "rotate", "write=delta"])
-def test_unknown_words_of_a_variant_are_refused(words):
-    with pytest.raises(UserError):
-        variants.build(Config(d_model=32, num_heads=2), words)
