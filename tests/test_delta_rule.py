@@ -138,25 +138,25 @@ def test_the_inverse_equals_that_of_linalg_and_stays_exact_for_equal_keys(q):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 21])
-@pytest.mark.parametrize("way", ["is_writing_graph", "is_compiling"])
-def test_states_carried_in_parallel_equal_those_of_a_loop(monkeypatch, count, way):
+def test_states_carried_in_parallel_equal_those_of_a_loop(monkeypatch, count):
     g = torch.Generator().manual_seed(0)
     shapes = (1, 1), (3, 5), (3, 4), (3, 5)  # decay, removes, values, writes
     inputs = [torch.randn(2, count, *shape, generator=g).double() / 2 for shape in shapes]
     inputs.append(torch.randn(2, 5, 4, generator=g).double())
     want = carry(*inputs)
-    owner = delta_rule if way == "is_writing_graph" else torch.compiler
-    monkeypatch.setattr(owner, way, lambda: True)
+    monkeypatch.setattr(delta_rule, "is_writing_graph", lambda: True)
     for one, two in zip(carry(*inputs), want, strict=True):
         close(one, two, 1e-11)
 
 
-def test_gradients_carried_in_parallel_equal_those_of_a_loop(monkeypatch):
-    inputs = rule_inputs(50)
+def test_torch_compile_sees_each_pass_as_one_operation():
+    inputs = [t.requires_grad_() for t in rule_inputs(20)]
+    settings = {"test_utils": ("test_schema", "test_faketensor")}
+    torch.library.opcheck(delta_rule.delta_forward, (*inputs[:5], inputs[5].mT, 8), **settings)
+    run = torch.compile(chunked(GatedDeltaRule.apply, 8), backend="aot_eager", fullgraph=True)
     want = results(chunked(GatedDeltaRule.apply, 8), inputs)
-    monkeypatch.setattr(delta_rule, "in_parallel", lambda state: True)
-    for one, two in zip(results(chunked(GatedDeltaRule.apply, 8), inputs), want, strict=True):
-        close(one, two, 1e-11)
+    for one, two in zip(results(run, inputs), want, strict=True):
+        close(one, two, 1e-12)
 
 
 @pytest.mark.parametrize("stepwise", [True, False], ids=["stepwise", "chunked"])

@@ -18,6 +18,7 @@ Dimension letters in the comments on shapes:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ from tinymamba.kernels import (
 )
 
 CPU_TILE = 8192  # tokens whose intermediate values are in memory at a time
-LEVELS = 16  # of `carry_in_parallel` in an exported graph: enough for 65,536 chunks
+LEVELS = 16  # of `carry_in_parallel`: enough for 65,536 chunks
 SMALLEST = 8  # size below which a triangular matrix is inverted by its series
 
 
@@ -96,7 +97,8 @@ class GatedDeltaRule(torch.autograd.Function):
     """`delta_sequential` in matrix products over chunks of q tokens.
 
     As in ChunkedScan, one tile of chunks goes through all steps before the next tile, and the
-    backward pass computes a tile's intermediate values again. States are (b, n, p).
+    backward pass computes a tile's intermediate values again. States are (b, n, p). torch.compile
+    sees each pass as one operation: it would unroll the loop over chunks.
     """
 
     @staticmethod
@@ -111,23 +113,67 @@ class GatedDeltaRule(torch.autograd.Function):
         chunk_size: int,
     ) -> tuple[Tensor, Tensor]:
         """The y (b, l, p) and the last state (b, n, p)."""
-        inputs = to_chunks(chunk_size, x, beta, log_decay, K, C)
-        y, last, begins = forward_over_tiles(tile_forward, tiles(inputs[0]), inputs, state)
-        ctx.save_for_backward(x, beta, log_decay, K, C, *begins)
+        y, last, begins = delta_forward(x, beta, log_decay, K, C, state, chunk_size)
+        ctx.save_for_backward(x, beta, log_decay, K, C, begins)
         ctx.chunk_size = chunk_size
-        return y.flatten(1, 2)[:, : x.shape[1]], last
+        return y, last
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of the inputs, in their order."""
-        x, beta, log_decay, K, C, *begins = ctx.saved_tensors
-        inputs = to_chunks(ctx.chunk_size, x, beta, log_decay, K, C)
-        [dy] = to_chunks(ctx.chunk_size, dy)
-        over = tiles(inputs[0])
-        grads, dstate = backward_over_tiles(tile_backward, over, inputs, begins, dy, dlast)
-        grads = [grad.flatten(1, 2)[:, : x.shape[1]] for grad in grads]
-        return *grads, dstate, None
+        return *delta_backward(*ctx.saved_tensors, dy, dlast, ctx.chunk_size), None
+
+
+@torch.library.custom_op("tinymamba::delta_forward", mutates_args=())
+def delta_forward(
+    x: Tensor, beta: Tensor, log_decay: Tensor, K: Tensor, C: Tensor, state: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The y, the last state, and the states (t, b, n, p) before each of t tiles of the text."""
+    inputs = to_chunks(chunk_size, x, beta, log_decay, K, C)
+    over, count = tiles(inputs[0].shape, x.device), tile_count(x, chunk_size)
+    y, last, begins = forward_over_tiles(tile_forward, over, inputs, state.contiguous())
+    begins = torch.stack([torch.cat(begins[i::count]) for i in range(count)])
+    return y.flatten(1, 2)[:, : x.shape[1]].contiguous(), last, begins
+
+
+@delta_forward.register_fake
+def _(
+    x: Tensor, beta: Tensor, log_decay: Tensor, K: Tensor, C: Tensor, state: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tensors of the shapes that delta_forward returns."""
+    begins = state.new_empty(tile_count(x, chunk_size), *state.shape)
+    return x.new_empty(x.shape), state.new_empty(state.shape), begins
+
+
+@torch.library.custom_op("tinymamba::delta_backward", mutates_args=())
+def delta_backward(
+    x: Tensor,
+    beta: Tensor,
+    log_decay: Tensor,
+    K: Tensor,
+    C: Tensor,
+    begins: Tensor,
+    dy: Tensor,
+    dlast: Tensor,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, beta, log_decay, K, C and the first state."""
+    inputs = to_chunks(chunk_size, x, beta, log_decay, K, C)
+    [dy], dlast = to_chunks(chunk_size, dy), dlast.contiguous()
+    over = tiles(inputs[0].shape, x.device)
+    states = [state[row] for row in over[0] for state in begins]
+    grads, dstate = backward_over_tiles(tile_backward, over, inputs, states, dy, dlast)
+    dx, dbeta, dlog_decay, dK, dC = (g.flatten(1, 2)[:, : x.shape[1]].contiguous() for g in grads)
+    return dx, dbeta, dlog_decay, dK, dC, dstate
+
+
+@delta_backward.register_fake
+def _(
+    x: Tensor, beta: Tensor, log_decay: Tensor, K: Tensor, C: Tensor, begins: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    """Tensors of the shapes that delta_backward returns."""
+    return tuple(t.new_empty(t.shape) for t in (x, beta, log_decay, K, C, begins[0]))
 
 
 def delta_in_one_tile(
@@ -138,19 +184,23 @@ def delta_in_one_tile(
     return y.flatten(1, 2)[:, : x.shape[1]], last
 
 
-def tiles(x: Tensor) -> Tiles:
-    """Slices of rows and of chunks of x (b, c, q, p): as many rows as fit, then chunks.
+def tiles(shape: Sequence[int], device: torch.device) -> Tiles:
+    """Slices of rows and of chunks of the shape (b, c, q, ...): as many rows as fit, then chunks.
 
     Rows come first, because chunks go one after the other.
     """
-    batch, chunks, size = x.shape[:3]
-    if torch.compiler.is_compiling():
-        return [slice(0, batch)], [slice(0, chunks)]
-    tokens = CPU_TILE if x.device.type == "cpu" else GPU_TILE
+    batch, chunks, size = shape[:3]
+    tokens = CPU_TILE if device.type == "cpu" else GPU_TILE
     row = min(batch, max(1, tokens // size))
     span = max(1, tokens // (size * row))
     rows = [slice(i, i + row) for i in range(0, batch, row)]
     return rows, [slice(i, i + span) for i in range(0, chunks, span)]
+
+
+def tile_count(x: Tensor, chunk_size: int) -> int:
+    """How many tiles x (b, l, p) has in the direction of the text."""
+    shape = (len(x), math.ceil(x.shape[1] / chunk_size), chunk_size)
+    return len(tiles(shape, x.device)[1])
 
 
 class Tile(NamedTuple):
@@ -238,9 +288,9 @@ def carry(
 
     Chunk c writes u_c = values_c + removes_c s_c (b, c, q, p) to the state s_c, which becomes
     s_{c+1} = decay_c s_c + writes_c^T u_c. decay (b, c, 1, 1), removes and writes (b, c, q, n),
-    state (b, n, p). In parallel, unless a CPU runs it without a graph.
+    state (b, n, p). In parallel in an exported graph, which has no loop.
     """
-    if in_parallel(state):
+    if is_writing_graph():
         identity = torch.eye(removes.shape[-1], dtype=state.dtype, device=state.device)
         transition = decay * identity + (writes.mT @ removes).to(state.dtype)
         states = carry_in_parallel(transition, (writes.mT @ values).to(state.dtype), state)
@@ -256,12 +306,6 @@ def carry(
 def carry_back(t: Tile, dy: Tensor, dlast: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of t.states (b, c+1, n, p) and of t.u (b, c, q, p), from the last chunk on."""
     dread, du = t.reads.mT @ dy, t.scores.mT @ dy
-    if in_parallel(dlast):
-        identity = torch.eye(dread.shape[-2], dtype=dlast.dtype, device=dlast.device)
-        transition = t.whole * identity + (t.removes.mT @ t.writes).to(dlast.dtype)
-        written = (dread + t.removes.mT @ du).to(dlast.dtype)
-        dstates = carry_in_parallel(transition.flip(1), written.flip(1), dlast).flip(1)
-        return dstates, du + t.writes @ dstates[:, 1:].to(du.dtype)
     dstate, dstates, parts = dlast, [dlast], []
     for c in reversed(range(dy.shape[1])):
         parts.append(torch.baddbmm(du[:, c], t.writes[:, c], dstate.to(du.dtype)))
@@ -271,21 +315,16 @@ def carry_back(t: Tile, dy: Tensor, dlast: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(dstates[::-1], dim=1), torch.stack(parts[::-1], dim=1)
 
 
-def in_parallel(state: Tensor) -> bool:
-    """Whether chunks are carried in parallel, and not one after the other as a CPU does."""
-    return is_writing_graph() or torch.compiler.is_compiling() or state.device.type != "cpu"
-
-
 def carry_in_parallel(transition: Tensor, written: Tensor, state: Tensor) -> Tensor:
     """The states of s_{c+1} = transition_c s_c + written_c, (b, c+1, n, p).
 
     In log2(c) steps, each of which doubles how far back a chunk reaches. transition (b, c, n, n),
     written (b, c, n, p), state (b, n, p).
     """
-    count, graph = transition.shape[1], is_writing_graph()
+    count = transition.shape[1]
     index = torch.arange(count, device=state.device)
     identity = torch.eye(transition.shape[-1], dtype=state.dtype, device=state.device)
-    for level in range(LEVELS if graph else (count - 1).bit_length()):
+    for level in range(LEVELS):
         before, known = (index - 2**level).clamp(min=0), index >= 2**level
         known = known[:, None, None]
         earlier = torch.where(known, transition.index_select(1, before), identity)
