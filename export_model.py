@@ -76,13 +76,13 @@ class Graph(nn.Module):
     def __init__(self, model: TinyMambaModel):
         super().__init__()
         self.model = model
-        layers = model.init_state(1).layers
-        self.sizes = [sum(t is not None for t in layer) for layer in layers]  # tensors of each
+        kinds = len(LayerState._fields)
+        self.sizes = [kinds - (block.attention.memory is None) for block in model.blocks]
         self.programs: dict[str, torch.export.ExportedProgram] = {}
 
     def prefill(self, ids: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         """ids (b, l) and ModelState.tensors() -> logits (b, v) and the new state's tensors."""
-        rest = iter(tensors)
+        rest = iter(tensors)  # `size` of them for each block, then two
         layers = [LayerState(*itertools.islice(rest, size)) for size in self.sizes]
         state = ModelState(layers, *rest)
         logits, state = self.model.advance(ids, state, last_only=True)  # (b, 1, v)

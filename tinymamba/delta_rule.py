@@ -36,7 +36,8 @@ from tinymamba.kernels import (
 )
 
 CPU_TILE = 8192  # tokens whose intermediate values are in memory at a time
-LEVELS = 16  # of `carry_in_parallel`: enough for 65,536 chunks
+GRAPH_CHUNK = 128  # least chunk in an exported graph, where a chunk costs more than its tokens
+LEVELS = 14  # of `carry_in_parallel`: enough for 2^14 chunks, or two million tokens
 SMALLEST = 8  # size below which a triangular matrix is inverted by its series
 
 
@@ -180,6 +181,7 @@ def delta_in_one_tile(
     x: Tensor, beta: Tensor, log_decay: Tensor, K: Tensor, C: Tensor, state: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
     """The forward pass of GatedDeltaRule without a loop: one graph for every length."""
+    chunk_size = max(chunk_size, GRAPH_CHUNK)
     y, last = tile_forward(to_chunks(chunk_size, x, beta, log_decay, K, C), state)
     return y.flatten(1, 2)[:, : x.shape[1]], last
 
@@ -231,9 +233,8 @@ def make_tile(
     x (b, c, q, p), beta and log_decay (b, c, q), K and C (b, c, q, n), state (b, n, p).
     """
     total = log_decay.cumsum(-1)  # (b, c, q)
-    between = total[..., :, None] - total[..., None, :]
-    future = torch.full_like(between[0, 0], -math.inf).triu(1)
-    decay = torch.minimum(between, future).exp_()
+    between = total[..., :, None] - total[..., None, :]  # at most 0 where j <= i
+    decay = between.clamp(max=0).exp().tril()
     keys, similarity = (K @ K.mT).tril_(-1), C @ K.mT  # (b, c, q, q)
     overlap = keys * decay
     solve = unit_lower_inverse(overlap * beta[..., None])
@@ -321,16 +322,14 @@ def carry_in_parallel(transition: Tensor, written: Tensor, state: Tensor) -> Ten
     In log2(c) steps, each of which doubles how far back a chunk reaches. transition (b, c, n, n),
     written (b, c, n, p), state (b, n, p).
     """
-    count = transition.shape[1]
-    index = torch.arange(count, device=state.device)
-    identity = torch.eye(transition.shape[-1], dtype=state.dtype, device=state.device)
+    index = torch.arange(transition.shape[1], device=state.device)
     for level in range(LEVELS):
         before, known = (index - 2**level).clamp(min=0), index >= 2**level
         known = known[:, None, None]
-        earlier = torch.where(known, transition.index_select(1, before), identity)
         added = written.index_select(1, before) * known
         written = written + transition @ added
-        transition = transition @ earlier
+        earlier = transition.index_select(1, before)
+        transition = torch.where(known, transition @ earlier, transition)
     return torch.cat((state[:, None], transition @ state[:, None] + written), dim=1)
 
 
