@@ -154,9 +154,7 @@ class Config:
     k_conv: bool = True  # a convolution of the attention's keys
     memory: bool = True  # attention has a state as well, for what its window does not see
     memory_every: int = 4  # of so many blocks, one has that memory: of four the second
-    memory_products: int = (
-        4  # products of a key with itself, shifted, that the memory is written by
-    )
+    memory_products: int = 4  # products of channels that make its keys so many times as wide
     expand_factor: int = 2  # inner width of SSM and MLP, as a multiple of d_model
     ssm_head_dim: int = 64  # channels p that share one SSM decay
     scan: str = "chunked"  # the parallel scan, or its slow reference
@@ -634,7 +632,7 @@ class Memory(nn.Module):
     The value of every token is written under its key, and takes the place of what that key held
     before: the gated delta rule (Yang et al., arXiv 2412.06464, eq. 10). Keys, queries and values
     are those of attention before RoPE, so what a head learns from near tokens serves far ones. A
-    key of the memory has `memory_products` f channels, which makes it distinct from more others.
+    key of the memory is `memory_products` times as wide, so that it is distinct from more others.
     """
 
     def __init__(self, config: Config):

@@ -53,7 +53,8 @@ TINY = {
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals, limits or a shell")
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 GATES = ("softmax", "top_k", "sparsemax")
-FIRST_FORM = {"bc_conv": False, "rotating": 1.0, "k_conv": False, "memory": False}
+FIRST_FORM = {"bc_conv": False, "rotating": 1.0, "k_conv": False, "memory": False,
+              "memory_every": 1, "memory_products": 0}  # fmt: skip
 FORMS = {"today's": {}, "first": FIRST_FORM}
 EOS = 0
 DOCUMENTS = {"document_mask": True, "eos_id": EOS}

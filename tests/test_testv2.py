@@ -242,7 +242,7 @@ def test_refusal_in_a_real_process(tmp_path):
 # ------------------------------------------------------------------------ optimizer and schedule
 
 
-MATRIX = r"blocks\.\d+\.\w+\.(in_proj|out_proj|qkv)(\.down|\.up)?\.weight"
+MATRIX = r"blocks\.\d+\.\w+\.(memory\.token_proj|(in_proj|out_proj|qkv)(\.down|\.up)?)\.weight"
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])

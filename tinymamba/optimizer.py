@@ -81,8 +81,8 @@ def make_optimizer(model: nn.Module, config: Any) -> torch.optim.Optimizer:
     """Muon or AdamW with weight decay for the matrices of linear projections; AdamW for the rest.
 
     The rest are norms, biases, A_log, D, dt_bias, convolutions and scales, the few rows that give
-    gates and angles, and the embedding: weight decay would shrink its rows of rare tokens between
-    their uses.
+    weights of branches and angles, and the embedding: weight decay would shrink its rows of rare
+    tokens between their uses.
     """
     not_matrices = ("head", "controller", "angle_proj")
     linear = {
