@@ -106,7 +106,7 @@ RATES = {  # peak learning rates, with Muon: the best found, but for those marke
         "llama": 4e-3,
         "llama_conv": 1.6e-2,
         "llama_canon": 1.6e-2,  # guess
-        "llama_start": 1.6e-2,  # guess
+        "llama_start": 1.6e-2,
         "mamba2": 8e-3,
         "gated_delta": 8e-3,  # guess
     },
