@@ -273,7 +273,7 @@ def mean_loss(model: TinyMambaModel, ids: Tensor) -> float:
 
 @torch.no_grad()
 def loss_of_rounded_state(model: TinyMambaModel, ids: Tensor) -> float:
-    """The same if the SSM states were rounded to 8 bits after every token."""
+    """The same if the states of SSM and memory were rounded to 8 bits after every token."""
 
     def rounded(state: ModelState) -> ModelState:
         layers = []

@@ -22,10 +22,8 @@ Dimension letters in shape comments:
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
-import typing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,13 +38,12 @@ from benchmarks.report import read_rows, write_between
 from testv2 import sparsemax
 from tinymamba.cli import (
     CliParser,
-    UserError,
     add_flags,
     check_fields,
     describe_fields,
     make_options,
     need,
-    parse_as,
+    parse_words,
     require,
     run_cli,
 )
@@ -181,16 +178,7 @@ def parse_run(text: str) -> tuple[str, dict]:
     name, *words = text.split() or [""]
     remedy = 'write --run "NAME FIELD=VALUE ..."'
     require(name and "=" not in name, "run", f"{text!r} begins with no name", remedy)
-    hints, values = typing.get_type_hints(Settings), {}
-    known = {field.name for field in fields(Settings)}
-    for word in words:
-        field, equals, value = word.partition("=")
-        require(equals, word, "is not FIELD=VALUE", remedy)
-        require(field in known, field, "no such setting", "--help lists them all")
-        try:
-            values[field] = parse_as(hints[field], value)
-        except argparse.ArgumentTypeError as e:
-            raise UserError(field, *str(e).split("; ")) from None
+    values = parse_words(words, Settings, {f.name for f in fields(Settings)}, remedy)
     Settings(**values).validate()
     return name, {f: v for f, v in values.items() if v != getattr(Settings, f)}
 

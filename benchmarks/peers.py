@@ -16,17 +16,15 @@ All are float32, with one matrix for embedding and output layer.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import typing
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from testv2 import Config, TinyMambaModel, begin_as_shift, to_autocast
-from tinymamba.cli import UserError, need, parse_as, require
+from testv2 import FOLDER_FIELDS, Config, TinyMambaModel, begin_as_shift, to_autocast
+from tinymamba.cli import need, parse_words, require
 from tinymamba.kernels import DepthwiseConv
 
 WIDTH = 4  # tokens of llama_conv's convolutions
@@ -157,16 +155,9 @@ def build_peer(name: str, shape: Shape) -> nn.Module:
 
 
 def build_tinymamba(config: Config, words: str = "") -> TinyMambaModel:
-    """TinyMamba with random weights; FIELD=VALUE words change fields of its Config."""
-    values: dict[str, Any] = {}
-    hints, remedy = typing.get_type_hints(Config), "write --variant 'FIELD=VALUE ...'"
-    for word in words.split():
-        name, equals, value = word.partition("=")
-        require(equals and name in hints, word, "is no setting of Config", remedy)
-        try:
-            values[name] = parse_as(hints[name], value)
-        except argparse.ArgumentTypeError as e:
-            raise UserError(name, *str(e).split("; ")) from None
+    """TinyMamba with random weights; FIELD=VALUE words change model fields of its Config."""
+    remedy = "write --variant 'FIELD=VALUE ...'"
+    values = parse_words(words.split(), Config, FOLDER_FIELDS, remedy, "testv2.py")
     return TinyMambaModel(dataclasses.replace(config, **values))
 
 

@@ -20,7 +20,7 @@ by the others in a sliding window of one block, with a stride of an eighth of a 
 
 M-small also has the nats per token by position in the block, and by how far back the pair of a
 token and the next one was last seen in it. `state_worth` is how much higher TinyMamba's loss is if
-the state of its SSM, and nothing else, is cleared every 64 tokens.
+the states of its SSM and memory, and nothing else, are cleared every 64 tokens.
 """
 
 from __future__ import annotations

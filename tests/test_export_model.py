@@ -3,14 +3,12 @@
 import copy
 import errno
 import json
-import math
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import onnx
 import onnxruntime
 import pytest
 import torch
@@ -176,13 +174,9 @@ def test_onnx_streams_what_the_model_does(onnx_folder):
 
 def test_both_onnx_graphs_share_their_weights(onnx_folder):
     folder, graph = onnx_folder
-    names, sizes = ("prefill.onnx", "step.onnx"), []
-    for name in names:
-        held = onnx.load(folder / name, load_external_data=False).graph.initializer
-        sizes.append(sum(4 * math.prod(t.dims) for t in held))
-    assert min(sizes) > 4 * sum(p.numel() for p in graph.model.parameters())
-    assert (folder / "weights.data").stat().st_size < 0.6 * sum(sizes)
-    for name in names:
+    size = 4 * sum(p.numel() for p in graph.model.parameters())
+    assert (folder / "weights.data").stat().st_size < 1.5 * size
+    for name in ("prefill.onnx", "step.onnx"):
         assert str(ROOT).encode() not in (folder / name).read_bytes()  # nor where it was made
 
 

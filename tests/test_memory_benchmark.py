@@ -330,7 +330,10 @@ def test_a_variant_is_built_from_its_words(script, task, tmp_path):
     assert parameters[1] < parameters[0]
 
 
-@pytest.mark.parametrize("words", ["turn=all", "k_conv", "d_state=x", "d_state=0", "memory=maybe"])
+UNKNOWN = ["turn=all", "k_conv", "d_state=x", "d_state=0", "memory=maybe", "train_data_path=x"]
+
+
+@pytest.mark.parametrize("words", UNKNOWN)
 def test_unknown_words_of_a_variant_are_refused(words):
     with pytest.raises(UserError):
         peers.build_tinymamba(Config(d_model=32, num_heads=2), words)

@@ -903,8 +903,7 @@ COMPILED = {
 @pytest.mark.parametrize("form", COMPILED)
 def test_compiled_blocks_are_one_graph_and_equal_eager_ones(monkeypatch, form):
     """A graph for blocks with a memory, one for those without, and one of the loss."""
-    blocks = 3 if form == "top_k" else 2  # of one kind
-    model = free_copy(wide(True, n_layer=blocks, **COMPILED[form]))
+    model = free_copy(wide(True, n_layer=3, **COMPILED[form]))
     model.LOSS_CHUNK = 40
     ids = some_ids(2, 40)
     ids[0, 5] = EOS

@@ -283,6 +283,27 @@ def parse_as(hint: Any, text: str) -> Any:
         raise argparse.ArgumentTypeError(f"{text!r} is invalid; pass {valid}") from None
 
 
+def parse_words(
+    words: list[str], owner: type, known: Collection[str], remedy: str, help_of: str = ""
+) -> dict[str, Any]:
+    """FIELD=VALUE words -> values for the fields `known` of the dataclass `owner`.
+
+    Errors advise `remedy`, or --help of the script `help_of`, which is this one by default.
+    """
+    hints, values = typing.get_type_hints(owner), {}
+    for word in words:
+        field, equals, value = word.partition("=")
+        require(equals, word, "is not FIELD=VALUE", remedy)
+        require(
+            field in known, field, "no such setting", f"{help_of} --help lists them all".strip()
+        )
+        try:
+            values[field] = parse_as(hints[field], value)
+        except argparse.ArgumentTypeError as e:
+            raise UserError(field, *str(e).split("; ")) from None
+    return values
+
+
 def describe_fields(cls: type) -> dict[str, tuple[str, str]]:
     """The group and the help text of every field that has a comment beside it."""
     found, group = {}, ""

@@ -132,9 +132,9 @@ def delta_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The y, the last state, and the states (t, b, n, p) before each of t tiles of the text."""
     inputs = to_chunks(chunk_size, x, beta, log_decay, K, C)
-    over, count = tiles(inputs[0].shape, x.device), tile_count(x, chunk_size)
+    over = _, spans = tiles(inputs[0].shape, x.device)
     y, last, begins = forward_over_tiles(tile_forward, over, inputs, state.contiguous())
-    begins = torch.stack([torch.cat(begins[i::count]) for i in range(count)])
+    begins = torch.stack([torch.cat(begins[i :: len(spans)]) for i in range(len(spans))])
     return y.flatten(1, 2)[:, : x.shape[1]].contiguous(), last, begins
 
 
@@ -292,8 +292,9 @@ def carry(
     state (b, n, p). In parallel in an exported graph, which has no loop.
     """
     if is_writing_graph():
-        identity = torch.eye(removes.shape[-1], dtype=state.dtype, device=state.device)
-        transition = decay * identity + (writes.mT @ removes).to(state.dtype)
+        diagonal = torch.eye(removes.shape[-1], dtype=torch.bool, device=state.device)
+        transition = (writes.mT @ removes).to(state.dtype)
+        transition = torch.where(diagonal, transition + decay, transition)
         states = carry_in_parallel(transition, (writes.mT @ values).to(state.dtype), state)
         return states, values + removes @ states[:, :-1].to(values.dtype)
     states, u = [state], []
