@@ -172,11 +172,37 @@ def write_torch_export(folder: Path, graph: Graph, options: Options) -> None:
     for name, program in programs(graph, options).items():
         path, buffer = folder / f"{name}.pt2", io.BytesIO()
         if options.aoti:
+            show_sizes_to_scans(program)
             with warnings.catch_warnings(action="ignore"):  # PyTorch warns about its own code
                 torch._inductor.aoti_compile_and_package(program, package_path=str(path))
         else:
             torch.export.save(program, buffer)
             path.write_bytes(buffer.getbuffer())
+    if options.aoti:
+        graph.programs.clear()  # other formats cannot use the changed ones
+
+
+def show_sizes_to_scans(program: torch.export.ExportedProgram) -> None:
+    """Give batch and length to every `scan` of a graph, as inputs that it does not use.
+
+    The compiler allocates the outputs of a scan, and knows no other sizes than those among its
+    inputs (PyTorch 2.13).
+    """
+    graph, module = program.graph, program.graph_module
+    ids = next(node for node in graph.nodes if node.name == "ids")
+    for node in graph.find_nodes(op="call_function", target=torch.ops.higher_order.scan):
+        body, first, parts, rest = node.args
+        inside = getattr(module, body.target)
+        for dim, size in enumerate(ids.meta["val"].shape):
+            with graph.inserting_before(node):
+                rest = (*rest, graph.call_function(torch.ops.aten.sym_size.int, (ids, dim)))
+            last = inside.graph.find_nodes(op="placeholder")[-1]
+            with inside.graph.inserting_after(last):
+                unused = inside.graph.placeholder(f"size_{dim}")
+            unused.meta["val"] = rest[-1].meta["val"] = size
+        node.args = (body, first, parts, rest)
+        inside.recompile()
+    module.recompile()
 
 
 def write_onnx(folder: Path, graph: Graph, options: Options) -> None:

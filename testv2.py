@@ -660,8 +660,7 @@ class Memory(nn.Module):
         stepwise = self.config.scan == "sequential" or (isinstance(length, int) and length == 1)
         size, parts = self.config.chunk_size, (v, beta.mT, log_decay.mT, k, q, upcast(state))
         v, beta, log_decay, k, q, state = (t.flatten(0, 1) for t in parts)  # (b*a, ...)
-        with torch.autocast(u.device.type, enabled=False):
-            y, state = run_delta_rule(v, beta, log_decay, k, q, state, size, stepwise)
+        y, state = run_delta_rule(v, beta, log_decay, k, q, state, size, stepwise)
         y, state = (t.unflatten(0, (rows, heads)) for t in (y, state))
         return (y * read.mT.sigmoid()[..., None]).to(v.dtype), state
 

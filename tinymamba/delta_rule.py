@@ -17,13 +17,15 @@ Dimension letters in the comments on shapes:
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._higher_order_ops.scan import scan
 from torch.autograd.function import once_differentiable
 
 from tinymamba.kernels import (
@@ -36,8 +38,6 @@ from tinymamba.kernels import (
 )
 
 CPU_TILE = 8192  # tokens whose intermediate values are in memory at a time
-GRAPH_CHUNK = 128  # least chunk in an exported graph, where a chunk costs more than its tokens
-LEVELS = 14  # of `carry_in_parallel`: enough for 2^14 chunks, or two million tokens
 SMALLEST = 8  # size below which a triangular matrix is inverted by its series
 
 
@@ -89,9 +89,15 @@ def run_delta_rule(
     """`delta_sequential` if `stepwise`, and else its parallel form; the shapes are the same."""
     if stepwise:
         return delta_sequential(x, beta, log_decay, K, C, state)
-    run = delta_in_one_tile if is_writing_graph() else GatedDeltaRule.apply
+    run = delta_in_one_tile if is_writing_graph() else without_autocast
     y, state = run(x, beta, log_decay, K.to(x.dtype), C.to(x.dtype), state.mT, chunk_size)
     return y, state.mT
+
+
+def without_autocast(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """GatedDeltaRule, which chooses the dtype of each product itself."""
+    with torch.autocast(x.device.type, enabled=False):
+        return GatedDeltaRule.apply(x, *rest)
 
 
 class GatedDeltaRule(torch.autograd.Function):
@@ -180,8 +186,7 @@ def _(
 def delta_in_one_tile(
     x: Tensor, beta: Tensor, log_decay: Tensor, K: Tensor, C: Tensor, state: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
-    """The forward pass of GatedDeltaRule without a loop: one graph for every length."""
-    chunk_size = max(chunk_size, GRAPH_CHUNK)
+    """The forward pass of GatedDeltaRule without a loop over tiles: one graph for every length."""
     y, last = tile_forward(to_chunks(chunk_size, x, beta, log_decay, K, C), state)
     return y.flatten(1, 2)[:, : x.shape[1]], last
 
@@ -289,20 +294,47 @@ def carry(
 
     Chunk c writes u_c = values_c + removes_c s_c (b, c, q, p) to the state s_c, which becomes
     s_{c+1} = decay_c s_c + writes_c^T u_c. decay (b, c, 1, 1), removes and writes (b, c, q, n),
-    state (b, n, p). In parallel in an exported graph, which has no loop.
+    state (b, n, p).
     """
+    if torch.jit.is_tracing():
+        return scripted_loop()(decay, removes, values, writes, state)
     if is_writing_graph():
-        diagonal = torch.eye(removes.shape[-1], dtype=torch.bool, device=state.device)
-        transition = (writes.mT @ removes).to(state.dtype)
-        transition = torch.where(diagonal, transition + decay, transition)
-        states = carry_in_parallel(transition, (writes.mT @ values).to(state.dtype), state)
-        return states, values + removes @ states[:, :-1].to(values.dtype)
+        return carry_in_graph(decay, removes, values, writes, state)
+    return carry_in_loop(decay, removes, values, writes, state)
+
+
+def carry_in_loop(
+    decay: Tensor, removes: Tensor, values: Tensor, writes: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`carry` as Python and TorchScript run it."""
     states, u = [state], []
     for c in range(values.shape[1]):
         u.append(torch.baddbmm(values[:, c], removes[:, c], state.to(values.dtype)))
         state = decay[:, c] * state + writes[:, c].mT @ u[c]
         states.append(state)
     return torch.stack(states, dim=1), torch.stack(u, dim=1)
+
+
+@functools.cache
+def scripted_loop() -> Callable[..., tuple[Tensor, Tensor]]:
+    """`carry_in_loop` as TorchScript: a trace would unroll the loop to one length."""
+    return torch.jit.script(carry_in_loop)
+
+
+def carry_in_graph(
+    decay: Tensor, removes: Tensor, values: Tensor, writes: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`carry` as one operation of a graph that torch.export writes; ONNX calls it Scan."""
+
+    def chunk(state: Tensor, parts: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        decay, removes, values, writes = parts
+        u = torch.baddbmm(values, removes, state.to(values.dtype))
+        new = decay * state + writes.mT @ u
+        return new, (state.clone(), u)
+
+    parts = tuple(t.transpose(0, 1) for t in (decay, removes, values, writes))
+    last, (before, u) = scan(chunk, state, parts)
+    return torch.cat((before, last[None])).transpose(0, 1), u.transpose(0, 1)
 
 
 def carry_back(t: Tile, dy: Tensor, dlast: Tensor) -> tuple[Tensor, Tensor]:
@@ -315,23 +347,6 @@ def carry_back(t: Tile, dy: Tensor, dlast: Tensor) -> tuple[Tensor, Tensor]:
         dstate = t.whole[:, c] * dstate + part
         dstates.append(dstate)
     return torch.stack(dstates[::-1], dim=1), torch.stack(parts[::-1], dim=1)
-
-
-def carry_in_parallel(transition: Tensor, written: Tensor, state: Tensor) -> Tensor:
-    """The states of s_{c+1} = transition_c s_c + written_c, (b, c+1, n, p).
-
-    In log2(c) steps, each of which doubles how far back a chunk reaches. transition (b, c, n, n),
-    written (b, c, n, p), state (b, n, p).
-    """
-    index = torch.arange(transition.shape[1], device=state.device)
-    for level in range(LEVELS):
-        before, known = (index - 2**level).clamp(min=0), index >= 2**level
-        known = known[:, None, None]
-        added = written.index_select(1, before) * known
-        written = written + transition @ added
-        earlier = transition.index_select(1, before)
-        transition = torch.where(known, transition @ earlier, transition)
-    return torch.cat((state[:, None], transition @ state[:, None] + written), dim=1)
 
 
 def tile_forward(inputs: list[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
