@@ -139,15 +139,16 @@ def test_the_inverse_equals_that_of_linalg_and_stays_exact_for_equal_keys(q):
     close(unit_lower_inverse(A.float()).double(), torch.linalg.inv(identity + A), 3e-4)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 21])
 def test_a_graph_carries_states_as_the_loop_does(count):
-    g = torch.Generator().manual_seed(0)
-    shapes = (1, 1), (3, 5), (3, 4), (3, 5)  # decay, removes, values, writes
-    inputs = [torch.randn(2, count, *shape, generator=g).double() / 2 for shape in shapes]
-    inputs.append(torch.randn(2, 5, 4, generator=g).double())
-    want = carry_in_loop(*inputs)
+    g, q = torch.Generator().manual_seed(0), 3
+    shapes = (1, 1), (q, 1), (q, 1), (q, q), (q, 4), (q, 5)  # as of through_chunk
+    parts = [torch.randn(2, count, *shape, generator=g).double() / 2 for shape in shapes]
+    state = torch.randn(2, 5, 4, generator=g).double()
+    want = carry_in_loop(state, *parts)
     for run in (carry_in_graph, scripted_loop()):
-        for one, two in zip(run(*inputs), want, strict=True):
+        for one, two in zip(run(state, *parts), want, strict=True):
             close(one, two, 1e-11)
 
 

@@ -222,11 +222,9 @@ class Tile(NamedTuple):
     whole: Tensor  # (b, c, 1, 1) decay over the chunk, in the dtype of decays
     from_start: Tensor  # (b, c, q, 1) decay since the start of the chunk
     to_end: Tensor  # (b, c, q, 1) decay until its end
-    reads: Tensor  # (b, c, q, n) C times from_start: reads the state before the chunk
-    erases: Tensor  # (b, c, q, n) K times from_start: reads what the keys held before it
-    writes: Tensor  # (b, c, q, n) K times to_end: writes the state after the chunk
-    removes: Tensor  # (b, c, q, n) factor of the state before the chunk in u
-    states: Tensor  # (b, c+1, n, p) before each chunk, and after the last
+    before: Tensor  # (b, c, n, p) the states before each chunk, in the dtype of x
+    last: Tensor  # (b, n, p) the state after the last chunk
+    difference: Tensor  # (b, c, q, p) values less what the state before the chunk held
     u: Tensor  # (b, c, q, p) what is written: values less what the keys held
 
 
@@ -235,7 +233,8 @@ def make_tile(
 ) -> Tile:
     """The intermediate values of a tile.
 
-    x (b, c, q, p), beta and log_decay (b, c, q), K and C (b, c, q, n), state (b, n, p).
+    x (b, c, q, p), beta and log_decay (b, c, q), K and C (b, c, q, n), state (b, n, p). Decays are
+    multiplied to what has q or p columns, never to the n of a key.
     """
     total = log_decay.cumsum(-1)  # (b, c, q)
     between = total[..., :, None] - total[..., None, :]  # at most 0 where j <= i
@@ -246,15 +245,12 @@ def make_tile(
     whole = total[..., -1, None, None].exp()  # (b, c, 1, 1)
     from_start = total.exp()[..., None].to(x.dtype)
     to_end = (total[..., -1:] - total).clamp(max=0).exp()[..., None].to(x.dtype)
-    reads, erases, writes = C * from_start, K * from_start, K * to_end
     weighted = (solve * beta[..., None, :]).to(x.dtype)
-    removes, values = (-weighted) @ erases, weighted @ x
-    states, u = carry(whole, removes, values, writes, state)
+    carried = carry(state, whole, from_start, to_end, weighted, x, K)
     decay = decay.to(x.dtype)
     scores = similarity * decay
     return Tile(
-        decay, keys, similarity, overlap, solve, scores, whole, from_start, to_end, reads, erases,
-        writes, removes, states, u,
+        decay, keys, similarity, overlap, solve, scores, whole, from_start, to_end, *carried,
     )  # fmt: skip
 
 
@@ -287,66 +283,103 @@ def unit_lower_inverse(A: Tensor) -> Tensor:
     return inverse
 
 
-def carry(
-    decay: Tensor, removes: Tensor, values: Tensor, writes: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """States before the first chunk and after each one (b, c+1, n, p), and what each wrote.
+def carry(state: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+    """The last four of a Tile, from the state (b, n, p) before it.
 
-    Chunk c writes u_c = values_c + removes_c s_c (b, c, q, p) to the state s_c, which becomes
-    s_{c+1} = decay_c s_c + writes_c^T u_c. decay (b, c, 1, 1), removes and writes (b, c, q, n),
-    state (b, n, p).
+    `parts` are the other arguments of `through_chunk`, for every chunk (b, c, ...).
     """
     if torch.jit.is_tracing():
-        return scripted_loop()(decay, removes, values, writes, state)
-    if is_writing_graph():
-        return carry_in_graph(decay, removes, values, writes, state)
-    return carry_in_loop(decay, removes, values, writes, state)
+        return scripted_loop()(state, *parts)
+    return (carry_in_graph if is_writing_graph() else carry_in_loop)(state, *parts)
+
+
+def through_chunk(
+    state: Tensor,
+    whole: Tensor,
+    from_start: Tensor,
+    to_end: Tensor,
+    weighted: Tensor,
+    x: Tensor,
+    K: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The state after a chunk; what a Tile has of the chunk: `before`, `difference` and `u`.
+
+    state (b, n, p), whole (b, 1, 1), from_start and to_end (b, q, 1), weighted (b, q, q), x
+    (b, q, p), K (b, q, n).
+    """
+    before = state.to(x.dtype)
+    difference = x - from_start * (K @ before)  # (b, q, p)
+    u = weighted @ difference
+    return (whole * state).add_(K.mT @ (to_end * u)), before, difference, u
 
 
 def carry_in_loop(
-    decay: Tensor, removes: Tensor, values: Tensor, writes: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
+    state: Tensor,
+    whole: Tensor,
+    from_start: Tensor,
+    to_end: Tensor,
+    weighted: Tensor,
+    x: Tensor,
+    K: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`carry` as Python and TorchScript run it."""
-    states, u = [state], []
-    for c in range(values.shape[1]):
-        u.append(torch.baddbmm(values[:, c], removes[:, c], state.to(values.dtype)))
-        state = decay[:, c] * state + writes[:, c].mT @ u[c]
-        states.append(state)
-    return torch.stack(states, dim=1), torch.stack(u, dim=1)
+    befores, differences, written = [], [], []
+    for c in range(x.shape[1]):
+        state, before, difference, u = through_chunk(
+            state, whole[:, c], from_start[:, c], to_end[:, c], weighted[:, c], x[:, c], K[:, c]
+        )
+        befores.append(before)
+        differences.append(difference)
+        written.append(u)
+    return torch.stack(befores, 1), state, torch.stack(differences, 1), torch.stack(written, 1)
 
 
 @functools.cache
-def scripted_loop() -> Callable[..., tuple[Tensor, Tensor]]:
+def scripted_loop() -> Callable[..., tuple[Tensor, ...]]:
     """`carry_in_loop` as TorchScript: a trace would unroll the loop to one length."""
     return torch.jit.script(carry_in_loop)
 
 
-def carry_in_graph(
-    decay: Tensor, removes: Tensor, values: Tensor, writes: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
+def carry_in_graph(state: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
     """`carry` as one operation of a graph that torch.export writes; ONNX calls it Scan."""
 
-    def chunk(state: Tensor, parts: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        decay, removes, values, writes = parts
-        u = torch.baddbmm(values, removes, state.to(values.dtype))
-        new = decay * state + writes.mT @ u
-        return new, (state.clone(), u)
+    def chunk(state: Tensor, parts: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        new, before, difference, u = through_chunk(state, *parts)
+        return new, (before.clone(), difference, u)  # `before` may be the state itself
 
-    parts = tuple(t.transpose(0, 1) for t in (decay, removes, values, writes))
-    last, (before, u) = scan(chunk, state, parts)
-    return torch.cat((before, last[None])).transpose(0, 1), u.transpose(0, 1)
+    last, found = scan(chunk, state, tuple(t.transpose(0, 1) for t in parts))
+    before, difference, u = (t.transpose(0, 1) for t in found)
+    return before, last, difference, u
 
 
-def carry_back(t: Tile, dy: Tensor, dlast: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of t.states (b, c+1, n, p) and of t.u (b, c, q, p), from the last chunk on."""
-    dread, du = t.reads.mT @ dy, t.scores.mT @ dy
-    dstate, dstates, parts = dlast, [dlast], []
+class Gradients(NamedTuple):
+    """What `carry_back` finds."""
+
+    first: Tensor  # (b, n, p) of the state before the tile
+    after: Tensor  # (b, c, n, p) of the states after each chunk, in the dtype of x
+    decay: Tensor  # (b, c) of the logarithm of the decay of the states after each chunk
+    given: Tensor  # (b, c, q, p) of u, as far as it comes through the states
+    r: Tensor  # (b, c, q, p) of beta times `difference`
+    x: Tensor  # (b, c, q, p) of x, and so of `difference`
+
+
+def carry_back(t: Tile, beta: Tensor, K: Tensor, C: Tensor, dy: Tensor, dlast: Tensor) -> Gradients:
+    """Gradients that go from chunk to chunk, from the last one on.
+
+    beta (b, c, q, 1), K and C (b, c, q, n), dy (b, c, q, p), dlast (b, n, p).
+    """
+    dread, du = C.mT @ (t.from_start * dy), t.scores.mT @ dy
+    solve, dstate, state, parts = t.solve.mT.to(dy.dtype), dlast, t.last.to(dy.dtype), []
     for c in reversed(range(dy.shape[1])):
-        parts.append(torch.baddbmm(du[:, c], t.writes[:, c], dstate.to(du.dtype)))
-        part = torch.baddbmm(dread[:, c], t.removes[:, c].mT, parts[-1])
-        dstate = t.whole[:, c] * dstate + part
-        dstates.append(dstate)
-    return torch.stack(dstates[::-1], dim=1), torch.stack(parts[::-1], dim=1)
+        after = dstate.to(dy.dtype)
+        ddecay = torch.linalg.vecdot(after.flatten(1), state.flatten(1))  # (b,)
+        given = t.to_end[:, c] * (K[:, c] @ after)
+        dr = solve[:, c] @ (du[:, c] + given)
+        dx = beta[:, c] * dr
+        kept = torch.baddbmm(dread[:, c], K[:, c].mT, t.from_start[:, c] * dx, alpha=-1)
+        dstate, state = (t.whole[:, c] * dstate).add_(kept), t.before[:, c]
+        parts.append((after, ddecay, given, dr, dx))
+    return Gradients(dstate, *(torch.stack(g, dim=1) for g in zip(*parts[::-1], strict=True)))
 
 
 def tile_forward(inputs: list[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
@@ -356,8 +389,8 @@ def tile_forward(inputs: list[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
     """
     x, beta, log_decay, K, C = (t.contiguous() for t in inputs)  # a product would copy each time
     t = make_tile(x, beta, log_decay, K, C, state)
-    y = t.scores @ t.u + t.reads @ t.states[:, :-1].to(t.u.dtype)
-    return y, t.states[:, -1]
+    y = t.scores @ t.u + t.from_start * (C @ t.before)
+    return y, t.last
 
 
 def tile_backward(
@@ -366,30 +399,38 @@ def tile_backward(
     """The gradients of `inputs` and state from those of y and the last state."""
     x, beta, log_decay, K, C, dy = (t.contiguous() for t in (*inputs, dy))
     t = make_tile(x, beta, log_decay, K, C, state)
-    wide, before = beta.dtype, t.states[:, :-1].to(x.dtype)
+    wide = beta.dtype
 
-    dstates, du = carry_back(t, dy, dlast)
-    after = dstates[:, 1:].to(x.dtype)
-    dr = t.solve.mT.to(x.dtype) @ du  # of beta (x - erases @ before)
-    dx = dr * beta[..., None].to(x.dtype)
-    difference = x - t.erases @ before
-    weight = (dr @ t.u.mT).mul_(t.overlap)  # (b, c, q, q), as `overlap` strictly lower
-    dbeta = (dr * difference).sum(-1, dtype=wide) - weight.sum(-1, dtype=wide)
+    d = carry_back(t, beta[..., None].to(x.dtype), K, C, dy, dlast)
+    weight = (d.r @ t.u.mT).mul_(t.overlap)  # (b, c, q, q), as `overlap` strictly lower
+    dbeta = (d.r * t.difference).sum(-1, dtype=wide) - weight.sum(-1, dtype=wide)
 
-    doverlap = (dx @ t.u.mT).mul_(t.decay)  # the negative of it, times decay
+    doverlap = (d.x @ t.u.mT).mul_(t.decay)  # the negative of it, times decay
     dsimilarity = (dy @ t.u.mT).mul_(t.decay)
     dkeys = -doverlap.tril(-1)  # (b, c, q, q)
-    dreads, derases = dy @ before.mT, -dx @ before.mT  # (b, c, q, n)
-    dwrites = t.u @ after.mT
-    dK = derases * t.from_start + dwrites * t.to_end
-    dK = dK + (dkeys + dkeys.mT) @ K + dsimilarity.mT @ C
-    dC = dreads * t.from_start + dsimilarity @ K
+    dread = t.from_start * dy
+    dK = sum_of_products(
+        (-t.from_start * d.x, t.before.mT),
+        (t.to_end * t.u, d.after.mT),
+        (dkeys + dkeys.mT, K),
+        (dsimilarity.mT, C),
+    )
+    dC = sum_of_products((dread, t.before.mT), (dsimilarity, K))
 
     # Every decay is the exponential of a sum of logarithms, so its gradient is value * gradient.
     weight = dsimilarity.mul_(t.similarity).sub_(doverlap.mul_(t.keys))
     dtotal = weight.sum(-1, dtype=wide) - weight.sum(-2, dtype=wide)
-    through_states = (dreads * t.reads).add_(derases * t.erases).sub_(dwrites * t.writes)
+    through_states = dread * (C @ t.before) + d.x * (t.difference - x) - t.u * d.given
     dtotal = dtotal + through_states.sum(-1, dtype=wide)
-    dtotal[..., -1] += (dstates[:, 1:] * t.states[:, 1:]).sum((-2, -1))
+    dtotal[..., -1] += d.decay
     dlog_decay = dtotal.flip(-1).cumsum(-1).flip(-1)
-    return dx, dbeta, dlog_decay, dK, dC, dstates[:, 0]
+    return d.x, dbeta, dlog_decay, dK, dC, d.first
+
+
+def sum_of_products(*pairs: tuple[Tensor, Tensor]) -> Tensor:
+    """The sum of a @ b (b, c, i, k) over pairs a (b, c, i, j) and b (b, c, j, k)."""
+    (first, second), *rest = ([t.flatten(0, 1) for t in pair] for pair in pairs)
+    total = first @ second
+    for a, b in rest:
+        total.baddbmm_(a, b)
+    return total.unflatten(0, pairs[0][0].shape[:2])
