@@ -199,6 +199,7 @@ SINCE = {  # folders of files that were written when a field was new, and what i
     "bc_conv": {"bc_conv": True, "rotating": 0.4, "k_conv": False, **NONE},
     "k_conv": {"bc_conv": True, "rotating": 0.4, "k_conv": True, **NONE},
     "memory": {"bc_conv": True, "rotating": 0.4, "k_conv": True, **NONE, "memory": True},
+    "memory_products": {**TODAY, "rotating": 0.4},
 }
 
 

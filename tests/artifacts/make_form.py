@@ -4,8 +4,9 @@ It was run from the root of the repository as it stood then, and OUT was copied 
 
     OMP_NUM_THREADS=1 PYTHONPATH=. python tests/artifacts/make_form.py FIELD OUT
 
-FIELD is bc_conv (B and C have a convolution), k_conv (so have the keys of attention) or memory
-(attention has a memory as well). tests/test_artifacts.py holds all later code to these files.
+FIELD is bc_conv (B and C have a convolution), k_conv (so have the keys of attention), memory
+(attention has a memory as well) or memory_products (one block of four has it, with wider keys).
+tests/test_artifacts.py holds all later code to these files.
 
     plain.pt              a checkpoint
     folder/               the same model as a folder
@@ -27,7 +28,12 @@ SHAPE = {
     "ssm_head_dim": 8, "d_state": 12, "expand_factor": 1, "window_size": 4, "chunk_size": 8,
     "rotating": 0.4,
 }  # fmt: skip
-FORMS = {"bc_conv": {"k_conv": False}, "k_conv": {}, "memory": {"memory": True}}
+FORMS = {
+    "bc_conv": {"k_conv": False},
+    "k_conv": {},
+    "memory": {"memory": True},
+    "memory_products": {},
+}
 IDS = torch.arange(40)[None] * 7 % 24
 
 
