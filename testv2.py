@@ -86,6 +86,7 @@ from tinymamba.kernels import (
     ChunkedLoss,
     ChunkedScan,
     DepthwiseConv,
+    bounded_decay,
     count_blocks,
     depthwise,
     fill_model,
@@ -140,6 +141,7 @@ class Config:
     n_layer: int = 12  # blocks
     vocab_size: int = 50304  # ids are 0 .. vocab_size-1
     dropout: float = 0.1  # dropout rate on the embedding and on every block's update
+    state_noise: float = 0.15  # deviation of noise on the SSM's steps and angles, in training
     bias: bool = True  # biases in the linear projections
     tie_embeddings: bool = True  # one matrix for embedding and output layer
     deepnet: bool = True  # DeepNet scaling of residual updates and of the initial weights
@@ -151,6 +153,7 @@ class Config:
     d_conv: int = 4  # width k of the causal convolutions
     bc_conv: bool = True  # a convolution of the SSM's B and C, besides that of the block's input
     rotating: float = 0.25  # share of the pairs of SSM state channels that rotate
+    min_decay: float = 0.05  # a token that would fade the SSM's state by less leaves it as it is
     k_conv: bool = True  # a convolution of the attention's keys
     memory: bool = True  # attention has a state as well, for what its window does not see
     memory_every: int = 4  # of so many blocks, one has that memory: of four the second
@@ -252,8 +255,9 @@ class Config:
         **dict.fromkeys(AT_LEAST_ONE.split(), (1, math.inf)),
         **dict.fromkeys(AT_LEAST_ZERO.split(), (0, math.inf)),
         **dict.fromkeys(("dropout", "beta1", "beta2"), (0, 0.9999)),
-        "min_lr_ratio": (0, 1), "rotating": (0.001, 1), "gate_top_k": (1, 3),
-        "eos_id": (-1, math.inf), "seed": (0, 2**63 - 1),
+        **dict.fromkeys(("min_lr_ratio", "min_decay", "state_noise"), (0, 1)),
+        "rotating": (0.001, 1), "gate_top_k": (1, 3), "eos_id": (-1, math.inf),
+        "seed": (0, 2**63 - 1),
     }  # fmt: skip
 
     def validate(self) -> Config:
@@ -294,15 +298,16 @@ class Config:
 # Fields that determine what weights and states mean: fixed once they are trained.
 SHAPE_FIELDS = [
     "d_model", "n_layer", "vocab_size", "bias", "tie_embeddings", "low_rank", "activation",
-    "d_state", "d_conv", "bc_conv", "rotating", "k_conv", "memory", "memory_every",
+    "d_state", "d_conv", "bc_conv", "rotating", "min_decay", "k_conv", "memory", "memory_every",
     "memory_products", "expand_factor", "ssm_head_dim", "window_size", "num_heads", "rope_theta",
     "gate", "gate_top_k", "document_mask",
 ]  # fmt: skip
 # Values of fields that did not exist yet when a model was written.
-BEFORE = {"bc_conv": False, "rotating": 1.0, "k_conv": False, "memory": False,
-          "memory_every": 1, "memory_products": 0}  # fmt: skip
+BEFORE = {"bc_conv": False, "rotating": 1.0, "k_conv": False, "memory": False, "memory_every": 1,
+          "memory_products": 0, "min_decay": 0.0, "state_noise": 0.0}  # fmt: skip
 # Fields in the config.json of a model folder.
-FOLDER_FIELDS = [*SHAPE_FIELDS, "eos_id", "block_size", "deepnet", "scan", "chunk_size", "dropout"]
+FOLDER_FIELDS = [*SHAPE_FIELDS, "eos_id", "block_size", "deepnet", "scan", "chunk_size", "dropout",
+                 "state_noise"]  # fmt: skip
 # Fields that a resumed run cannot change.
 RUN_FIELDS = [*SHAPE_FIELDS, "optimizer", "block_size", "seed", "warmup_steps"]
 
@@ -409,12 +414,7 @@ def last_layer(projection: Any) -> Any:
 
 # ------------------------------------------------------------------------------------ scan
 
-# exp(-30) is 1e-13, which erases the state in float32. With no term below it, differences of a
-# chunk's cumulative sums are exact to 1e-4 even where every token erases the past.
-MIN_LOG_DECAY = -30.0
-# A dt below this counts as 0, which leaves the state exactly as it was, so that it can hold its
-# content for any number of tokens. Softplus alone is never 0, and small leaks add up.
-MIN_DT = 1e-3
+MIN_DT = 1e-3  # with min_decay=0, a dt below this counts as 0
 
 
 def selective_scan(
@@ -436,8 +436,7 @@ def selective_scan(
     x (b, l, h, p), dt (b, l, h) >= 0, A (h,) < 0, B and C (b, l, n), D (h,), state (b, h, p, n)
     before the first token (zeros if None), resets (b, l) of bool: tokens before which the state is
     erased. Returns y (b, l, h, p) and the state after the last token. y and the matrix products
-    have the dtype of x; decays and states are float32, or float64 if x is. Where dt is exactly 0,
-    its gradient through the written term is taken as 0.
+    have the dtype of x; decays and states are float32, or float64 if x is.
     """
     if method not in Config.CHOICES["scan"]:
         raise ValueError(f"method {method!r} is not one of {Config.CHOICES['scan']}")
@@ -455,12 +454,6 @@ def selective_scan(
         scan = scan_in_one_tile if is_writing_graph() else ChunkedScan.apply
         y, state = scan(x, dt, log_decay, B, C, D, state.mT, chunk_size)
         return y, state.mT
-
-
-def bounded_decay(log_decay: Tensor, resets: Tensor | None) -> Tensor:
-    """log_decay (b, l, h), none below MIN_LOG_DECAY, and that one at `resets`, of bool (b, l)."""
-    log_decay = log_decay.clamp(min=MIN_LOG_DECAY)
-    return log_decay if resets is None else log_decay.masked_fill(resets[..., None], MIN_LOG_DECAY)
 
 
 def scan_sequential(
@@ -590,9 +583,9 @@ class MambaSSM(nn.Module):
             BC, tail = self.conv(upcast(torch.cat((B, C), dim=-1)), context, tail)
             B, C = BC.chunk(2, dim=-1)  # (b, l, n)
         x = x.unflatten(-1, (self.n_heads, c.ssm_head_dim))  # (b, l, h, p)
-        dt = F.threshold(F.softplus(upcast(dt) + upcast(self.dt_bias)), MIN_DT, 0.0)  # (b, l, h)
+        dt = self.step_sizes(dt)  # (b, l, h)
         # The rotation by each token, in half turns from -1 to 1; float32, as rounding would add up.
-        half_turns = F.hardtanh(F.softshrink(self.angle_proj(u), 0.5))  # (b, l, r)
+        half_turns = F.hardtanh(F.softshrink(self.noisy(self.angle_proj(u)), 0.5))  # (b, l, r)
         index = torch.arange(u.shape[1], device=u.device)
         if (real := context.real(index)) is not None:
             dt, half_turns = dt * real[..., None], half_turns * real[..., None]
@@ -605,6 +598,23 @@ class MambaSSM(nn.Module):
         y, state = selective_scan(x, dt, A, B, C, self.D, state, resets, *scan)
         y = y if self.offset is None else y + self.offset(plain_C.to(u.dtype))
         return self.out_proj(y.flatten(2) * F.silu(z)), state, phase[:, -1], tail
+
+    def step_sizes(self, raw: Tensor) -> Tensor:
+        """The dt of a projection (b, l, h): softplus less min_decay / -A, but not below 0.
+
+        Softplus alone is never 0, and small leaks add up. The gradient passes where dt is 0 as well
+        (straight-through: Bengio et al., arXiv 1308.3432), so that a head can begin to write.
+        """
+        raw, least = upcast(raw) + upcast(self.dt_bias), self.config.min_decay
+        if not least:
+            return F.threshold(F.softplus(raw), MIN_DT, 0.0)
+        dt = F.softplus(self.noisy(raw)) - least * (-upcast(self.A_log)).exp().detach()
+        return dt + (dt.clamp(min=0) - dt).detach()
+
+    def noisy(self, x: Tensor) -> Tensor:
+        """x, with noise in training: only what is far from the borders of 0 and 1 stays exact."""
+        noise = self.config.state_noise if self.training else 0.0
+        return x + noise * torch.randn_like(x) if noise else x
 
 
 def rotate_channels(x: Tensor, phase: Tensor) -> Tensor:
@@ -1140,8 +1150,9 @@ def init_weights(model: TinyMambaModel) -> None:
 def init_ssm(ssm: MambaSSM) -> None:
     """Decay rates, step sizes and the convolution, see init_weights."""
     dt = torch.empty_like(ssm.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
-    ssm.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
     ssm.A_log.copy_(torch.empty_like(ssm.A_log).uniform_(1, 16).log())
+    dt = dt + ssm.config.min_decay * (-ssm.A_log).exp()
+    ssm.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
     if ssm.conv is not None:
         init_conv(ssm.conv)
 

@@ -192,14 +192,14 @@ def test_onnx_graphs_of_the_first_release_generate():
 
 # ------------------------------------------------------------ fields that came later
 
-NONE = {"memory": False, "memory_every": 1, "memory_products": 0}
-TODAY = {"bc_conv": True, "rotating": 0.25, "k_conv": True, "memory": True,
-    "memory_every": 4, "memory_products": 4}  # fmt: skip
+WEIGHTLESS = {"memory_products", "min_decay", "state_noise"}  # no weights tell what they were
+TODAY = {"bc_conv": True, "rotating": 0.25, "k_conv": True, "memory": True, "memory_every": 4,
+    "memory_products": 4, "min_decay": 0.05, "state_noise": 0.15}  # fmt: skip
 SINCE = {  # folders of files that were written when a field was new, and what it meant then
-    "bc_conv": {"bc_conv": True, "rotating": 0.4, "k_conv": False, **NONE},
-    "k_conv": {"bc_conv": True, "rotating": 0.4, "k_conv": True, **NONE},
-    "memory": {"bc_conv": True, "rotating": 0.4, "k_conv": True, **NONE, "memory": True},
-    "memory_products": {**TODAY, "rotating": 0.4},
+    "bc_conv": {**BEFORE, "bc_conv": True, "rotating": 0.4},
+    "k_conv": {**BEFORE, "bc_conv": True, "rotating": 0.4, "k_conv": True},
+    "memory": {**BEFORE, "bc_conv": True, "rotating": 0.4, "k_conv": True, "memory": True},
+    "memory_products": {**TODAY, "rotating": 0.4, "min_decay": 0.0, "state_noise": 0.0},
 }
 
 
@@ -226,13 +226,13 @@ def test_a_model_of_a_later_form_is_the_same_model(since, name):
 
 
 def test_a_folder_whose_fields_are_lost_does_not_fit(tmp_path):
-    model = TinyMambaModel(tiny_config())
+    model = TinyMambaModel(tiny_config(state_noise=0.15))
     save_folder(tmp_path, model)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     assert {field: config[field] for field in BEFORE} == TODAY
     assert load_model(tmp_path).fingerprint() == model.fingerprint()
-    for field in BEFORE.keys() - {"memory_products"}:  # it has no weights
+    for field in BEFORE.keys() - WEIGHTLESS:
         kept = {name: value for name, value in config.items() if name != field}
         path.write_text(json.dumps(kept), encoding="utf-8")
         with pytest.raises(UserError, match="does not fit its config.json"):
@@ -242,7 +242,7 @@ def test_a_folder_whose_fields_are_lost_does_not_fit(tmp_path):
 def test_a_checkpoint_whose_fields_are_lost_does_not_fit(tmp_path):
     model = TinyMambaModel(tiny_config())
     config = model.config.to_dict()
-    for field in BEFORE.keys() - {"memory_products"}:  # it has no weights
+    for field in BEFORE.keys() - WEIGHTLESS:
         kept = {name: value for name, value in config.items() if name != field}
         save_checkpoint(tmp_path / "a.pt", {"config": kept, "model": model.state_dict()})
         with pytest.raises(UserError, match=r"a\.pt: .*does not fit"):

@@ -88,6 +88,8 @@ def ssm_by_hand(ssm, u, past, begins, starts):
     x, B, C = x.unflatten(-1, (ssm.n_heads, -1)), complex_pairs(B), complex_pairs(C)
     still = B.shape[-1] - angle.shape[-1]
     dt, angle = (dt + ssm.dt_bias).exp().log1p(), F.pad(angle_by_hand(angle), (0, still))
+    dt = dt - ssm.config.min_decay / ssm.A_log.exp().detach()
+    dt = dt + dt.detach().clamp(max=0).neg()  # 0 where it would be below, with the same gradient
     phase = F.pad(past.phase, (0, still))
     h = turned(complex_pairs(past.ssm), -phase[:, None, None])
     ys = []
@@ -219,9 +221,31 @@ def test_steps_angles_and_both_projections_of_the_state_depend_on_the_input(monk
     assert set(seen) == {"dt", "B", "C", "angle"}
     for name, t in seen.items():
         assert (t[0, 4:].std(0) > 1e-6).all(), name
-    assert ((seen["dt"] == 0) | (seen["dt"] > testv2.MIN_DT)).all()
+    assert (seen["dt"] >= (0 if form == "today's" else testv2.MIN_DT))[seen["dt"] != 0].all()
     assert (seen["dt"] > 0).any()
     assert (seen["angle"].abs() <= 1).all()
+
+
+def test_a_step_of_zero_has_the_gradient_of_softplus():
+    ssm = TinyMambaModel(tiny_config()).blocks[0].ssm
+    raw = torch.linspace(-12, 4, 50)[:, None].expand(-1, ssm.n_heads).clone().requires_grad_()
+    dt = ssm.step_sizes(raw)
+    least = ssm.config.min_decay / ssm.A_log.exp()
+    close(dt, (F.softplus(raw + ssm.dt_bias) - least).clamp(min=0), 1e-6)
+    assert 0 < (dt == 0).float().mean() < 1
+    dt.sum().backward()
+    close(raw.grad, (raw + ssm.dt_bias).sigmoid(), 1e-6)
+    faded = (-dt * ssm.A_log.exp()).exp()  # of the state, by a token
+    assert (faded == 1).any() and (faded < 1).any()
+
+
+def test_noise_on_steps_and_angles_is_for_training_only():
+    ssm = TinyMambaModel(tiny_config(state_noise=0.15)).blocks[0].ssm
+    x = torch.zeros(20_000)
+    assert ssm.eval().noisy(x) is x
+    assert ssm.train().noisy(x).std().item() == pytest.approx(0.15, rel=0.05)
+    ssm.config.state_noise = 0.0
+    assert ssm.noisy(x) is x
 
 
 @pytest.mark.parametrize("scan", ["chunked", "sequential"])
@@ -243,19 +267,21 @@ def test_a_state_that_no_token_asks_to_change_stays_the_same_bits(form, scan):
 def parity_machine(form):
     """An SSM, set by hand, whose output is +1 after an even number of ones and -1 after an odd.
 
-    Input 0 is the bit, input 1 marks the begin: it alone writes to the state, a one turns the state
-    by half a turn, nothing decays, and every token reads.
+    Input 0 is the bit, input 1 marks the begin: it alone has a step, and writes to the state. A one
+    turns the state by half a turn, and every token reads.
     """
     model = TinyMambaModel(tiny_config(chunk_size=16, **FORMS[form])).requires_grad_(False)
     ssm = model.blocks[0].ssm
     z, x, B, C, dt = ssm.in_proj.bias.split(ssm.sizes)
-    write, turn = ssm.in_proj.weight.split(ssm.sizes)[1], ssm.angle_proj.weight
+    _, write, _, _, step = ssm.in_proj.weight.split(ssm.sizes)
+    turn, least = ssm.angle_proj.weight, ssm.config.min_decay
     for layer in (ssm.in_proj, ssm.out_proj, ssm.angle_proj):
         layer.weight.zero_()
         layer.bias.zero_()
     ssm.D.zero_()
-    ssm.A_log.fill_(-30.0)
-    ssm.dt_bias.fill_(math.log(math.e - 1))  # dt = 1
+    ssm.A_log.zero_()
+    ssm.dt_bias.fill_(-20.0)
+    step[:, 1] = 20 + math.log(math.expm1(1 + least))  # dt = 1
     B[0] = C[0] = z[0] = 1.0
     write[0, 1], turn[0, 0] = 1.0, 100.0
     ssm.out_proj.weight[0, 0] = 1 / torch.tensor(1.0).sigmoid()  # of z * sigmoid(z)

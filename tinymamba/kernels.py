@@ -27,7 +27,11 @@ from torch.autograd.function import once_differentiable
 # ------------------------------------------------------------------------------------ scan
 
 CPU_TILE, GPU_TILE = 512, 65_536  # tokens whose intermediate values are in memory at a time
+# exp(-30) is 1e-13, which erases the state in float32. With no term below it, differences of a
+# chunk's cumulative sums are exact to 1e-4 even where every token erases the past.
+MIN_LOG_DECAY = -30.0
 GROUP = 64  # chunks whose states one product computes
+SMALLEST_DT = 1e-20  # takes the place of 0 in a backward pass, which divides by dt
 Tiles = tuple[list[slice], list[slice]]  # slices of rows and of chunks
 
 
@@ -95,6 +99,12 @@ def scan_in_one_tile(
     length = x.shape[1]
     y, last = tile_forward(to_chunks(chunk_size, x, dt, log_decay, B, C), D, state)
     return y.flatten(1, 2)[:, :length], last
+
+
+def bounded_decay(log_decay: Tensor, resets: Tensor | None) -> Tensor:
+    """log_decay (b, l, h), none below MIN_LOG_DECAY, and that one at `resets`, of bool (b, l)."""
+    log_decay = log_decay.clamp(min=MIN_LOG_DECAY)
+    return log_decay if resets is None else log_decay.masked_fill(resets[..., None], MIN_LOG_DECAY)
 
 
 def is_writing_graph() -> bool:
@@ -242,6 +252,7 @@ def tile_backward(
     x, dt, log_decay, B, C = inputs
     x, dt, log_decay, dy = heads_first(x, dt, log_decay, dy)
     B, C = B[:, :, None], C[:, :, None]
+    dt = dt.clamp(min=SMALLEST_DT)
     t = make_tile(x, dt, log_decay, B, C, D, state)
 
     # dstates[:, c] is the gradient of the state before chunk c: `carry`, backwards in time.
@@ -267,7 +278,7 @@ def tile_backward(
     dtotal = read - written
     dtotal[..., -1] += (dstates[:, 1:] * t.states[:, 1:]).sum((-2, -1))
     dlog_decay = dtotal.flip(-1).cumsum(-1).flip(-1)
-    ddt = written / dt.clamp(min=torch.finfo(dt.dtype).tiny)
+    ddt = written / dt
     dx, ddt, dlog_decay = (g.transpose(2, 3) for g in (dx, ddt, dlog_decay))
     return dx, ddt, dlog_decay, dB[:, :, 0], dC[:, :, 0], dD, dstates[:, 0]
 
