@@ -499,7 +499,8 @@ def test_initial_weights_are_as_documented(low_rank, deepnet):
         close(block.residual_scale.detach(), torch.full((D,), 1 / alpha), 1e-6)
         assert not gate.weight.any()
         assert not gate.bias.any()
-        dt, A = F.softplus(ssm.dt_bias), ssm.A_log.exp()
+        A = ssm.A_log.exp()
+        dt = F.softplus(ssm.dt_bias) - model.config.min_decay / A
         assert dt.min() >= 0.999e-3
         assert dt.max() <= 1.001e-1
         assert A.min() >= 0.999
@@ -518,7 +519,8 @@ def test_initial_weights_are_as_documented(low_rank, deepnet):
 def test_first_steps_are_spread_evenly_on_a_log_scale_and_decays_evenly():
     config = tiny_config(d_model=256, ssm_head_dim=1, n_layer=4, num_heads=4)
     model = TinyMambaModel(config)
-    dt = torch.cat([F.softplus(b.ssm.dt_bias) for b in model.blocks]).log10()
+    steps = [F.softplus(b.ssm.dt_bias) - 0.05 / b.ssm.A_log.exp() for b in model.blocks]
+    dt = torch.cat(steps).log10()
     A = torch.cat([b.ssm.A_log.exp() for b in model.blocks])
     for values, low, high in ((dt, -3.0, -1.0), (A, 1.0, 16.0)):
         share = ((values - low) / (high - low)).sort().values
