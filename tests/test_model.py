@@ -894,11 +894,8 @@ def test_training_compiles_without_a_graph_break_and_equals_eager(gate):
 
 COMPILED = {
     "softmax": {},
-    "top_k": {"gate": "top_k", **FORMS["first"]},
-    "sparsemax": {"gate": "sparsemax"},
-    "documents": DOCUMENTS,
-    "recomputed": {"checkpoint_activations": True},
-    "low_rank": {"low_rank": 8},
+    "top_k": {"gate": "top_k", "low_rank": 8, **FORMS["first"]},
+    "sparsemax": {"gate": "sparsemax", "checkpoint_activations": True, **DOCUMENTS},
 }
 
 
