@@ -281,6 +281,21 @@ RUNS = [  # the first pattern that a command begins with counts
     ),
     Run(r"python -m benchmarks.memory", "benchmarks.memory", [*TASK, *flags(read=16)], "accuracy"),
     Run(
+        r"python -m benchmarks.parts",
+        "benchmarks.parts",
+        flags(
+            d_model=64,
+            n_layer=1,
+            num_heads=1,
+            vocab_size=64,
+            sequence_lengths=16,
+            tokens_per_step=16,
+            warmup_iterations=0,
+            test_iterations=1,
+        ),
+        "memory=false",
+    ),
+    Run(
         r"python -m benchmarks.scan",
         "benchmarks.scan",
         flags(batch_sizes=1, sequence_lengths=16),
