@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,8 +25,6 @@ from benchmark import interleave, timed
 from benchmarks.peers import build_tinymamba
 from testv2 import Config, TinyMambaModel
 from tinymamba.cli import parse_flags, require, run_cli
-
-AS_IT_IS = "as it is"
 
 
 @dataclass
@@ -49,11 +48,9 @@ class Options:
     threads: int = 0  # CPU threads; 0 means all
     output: str = "parts.jsonl"  # file of rows
 
-    LIMITS: ClassVar = {
-        "test_iterations": (1, 10**6),
-        "tokens_per_step": (1, 10**9),
-        "sequence_lengths": (1, 10**9),
-    }
+    LIMITS: ClassVar = dict.fromkeys(
+        ("test_iterations", "tokens_per_step", "sequence_lengths"), (1, math.inf)
+    )
 
 
 def make_run(model: TinyMambaModel, ids: Tensor) -> Callable[[], float]:
@@ -78,10 +75,10 @@ def compare(options: Options, length: int) -> list[dict]:
         vocab_size=o.vocab_size,
         bias=False,
         dropout=0.0,
-    )
+    ).validate()
     ids = torch.randint(o.vocab_size, (max(1, o.tokens_per_step // length), length + 1))
-    for words in [AS_IT_IS, *(o.variants or ["memory=false"])]:
-        model = build_tinymamba(config.validate(), "" if words == AS_IT_IS else words)
+    for words in ["", *(o.variants or ["memory=false"])]:
+        model = build_tinymamba(config, words)
         if o.compile:
             model.compile_blocks()
         makers[words] = functools.partial(make_run, model, ids)
@@ -105,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         for row in rows:
             median, least = statistics.median(row["all"]), min(row["all"])
             print(
-                f"length {length}  {row['variant']:24s} {1000 * median:9.1f} ms  "
+                f"length {length}  {row['variant'] or 'as it is':24s} {1000 * median:9.1f} ms  "
                 f"{statistics.median(whole) / median:5.2f} {min(whole) / least:5.2f}"
             )
     return 0

@@ -146,9 +146,9 @@ def test_a_graph_carries_states_as_the_loop_does(count):
     shapes = (1, 1), (q, 1), (q, 1), (q, q), (q, 4), (q, 5)  # as of through_chunk
     parts = [torch.randn(2, count, *shape, generator=g).double() / 2 for shape in shapes]
     state = torch.randn(2, 5, 4, generator=g).double()
-    want = carry_in_loop(state, *parts)
+    want = carry_in_loop(state, parts)
     for run in (carry_in_graph, scripted_loop()):
-        for one, two in zip(run(state, *parts), want, strict=True):
+        for one, two in zip(run(state, parts), want, strict=True):
             close(one, two, 1e-11)
 
 

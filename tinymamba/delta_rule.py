@@ -246,7 +246,7 @@ def make_tile(
     from_start = total.exp()[..., None].to(x.dtype)
     to_end = (total[..., -1:] - total).clamp(max=0).exp()[..., None].to(x.dtype)
     weighted = (solve * beta[..., None, :]).to(x.dtype)
-    carried = carry(state, whole, from_start, to_end, weighted, x, K)
+    carried = carry(state, [whole, from_start, to_end, weighted, x, K])
     decay = decay.to(x.dtype)
     scores = similarity * decay
     return Tile(
@@ -283,51 +283,34 @@ def unit_lower_inverse(A: Tensor) -> Tensor:
     return inverse
 
 
-def carry(state: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+def carry(state: Tensor, parts: list[Tensor]) -> tuple[Tensor, ...]:
     """The last four of a Tile, from the state (b, n, p) before it.
 
-    `parts` are the other arguments of `through_chunk`, for every chunk (b, c, ...).
+    `parts` are those of `through_chunk`, for every chunk (b, c, ...).
     """
     if torch.jit.is_tracing():
-        return scripted_loop()(state, *parts)
-    return (carry_in_graph if is_writing_graph() else carry_in_loop)(state, *parts)
+        return scripted_loop()(state, parts)
+    return (carry_in_graph if is_writing_graph() else carry_in_loop)(state, parts)
 
 
-def through_chunk(
-    state: Tensor,
-    whole: Tensor,
-    from_start: Tensor,
-    to_end: Tensor,
-    weighted: Tensor,
-    x: Tensor,
-    K: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def through_chunk(state: Tensor, parts: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The state after a chunk; what a Tile has of the chunk: `before`, `difference` and `u`.
 
-    state (b, n, p), whole (b, 1, 1), from_start and to_end (b, q, 1), weighted (b, q, q), x
+    state (b, n, p); parts: whole (b, 1, 1), from_start and to_end (b, q, 1), weighted (b, q, q), x
     (b, q, p), K (b, q, n).
     """
+    whole, from_start, to_end, weighted, x, K = parts
     before = state.to(x.dtype)
     difference = x - from_start * (K @ before)  # (b, q, p)
     u = weighted @ difference
     return (whole * state).add_(K.mT @ (to_end * u)), before, difference, u
 
 
-def carry_in_loop(
-    state: Tensor,
-    whole: Tensor,
-    from_start: Tensor,
-    to_end: Tensor,
-    weighted: Tensor,
-    x: Tensor,
-    K: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def carry_in_loop(state: Tensor, parts: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`carry` as Python and TorchScript run it."""
     befores, differences, written = [], [], []
-    for c in range(x.shape[1]):
-        state, before, difference, u = through_chunk(
-            state, whole[:, c], from_start[:, c], to_end[:, c], weighted[:, c], x[:, c], K[:, c]
-        )
+    for c in range(parts[0].shape[1]):
+        state, before, difference, u = through_chunk(state, [t[:, c] for t in parts])
         befores.append(before)
         differences.append(difference)
         written.append(u)
@@ -340,11 +323,11 @@ def scripted_loop() -> Callable[..., tuple[Tensor, ...]]:
     return torch.jit.script(carry_in_loop)
 
 
-def carry_in_graph(state: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+def carry_in_graph(state: Tensor, parts: list[Tensor]) -> tuple[Tensor, ...]:
     """`carry` as one operation of a graph that torch.export writes; ONNX calls it Scan."""
 
     def chunk(state: Tensor, parts: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        new, before, difference, u = through_chunk(state, *parts)
+        new, before, difference, u = through_chunk(state, list(parts))
         return new, (before.clone(), difference, u)  # `before` may be the state itself
 
     last, found = scan(chunk, state, tuple(t.transpose(0, 1) for t in parts))
