@@ -12,7 +12,7 @@ test: .venv/dev  ## style, types and tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/dev  ## the checks that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
