@@ -9,8 +9,9 @@
     python -m benchmarks.ladder --table docs/benchmarks.md --plot docs/ladder.png
 
 Every run has a schedule of its own, with a warm-up of at most a tenth, and sees each block of 512
-bytes at most once. TinyMamba has four blocks, Llama six, Mamba2 nine, and all have the same number
-of parameters; peers.py has the models. Muon for matrices, AdamW for the rest.
+bytes at most once. TinyMamba has four blocks and a window of 256 bytes, Llama six layers and Mamba2
+nine; all have the same number of parameters. peers.py has the models. Muon for matrices, AdamW for
+the rest.
 
 Each run appends a row to --output. `bits_per_byte` is on 128 KiB of other files, in blocks of 512;
 `bits_per_byte_read` on the same, read as 16 long texts: see quality.py.
@@ -48,6 +49,7 @@ from tinymamba.cli import CliParser, add_flags, make_options, need, require, run
 VOCAB = 257  # bytes and the end of a file
 BLOCK, BATCH = 512, 8  # bytes of a block, blocks of a step
 TEXTS, LENGTH = 16, 2**13  # texts to validate on, and bytes of each
+WINDOW = 256  # bytes that TinyMamba's attention sees: about the text of its usual 64 tokens
 LAYERS = {"tinymamba": 4, "mamba2": 9}  # of a model; others have six
 LOSS = Column("bits per byte", lambda row: row["bits_per_byte"], larger=False)
 
@@ -86,7 +88,8 @@ def build(name: str, width: int, variant: str = "") -> torch.nn.Module:
     heads = math.ceil(width / 64)
     head = width // heads
     shape: dict[str, Any] = {"d_model": width, "num_heads": heads, "ssm_head_dim": head}
-    ours = Config(vocab_size=VOCAB, n_layer=4, dropout=0.0, bias=False, **shape).validate()
+    rest: dict[str, Any] = {"vocab_size": VOCAB, "window_size": WINDOW, "dropout": 0.0}
+    ours = Config(n_layer=LAYERS["tinymamba"], bias=False, **shape, **rest).validate()
     if name == "tinymamba":
         return build_tinymamba(ours, variant)
     with torch.device("meta"):
