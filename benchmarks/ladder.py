@@ -25,7 +25,7 @@ import math
 import statistics
 import time
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -152,8 +152,31 @@ def run(files: tuple[TokenFile, Tensor], row: dict[str, Any]) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------ table, plot
 
-Budget = tuple[int, float, int]  # d_model, and tokens per parameter or else steps
-Curve = dict[float, dict[str, float]]  # tokens per parameter: what was measured at the best rate
+
+class Budget(NamedTuple):
+    """What runs have in common that are compared with each other."""
+
+    width: int
+    tokens: float  # per parameter; 0 if the number of steps was given
+    steps: int  # 0 if the number of tokens was given
+
+    def __str__(self) -> str:
+        return f"{self.tokens:g} per parameter" if self.tokens else f"{self.steps} steps"
+
+
+class Result(NamedTuple):
+    """A model at its best rate: means over its seeds."""
+
+    rate: float
+    bracketed: bool  # a worse rate was tried on both sides
+    seeds: int
+    bits: float  # per byte
+    bits_read: float  # per byte, read as long texts
+    seconds: float
+    parameters: float
+
+
+MEANS = ("bits_per_byte", "bits_per_byte_read", "seconds", "parameters")
 
 
 def order(name: str) -> int:
@@ -161,95 +184,86 @@ def order(name: str) -> int:
     return MODELS.index(name.split()[0])
 
 
-def at_best_rate(rows: list[dict]) -> dict[Budget, dict[str, dict[str, Any]]]:
-    """For every budget and model: its rate, whether that is bracketed, and means over seeds."""
+def results_of(rows: list[dict]) -> dict[Budget, dict[str, Result]]:
+    """Every model of every budget at its best rate."""
     runs: dict[Budget, dict[str, dict[float, dict[int, dict]]]] = {}
     for row in rows:
         tokens = row["tokens"] or 0
-        budget = row["d_model"], tokens, 0 if tokens else row["steps"]
-        name = f"{row['model']} {row.get('variant', '')}".strip()
+        budget = Budget(row["d_model"], tokens, 0 if tokens else row["steps"])
+        name = f"{row['model']} {row['variant']}".strip()
         rates = runs.setdefault(budget, {}).setdefault(name, {})
         rates.setdefault(row["lr"], {})[row["seed"]] = row
-    found: dict[Budget, dict[str, dict[str, Any]]] = {}
-    for budget in sorted(runs, key=lambda b: (b[2] > 0, *b)):
-        for model in sorted(runs[budget], key=order):
-            rate, bracketed = best_rate(runs[budget][model], LOSS)
-            best = list(runs[budget][model][rate].values())
-            means = {
-                name: statistics.mean(row[name] for row in best)
-                for name in ("bits_per_byte", "bits_per_byte_read", "seconds", "parameters")
-            }
-            entry = {"rate": rate, "bracketed": bracketed, "seeds": len(best), **means}
-            found.setdefault(budget, {})[model] = entry
+    found: dict[Budget, dict[str, Result]] = {}
+    for budget in sorted(runs, key=lambda b: (b.steps > 0, b)):
+        for name in sorted(runs[budget], key=order):
+            rate, bracketed = best_rate(runs[budget][name], LOSS)
+            best = list(runs[budget][name][rate].values())
+            means = (statistics.mean(row[key] for row in best) for key in MEANS)
+            found.setdefault(budget, {})[name] = Result(rate, bracketed, len(best), *means)
     return found
 
 
-def tokens_to_reach(curve: Curve, loss: float) -> float | None:
+def curve_of(
+    results: dict[Budget, dict[str, Result]], width: int, name: str
+) -> dict[float, Result]:
+    """The results of a model of one width by tokens per parameter."""
+    budgets = (b for b in sorted(results) if b.width == width and b.tokens)
+    return {b.tokens: results[b][name] for b in budgets if name in results[b]}
+
+
+def tokens_to_reach(curve: dict[float, Result], bits: float) -> float | None:
     """The tokens per parameter at which a curve reaches a loss; None where it was not measured."""
-    points = [(tokens, curve[tokens]["bits_per_byte"]) for tokens in sorted(curve)]
-    for (t0, y0), (t1, y1) in itertools.pairwise(points):
-        if y1 <= loss <= y0:
-            share = (y0 - loss) / (y0 - y1)
+    for (t0, before), (t1, after) in itertools.pairwise(sorted(curve.items())):
+        if after.bits <= bits <= before.bits:
+            share = (before.bits - bits) / (before.bits - after.bits)
             return t0 * (t1 / t0) ** share
     return None
 
 
-def curves(best: dict[Budget, dict[str, dict[str, Any]]], width: int) -> dict[str, Curve]:
-    """The curve of every model of one width."""
-    found: dict[str, Curve] = {}
-    for (d_model, tokens, _), models in best.items():
-        for name, entry in models.items() if d_model == width and tokens else ():
-            found.setdefault(name, {})[tokens] = entry
-    return found
-
-
 def table(rows: list[dict]) -> list[str]:
     """The lines of a Markdown table."""
-    best, lines = at_best_rate(rows), []
+    results = results_of(rows)
     heads = ["d_model", "bytes", "model", "rate", "seeds", "bits per byte", "as long texts"]
-    heads += ["times tinymamba's", "bytes to the same loss", "seconds"]
+    heads += ["to TinyMamba's", "bytes to TinyMamba's", "seconds"]
     lines = [f"| {' | '.join(heads)} |", "|--:|---|---|" + "--:|" * 7]
-    for (width, tokens, steps), models in best.items():
-        budget = f"{tokens:g} per parameter" if tokens else f"{steps} steps"
+    for budget, models in results.items():
         ours = models.get("tinymamba")
-        for name, entry in models.items():
+        for name, result in models.items():
             ratio = more = ""
             if ours and name != "tinymamba":
-                ratio = f"{entry['bits_per_byte'] / ours['bits_per_byte']:.3f}"
-                curve = curves(best, width).get(name, {})
-                reached = tokens_to_reach(curve, ours["bits_per_byte"]) if tokens else None
-                more = f"{reached / tokens:.2f} times" if tokens and reached else ""
-            rate = f"{entry['rate']:g}" + ("" if entry["bracketed"] else " (edge)")
-            cells = [str(width), budget, name, rate, str(entry["seeds"])]
-            cells += [f"{entry[key]:.3f}" for key in ("bits_per_byte", "bits_per_byte_read")]
-            lines.append(
-                f"| {' | '.join([*cells, ratio, more, format(entry['seconds'], '.0f')])} |"
-            )
+                ratio = f"{result.bits / ours.bits:.3f}"
+                reached = tokens_to_reach(curve_of(results, budget.width, name), ours.bits)
+                more = f"{reached / budget.tokens:.2f} times" if reached and budget.tokens else ""
+            rate = f"{result.rate:g}" + ("" if result.bracketed else " (edge)")
+            cells = [str(budget.width), str(budget), name, rate, str(result.seeds)]
+            cells += [f"{result.bits:.3f}", f"{result.bits_read:.3f}", ratio, more]
+            lines.append(f"| {' | '.join(cells)} | {result.seconds:.0f} |")
     return lines
 
 
 def plot(rows: list[dict], path: str) -> None:
     """Draw the loss against tokens and against seconds."""
-    best = at_best_rate(rows)
+    rows = [row for row in rows if row["tokens"]]
+    require(rows, path, "there is no row to draw", "add one with --tokens")
+    results = results_of(rows)
+    names = sorted({name for models in results.values() for name in models}, key=order)
     figure = need("matplotlib.figure").Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, label in zip(figure.subplots(1, 2, sharey=True), ("bytes", "seconds"), strict=True):
-        for width in sorted({budget[0] for budget in best}):
-            for name, curve in curves(best, width).items():
-                x = [
-                    t * curve[t]["parameters"] if label == "bytes" else curve[t]["seconds"]
-                    for t in sorted(curve)
-                ]
-                y = [curve[t]["bits_per_byte"] for t in sorted(curve)]
-                style = {"marker": "o", "ms": 4, "color": f"C{order(name)}"}
-                axes.plot(x, y, label=name, **style)
-                axes.annotate(f" {width}", (x[-1], y[-1]), fontsize=8)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for number, name in enumerate(names):
+        for width in sorted({budget.width for budget in results}):
+            curve = curve_of(results, width, name)
+            x = {left: [t * r.parameters for t, r in curve.items()]}
+            x[right] = [r.seconds for r in curve.values()]
+            for axes in (left, right):
+                style = {"marker": "o", "ms": 4, "color": f"C{number}"}
+                axes.plot(x[axes], [r.bits for r in curve.values()], label=name, **style)
+    for axes, label in ((left, "training bytes"), (right, "seconds of training, one thread")):
         axes.set(xscale="log", xlabel=label)
         axes.grid(color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("validation loss, bits per byte")
-    handles, names = figure.axes[0].get_legend_handles_labels()
-    unique = dict(zip(names, handles, strict=True))
-    figure.axes[1].legend(unique.values(), unique.keys(), frameon=False)
+    left.set_ylabel("validation loss, bits per byte")
+    handles = dict(zip(*reversed(right.get_legend_handles_labels()), strict=True))
+    right.legend(handles.values(), handles.keys(), frameon=False)
     figure.savefig(path, dpi=130)
 
 

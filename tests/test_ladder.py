@@ -13,7 +13,8 @@ from tinymamba.cli import UserError
 
 
 def row(model, tokens, loss, lr=0.01, width=80, **rest) -> dict:
-    found = {"model": model, "d_model": width, "tokens": tokens, "steps": 7, "seed": 0, "lr": lr}
+    found = {"model": model, "variant": "", "d_model": width, "tokens": tokens, "steps": 7}
+    found |= {"seed": 0, "lr": lr}
     found |= {"parameters": 1000, "seconds": 60.0, "bits_per_byte": loss}
     return found | {"bits_per_byte_read": loss - 0.1, **rest}
 
@@ -44,7 +45,7 @@ def test_the_command_trains_and_shows(tmp_path, monkeypatch):
     monkeypatch.setattr(ladder, "LENGTH", 512)
     for name in ("train", "val"):
         write_tokens(tmp_path / f"{name}.bin", "words and more " * 600)
-    words = flags(data=".", d_model=32, steps=2, lr=[1e-3, 8e-3], threads=1)
+    words = flags(data=".", d_model=32, tokens=0.1, lr=[1e-3, 8e-3], threads=1)
     done = run_main(ladder.main, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "ladder.jsonl").read_text().splitlines()]
@@ -56,7 +57,7 @@ def test_the_command_trains_and_shows(tmp_path, monkeypatch):
     done = run_main(ladder.main, "--table", "page.md", "--plot", "a.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "page.md").read_text()
-    assert "| 32 | 2 steps | tinymamba |" in page and "(edge)" in page
+    assert "| 32 | 0.1 per parameter | tinymamba |" in page and "(edge)" in page
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -68,7 +69,8 @@ def test_a_table_has_the_best_rate_and_the_bytes_to_the_same_loss():
     assert lines[3].startswith("| 80 | 1 per parameter | llama_start | 0.01 (edge) | 1 | 2.500 ")
     assert "| 1.250 | 4.00 times | 60 |" in lines[3]
     assert "| llama_start | 0.02 | 1 | 2.000 | 1.900 | 1.333 |  | 60 |" in lines[5]
-    curve = {1.0: {"bits_per_byte": 3.0}, 16.0: {"bits_per_byte": 2.0}}
+    some = ladder.Result(0.01, True, 1, 0.0, 0.0, 1.0, 1.0)
+    curve = {1.0: some._replace(bits=3.0), 16.0: some._replace(bits=2.0)}
     assert ladder.tokens_to_reach(curve, 2.5) == pytest.approx(4)
     assert ladder.tokens_to_reach(curve, 1.9) is None
 
@@ -83,3 +85,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
         write_tokens(tmp_path / f"{name}.bin", text)
     done = run_main(ladder.main, *flags(data=".", steps=1), cwd=tmp_path)
     assert_refused(done, "val.bin: has 9 bytes")
+    steps_only = json.dumps(row("tinymamba", None, 2.0))
+    (tmp_path / "ladder.jsonl").write_text(steps_only)
+    assert "| 80 | 7 steps | tinymamba |" in ladder.table([json.loads(steps_only)])[2]
+    done = run_main(ladder.main, "--plot", "a.png", cwd=tmp_path)
+    assert_refused(done, "a.png: there is no row to draw")

@@ -29,7 +29,7 @@ from torch.distributed.run import get_args_parser
 import benchmark
 import export_model
 import hf_integration
-from benchmarks import quality
+from benchmarks import ladder, quality
 from data import prepare
 from testv2 import Config, parse_command_line
 from tinymamba import __main__ as package
@@ -147,6 +147,9 @@ def place(tmp_path_factory) -> Iterator[Workspace]:
         write_tokens(folder / "random" / f"{name}.bin", [7 * i % 4096 for i in range(16385)])
         counts = json.dumps({"tokens": 16385, "bytes": 60_000})
         (folder / "random" / f"{name}.json").write_text(counts)
+    (folder / "data" / "python").mkdir(parents=True)
+    for name in ("train", "val"):
+        write_tokens(folder / "data" / "python" / f"{name}.bin", text * 2)
     (folder / "docs").mkdir()
     for name in ("ablations.md", "ablations.jsonl"):
         shutil.copy(ROOT / "docs" / name, folder / "docs")
@@ -159,6 +162,7 @@ def place(tmp_path_factory) -> Iterator[Workspace]:
         for task in ("M", "M-small"):  # with their own sizes a step takes seconds
             patch.setitem(quality.TASKS, task, quality.TASKS[task]._replace(block=320, batch=1))
             patch.setitem(quality.OURS, task, small)
+        patch.setattr(ladder, "LENGTH", 512)
         workspace.run(PREPARE)
         workspace.run(TRAIN)
         for i in (1, 2, 3):
@@ -283,6 +287,12 @@ RUNS = [  # the first pattern that a command begins with counts
         "benchmarks.memory",
         [*TASK, *flags(data="random", models="tinymamba")],
         "loss",
+    ),
+    Run(
+        r"python -m benchmarks.ladder",
+        "benchmarks.ladder",
+        flags(steps=1, d_model=32, lr=8e-3),
+        "bits_per_byte",
     ),
     Run(r"python -m benchmarks.memory", "benchmarks.memory", [*TASK, *flags(read=16)], "accuracy"),
     Run(
