@@ -496,7 +496,7 @@ class SequenceContext(NamedTuple):
 
     cos: Tensor  # RoPE: (l, f/2), or (b, 1, l, f/2) if rows are at different positions
     sin: Tensor  # the same
-    mask: Tensor  # of attention, see LocalAttention.mask
+    mask: Any  # of attention, see LocalAttention.mask
     starts: Any = None  # (b, l) or None: index at which each token's document begins
     lengths: Tensor | None = None  # (b,) tokens of each row, which padding follows
     packed: bool = False  # documents may begin inside the call, at `starts`
@@ -734,27 +734,27 @@ class LocalAttention(nn.Module):
         return torch.cat((torch.zeros_like(new[:, :, :1]), cached.to(new.dtype), new), dim=2)
 
     def is_plain(self, length: int, device: torch.device) -> bool:
-        """Whether to use plain products: faster on a CPU, but not for a few tokens."""
-        any_length = is_writing_graph() and not isinstance(length, int)
-        if any_length or not self.use_flash_attn:
-            return True
-        return device.type == "cpu" and length >= self.window
+        """Whether to use plain products: faster on a CPU, but not if a window holds the tokens."""
+        plain = not self.use_flash_attn or (is_writing_graph() and not isinstance(length, int))
+        return plain or (device.type == "cpu" and length > self.window)
 
-    def mask(self, length: int, starts: Tensor | None, device: torch.device) -> Tensor:
+    def mask(self, length: int, starts: Any, device: Any, new: bool = False) -> Any:
         """The attention mask of one call, the same in every layer; bool.
 
         Plain: True at hidden keys, (b or 1, 1, blocks, w, w), only for the blocks that hide any.
-        Fused: True at visible keys, (b or 1, blocks, 1, block, w+block).
+        Fused: True at visible keys, (b or 1, blocks, 1, block, w+block); None if all that is
+        before a token is visible: in a `new` text of one document that fits in the window.
         """
         window, plain = self.window, self.is_plain(length, device)
+        if new and starts is None and not plain and length <= window:
+            return None
         block = window if plain else min(length, window)
         blocks = count_blocks(length, window) if plain else -(-length // block)
         first = block * torch.arange(blocks, device=device)[:, None, None]
         token = first + torch.arange(block, device=device)[:, None]  # (blocks, block, 1)
         begin = torch.zeros_like(token)[None]
         if starts is not None:
-            begin = F.pad(starts, (0, blocks * block - length)).unflatten(1, (blocks, block))
-            begin = begin[..., None]  # (b, blocks, block, 1)
+            begin = F.pad(starts, (0, blocks * block - length)).view(-1, blocks, block, 1)
         if plain:
             key = first + torch.arange(window, device=device)
             hidden = (torch.where(key <= token, key, key - window) < begin)[:, None]
@@ -763,13 +763,16 @@ class LocalAttention(nn.Module):
         visible = (key <= token) & (key > token - window) & (key >= begin)
         return visible[:, :, None]
 
-    def attend_fused(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    def attend_fused(self, q: Tensor, keys: Tensor, values: Tensor, mask: Any) -> Tensor:
         """q (b, a, l, f), keys and values (b, a, w+l, f) -> (b, a, l, f), by PyTorch's kernels.
 
         Blocks of queries become rows of the batch: the kernels take four dimensions, and with more
         PyTorch computes in float32 and stores all scores.
         """
         (batch, _, length), window = q.shape[:3], self.window
+        if mask is None:
+            keys, values = keys[:, :, window:], values[:, :, window:]
+            return F.scaled_dot_product_attention(q, keys, values, is_causal=True)
         blocks, block = mask.shape[1], mask.shape[3]
         pad = (0, 0, 0, blocks * block - length)
         q = F.pad(q, pad).unflatten(2, (blocks, block)).transpose(1, 2)  # (b, blocks, a, block, f)
@@ -1022,9 +1025,7 @@ class TinyMambaModel(nn.Module):
             x, *gates = (take_tokens(t, back) for t in (x, *gates))
         if state is not None:
             state = state.after(layers, document, ids.shape[1] if lengths is None else lengths)
-            state = (
-                state.forget_inputs() if given else state
-            )  # with document_mask ShortConv does it
+            state = state.forget_inputs() if given else state  # document_mask: ShortConv does it
         return x, state, torch.stack(gates)
 
     def find_ends(self, ids: Tensor) -> Tensor | None:
@@ -1043,7 +1044,7 @@ class TinyMambaModel(nn.Module):
         positions = torch.arange(ids.shape[1], device=ids.device)
         if state is not None:
             positions = positions + state.position[:, None, None]  # (b, 1, l)
-        mask = self.blocks[0].attention.mask(ids.shape[1], starts, ids.device)
+        mask = self.blocks[0].attention.mask(ids.shape[1], starts, ids.device, state is None)
         cos, sin = self.rotary(positions)
         return SequenceContext(cos, sin, mask, starts, lengths, packed)
 
@@ -2120,14 +2121,14 @@ class Trainer:
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         "d_model": 192, "n_layer": 4, "num_heads": 3, "vocab_size": 4096, "dropout": 0.0,
-        "block_size": 256, "batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 1000,
-        "lr": 8e-3, "warmup_steps": 100, "use_compile": False, "validation_interval": 200,
-        "validation_steps": 20, "generation_interval": 500, "checkpoint_interval": 500,
-        "generation_prompt": "import os\n\nclass", "generation_temperature": 0.7,
+        "window_size": 128, "block_size": 256, "batch_size": 8, "gradient_accumulation_steps": 1,
+        "lr": 8e-3, "max_steps": 1000, "warmup_steps": 100, "validation_interval": 200,
+        "validation_steps": 20, "generation_interval": 500, "generation_temperature": 0.7,
+        "generation_prompt": "import os\n\nclass", "checkpoint_interval": 500, "use_compile": False,
     },
     "small": {
-        "d_model": 384, "n_layer": 8, "vocab_size": 4096, "lr": 4e-3, "num_epochs": 4,
-        "warmup_steps": 100, "validation_interval": 200, "generation_interval": 200,
+        "d_model": 384, "n_layer": 8, "vocab_size": 4096, "window_size": 256, "num_epochs": 4,
+        "lr": 4e-3, "warmup_steps": 100, "validation_interval": 200, "generation_interval": 200,
     },
     "base": {},
 }  # fmt: skip

@@ -544,8 +544,10 @@ def test_both_ways_to_attend_equal_a_dense_softmax(monkeypatch, L, W, documents,
     given = None if first == 0 and not documents else starts
     for attend, written_out in ((attention.attend_fused, False), (attention.attend_plain, True)):
         monkeypatch.setattr(attention, "is_plain", lambda *_, way=written_out: way)
-        for starts_given in {None: [None, starts]}.get(given, [starts]):
-            mask = attention.mask(L, starts_given, q.device)
+        plain = [(None, False), (None, True)] if given is None else []
+        for starts_given, new in [(starts, False), *plain]:
+            mask = attention.mask(L, starts_given, q.device, new)
+            assert (mask is None) == (new and not written_out and L <= W)
             got = attend(q, keys, values, mask)
             close(got, want, 1e-12)
             for one, two in zip(gradients([got], [q, keys, values]), slopes, strict=True):
@@ -588,9 +590,10 @@ def test_what_the_kernels_of_a_gpu_ask_of_fused_attention(monkeypatch, L):
     seen = []
     attend = F.scaled_dot_product_attention
 
-    def spy(q, k, v, attn_mask):
+    def spy(q, k, v, attn_mask=None, is_causal=False):
+        assert is_causal == (attn_mask is None) == (model.config.window_size >= L)
         seen.append((q, k, v, attn_mask))
-        return attend(q, k, v, attn_mask=attn_mask)
+        return attend(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     model = wide()
@@ -600,10 +603,13 @@ def test_what_the_kernels_of_a_gpu_ask_of_fused_attention(monkeypatch, L):
         model(some_ids(3, L), some_ids(3, L))
     assert len(seen) == len(model.blocks)
     for q, k, v, mask in seen:
-        assert q.dim() == k.dim() == v.dim() == mask.dim() == 4
+        assert q.dim() == k.dim() == v.dim() == 4
         assert q.dtype == k.dtype == v.dtype == torch.bfloat16
         assert q.shape[:2] == k.shape[:2] == v.shape[:2] and k.shape == v.shape
         assert all(t.stride(-1) == 1 for t in (q, k, v))
+        if mask is None:
+            assert q.shape == k.shape  # nothing but the text itself
+            continue
         assert mask.dtype == torch.bool
         assert mask.shape == (q.shape[0], 1, q.shape[2], k.shape[2])
 
