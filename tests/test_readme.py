@@ -308,7 +308,7 @@ RUNS = [  # the first pattern that a command begins with counts
             warmup_iterations=0,
             test_iterations=1,
         ),
-        "memory=false",
+        "as it is",
     ),
     Run(
         r"python -m benchmarks.scan",
