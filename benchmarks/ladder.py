@@ -77,7 +77,11 @@ class Options:
     plot: str | None = None  # picture to draw all rows of --output into
 
     CHOICES: ClassVar = {"models": MODELS}
-    LIMITS: ClassVar = {"d_model": (32, math.inf), "steps": (0, math.inf)}
+    LIMITS: ClassVar = {
+        "d_model": (32, math.inf),
+        "tokens": (1e-3, math.inf),
+        "steps": (0, math.inf),
+    }
 
 
 # ------------------------------------------------------------------------------------ runs
@@ -301,14 +305,11 @@ def main(argv: list[str] | None = None) -> int:
     for file in (train_file, val_file):
         file.check(VOCAB, 0, file.length)
     files = train_file, validation_text(val_file)
-    for seed in o.seeds or [0]:
-        for width in o.d_model or [80]:
-            for tokens in [None] if o.steps else o.tokens or [1, 2, 5, 10, 20]:
-                for model in o.models or ():
-                    for lr in o.lr or [8e-3, 1.6e-2]:
-                        row = {"model": model, "variant": o.variant, "d_model": width}
-                        row |= {"tokens": tokens, "steps": o.steps, "seed": seed, "lr": lr}
-                        append_row(o.output, run(files, row))
+    budgets = [None] if o.steps else o.tokens or [1, 2, 5, 10, 20]
+    settings = (o.seeds or [0], o.d_model or [80], budgets, o.models or [], o.lr or [8e-3, 1.6e-2])
+    for seed, width, tokens, model, lr in itertools.product(*settings):
+        row = {"model": model, "variant": o.variant, "d_model": width, "tokens": tokens}
+        append_row(o.output, run(files, {**row, "steps": o.steps, "seed": seed, "lr": lr}))
     return 0
 
 
