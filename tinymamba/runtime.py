@@ -408,7 +408,7 @@ def make_loader(data: Any, plan: Any, workers: int, pinned: bool) -> Any:
     It keeps its workers when it is used again. To start them again and again is slow, and CPython
     3.11 may hang in a fork while another thread ends, as those of the workers before do.
     """
-    loader: Any = torch.utils.data.DataLoader(
+    return torch.utils.data.DataLoader(
         data,
         batch_sampler=plan,
         num_workers=workers,
@@ -416,8 +416,6 @@ def make_loader(data: Any, plan: Any, workers: int, pinned: bool) -> Any:
         worker_init_fn=outlive_signals,
         persistent_workers=workers > 0,
     )
-    loader.workers = []  # its processes, once they are started
-    return loader
 
 
 def take_batches(loader: Any) -> Iterator:
@@ -428,14 +426,9 @@ def take_batches(loader: Any) -> Iterator:
     for worker in multiprocessing.active_children():
         if worker not in before:  # at exit Python sends SIGTERM, which it ignores, and waits
             atexit.register(worker.kill)
-            loader.workers.append(worker)
     try:
         yield from batches
-    except Exception as e:
-        for worker in loader.workers:  # PyTorch would wait ten seconds for each
-            worker.kill()
-        if not isinstance(e, (RuntimeError, OSError, EOFError)):  # the last two: one died sending
-            raise
+    except (RuntimeError, OSError, EOFError) as e:  # the last two: it died while it sent a batch
         own = "Caught" in str(e) or not loader.num_workers  # an error of reading the data
         died = "DataLoader worker" in str(e) if isinstance(e, RuntimeError) else not own
         problem = f"a DataLoader worker has ended ({str(e) or type(e).__name__})"
