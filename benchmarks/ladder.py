@@ -41,9 +41,9 @@ from benchmarks.peers import (
     fit,
     require_variant_of_ours,
 )
-from benchmarks.quality import blockwise, read_through, schedule, update
+from benchmarks.quality import train, validate
 from benchmarks.report import Column, best_rate, finite, read_rows, write_between
-from testv2 import Config, TokenFile, make_optimizer
+from testv2 import Config, TokenFile
 from tinymamba.cli import CliParser, add_flags, make_options, need, require, run_cli
 
 VOCAB = 257  # bytes and the end of a file
@@ -113,17 +113,6 @@ def batches(file: TokenFile, steps: int, seed: int) -> Any:
         yield torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
-def train(model: torch.nn.Module, file: TokenFile, steps: int, seed: int, lr: float) -> None:
-    """One pass over the blocks that `steps` need."""
-    optimizer = make_optimizer(model, Config(lr=lr, optimizer="muon", weight_decay=0.0))
-    warmup, start = max(1, min(100, steps // 10)), time.perf_counter()
-    for step, window in enumerate(batches(file, steps, seed)):
-        loss = update(model, optimizer, window, lr * schedule(step, steps, warmup))
-        if (step + 1) % (steps // 5 or 1) == 0:
-            spent = time.perf_counter() - start
-            print(f"  step {step + 1:5d}  loss {loss:.4f}  {spent:.0f} s", flush=True)
-
-
 def validation_text(file: TokenFile) -> Tensor:
     """TEXTS pieces of LENGTH bytes, evenly spaced, one after the other, and one more byte."""
     last = file.length - LENGTH - 1
@@ -140,16 +129,14 @@ def run(files: tuple[TokenFile, Tensor], row: dict[str, Any]) -> dict[str, Any]:
     model = build(row["model"], row["d_model"], row["variant"])
     parameters = count(model)
     steps = row["steps"] or max(1, round(row["tokens"] * parameters / BLOCK / BATCH))
-    start = time.perf_counter()
     print({**row, "parameters": parameters, "steps": steps}, flush=True)
-    train(model, files[0], steps, row["seed"], row["lr"])
+    windows, warmup = batches(files[0], steps, row["seed"]), max(1, min(100, steps // 10))
+    config = Config(lr=row["lr"], optimizer="muon", weight_decay=0.0)
+    start = time.perf_counter()
+    train(model, windows, config, steps, warmup)
     seconds = time.perf_counter() - start
-    model.eval()
     found = {"parameters": parameters, "steps": steps, "seconds": round(seconds, 1)}
-    for kind, nats in (
-        ("", blockwise(model, files[1], BLOCK)),
-        ("_read", read_through(model, files[1], BLOCK)),
-    ):
+    for kind, nats in validate(model, files[1], BLOCK).items():
         found[f"bits_per_byte{kind}"] = finite(nats / math.log(2), 5)
     return row | found
 

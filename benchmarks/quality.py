@@ -28,6 +28,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -327,19 +328,25 @@ def update(
     return loss.item()
 
 
-def train(model: torch.nn.Module, data: Tensor, options: Options, seed: int, lr: float) -> None:
-    """The recipe that all models share: linear warm-up, cosine to zero, clipping at 1."""
-    task = TASKS[options.task]
-    steps = options.steps or task.steps
-    config = Config(lr=lr, optimizer=options.optimizer, weight_decay=options.weight_decay)
-    optimizer, random = make_optimizer(model, config), torch.Generator().manual_seed(1000 + seed)
-    start = time.perf_counter()
-    for step in range(steps):
-        window = random_window(data, task.batch, task.block, random)
-        loss = update(model, optimizer, window, lr * schedule(step, steps, task.warmup))
+def train(
+    model: torch.nn.Module, windows: Iterable[Tensor], config: Config, steps: int, warmup: int
+) -> None:
+    """The recipe that all models share: linear warm-up, cosine to zero, clipping at 1.
+
+    windows: (b, l+1) for each step; config: peak learning rate, optimizer and weight decay.
+    """
+    optimizer, start = make_optimizer(model, config), time.perf_counter()
+    for step, window in enumerate(windows):
+        loss = update(model, optimizer, window, config.lr * schedule(step, steps, warmup))
         if (step + 1) % (steps // 10 or 1) == 0:
             spent = time.perf_counter() - start
             print(f"  step {step + 1:5d}  loss {loss:.4f}  {spent:.0f} s", flush=True)
+
+
+def validate(model: torch.nn.Module, val: Tensor, block: int) -> dict[str, float]:
+    """Nats per token in independent blocks, and (`_read`) read as long texts."""
+    model.eval()
+    return {"": blockwise(model, val, block), "_read": read_through(model, val, block)}
 
 
 # ------------------------------------------------------------------------------------ runs
@@ -352,11 +359,13 @@ def run(options: Options, data: tuple, name: str, seed: int, lr: float) -> dict:
     model = build(options.task, name, options.variant)
     parameters = count(model)
     print(f"{options.task}  {name}  {parameters:,} parameters  seed {seed}  lr {lr}", flush=True)
+    steps, random = options.steps or task.steps, torch.Generator().manual_seed(1000 + seed)
+    windows = (random_window(tokens, task.batch, task.block, random) for _ in range(steps))
+    config = Config(lr=lr, optimizer=options.optimizer, weight_decay=options.weight_decay)
     start = time.perf_counter()
-    train(model, tokens, options, seed, lr)
+    train(model, windows, config, steps, task.warmup)
     seconds = time.perf_counter() - start
-    model.eval()
-    nats = {"": blockwise(model, val, task.block), "_read": read_through(model, val, task.block)}
+    nats = validate(model, val, task.block)
     row: dict[str, Any] = {
         "task": options.task,
         "model": name,
@@ -365,7 +374,7 @@ def run(options: Options, data: tuple, name: str, seed: int, lr: float) -> dict:
         "lr": lr,
         "optimizer": options.optimizer,
         "weight_decay": options.weight_decay,
-        "steps": options.steps or task.steps,
+        "steps": steps,
         "parameters": parameters,
         "seconds": round(seconds, 1),
     }

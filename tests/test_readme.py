@@ -198,6 +198,10 @@ COMPARISON = flags(
     warmup_iterations=1, test_iterations=1, models_to_compare="llama", compile="off",
 )  # fmt: skip
 TRAINED = flags(tinymamba_checkpoint="tinymamba_model_latest.pt")
+PARTS = flags(
+    d_model=64, n_layer=1, num_heads=1, vocab_size=64, sequence_lengths=16, tokens_per_step=16,
+    warmup_iterations=0, test_iterations=1,
+)  # fmt: skip
 TASK = flags(steps=1, seeds=0, test_samples=2, d_model=32, batch_size=2)
 
 
@@ -295,21 +299,8 @@ RUNS = [  # the first pattern that a command begins with counts
         "bits_per_byte",
     ),
     Run(r"python -m benchmarks.memory", "benchmarks.memory", [*TASK, *flags(read=16)], "accuracy"),
-    Run(
-        r"python -m benchmarks.parts",
-        "benchmarks.parts",
-        flags(
-            d_model=64,
-            n_layer=1,
-            num_heads=1,
-            vocab_size=64,
-            sequence_lengths=16,
-            tokens_per_step=16,
-            warmup_iterations=0,
-            test_iterations=1,
-        ),
-        "as it is",
-    ),
+    Run(r"python -m benchmarks.parts .*window", "benchmarks.parts", PARTS, "window_size=512"),
+    Run(r"python -m benchmarks.parts", "benchmarks.parts", PARTS, "memory=false"),
     Run(
         r"python -m benchmarks.scan",
         "benchmarks.scan",
