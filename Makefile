@@ -12,7 +12,7 @@ test: .venv/dev  ## style, types and tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/dev  ## the checks that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
@@ -21,7 +21,7 @@ test-gpu: .venv/dev  ## that a GPU, if there is one, gives the same results as t
 	$(BIN)/python -m pytest -m gpu tests/test_gpu.py
 
 test-oldest: .venv-oldest/dev  ## model, scan, training and compile on the oldest PyTorch that works
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadfile \
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 3 --dist loadfile \
 	    tests/test_model.py tests/test_branches.py tests/test_kernels.py tests/test_training.py
 
 chaos: .venv/dev  ## break runs on purpose a hundred times: half an hour

@@ -433,11 +433,12 @@ def check_style(place: Workspace, words: list[str]) -> None:
 
 def check_pytest(place: Workspace, words: list[str]) -> None:
     """Pytest takes the flags; mypy is run by make test itself."""
-    assert all((ROOT / word).is_file() for word in words if word.endswith(".py"))
+    files = [word for word in words if word.endswith(".py")]
+    assert all((ROOT / name).is_file() for name in files)
     if "pytest" in words:
-        one = [] if any(word.endswith(".py") for word in words) else ["tests/test_project.py"]
-        command = [sys.executable, *words[1:], *one, "--collect-only", "-p", "no:cacheprovider"]
-        check_output(command, ROOT)
+        rest = [word for word in words[1:] if word not in files]
+        alone = ["tests/test_project.py", "--collect-only", "-n", "0", "-p", "no:cacheprovider"]
+        check_output([sys.executable, *rest, *alone], ROOT)
     else:
         assert importlib.metadata.version("mypy") and "[tool.mypy]" in read_pyproject()
 

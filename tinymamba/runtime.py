@@ -428,7 +428,11 @@ def take_batches(loader: Any) -> Iterator:
             atexit.register(worker.kill)
     try:
         yield from batches
-    except (RuntimeError, OSError, EOFError) as e:  # the last two: it died while it sent a batch
+    except Exception as e:
+        if loader.num_workers:  # now: a garbage collector would close their queues first, and wait
+            batches._shutdown_workers()
+        if not isinstance(e, RuntimeError | OSError | EOFError):
+            raise
         own = "Caught" in str(e) or not loader.num_workers  # an error of reading the data
         died = "DataLoader worker" in str(e) if isinstance(e, RuntimeError) else not own
         problem = f"a DataLoader worker has ended ({str(e) or type(e).__name__})"
