@@ -10,7 +10,7 @@
 
 Every run has a schedule of its own, with a warm-up of at most a tenth, and sees each block of 512
 bytes at most once. TinyMamba has four blocks and a window of 256 bytes, Llama six layers and Mamba2
-nine; all have the same number of parameters. peers.py has the models. Muon for matrices, AdamW for
+eight; all have the same number of parameters. peers.py has the models. Muon for matrices, AdamW for
 the rest.
 
 Each run appends a row to --output. `bits_per_byte` is on 128 KiB of other files, in blocks of 512;
@@ -34,11 +34,10 @@ from torch import Tensor
 from benchmark import append_row
 from benchmarks.peers import (
     MODELS,
-    Shape,
     build_peer,
     build_tinymamba,
     count,
-    fit,
+    peer_shape,
     require_variant_of_ours,
 )
 from benchmarks.quality import train, validate
@@ -50,7 +49,7 @@ VOCAB = 257  # bytes and the end of a file
 BLOCK, BATCH = 512, 8  # bytes of a block, blocks of a step
 TEXTS, LENGTH = 16, 2**13  # texts to validate on, and bytes of each
 WINDOW = 256  # bytes that TinyMamba's attention sees: about the text of its usual 64 tokens
-LAYERS = {"tinymamba": 4, "mamba2": 9}  # of a model; others have six
+N_LAYER = 4  # blocks of TinyMamba
 LOSS = Column("bits per byte", lambda row: row["bits_per_byte"], larger=False)
 
 
@@ -93,13 +92,10 @@ def build(name: str, width: int, variant: str = "") -> torch.nn.Module:
     head = width // heads
     shape: dict[str, Any] = {"d_model": width, "num_heads": heads, "ssm_head_dim": head}
     rest: dict[str, Any] = {"vocab_size": VOCAB, "window_size": WINDOW, "dropout": 0.0}
-    ours = Config(n_layer=LAYERS["tinymamba"], bias=False, **shape, **rest).validate()
+    ours = Config(n_layer=N_LAYER, bias=False, **shape, **rest).validate()
     if name == "tinymamba":
         return build_tinymamba(ours, variant)
-    with torch.device("meta"):
-        target = count(build_tinymamba(ours))
-    heads = 2 * heads if name == "mamba2" else heads
-    return build_peer(name, fit(name, Shape(VOCAB, width, LAYERS.get(name, 6), heads), target))
+    return build_peer(name, peer_shape(name, ours))
 
 
 def batches(file: TokenFile, steps: int, seed: int) -> Any:

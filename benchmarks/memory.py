@@ -43,11 +43,10 @@ from benchmarks import memory_tasks, quality
 from benchmarks.memory_tasks import GROUPS, IGNORE
 from benchmarks.peers import (
     MODELS,
-    Shape,
     build_peer,
     build_tinymamba,
     count,
-    fit,
+    peer_shape,
     require_variant_of_ours,
 )
 from benchmarks.report import Column, finite, read_rows, require_task, sweep_table, write_between
@@ -236,16 +235,6 @@ def config_of(options: Options) -> Config:
         bias=False,
         ssm_head_dim=head,
     ).validate()
-
-
-def peer_shape(name: str, config: Config) -> Shape:
-    """The shape of a peer as large as TinyMamba with these settings."""
-    with torch.device("meta"):
-        target = count(TinyMambaModel(config))
-    blocks, heads = config.n_layer, config.num_heads
-    layers = 2 * blocks if name == "mamba2" else blocks + (blocks + 1) // 2
-    heads = 2 * config.d_model // config.ssm_head_dim if name == "mamba2" else heads
-    return fit(name, Shape(config.vocab_size, config.d_model, layers, heads), target)
 
 
 def build(options: Options, name: str) -> nn.Module:

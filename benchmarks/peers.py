@@ -192,3 +192,16 @@ def fit(name: str, shape: Shape, target: int) -> Shape:
     problem = f"width {shape.width} and {shape.layers} layers cannot have {target:,} parameters"
     require(near, name, problem, "change --d_model or --n_layer, or name others with --models")
     return resized(size)
+
+
+def peer_shape(name: str, config: Config) -> Shape:
+    """The shape of a peer as large as TinyMamba with that Config, of 1.5 layers for each block.
+
+    Mamba2 has two layers for each block, as it has no MLP.
+    """
+    with torch.device("meta"):
+        target = count(TinyMambaModel(config))
+    blocks, heads = config.n_layer, config.num_heads
+    layers = 2 * blocks if name == "mamba2" else blocks + (blocks + 1) // 2
+    heads = 2 * config.d_model // config.ssm_head_dim if name == "mamba2" else heads
+    return fit(name, Shape(config.vocab_size, config.d_model, layers, heads), target)

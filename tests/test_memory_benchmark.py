@@ -171,7 +171,7 @@ def test_peers_have_the_size_of_tinymamba_in_every_task():
         with torch.device("meta"):
             ours = count(TinyMambaModel(config))
             for name in PEERS:
-                shape = memory.peer_shape(name, config)
+                shape = peers.peer_shape(name, config)
                 assert count(build_peer(name, shape)) == pytest.approx(ours, rel=0.02), (task, name)
                 assert name != "mamba2" or shape.state >= config.d_state
     assert len(seen) >= 5
