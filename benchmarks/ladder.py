@@ -3,7 +3,7 @@
     P=$(python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
     python data/prepare.py --input $P/torch $P/transformers $P/sympy $P/numpy $P/networkx \
         --tokenizer byte --output_dir data/python
-    python -m benchmarks.ladder --d_model 80 --tokens 1 2 5 10 20     # of 0.4M parameters
+    python -m benchmarks.ladder --d_model 80 --tokens 1 2 5 10 20     # of 0.45M parameters
     python -m benchmarks.ladder --d_model 40 80 128 --tokens 20       # sizes
     python -m benchmarks.ladder --d_model 64 128 256 --models tinymamba --steps 100 --lr 4e-3 8e-3
     python -m benchmarks.ladder --table docs/benchmarks.md --plot docs/ladder.png

@@ -1,4 +1,4 @@
-"""The models that quality.py and memory.py compare: TinyMamba, and its peers from transformers.
+"""The models that quality.py, memory.py and ladder.py compare: TinyMamba and peers of transformers.
 
 llama        Llama.
 llama_conv   Llama with what a Transformer gains most from for little: norms of queries and keys

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -887,12 +888,13 @@ def test_a_damaged_best_checkpoint_is_passed_over_for_a_good_one(place):
 
 
 def test_an_error_in_a_worker_is_one_line(place):
-    trainer = Trainer(brief_config(num_workers=1))
+    trainer, before = Trainer(brief_config(num_workers=1)), set(multiprocessing.active_children())
     Path("data/text/train.bin").write_bytes(bytes(8))
     with pytest.raises(UserError) as caught:
         next(trainer.train_batches(2))
     assert str(caught.value).startswith("./data/text/train.bin: was cut to 2 tokens")
     assert "\n" not in str(caught.value)
+    assert {*multiprocessing.active_children()} <= before
 
 
 def test_a_document_mask_without_eos_is_refused_before_anything_is_touched(place):

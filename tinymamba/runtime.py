@@ -430,8 +430,9 @@ def take_batches(loader: Any) -> Iterator:
         yield from batches
     except Exception as e:
         if loader.num_workers:  # now: a garbage collector would close their queues first, and wait
+            loader._iterator = None  # it cannot be used again
             batches._shutdown_workers()
-        if not isinstance(e, RuntimeError | OSError | EOFError):
+        if not isinstance(e, RuntimeError | OSError | EOFError):  # the last two: a worker died
             raise
         own = "Caught" in str(e) or not loader.num_workers  # an error of reading the data
         died = "DataLoader worker" in str(e) if isinstance(e, RuntimeError) else not own
