@@ -33,7 +33,6 @@ import math
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
@@ -94,6 +93,7 @@ from tinymamba.kernels import (
     loss_and_gradients,
     lower_triangle,
     quantize_like,
+    running_phase,
     scan_in_one_tile,
     sparsemax,
     stored_tensors,
@@ -114,6 +114,7 @@ from tinymamba.runtime import (
     pick_device,
     profile_steps,
     shard_like,
+    shard_model,
     take_batches,
     why_no_compile,
 )
@@ -622,18 +623,6 @@ def rotate_channels(x: Tensor, phase: Tensor) -> Tensor:
     cos, sin = (math.pi * phase).cos(), (math.pi * phase).sin()
     rest = x.shape[-1] // 2 - phase.shape[-1]
     return apply_rotary_pos_emb(x, F.pad(cos, (0, rest), value=1.0), F.pad(sin, (0, rest)))
-
-
-def running_phase(half_turns: Tensor, phase: Tensor | None) -> Tensor:
-    """Cumulative sum of half_turns (b, l, r), plus the phase before, modulo 2.
-
-    Whole half turns add up exactly. Other angles are summed in float64 (not on MPS), so that their
-    error does not grow with the text.
-    """
-    wide = half_turns.mT  # a scan over the last dimension is fast on a GPU
-    wide = wide if wide.device.type == "mps" else wide.double()
-    total = wide.cumsum(-1) if phase is None else wide.cumsum(-1) + phase[..., None]
-    return total.remainder(2).to(half_turns.dtype).remainder(2).mT  # rounding may have made it 2
 
 
 class Memory(nn.Module):
@@ -1479,7 +1468,7 @@ class Trainer:
         self.model: Any = self.build().to(self.device)
         self.fsdp = c.parallel == "fsdp" and self.world > 1
         if self.fsdp:
-            self.shard()
+            shard_model(self.model, self.device, self.world)
         self.optimizer = make_optimizer(self.model, c)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == torch.float16)
         self.step = self.samples = self.tokens = 0
@@ -1546,18 +1535,6 @@ class Trainer:
     def weights(self) -> dict[str, Tensor]:
         """The tensors of the model that a checkpoint holds."""
         return self.model.state_dict()
-
-    def shard(self) -> None:
-        """Shard every parameter over the processes; a block is gathered only while it is used."""
-        from torch.distributed.device_mesh import init_device_mesh  # half a second to import
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-        warnings.filterwarnings("ignore", ".*returned a view tensor")  # no view is changed in place
-        mesh = init_device_mesh(self.device.type, (self.world,))
-        for block in self.model.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(self.model, mesh=mesh)
-        register_fsdp_forward_method(self.model, "advance")
 
     def open_data(self, tokenizer: Any) -> None:
         """Open the data and find the tokenizer."""

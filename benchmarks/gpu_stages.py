@@ -198,8 +198,9 @@ def correctness(job: Job) -> None:
 
 
 def loss_and_norm(setup: Setup, length: int) -> tuple[float, float]:
-    """The loss of one text, and the norm of all gradients."""
+    """The loss of one text, and the norm of all gradients; in eval mode, so without noise."""
     runner = make_runner("tinymamba", setup)
+    runner.model.eval()
     with benchmark.autocast(setup):
         loss = runner.loss(runner.model, benchmark.random_ids(setup, 1, length))
     loss.backward()

@@ -335,6 +335,24 @@ def phase_in_pieces(angle, sizes):
     return torch.cat(parts, dim=1)
 
 
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 256, 1000])
+def test_a_compiled_sum_is_in_parts_and_the_same(length, monkeypatch):
+    """So that Inductor does not split it on a GPU; see `running_sum`."""
+    angle = torch.randn(2, length, 3).clamp(-1, 1)
+    lengths = []
+
+    def sums(x, dim):
+        lengths.append(x.shape[dim])
+        return cumsum(x, dim)
+
+    cumsum = torch.Tensor.cumsum
+    want = running_phase(angle, torch.ones(2, 3))
+    monkeypatch.setattr(torch.Tensor, "cumsum", sums)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    close(running_phase(angle, torch.ones(2, 3)), want, 1e-6)
+    assert max(lengths) <= 128 and len(lengths) == (1 if length <= 128 else 2)
+
+
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-11)], ids=["f32", "f64"]
 )

@@ -325,6 +325,24 @@ def test_a_text_of_llama_goes_back(tmp_path):
             torch.testing.assert_close(text.step(token), want)
 
 
+def test_what_is_compared_with_the_cpu_has_no_noise(tmp_path, monkeypatch):
+    """A GPU draws other random numbers than a CPU; here the seed of the model's noise differs."""
+    setup = job(tmp_path).setup._replace(dtype=torch.float32)
+    assert setup.config.state_noise > 0
+    build, results = gpu_stages.make_runner, []
+
+    def runner(name, setup):
+        made = build(name, setup)
+        assert made.model is not None  # built, so that only noise comes after the seed
+        torch.manual_seed(len(results))
+        return made
+
+    monkeypatch.setattr(gpu_stages, "make_runner", runner)
+    for _ in range(2):
+        results.append(gpu_stages.loss_and_norm(setup, 32))
+    assert results[0] == results[1]
+
+
 def test_simple_gla_computes_what_our_scan_computes(monkeypatch):
     def recurrence(q, k, v, g, scale):
         """What the package documents: S = exp(g) S + k v, o = scale q S."""

@@ -31,6 +31,7 @@ CPU_TILE, GPU_TILE = 512, 65_536  # tokens whose intermediate values are in memo
 # chunk's cumulative sums are exact to 1e-4 even where every token erases the past.
 MIN_LOG_DECAY = -30.0
 GROUP = 64  # chunks whose states one product computes
+SCAN_PART = 128  # tokens of a cumulative sum that Inductor does not split
 SMALLEST_DT = 1e-20  # takes the place of 0 in a backward pass, which divides by dt
 Tiles = tuple[list[slice], list[slice]]  # slices of rows and of chunks
 
@@ -105,6 +106,34 @@ def bounded_decay(log_decay: Tensor, resets: Tensor | None) -> Tensor:
     """log_decay (b, l, h), none below MIN_LOG_DECAY, and that one at `resets`, of bool (b, l)."""
     log_decay = log_decay.clamp(min=MIN_LOG_DECAY)
     return log_decay if resets is None else log_decay.masked_fill(resets[..., None], MIN_LOG_DECAY)
+
+
+def running_phase(half_turns: Tensor, phase: Tensor | None) -> Tensor:
+    """Cumulative sum of half_turns (b, l, r), plus the phase before, modulo 2.
+
+    Whole half turns add up exactly. Other angles are summed in float64 (not on MPS), so that their
+    error does not grow with the text.
+    """
+    wide = half_turns.mT  # a scan over the last dimension is fast on a GPU
+    wide = wide if wide.device.type == "mps" else wide.double()
+    total = running_sum(wide)
+    total = total if phase is None else total + phase[..., None]
+    return total.remainder(2).to(half_turns.dtype).remainder(2).mT  # rounding may have made it 2
+
+
+def running_sum(x: Tensor) -> Tensor:
+    """Cumulative sum over the last dimension of x (b, r, l).
+
+    A compiled graph sums parts of SCAN_PART tokens first. Inductor would split one long scan of so
+    few rows, and with PyTorch 2.11 that fails if its kernel adds a bias (that of angle_proj).
+    """
+    length = x.shape[-1]
+    in_parts = torch.compiler.is_compiling() and not is_writing_graph()
+    if not in_parts or not isinstance(length, int) or length <= SCAN_PART:
+        return x.cumsum(-1)
+    parts = F.pad(x, (0, -length % SCAN_PART)).unflatten(-1, (-1, SCAN_PART)).cumsum(-1)
+    before = F.pad(parts[..., :-1, -1], (1, 0)).cumsum(-1)  # (b, r, parts)
+    return (parts + before[..., None]).flatten(-2)[..., :length]
 
 
 def is_writing_graph() -> bool:

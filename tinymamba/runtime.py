@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import typing
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -184,6 +185,19 @@ def shard_like(t: Tensor, like: Any) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def shard_model(model: Any, device: torch.device, world: int) -> None:
+    """Shard every parameter over the processes; a block is gathered only while it is used."""
+    from torch.distributed.device_mesh import init_device_mesh  # half a second to import
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    warnings.filterwarnings("ignore", ".*returned a view tensor")  # no view is changed in place
+    mesh = init_device_mesh(device.type, (world,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "advance")
 
 
 class Watchdog:
