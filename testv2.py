@@ -156,6 +156,7 @@ class Config:
     rotating: float = 0.25  # share of the pairs of SSM state channels that rotate
     min_decay: float = 0.05  # a token that would fade the SSM's state by less leaves it as it is
     k_conv: bool = True  # a convolution of the attention's keys
+    qv_conv: bool = True  # with k_conv, the same of its queries and values
     memory: bool = True  # attention has a state as well, for what its window does not see
     memory_every: int = 4  # of so many blocks, one has that memory: of four the second
     memory_products: int = 4  # products of channels that make its keys so many times as wide
@@ -299,13 +300,14 @@ class Config:
 # Fields that determine what weights and states mean: fixed once they are trained.
 SHAPE_FIELDS = [
     "d_model", "n_layer", "vocab_size", "bias", "tie_embeddings", "low_rank", "activation",
-    "d_state", "d_conv", "bc_conv", "rotating", "min_decay", "k_conv", "memory", "memory_every",
-    "memory_products", "expand_factor", "ssm_head_dim", "window_size", "num_heads", "rope_theta",
-    "gate", "gate_top_k", "document_mask",
+    "d_state", "d_conv", "bc_conv", "rotating", "min_decay", "k_conv", "qv_conv", "memory",
+    "memory_every", "memory_products", "expand_factor", "ssm_head_dim", "window_size", "num_heads",
+    "rope_theta", "gate", "gate_top_k", "document_mask",
 ]  # fmt: skip
 # Values of fields that did not exist yet when a model was written.
-BEFORE = {"bc_conv": False, "rotating": 1.0, "k_conv": False, "memory": False, "memory_every": 1,
-          "memory_products": 0, "min_decay": 0.0, "state_noise": 0.0}  # fmt: skip
+BEFORE = {"bc_conv": False, "rotating": 1.0, "k_conv": False, "qv_conv": False, "memory": False,
+          "memory_every": 1, "memory_products": 0, "min_decay": 0.0,
+          "state_noise": 0.0}  # fmt: skip
 # Fields in the config.json of a model folder.
 FOLDER_FIELDS = [*SHAPE_FIELDS, "eos_id", "block_size", "deepnet", "scan", "chunk_size", "dropout",
                  "state_noise"]  # fmt: skip
@@ -480,7 +482,7 @@ def scan_sequential(
 class LayerState(NamedTuple):
     """The state of one block, of constant size."""
 
-    conv: Tensor  # (b, k-1, d + 2n + d) last inputs of the convolutions: u; B and C; keys
+    conv: Tensor  # (b, k-1, d + 2n + 3d) last inputs of the convolutions: of u; B, C; q, k, v
     ssm: Tensor  # (b, h, p, n) float32
     phase: Tensor  # (b, r) float32, rotation of r pairs of channels in half turns, modulo 2
     keys: Tensor  # (b, a, w-1, f) after RoPE
@@ -521,7 +523,7 @@ class ShortConv(nn.Module):
 
     def __init__(self, channels: int, width: int):
         super().__init__()
-        self.width = width
+        self.channels, self.width = channels, width
         self.weight = nn.Parameter(torch.empty(channels, width))
 
     def forward(
@@ -668,9 +670,10 @@ class LocalAttention(nn.Module):
     """Causal attention to the last w tokens, in blocks: O(l w) time and memory.
 
     Keys are cached after RoPE at their position in the text. Queries and keys are normalized
-    (Henry et al., arXiv 2010.04245). Before that, keys have a convolution, which begins as a shift:
-    a query then finds the tokens that came after earlier tokens like its own (an induction head:
-    Olsson et al., arXiv 2209.11895; shifted keys: Xu et al., arXiv 2411.19574).
+    (Henry et al., arXiv 2010.04245). Before that, all three have a convolution (Canon-B: Allen-Zhu,
+    arXiv 2512.17351). That of keys begins as a shift: a query then finds the tokens that came after
+    earlier tokens like its own (an induction head: Olsson et al., arXiv 2209.11895; shifted keys:
+    Xu et al., arXiv 2411.19574).
     """
 
     def __init__(self, config: Config):
@@ -679,7 +682,8 @@ class LocalAttention(nn.Module):
         self.use_flash_attn = config.use_flash_attn
         self.head_dim = config.d_model // config.num_heads
         self.qkv = projection(config.d_model, [config.d_model] * 3, config)
-        self.conv: Any = ShortConv(config.d_model, config.d_conv) if config.k_conv else None
+        channels = config.d_model * (3 if config.qv_conv else 1)
+        self.conv: Any = ShortConv(channels, config.d_conv) if config.k_conv else None
         self.q_norm, self.k_norm = RMSNorm(self.head_dim), RMSNorm(self.head_dim)
         self.out_proj = projection(config.d_model, [config.d_model], config)
         self.memory: Memory | None = None  # slot, see `memory_every`
@@ -689,10 +693,7 @@ class LocalAttention(nn.Module):
         self, u: Tensor, context: SequenceContext, past: LayerState | None
     ) -> tuple[Tensor, Tensor, Tensor, Any, Any]:
         """u (b, l, d) -> output (b, l, d), last keys and values (b, a, w-1, f), tail, memory."""
-        tail, (q, k, v) = None, self.qkv(u).chunk(3, dim=-1)  # (b, l, d) each
-        if self.conv is not None:
-            tail = None if past is None else past.conv[..., -u.shape[-1] :]
-            k, tail = self.conv(k, context, tail)
+        (q, k, v), tail = self.project(u, context, past)  # (b, l, d) each
         q, k, v = (t.unflatten(-1, (self.n_heads, self.head_dim)) for t in (q, k, v))
         q, k, v = (t.transpose(1, 2) for t in (self.q_norm(q), self.k_norm(k), v))  # (b, a, l, f)
         plain = [q, k, v]
@@ -715,6 +716,21 @@ class LocalAttention(nn.Module):
         )
         keys, values = (t.transpose(1, 2) for t in kept)
         return self.out_proj(y.transpose(1, 2).flatten(2)), keys, values, tail, state
+
+    def project(
+        self, u: Tensor, context: SequenceContext, past: LayerState | None
+    ) -> tuple[Any, Tensor | None]:
+        """u (b, l, d) -> queries, keys and values (b, l, d), and the tail of the convolution."""
+        qkv, conv = self.qkv(u), self.conv
+        if conv is None:
+            return qkv.chunk(3, dim=-1), None
+        tail = None if past is None else past.conv[..., -conv.channels :]
+        if conv.channels == qkv.shape[-1]:
+            qkv, tail = conv(qkv, context, tail)
+            return qkv.chunk(3, dim=-1), tail
+        q, k, v = qkv.chunk(3, dim=-1)
+        k, tail = conv(k, context, tail)
+        return (q, k, v), tail
 
     def with_cached(self, cached: Tensor | None, new: Tensor) -> Tensor:
         """The w cached keys or values (the first is padding), then the new ones."""
@@ -1066,7 +1082,8 @@ class TinyMambaModel(nn.Module):
         layers = []
         for block in self.blocks:
             h, phase = upcast(zeros(*state)), upcast(zeros(ssm.n_rotating))
-            tail = zeros(c.d_conv - 1, c.d_model * (1 + c.k_conv) + 2 * c.d_state * c.bc_conv)
+            convs = (block.conv, block.ssm.conv, block.attention.conv)
+            tail = zeros(c.d_conv - 1, sum(conv.channels for conv in convs if conv is not None))
             memory = block.attention.memory
             memory = memory if memory is None else upcast(zeros(*memory.state_shape))
             layers.append(LayerState(tail, h, phase, zeros(*keys), zeros(*keys), memory))
@@ -1100,7 +1117,8 @@ def init_weights(model: TinyMambaModel) -> None:
     - Projections: normal, variance 2/(5 d_in) (Nguyen & Salazar, arXiv 1910.05895), biases zero;
       of a low-rank pair the first keeps the variance of its input, 1/d_in.
     - Convolutions: uniform within 1/sqrt(4 k), half of PyTorch's default, as its input is added.
-    - Attention with k_conv and k > 1: keys are the queries of the token before, up to those taps.
+    - Attention with k_conv and k > 1: W_k is W_q, and the taps of keys are a shift by one token
+      plus the above: keys are like the queries of the token before.
     - Embedding: normal, deviation 0.02.
     - Gate: zero, so that every branch starts with a third. For gate=top_k tiny noise breaks the
       tie differently for each token; otherwise one branch would never be chosen, and never learn.
@@ -1160,7 +1178,8 @@ def init_attention(attention: LocalAttention) -> None:
         return
     q, k, _ = last_layer(attention.qkv).weight.chunk(3)
     k.copy_(q)
-    begin_as_shift(attention.conv.weight)
+    taps = attention.conv.weight  # of keys, or of queries, keys and values
+    begin_as_shift(taps if len(taps) == len(k) else taps.chunk(3)[1])
 
 
 def begin_as_shift(taps: Tensor, share: float = 1.0) -> None:

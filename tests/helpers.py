@@ -54,8 +54,8 @@ TINY = {
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals, limits or a shell")
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 GATES = ("softmax", "top_k", "sparsemax")
-FIRST_FORM = {"bc_conv": False, "rotating": 1.0, "k_conv": False, "memory": False,
-              "memory_every": 1, "memory_products": 0, "min_decay": 0.0,
+FIRST_FORM = {"bc_conv": False, "rotating": 1.0, "k_conv": False, "qv_conv": False,
+              "memory": False, "memory_every": 1, "memory_products": 0, "min_decay": 0.0,
               "state_noise": 0.0}  # fmt: skip
 FORMS = {"today's": {}, "first": FIRST_FORM}
 EOS = 0

@@ -193,13 +193,16 @@ def test_onnx_graphs_of_the_first_release_generate():
 # ------------------------------------------------------------ fields that came later
 
 WEIGHTLESS = {"memory_products", "min_decay", "state_noise"}  # no weights tell what they were
-TODAY = {"bc_conv": True, "rotating": 0.25, "k_conv": True, "memory": True, "memory_every": 4,
-    "memory_products": 4, "min_decay": 0.05, "state_noise": 0.15}  # fmt: skip
+TODAY = {"bc_conv": True, "rotating": 0.25, "k_conv": True, "qv_conv": True, "memory": True,
+    "memory_every": 4, "memory_products": 4, "min_decay": 0.05, "state_noise": 0.15}  # fmt: skip
+KEYS_ONLY = {"rotating": 0.4, "qv_conv": False}
 SINCE = {  # folders of files that were written when a field was new, and what it meant then
     "bc_conv": {**BEFORE, "bc_conv": True, "rotating": 0.4},
     "k_conv": {**BEFORE, "bc_conv": True, "rotating": 0.4, "k_conv": True},
     "memory": {**BEFORE, "bc_conv": True, "rotating": 0.4, "k_conv": True, "memory": True},
-    "memory_products": {**TODAY, "rotating": 0.4, "min_decay": 0.0, "state_noise": 0.0},
+    "memory_products": {**TODAY, **KEYS_ONLY, "min_decay": 0.0, "state_noise": 0.0},
+    "min_decay": {**TODAY, **KEYS_ONLY},
+    "qv_conv": {**TODAY, "rotating": 0.4},
 }
 
 

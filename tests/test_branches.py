@@ -106,15 +106,20 @@ def ssm_by_hand(ssm, u, past, begins, starts):
 
 
 def tail_of_ssm(ssm, past):
-    """The last B and C, which stand between the last inputs and the last keys."""
+    """The last B and C, which stand between the last inputs and those of attention."""
     c = ssm.config
-    return past.conv.split([c.d_model, 2 * c.d_state, c.d_model * c.k_conv], dim=-1)[1]
+    return past.conv.split([c.d_model, 2 * c.d_state, attention_channels(c)], dim=-1)[1]
+
+
+def attention_channels(config) -> int:
+    """How many channels the convolution in attention has: of keys, or of queries and values too."""
+    return config.d_model * config.k_conv * (3 if config.qv_conv else 1)
 
 
 def ssm_past(ssm, state, phase, tail) -> LayerState:
     """What the SSM branch reads of a LayerState, from what it gave."""
-    d = ssm.config.d_model
-    tail = None if tail is None else F.pad(tail, (d, d * ssm.config.k_conv))
+    around = ssm.config.d_model, attention_channels(ssm.config)
+    tail = None if tail is None else F.pad(tail, around)
     return past_of(ssm=state, phase=phase, conv=tail)
 
 
@@ -483,14 +488,22 @@ def rms(x, norm):
     return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
 
 
+def taps_of(attention):
+    """The convolutions of queries, keys and values, (3, d, k); zeros where there is none."""
+    d = attention.n_heads * attention.head_dim
+    if attention.conv is None:
+        return torch.zeros(3, d, 1, dtype=attention.q_norm.weight.dtype)
+    taps = attention.conv.weight
+    return taps.unflatten(0, (3, d)) if len(taps) > d else F.pad(taps[None], (0,) * 4 + (1, 1))
+
+
 def naive_attention(attention, u, W, starts, theta=10000.0):
     """Full softmax with a band mask; RoPE as complex numbers, by absolute position.
 
     starts (b, l) tells where the document of each token begins.
     """
-    q, k, v = attention.qkv(u).chunk(3, dim=-1)
-    if attention.conv is not None:
-        k = conv_by_hand(attention.conv.weight, k, None, starts)
+    taps, qkv = taps_of(attention), attention.qkv(u).chunk(3, dim=-1)
+    q, k, v = (conv_by_hand(taps[i], x, None, starts) for i, x in enumerate(qkv))
     q, k, v = (x.unflatten(-1, (attention.n_heads, -1)).transpose(1, 2) for x in (q, k, v))
     q, k = rms(q, attention.q_norm), rms(k, attention.k_norm)
     L, width = q.shape[-2:]
@@ -511,14 +524,14 @@ SHAPES = [(1, 1), (5, 1), (3, 8), (7, 8), (8, 8), (9, 8), (16, 8), (29, 8), (20,
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("documents", [False, True], ids=["one_text", "documents"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, "keys"])
 @pytest.mark.parametrize(("L", "W"), SHAPES)
 def test_attention_equals_a_full_softmax_with_a_band_mask(L, W, form, documents, fused):
     shape = {
         "window_size": W,
         "use_flash_attn": fused,
         "low_rank": 5,
-        **FORMS[form],
+        **FORMS.get(form, {"qv_conv": False}),
         "memory": False,
     }
     model = wide(double=True, document_mask=documents, eos_id=EOS, **shape)
@@ -531,7 +544,8 @@ def test_attention_equals_a_full_softmax_with_a_band_mask(L, W, form, documents,
     assert y.shape == u.shape
     assert keys.shape == values.shape == (2, 2, W - 1, 16)
     if attention.conv is not None:
-        close(tail, F.pad(attention.qkv(u).chunk(3, -1)[1], (0, 0, 3, 0))[:, L:], 1e-12)
+        inputs = attention.qkv(u) if attention.conv.channels > 32 else attention.qkv(u)[..., 32:64]
+        close(tail, F.pad(inputs, (0, 0, 3, 0))[:, L:], 1e-12)
     want, inputs = naive_attention(attention, u, W, starts), [u, *attention.parameters()]
     close(y, want, 1e-9)
     for got, gradient in zip(gradients([y], inputs), gradients([want], inputs), strict=True):
@@ -633,11 +647,12 @@ def test_what_the_kernels_of_a_gpu_ask_of_fused_attention(monkeypatch, L):
 
 
 @pytest.mark.parametrize("k_conv", [True, False])
+@pytest.mark.parametrize("qv_conv", [True, False])
 @pytest.mark.parametrize(("L", "W"), SHAPES)
-def test_attention_sees_exactly_the_last_window_tokens(L, W, k_conv):
-    """And the three before, through the oldest key; of a single key the weight is always 1."""
-    model = wide(window_size=W, k_conv=k_conv)
-    reach = W - 1 + (3 if k_conv and W > 1 else 0)
+def test_attention_sees_exactly_the_last_window_tokens(L, W, qv_conv, k_conv):
+    """And the three before, through the oldest value, or its key: a single key's weight is 1."""
+    model = wide(window_size=W, k_conv=k_conv, qv_conv=qv_conv)
+    reach = W - 1 + (3 if k_conv and (qv_conv or W > 1) else 0)
     u = torch.randn(2, L, 32, requires_grad=True)
     y = model.blocks[0].attention(u, piece_of(model, L), None)[0]
     for t in {0, L // 2, max(0, L - 2), L - 1}:
@@ -663,19 +678,21 @@ def queries_and_keys(attention, u, piece):
 @torch.no_grad()
 @pytest.mark.parametrize("d_conv", [1, 2, 4])
 @pytest.mark.parametrize("low_rank", [0, 5])
-def test_a_key_is_at_first_the_query_of_the_token_before(low_rank, d_conv):
+@pytest.mark.parametrize("qv_conv", [True, False])
+def test_a_key_is_at_first_the_query_of_the_token_before(qv_conv, low_rank, d_conv):
     """Exactly so without the random taps; the first token of a document has none before.
 
     A single tap cannot shift: keys then begin as the model's own.
     """
-    model = TinyMambaModel(tiny_config(low_rank=low_rank, d_conv=d_conv, **DOCUMENTS))
+    shape = {"low_rank": low_rank, "d_conv": d_conv, "qv_conv": qv_conv}
+    model = TinyMambaModel(tiny_config(**shape, **DOCUMENTS))
     starts = torch.zeros(2, 12, dtype=torch.int64)
     starts[1, 5:] = 5
     u, piece = torch.randn(2, 12, 32), piece_of(model, 12, starts)
     for attention in (block.attention for block in model.blocks):
         shift = torch.zeros_like(attention.conv.weight)
         if d_conv > 1:
-            shift[:, -2:] = torch.tensor([1.0, -1.0])
+            shift[32 * qv_conv :][:32, -2:] = torch.tensor([1.0, -1.0])
         assert 0.1 < ((attention.conv.weight - shift).abs() * 2 * d_conv**0.5).max() <= 1
         attention.conv.weight.copy_(shift)
         q, k = queries_and_keys(attention, u, piece)

@@ -1,5 +1,6 @@
 """hf_integration.py against the native model, at the level of logits, and through transformers."""
 
+import copy
 import json
 import math
 import os
@@ -91,25 +92,30 @@ def same_state(got: ModelState, want: ModelState):
             known = want.position.clamp(max=a.shape[2])
             hidden = torch.arange(a.shape[2]) < (a.shape[2] - known)[:, None]
             a, b = (t.masked_fill(hidden[:, None, :, None], 0.0) for t in (a, b))
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 # ------------------------------------------------------------------------------------- logits
 
 
+@pytest.mark.parametrize("double", [False, True], ids=["f32", "f64"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_logits_and_states_equal_the_native_ones_for_every_split(shape):
-    native = wide(**SHAPES[shape])
+def test_logits_and_states_equal_the_native_ones_for_every_split(shape, double):
+    """States in float64, where rounding does not grow from token to token."""
+    native = wide(double, **SHAPES[shape])
     model, ids = hf(native), some_ids(3, 40, seed=3)
+    if double:
+        model.double().model.rotary = native.rotary  # of wide: its angles are not rounded
     ids[0, 20] = ids[1, 9] = EOS
     want, state = native.advance(ids, native.init_state(3))
-    close(model(ids, use_cache=False).logits, want, 1e-6)
+    close(model(ids, use_cache=False).logits, want, 1e-12 if double else 1e-6)
     for split in SPLITS:
         for cache in caches(model):
             got = [model(chunk, past_key_values=cache).logits for chunk in ids.split(split, dim=1)]
-            close(torch.cat(got, dim=1), want)
+            close(torch.cat(got, dim=1), want, 1e-10 if double else 1e-5)
             assert cache.get_seq_length() == 40
-            same_state(read_cache(cache, native, 3), state)
+            if double:
+                same_state(read_cache(cache, native, 3), state)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -503,8 +509,9 @@ def test_their_trainer_trains_it_and_saves_what_loads_again(tmp_path):
     assert abs(losses[0] - math.log(257)) < 0.3  # a mean over the tokens of both micro-batches
     assert losses[-1] < losses[0] - 0.1
     trainer.save_model(tmp_path / "out")
-    again = TinyMambaHFModel.from_pretrained(tmp_path / "out")
-    native = load_model(tmp_path / "out")
+    # Copies: weights mapped from a file are not aligned, and products may round differently.
+    again = copy.deepcopy(TinyMambaHFModel.from_pretrained(tmp_path / "out"))
+    native = copy.deepcopy(load_model(tmp_path / "out"))
     ids = some_ids(1, 9)
     model.eval()
     assert torch.equal(again(ids).logits, model(ids).logits)

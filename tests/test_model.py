@@ -97,7 +97,14 @@ def texts_in_pieces(draw):
     d_conv=st.sampled_from([1, 4]),
     low_rank=st.sampled_from([0, 6]),
     form=st.sampled_from(
-        [{"rotating": 0.5}, {"bc_conv": False}, {"k_conv": False}, PLAIN_KEYS, *FORMS.values()]
+        [
+            {"rotating": 0.5},
+            {"bc_conv": False},
+            {"k_conv": False},
+            {"qv_conv": False},
+            PLAIN_KEYS,
+            *FORMS.values(),
+        ]  # fmt: skip
     ),
     double=st.booleans(),
 )
@@ -478,11 +485,12 @@ def test_initial_weights_are_as_documented(low_rank, deepnet):
             check_std(last.weight, scale * std)
         assert not last.bias.any()
 
-    shift = torch.tensor([0.0, 0.0, 1.0, -1.0])  # of keys
+    shift = torch.zeros(3, D, 4)  # of queries, keys and values
+    shift[1, :, 2:] = torch.tensor([1.0, -1.0])
     for taps in (
         torch.cat([block.conv.weight for block in model.blocks]),
         torch.cat([block.ssm.conv.weight for block in model.blocks]),
-        torch.cat([block.attention.conv.weight for block in model.blocks]) - shift,
+        torch.cat([block.attention.conv.weight - shift.flatten(0, 1) for block in model.blocks]),
     ):
         check_std(taps, 0.25 / math.sqrt(3))
         assert taps.abs().max() <= 0.25 + 1e-6
@@ -693,7 +701,7 @@ def test_state_moves_and_knows_its_size():
     state = model.init_state(3)
     c = model.config
     # Tails of the three convolutions, SSM, phase, keys and values of a layer; the only memory.
-    floats = 3 * (32 + 2 * 8 + 32) + 64 * 8 + 1 + 2 * 7 * 32
+    floats = 3 * (32 + 2 * 8 + 3 * 32) + 64 * 8 + 1 + 2 * 7 * 32
     assert state.nbytes == 3 * ((c.n_layer * floats + 32 * 4 * 16) * 4 + 2 * 8)
     assert all(not t.any() for t in state.tensors().values())
     assert model.init_state(6).nbytes == 2 * state.nbytes

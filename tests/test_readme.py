@@ -551,7 +551,7 @@ def test_the_fields_of_config_have_the_defaults_that_are_listed():
     listed = {}
     exec(next(b for b in BLOCKS if b.startswith("class Config:")), {"torch": torch}, listed)
     values = {name: v for name, v in vars(listed["Config"]).items() if not name.startswith("__")}
-    assert len(values) == 44
+    assert len(values) == 45
     assert values == {name: getattr(Config, name) for name in values}
 
 

@@ -5,7 +5,8 @@ It was run from the root of the repository as it stood then, and OUT was copied 
     OMP_NUM_THREADS=1 PYTHONPATH=. python tests/artifacts/make_form.py FIELD OUT
 
 FIELD is bc_conv (B and C have a convolution), k_conv (so have the keys of attention), memory
-(attention has a memory as well) or memory_products (one block of four has it, with wider keys).
+(attention has a memory as well), memory_products (one block of four has it, with wider keys),
+min_decay (a step of the SSM can be 0) or qv_conv (queries and values have a convolution as well).
 tests/test_artifacts.py holds all later code to these files.
 
     plain.pt              a checkpoint
@@ -33,6 +34,8 @@ FORMS = {
     "k_conv": {},
     "memory": {"memory": True},
     "memory_products": {},
+    "min_decay": {},
+    "qv_conv": {},
 }
 IDS = torch.arange(40)[None] * 7 % 24
 
