@@ -151,7 +151,7 @@ def test_the_shape_comes_from_init_from(place):
     train(*brief_flags(max_steps=1, checkpoint_path="a.pt"))
     few = {"max_steps": 1, "block_size": 16, "batch_size": 2, **BRIEF, "device": "cpu"}
     said = train(*flags(**few, use_compile=False), "--init_from", "a.pt")
-    assert "44,848 parameters" in said
+    assert "45,360 parameters" in said
     assert load_checkpoint(LATEST)["config"]["d_model"] == 32
 
 

@@ -727,16 +727,17 @@ def test_closed_answers_leave_the_batch_at_once():
 
 def test_closing_undoes_tokens_generated_ahead():
     """The steps of another answer generate this one to its end."""
-    whole = tokens_of(serve().answer("Hello", as_ids=True))
+    whole = tokens_of(serve().answer("abc", as_ids=True))
+    assert whole.index(whole[3]) == 3
     server = serve(reset_on_eos=True, eos_token_id=whole[3])
     session = server.create_session()
-    ahead = server.answer("Hello", session, as_ids=True)
+    ahead = server.answer("abc", session, as_ids=True)
     given = [token.id for token in next(ahead).tokens]
     tokens_of(server.answer("x", as_ids=True, eos_token_id=-1))
     assert ahead.over
     ahead.close()
     assert ahead.finish_reason is None
-    assert_has_read(server, session, [*BYTES.encode("Hello"), *given])
+    assert_has_read(server, session, [*BYTES.encode("abc"), *given])
 
 
 def test_an_answer_may_be_closed_while_another_thread_waits_for_it(monkeypatch):
@@ -1137,6 +1138,7 @@ def test_a_session_continues_from_a_file(folder):
     server = StreamingServer(folder / "tinymamba_model_latest.pt")
     session = server.load_session(folder / "s")
     rest = server.generate_text("", session, max_new_tokens=6)
+    rest = rest.replace("\r", "\n")  # as in the text of a process
     assert (first.stdout.removesuffix("\n") + rest) == whole.removesuffix("\n")
     again = run(folder, *words, 3, "--load_session", "s", "--save_session", "s", "--force")
     assert again.returncode == 0 and rest.startswith(again.stdout.removesuffix("\n"))
