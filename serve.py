@@ -38,7 +38,6 @@ import logging
 import math
 import os
 import queue
-import re
 import secrets
 import socket
 import sys
@@ -75,6 +74,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request  # noqa: E402
 from fastapi.responses import Response  # noqa: E402
 from fastapi.security import HTTPBearer  # noqa: E402
 
+from tinymamba.chat_template import ChatTemplate, copy_tokenizer  # noqa: E402
 from tinymamba.openai_api import (  # noqa: E402
     AnswerOut,
     ApiError,
@@ -82,7 +82,6 @@ from tinymamba.openai_api import (  # noqa: E402
     CompletionBody,
     ErrorOut,
     Generation,
-    Message,
     NewSessionBody,
     SaveBody,
     SessionBody,
@@ -600,65 +599,6 @@ class Writer:
             for t in tokens
         ]
         return {"content": content, "refusal": None}
-
-
-def copy_tokenizer(tokenizer: Any) -> Any:
-    """Another one of the same ids, if its kind is known: encoding changes its settings."""
-    known = isinstance(tokenizer, SimpleTokenizer)
-    return SimpleTokenizer.from_dict(tokenizer.to_dict()) if known else tokenizer
-
-
-class ChatTemplate:
-    """Turns the messages of a chat into the token ids of a prompt."""
-
-    USER = "\n\nuser:"  # ends the answers of a model without a template
-
-    def __init__(self, tokenizer: Any):
-        """Nothing else may use `tokenizer`: encoding special tokens changes its settings."""
-        self.tokenizer = tokenizer
-        self.template: Any = None
-        self.problem: str | None = None  # why the template cannot be used
-        self.special_tokens: dict[str, str] = {}
-        if text := isinstance(tokenizer, SimpleTokenizer) and tokenizer.chat_template:
-            self.special_tokens = tokenizer.special_tokens
-            self.load(text)
-
-    def load(self, text: str) -> None:
-        """Use this template; one that cannot be read is noted as `problem`."""
-        sandbox = need("jinja2.sandbox").ImmutableSandboxedEnvironment
-        try:
-            self.template = sandbox(trim_blocks=True, lstrip_blocks=True).from_string(text)
-        except need("jinja2").TemplateError as e:
-            self.problem = f"the model's chat template cannot be read ({e})"
-
-    @property
-    def stops(self) -> list[str]:
-        """The strings that end an answer."""
-        return [] if self.template else [self.USER]
-
-    def encode(self, messages: list[Message]) -> list[int]:
-        """The token ids of the messages and of the assistant prompt after them."""
-        if self.problem:
-            raise ApiError(400, f"messages: {self.problem}", "messages")
-        if not self.template:
-            lines = [f"{m.role}: {m.text()}" for m in messages]
-            return self.tokenizer.encode("\n\n".join([*lines, "assistant:"]))
-        # The template's own text may contain special tokens, the messages may not. So the template
-        # is filled with placeholders, and the parts of its result are encoded one by one.
-        marked = [{"role": m.role, "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
-        names = self.special_tokens
-        try:
-            text = self.template.render(messages=marked, add_generation_prompt=True, **names)
-        except Exception as e:  # a template may raise anything, for example on roles it rejects
-            problem = f"messages: the chat template rejects them ({e})"
-            raise ApiError(400, problem, "messages") from None
-        ids = []
-        for part in re.split("(\ue000[0-9]+\ue001)", text):
-            if re.fullmatch("\ue000[0-9]+\ue001", part):
-                ids += self.tokenizer.encode(messages[int(part[1:-1])].text())
-            elif part:
-                ids += self.tokenizer.encode(part, allow_special=True)
-        return ids
 
 
 # ---------------------------------------------------------------------------------------- HTTP

@@ -41,10 +41,10 @@ NAME = "tiny"
 class Running:
     """A server on a free port, in a thread of this process."""
 
-    def __init__(self, adapters=None, **options):
+    def __init__(self, adapters=None, tokenizer=BYTES, **options):
         library = StreamingServer(
             free_copy(wide()),
-            tokenizer=BYTES,
+            tokenizer=tokenizer,
             adapters=adapters,
             config=StreamingConfig(batch_size=options.get("batch_size", 64)),
         )
@@ -387,6 +387,30 @@ def test_a_template_beside_the_tokenizer_is_used(tmp_path):
         ChatTemplate(SimpleTokenizer(tmp_path / "vocab.txt")).encode(said)
     with pytest.raises(ApiError, match="template"):
         template.encode([*said, *said])
+
+
+TEMPLATES = {
+    "{% for m in messages %}{{ m.content }}{% break %}{% endfor %}": (200, 2),
+    "{% generation %}{{ messages | length }}{% endgeneration %}": (200, 1),
+    "{{ messages[0].content | tojson }}{{ strftime_now('%Y') }}": (200, 8),
+    "{{ raise_exception('no') }}": (400, "messages: the chat template rejects them (no)"),
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}": (400, "messages: the chat template rejects"),
+    "{% break": (400, "messages: the model's chat template cannot be read"),
+}
+
+
+@pytest.mark.parametrize("text", TEMPLATES)
+def test_no_template_ends_the_server(text):
+    status, want = TEMPLATES[text]
+    tokenizer = SimpleTokenizer.from_dict({**BYTES.to_dict(), "chat_template": text})
+    with running(tokenizer=tokenizer) as server:
+        answer = server.http.post(CHAT, json={**HELLO, "max_tokens": 1})
+        assert answer.status_code == status
+        if status == 200:
+            assert answer.json()["usage"]["prompt_tokens"] == want
+        else:
+            assert assert_error(answer, 400, "messages")["message"].startswith(want)
+        assert server.post(COMPLETIONS, prompt="a", max_tokens=1)["usage"]["prompt_tokens"] == 1
 
 
 # -------------------------------------------------------------------------------------- errors

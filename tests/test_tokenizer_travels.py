@@ -35,6 +35,7 @@ from streaming import StreamingServer
 from testv2 import Config, Trainer, load_model, save_folder
 from tinymamba.checkpoint import load_checkpoint, save_checkpoint, save_model
 from tinymamba.cli import UserError
+from tinymamba.openai_api import Message
 from tinymamba.tokenizer import (
     EOS_TOKEN,
     RunTokenizer,
@@ -147,7 +148,7 @@ def by_streaming(place):
 
 def by_serving(place):
     api = served("model.pt")
-    messages = [serve.Message(role="user", content="a")]
+    messages = [Message(role="user", content="a")]
     assert api.template.encode(messages) == [*OWN.encode("user:a"), 256]
     return api.tokenizer.encode(TEXT)
 
@@ -649,7 +650,7 @@ def test_a_json_of_other_types_is_refused(home, facts):
 
 def test_a_chat_template_that_cannot_be_read_stops_only_the_chat(away, capsys):
     saved = load_checkpoint("model.pt")
-    saved["tokenizer"]["chat_template"] = "{% generation %}{% endgeneration %}"
+    saved["tokenizer"]["chat_template"] = "{% generation %}{% endgeneration"
     save_checkpoint("model.pt", saved)
     api = served("model.pt")
     assert api.tokenizer.encode(TEXT) == IDS
@@ -657,7 +658,7 @@ def test_a_chat_template_that_cannot_be_read_stops_only_the_chat(away, capsys):
     said = capsys.readouterr().err
     assert said.startswith("no chat: the model's chat template cannot be read") and said[-1] == "\n"
     with pytest.raises(serve.ApiError, match="chat template cannot be read") as error:
-        api.template.encode([serve.Message(role="user", content="a")])
+        api.template.encode([Message(role="user", content="a")])
     assert error.value.status_code == 400
 
 

@@ -91,14 +91,16 @@ def read_template(folder: Path) -> tuple[str | None, dict[str, str]]:
             text = read_utf8(file)
         if isinstance(text, list):  # several templates, by name
             text = {each["name"]: each["template"] for each in text}["default"]
-        tokens = {name: settings.get(name) or "" for name in ("bos_token", "eos_token")}
+        tokens = {name: t for name, t in settings.items() if name.endswith("_token")}
+        more = settings.get("extra_special_tokens")  # of a model that names its own
+        tokens |= more if isinstance(more, dict) else {}
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         problem = f"its chat template cannot be read ({e})"
         raise UserError(str(folder), problem, "fix it or remove it") from None
     if text is None:
         return None, {}
-    plain = {n: t.get("content", "") if isinstance(t, dict) else t for n, t in tokens.items()}
-    return str(text), {name: str(token) for name, token in plain.items() if token}
+    plain = {n: t.get("content") if isinstance(t, dict) else t for n, t in tokens.items()}
+    return str(text), {name: t for name, t in plain.items() if t and isinstance(t, str)}
 
 
 class SimpleTokenizer:
@@ -111,7 +113,7 @@ class SimpleTokenizer:
     name             "tokenizer.json", "vocab.txt" or "bytes"
     content          the text of that file
     chat_template    of chat_template.jinja or tokenizer_config.json beside the file, or None
-    special_tokens   bos_token and eos_token of tokenizer_config.json, for the chat template
+    special_tokens   bos_token, eos_token and so on of tokenizer_config.json, for the chat template
     sha256           the same for two files that give the same ids, however they are formatted
     """
 

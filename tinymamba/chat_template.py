@@ -1,0 +1,183 @@
+"""The chat template of a model: messages to token ids, as `apply_chat_template` of transformers.
+
+template = ChatTemplate(SimpleTokenizer("model/tokenizer.json"))
+ids = template.encode([Message(role="user", content="Hello")])
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from tinymamba.cli import need
+from tinymamba.openai_api import ApiError, Message
+from tinymamba.tokenizer import SimpleTokenizer
+
+STAND_INS, SIGNS = 0xF0000, 0x100000  # private use: for the characters of messages, and for tokens
+
+
+def copy_tokenizer(tokenizer: Any) -> Any:
+    """Another one of the same ids, if its kind is known: encoding changes its settings."""
+    known = isinstance(tokenizer, SimpleTokenizer)
+    return SimpleTokenizer.from_dict(tokenizer.to_dict()) if known else tokenizer
+
+
+def either(texts: Iterable[str]) -> re.Pattern:
+    """What finds any of these texts, the longest first."""
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) finds nothing
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, without line ends."""
+    return " ".join(str(error).split())
+
+
+def mark_special(tokenizer: SimpleTokenizer) -> dict[str, int]:
+    """The ids of the special tokens; those that tokenizer_config.json names become special too."""
+    library = tokenizer.library
+    if library is None:
+        return tokenizer.special
+    added = library.get_added_tokens_decoder().values()
+    special = {token.content for token in added if token.special}
+    named = {*tokenizer.special_tokens.values()} - special
+    library.add_special_tokens([t for t in named if library.token_to_id(t) is not None])
+    added = library.get_added_tokens_decoder().items()
+    return {t.content: i for i, t in added if t.special and t.content.strip()}
+
+
+def unknown_ids(tokenizer: SimpleTokenizer) -> set[int | None]:
+    """The id that stands for text which the tokenizer has no token for."""
+    if tokenizer.library is None:
+        return set()
+    model = json.loads(tokenizer.content)["model"]
+    return {model.get("unk_id"), tokenizer.library.token_to_id(model.get("unk_token") or "")}
+
+
+class GuardedTokenizer:
+    """Reads special tokens as plain text; instead, a sign of its own stands for each of them."""
+
+    def __init__(self, tokenizer: SimpleTokenizer):
+        self.tokenizer = copy_tokenizer(tokenizer)
+        special, library = mark_special(self.tokenizer), self.tokenizer.library
+        self.signs = {token: chr(SIGNS + i) for i, token in enumerate(special)}
+        self.original: dict[int, int] = {}  # by the id of a sign
+        if library is None:
+            self.tokenizer.special = {self.signs[token]: i for token, i in special.items()}
+            return
+        from tokenizers import AddedToken
+
+        known, names = library.get_added_tokens_decoder(), ("lstrip", "rstrip", "normalized")
+        for token, i in special.items():
+            settings = {name: getattr(known[i], name) for name in (*names, "single_word")}
+            library.add_tokens([AddedToken(self.signs[token], **settings)])
+            self.original[library.token_to_id(self.signs[token])] = i
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text with signs."""
+        ids = self.tokenizer.encode(text, allow_special=self.tokenizer.library is None)
+        return [self.original.get(i, i) for i in ids]
+
+
+class ChatTemplate:
+    """Turns the messages of a chat into the token ids of a prompt.
+
+    The library `transformers` renders the template, and the text is encoded as a whole. A special
+    token that comes from a message is told apart by rendering again with other characters in its
+    place. It is encoded as plain text; a request where that is impossible is rejected.
+    """
+
+    USER = "\n\nuser:"  # ends the answers of a model without a template
+
+    def __init__(self, tokenizer: Any):
+        """Nothing else may use `tokenizer`: encoding special tokens changes its settings."""
+        self.tokenizer = tokenizer
+        self.template: str | None = None
+        self.problem: str | None = None  # why the template cannot be used
+        if text := isinstance(tokenizer, SimpleTokenizer) and tokenizer.chat_template:
+            self.load(text)
+
+    def load(self, text: str) -> None:
+        """Use this template; one that cannot be read is noted as `problem`."""
+        self.library = need("transformers.utils.chat_template_utils")
+        try:
+            self.library.render_jinja_template([], chat_template=text)
+        except Exception as e:  # compiling may raise anything, even a RecursionError
+            self.problem = f"the model's chat template cannot be read ({one_line(e)})"
+            return
+        self.template, self.special = text, mark_special(self.tokenizer)
+        self.reserved = {*self.special.values()} - unknown_ids(self.tokenizer)
+        self.tokens = either(self.special)
+        letters = {c for token in self.special for c in token}
+        signs = (c for c in letters if not (c.isalnum() or c.isspace()))
+        self.letters, self.tokens_or_signs = letters, either([*self.special, *signs])
+
+    @functools.cached_property
+    def guarded(self) -> GuardedTokenizer:
+        """Only made if a message has a special token: it takes as long as reading a tokenizer."""
+        return GuardedTokenizer(self.tokenizer)
+
+    @property
+    def stops(self) -> list[str]:
+        """The strings that end an answer."""
+        return [] if self.template else [self.USER]
+
+    def encode(self, messages: list[Message]) -> list[int]:
+        """The token ids of the messages and of the assistant prompt after them."""
+        if self.problem:
+            raise ApiError(400, f"messages: {self.problem}", "messages")
+        if not self.template:
+            lines = [f"{m.role}: {m.text()}" for m in messages]
+            return self.tokenizer.encode("\n\n".join([*lines, "assistant:"]))
+        text, marked, back = self.render(messages)
+        written = self.tokens.findall(marked)  # by the template, not by a message
+        ids = self.tokenizer.encode(text, allow_special=True)
+        if self.tokens.findall(text) != written or self.has_more(ids, written):
+            signs = self.guarded.signs
+            signed = self.tokens.sub(lambda found: signs[found[0]], marked)
+            ids = self.guarded.encode(signed.translate(back))
+        if self.has_more(ids, written):
+            problem = "messages: the tokenizer reads a special token in them; leave it out"
+            raise ApiError(400, problem, "messages")
+        return ids
+
+    def has_more(self, ids: list[int], written: list[str]) -> bool:
+        """Whether there are special tokens in `ids` that the template has not written."""
+        counts = collections.Counter(i for i in ids if i in self.reserved)
+        return not counts <= collections.Counter(self.special[token] for token in written)
+
+    def render(self, messages: list[Message]) -> tuple[str, str, dict[int, int]]:
+        """The prompt; the same with stand-ins for special tokens in messages; what turns them back.
+
+        Characters like < have stand-ins too, as a template may join parts to a token. If it looks
+        for them and so writes another text, only whole tokens have.
+        """
+        contents = [m.text() for m in messages]
+        used = {ord(c) for content in contents for c in content}
+        free = (i for i in range(STAND_INS, SIGNS) if i not in used)
+        stand_ins = dict(zip(map(ord, self.letters), free, strict=False))
+        back = {new: old for old, new in stand_ins.items()}
+        for pattern in (self.tokens_or_signs, self.tokens):
+            changed = [pattern.sub(lambda m: m[0].translate(stand_ins), c) for c in contents]
+            text = self.fill(messages, contents)
+            marked = text if changed == contents else self.fill(messages, changed)
+            if marked.translate(back) == text:
+                return text, marked, back
+        problem = "messages: the chat template looks for a special token in them; leave it out"
+        raise ApiError(400, problem, "messages")
+
+    def fill(self, messages: list[Message], contents: list[str]) -> str:
+        """The text that the template makes of messages with these contents."""
+        chat = [{"role": m.role, "content": c} for m, c in zip(messages, contents, strict=True)]
+        names = {"chat_template": self.template, "add_generation_prompt": True}
+        try:
+            return self.library.render_jinja_template(
+                [chat], **{**self.tokenizer.special_tokens, **names}
+            )[0][0]
+        except Exception as e:  # a template may raise anything, for example on roles it rejects
+            problem = f"messages: the chat template rejects them ({one_line(e)})"
+            raise ApiError(400, problem, "messages") from None
