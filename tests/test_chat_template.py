@@ -324,10 +324,23 @@ def test_text_beside_a_special_token_in_a_message_is_not_cut():
 
 def test_a_template_cannot_join_a_message_to_a_special_token():
     text = "<|im_end{{ messages[0].content }}{{ messages[1].content | replace('-', '') }}<|end|>"
-    template = template_of(text)
-    got = template.encode(messages_of([("user", "|>"), ("user", "<|im_-end|>")]))
+    template = template_of(text + "<|{{ messages[2].content }}|>")
+    got = template.encode(messages_of([("user", t) for t in ("|>", "<|im_-end|>", "user")]))
     tokens = [i for i in got if i in template.reserved]
     assert tokens == [template.special["<|end|>"]]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ raise_exception('no') if '<' not in messages[0].content }}{{ messages[0].content }}",
+        "{{ messages[0].content | upper | e if messages[0].content.startswith('end') }}<|end|>",
+        "{{ messages[0].content | tojson(ensure_ascii=true) }}{{ messages[0].content.isascii() }}",
+    ],
+)
+def test_a_template_may_look_at_what_a_message_says(text):
+    chat = [("user", "end < it > é")]
+    assert template_of(text).encode(messages_of(chat)) == render(reference_of(text), chat)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ ids = template.encode([Message(role="user", content="Hello")])
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import json
 import re
@@ -112,9 +113,10 @@ class ChatTemplate:
         self.template, self.special = text, mark_special(self.tokenizer)
         self.reserved = {*self.special.values()} - unknown_ids(self.tokenizer)
         self.tokens = either(self.special)
-        letters = {c for token in self.special for c in token}
-        signs = (c for c in letters if not (c.isalnum() or c.isspace()))
-        self.letters, self.tokens_or_signs = letters, either([*self.special, *signs])
+        self.letters = {c for token in self.special for c in token}
+        visible = [c for c in self.letters if not c.isspace()]
+        signs = [c for c in visible if not c.isalnum()]
+        self.patterns = [either(visible), either([*self.special, *signs]), self.tokens]
 
     @functools.cached_property
     def guarded(self) -> GuardedTokenizer:
@@ -153,20 +155,21 @@ class ChatTemplate:
     def render(self, messages: list[Message]) -> tuple[str, str, dict[int, int]]:
         """The prompt; the same with stand-ins for special tokens in messages; what turns them back.
 
-        Characters like < have stand-ins too, as a template may join parts to a token. If it looks
-        for them and so writes another text, only whole tokens have.
+        A template may join parts to a token, so all characters of tokens have stand-ins. If it
+        looks for them and so writes another text, only those like < have, or else whole tokens.
         """
         contents = [m.text() for m in messages]
         used = {ord(c) for content in contents for c in content}
         free = (i for i in range(STAND_INS, SIGNS) if i not in used)
         stand_ins = dict(zip(map(ord, self.letters), free, strict=False))
         back = {new: old for old, new in stand_ins.items()}
-        for pattern in (self.tokens_or_signs, self.tokens):
+        for pattern in self.patterns:
             changed = [pattern.sub(lambda m: m[0].translate(stand_ins), c) for c in contents]
             text = self.fill(messages, contents)
-            marked = text if changed == contents else self.fill(messages, changed)
-            if marked.translate(back) == text:
-                return text, marked, back
+            with contextlib.suppress(ApiError):  # the template may reject what stands in
+                marked = text if changed == contents else self.fill(messages, changed)
+                if marked.translate(back) == text:
+                    return text, marked, back
         problem = "messages: the chat template looks for a special token in them; leave it out"
         raise ApiError(400, problem, "messages")
 
@@ -175,9 +178,8 @@ class ChatTemplate:
         chat = [{"role": m.role, "content": c} for m, c in zip(messages, contents, strict=True)]
         names = {"chat_template": self.template, "add_generation_prompt": True}
         try:
-            return self.library.render_jinja_template(
-                [chat], **{**self.tokenizer.special_tokens, **names}
-            )[0][0]
+            names = {**self.tokenizer.special_tokens, **names}
+            return self.library.render_jinja_template([chat], **names)[0][0]
         except Exception as e:  # a template may raise anything, for example on roles it rejects
             problem = f"messages: the chat template rejects them ({one_line(e)})"
             raise ApiError(400, problem, "messages") from None
