@@ -218,6 +218,7 @@ def write_onnx(folder: Path, graph: Graph, options: Options) -> None:
                 verbose=False,
                 input_names=["ids", *names],
                 output_names=["logits", *(f"new.{n}" for n in names)],
+                custom_translation_table={torch.ops.aten.cos.default: cosine_as_sine},
             )
         protos[name] = exported.model_proto
         for node in protos[name].graph.node:
@@ -229,6 +230,14 @@ def write_onnx(folder: Path, graph: Graph, options: Options) -> None:
 
 
 # --------------------------------------------------------------------------------------- onnx
+
+
+def cosine_as_sine(angle: Any) -> Any:
+    """cos(x) as sin(x + pi/2): ONNX Runtime before 1.29 has no cosine in float64."""
+    onnx, operators = need("onnx"), need("onnxscript").opset18
+    quarter = onnx.helper.make_tensor("quarter", onnx.TensorProto.DOUBLE, [], [math.pi / 2])
+    quarter = operators.CastLike(operators.Constant(value=quarter), angle)
+    return operators.Sin(operators.Add(angle, quarter))
 
 
 class OnnxLinear(nn.Module):

@@ -22,9 +22,10 @@ from typing import NoReturn
 
 import numpy as np
 import onnxruntime
+from numpy.typing import ArrayLike
 from tokenizers import Tokenizer
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).absolute().parent  # of a link, where the other files are linked too
 FILES = ("prefill.onnx", "step.onnx", "weights.data", "tokenizer.json")
 
 
@@ -51,25 +52,28 @@ class OnnxModel:
             if i.name != "ids"
         }
 
-    def advance(self, ids: np.ndarray, state: dict | None = None) -> tuple[np.ndarray, dict]:
-        """int64 ids (b, l), l >= 1 -> logits (b, v) after the last id, and the new state."""
+    def advance(self, ids: ArrayLike, state: dict | None = None) -> tuple[np.ndarray, dict]:
+        """Integers (b, l), l >= 1 -> logits (b, v) after the last id, and the new state."""
+        ids = np.asarray(ids)
+        if ids.dtype.kind not in "iu" or ids.ndim != 2 or ids.shape[1] == 0:
+            raise ValueError(f"ids must be integers (b, l), l >= 1, not {ids.dtype} {ids.shape}")
         state = state or self.start(len(ids))
         session = self.step if ids.shape[1] == 1 else self.prefill
-        logits, *tensors = session.run(self.names, {"ids": ids, **state})
+        logits, *tensors = session.run(self.names, {"ids": ids.astype(np.int64), **state})
         return logits, {
             n.removeprefix("new."): t for n, t in zip(self.names[1:], tensors, strict=True)
         }
 
     def generate(
-        self, ids: list[int], max_tokens: int, temperature: float = 0.0, seed: int | None = None
+        self, ids: ArrayLike, max_tokens: int, temperature: float = 0.0, seed: int | None = None
     ) -> Iterator[int]:
-        """Yield the next ids, one by one; temperature 0 always takes the most likely.
+        """Yield what follows ids (l), one by one; temperature 0 always takes the most likely.
 
         It yields `max_tokens` ids: if an id ends a text, the caller has to stop there.
         """
         random, state, unread = np.random.default_rng(seed), None, ids
         for _ in range(max_tokens):
-            logits, state = self.advance(np.array([unread], np.int64), state)
+            logits, state = self.advance([unread], state)
             scores = logits[0].astype(np.float64)  # (v,)
             if temperature > 0:  # the largest of logits plus Gumbel noise is a sample
                 scores = scores / temperature + random.gumbel(size=scores.shape)
@@ -142,11 +146,12 @@ def main() -> None:
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack some characters
     tokenizer = open_tokenizer(Path(args.model))
     tokenizer.encode_special_tokens = True  # read special tokens in the prompt as plain text
-    ids = tokenizer.encode(args.prompt, add_special_tokens=False).ids
+    prompt = args.prompt.encode("utf-8", "replace").decode()  # "?" for a byte that is no text
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     if not ids:
         fail("--prompt: holds no token; pass some text")
     generated, shown = [], ""
-    print(args.prompt, end="")
+    print(prompt, end="")
     model = OnnxModel(args.model)
     for i in model.generate(ids, args.max_tokens, args.temperature, args.seed):
         generated.append(i)

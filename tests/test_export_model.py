@@ -9,12 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
 from helpers import (
     DOCUMENTS,
     FIRST_FORM,
+    POSIX,
     ROOT,
     assert_refused,
     close,
@@ -203,6 +205,35 @@ def test_an_onnx_folder_works_alone(onnx_folder, tmp_path):
     shutil.copy(folder / "weights.data", tmp_path / "moved")
     done = subprocess.run([*words, "--prompt", ""], cwd=tmp_path, capture_output=True, text=True)
     assert_refused(done, "--prompt: holds no token")
+
+
+def test_onnx_takes_integers_of_any_kind(onnx_folder):
+    model = OnnxModel(onnx_folder[0])
+    want, state = model.advance(np.array([[7, 200, 3], [1, 2, 5]], np.int64))
+    for kind in (np.int32, np.uint16, np.uint8, list):
+        ids = [[7, 200, 3], [1, 2, 5]] if kind is list else np.array([[7, 200, 3], [1, 2, 5]], kind)
+        logits, after = model.advance(ids)
+        assert np.array_equal(logits, want)
+        assert all(np.array_equal(after[name], t) for name, t in state.items())
+    follow = list(model.generate([7, 200], 5))
+    assert follow == list(model.generate(np.array([7, 200], np.uint16), 5))
+    for wrong in ([[1.5]], [["a"]], [[True]], [1, 2], [[]], [[[1]]]):
+        with pytest.raises(ValueError, match=r"ids must be integers \(b, l\), l >= 1"):
+            model.advance(wrong)
+
+
+@POSIX
+def test_an_onnx_folder_of_links_works(onnx_folder, tmp_path):
+    """As a cache of downloads has it: the files lie elsewhere, under other names."""
+    (tmp_path / "files").mkdir()
+    (tmp_path / "links").mkdir()
+    for i, path in enumerate(onnx_folder[0].iterdir()):
+        shutil.copy(path, tmp_path / "files" / str(i))
+        (tmp_path / "links" / path.name).symlink_to(f"../files/{i}")
+    words = [sys.executable, "links/onnx_generate.py", "--max_tokens", "3", "--prompt", b"a\xffb"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("a?b") and len(done.stdout) > 4
 
 
 def test_onnx_draws_by_the_seed(onnx_folder):
