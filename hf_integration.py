@@ -66,7 +66,7 @@ from testv2 import (
 )
 from tinymamba.checkpoint import new_folder, replace_files, save_model, write_json
 from tinymamba.cli import CliParser, UserError, add_flags, make_options, require, run_cli
-from tinymamba.kernels import QuantizedLinear, quantize_like, stored_tensors
+from tinymamba.kernels import QuantizedLinear, quantize_like, settle_ties, stored_tensors
 from tinymamba.tokenizer import EOS_NAMES, SimpleTokenizer, open_tokenizer
 
 # ------------------------------------------------------------------------------ configuration
@@ -102,7 +102,12 @@ class TinyMambaConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Set the fields; the values of `kwargs` may come from a config.json."""
-        given = {self.attribute_map.get(name, name): value for name, value in kwargs.items()}
+        given: dict[str, Any] = {}
+        for name, value in kwargs.items():
+            own = self.attribute_map.get(name, name)
+            if given.setdefault(own, value) != value:
+                problem = f"is {given[own]} under one of its names and {value} under another"
+                raise ValueError(f"{own}: {problem}; make them equal")
         before = BEFORE if "format_version" in given else {}
         for name in FOLDER_FIELDS:
             default = before.get(name, getattr(Config, name))
@@ -116,6 +121,10 @@ class TinyMambaConfig(PreTrainedConfig):
             setattr(self, name, given.pop(name, eos))
         super().__post_init__(**given)
         self.to_native()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As for every configuration; other libraries look for `tie_word_embeddings` in it."""
+        return {**super().to_dict(), "tie_word_embeddings": self.tie_embeddings}
 
     @property
     def layer_types(self) -> list[str]:
@@ -410,6 +419,8 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
             if not getattr(p, "_is_hf_initialized", False) and p.device.type != "meta"
         }
         fresh = TinyMambaModel(self.model.config).state_dict() if missing else {}
+        if "embedding.weight" not in missing:  # the folder of a tied model, loaded as an untied one
+            fresh["head.weight"] = self.model.embedding.weight
         for name, p in missing.items():
             p.copy_(fresh[name])
             p._is_hf_initialized = True
@@ -440,6 +451,7 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
             model.model.load_state_dict(load_folder(Path(weights).parent).state_dict())
         except UserError as e:
             raise ValueError(str(e)) from None
+        model.settle_ties()
         model.name_or_path = model.config.name_or_path = str(name)
         with contextlib.suppress(OSError):  # a folder of quantize.py has no generation_config.json
             model.generation_config = GenerationConfig.from_pretrained(name, **hub)
@@ -455,7 +467,10 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
                 "push_to_hub: would upload the model without its code; "
                 "use model.push_to_hub(repo_id)"
             )
-        if self.config.quantization is not None:
+        self.settle_ties()
+        head, embedding = self.get_output_embeddings(), self.get_input_embeddings()
+        shared = not self.config.tie_embeddings and head.weight is embedding.weight
+        if shared or self.config.quantization is not None:
             stored = stored_tensors(self.model)
             kwargs.setdefault("state_dict", {f"model.{name}": t for name, t in stored.items()})
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -482,8 +497,21 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
         """Replace the output layer."""
         self.model.head = value
 
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As for every model; if a file has a head and another embedding, the config says so."""
+        super().tie_weights(*args, **kwargs)
+        if self._tied_weights_keys:  # else the head is quantized, and may not be loaded yet
+            self.settle_ties()
+
+    def settle_ties(self) -> None:
+        """Let this config and the native one say whether head and embedding are tied."""
+        self.model.config.tie_embeddings = self.config.tie_embeddings
+        settle_ties(self.model)
+        self.config.tie_embeddings = self.model.config.tie_embeddings
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """As for every model; sets vocab_size of the native config, too."""
+        self.settle_ties()
         embedding = super().resize_token_embeddings(*args, **kwargs)
         self.model.config.vocab_size = self.config.vocab_size
         for table in (embedding, self.model.head):

@@ -51,7 +51,13 @@ from testv2 import (
 )
 from tinymamba.checkpoint import new_folder, replace_files, require_writable
 from tinymamba.cli import parse_flags, require, run_cli
-from tinymamba.kernels import QUANTIZATION_FORMAT, QUANTIZATION_MODES, quantize_like, to_bytes
+from tinymamba.kernels import (
+    QUANTIZATION_FORMAT,
+    QUANTIZATION_MODES,
+    quantize_like,
+    settle_ties,
+    to_bytes,
+)
 from tinymamba.token_shards import open_tokens
 from tinymamba.tokenizer import open_tokenizer, read_tokenizer_facts, require_data_of
 
@@ -153,6 +159,7 @@ def quantize_model(
     calibration: ids (rows, l) for GPTQ; None rounds to the nearest. `layers`: the layers to
     quantize, with their bits; None stands for those of `layer_bits`.
     """
+    settle_ties(model)
     layers = layer_bits(model, bits) if layers is None else layers
     if 4 not in layers.values():
         group_size = GROUP_SIZE  # has no effect, but is part of the fingerprint

@@ -95,6 +95,7 @@ from tinymamba.kernels import (
     quantize_like,
     running_phase,
     scan_in_one_tile,
+    settle_ties,
     sparsemax,
     stored_tensors,
 )
@@ -1104,6 +1105,7 @@ class TinyMambaModel(nn.Module):
 
     def fingerprint(self) -> str:
         """SHA-256 of the architecture and of every weight."""
+        settle_ties(self)
         shape = {name: getattr(self.config, name) for name in SHAPE_FIELDS}
         shape = {name: v for name, v in shape.items() if BEFORE.get(name) != v}
         if self.quantization:
@@ -1355,12 +1357,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> TinyMamb
     remedy = "pass the base's checkpoint, and the adapter's folder as --adapter"
     require("adapter" not in state, str(path), problem, remedy)
     model = TinyMambaModel(Config.from_dict(state["config"]))
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError:
-        raise UserError(
-            str(path), "does not fit its config", "use the version that wrote it"
-        ) from None
+    fill_model(model, state["model"], str(path), "config", "use the version that wrote it")
     model.tokenizer = state.get("tokenizer")
     return model.to(device).eval()
 
@@ -1374,6 +1371,7 @@ def save_folder(folder: Path, model: TinyMambaModel) -> None:
 
 def describe_model(model: TinyMambaModel) -> dict:
     """The content of config.json."""
+    settle_ties(model)
     config = {name: getattr(model.config, name) for name in FOLDER_FIELDS}
     config |= {"quantization": model.quantization} if model.quantization else {}
     config |= note_tokenizer(model.tokenizer)
@@ -1391,6 +1389,9 @@ def load_folder(folder: Path) -> TinyMambaModel:
         formats = (2, FOLDER_FORMAT)
         known = config["model_type"] == "tinymamba" and config["format_version"] in formats
         require(known, str(path), f"is not a TinyMamba model of format {FOLDER_FORMAT}", remedy)
+        tied, both = config["tie_embeddings"], "tie_embeddings and tie_word_embeddings"
+        same = config.get("tie_word_embeddings", tied) == tied  # the name in `transformers`
+        require(same, str(path), f"{both} differ", "make them equal")
         model = TinyMambaModel(Config.from_dict({n: config[n] for n in FOLDER_FIELDS}))
         if config.get("quantization") is not None:
             quantize_like(model, config["quantization"])
@@ -1401,10 +1402,7 @@ def load_folder(folder: Path) -> TinyMambaModel:
     for file in weight_files(path):
         tensors |= read_all_tensors(file, remedy, unsigned="model.")[0]
     tensors = {name.removeprefix("model."): t for name, t in tensors.items()}
-    try:
-        fill_model(model, tensors)
-    except (RuntimeError, KeyError):
-        raise UserError(str(path), "does not fit its config.json", remedy) from None
+    fill_model(model, tensors, str(path), "config.json", remedy)
     model.tokenizer = read_folder_tokenizer(folder, config)
     return model
 

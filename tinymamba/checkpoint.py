@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from tinymamba.cli import UserError, from_launcher, require, say
+from tinymamba.kernels import settle_ties
 from tinymamba.lock import hold_lock
 
 # ----------------------------------------------------------------------------------- writing
@@ -193,8 +194,9 @@ def save_checkpoint(path: str | Path, state: dict, previous: Path | None = None)
 
 def save_model(path: str | Path, model: Any, weights: dict[str, Tensor] | None = None) -> None:
     """Write a checkpoint of a model without the state of training; None takes its own weights."""
-    config, tokenizer = model.config.to_dict(), model.tokenizer
     weights = model.state_dict() if weights is None else weights
+    settle_ties(model, weights)
+    config, tokenizer = model.config.to_dict(), model.tokenizer
     save_checkpoint(path, {"model": weights, "config": config, "tokenizer": tokenizer})
 
 

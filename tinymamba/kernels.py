@@ -16,13 +16,17 @@ Dimension letters in the comments on shapes:
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from tinymamba.cli import UserError
 
 # ------------------------------------------------------------------------------------ scan
 
@@ -640,27 +644,89 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
 
 
+def matrices_of(tensors: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """The embedding and the matrix of the head among a model's tensors; None for one that lacks."""
+    head = tensors.get("head.weight")
+    if "head.codes" in tensors:
+        head = dequantize(tensors["head.codes"], tensors["head.scale"])
+    return tensors.get("embedding.weight"), head
+
+
+def share_memory(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two tensors are there and are the same memory."""
+    if one is None or other is None:
+        return False
+    return one is other or one.data_ptr() == other.data_ptr()
+
+
+def heads_differ(tensors: dict[str, Tensor]) -> bool:
+    """Whether a model's tensors have an embedding and a head that is another matrix."""
+    embedding, head = matrices_of(tensors)
+    if embedding is None or head is None or share_memory(embedding, head):
+        return False
+    if embedding.is_meta or head.is_meta:  # not loaded, or on disk
+        return False
+    if "head.codes" in tensors:
+        head = head.to(embedding.dtype)  # as quantize.py makes the embedding of it
+    head = head.to(embedding.device)
+    return head.shape != embedding.shape or bool((head != embedding).any())
+
+
+def untie(model: Any) -> None:
+    """Give the head a matrix of its own, and let the config say so."""
+    model.config = replace(model.config, tie_embeddings=False)
+    if not isinstance(model.head, QuantizedLinear):
+        model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+
+
+def settle_ties(model: Any, tensors: dict[str, Tensor] | None = None) -> None:
+    """Let the config say that head and embedding are not tied, if they differ in `tensors`.
+
+    None stands for the model's own. Every writer calls it: a head may have been replaced.
+    """
+    tensors = model.state_dict(keep_vars=True) if tensors is None else tensors
+    if model.config.tie_embeddings and heads_differ(tensors):
+        model.config = replace(model.config, tie_embeddings=False)
+
+
 def stored_tensors(model: Any) -> dict[str, Tensor]:
     """The tensors that a file holds of a model.
 
     Codes of 4 bits are stored two per byte. Of tied matrices one is kept: the head if it is
     quantized, else the embedding.
     """
+    settle_ties(model)
     tensors = model.state_dict()
     for name, layer in quantized_layers(model).items():
         tensors[f"{name}.codes"] = layer.pack()
     if model.config.tie_embeddings:
         tensors.pop("head.weight" if "head.weight" in tensors else "embedding.weight")
+    elif share_memory(tensors.get("embedding.weight"), tensors.get("head.weight")):
+        tensors["head.weight"] = tensors["head.weight"].clone()  # a file holds no memory twice
     return tensors
 
 
-def fill_model(model: Any, tensors: dict[str, Tensor]) -> None:
-    """Load what `stored_tensors` has given; a KeyError or RuntimeError if it does not fit."""
-    for name, layer in quantized_layers(model).items():
-        factors = tensors[f"{name}.factors"] if layer.bits == 4 else None
-        tensors[f"{name}.codes"] = layer.unpack(tensors[f"{name}.codes"], factors)
-    if model.config.tie_embeddings and isinstance(model.head, QuantizedLinear):
-        tensors["embedding.weight"] = dequantize(tensors["head.codes"], tensors["head.scale"])
-    elif model.config.tie_embeddings:
-        tensors["head.weight"] = tensors["embedding.weight"]
-    model.load_state_dict(tensors)
+def fill_model(model: Any, tensors: dict[str, Any], path: str, config: str, remedy: str) -> None:
+    """Load what `stored_tensors` has given, or a state_dict. Tensors that do not fit: a UserError.
+
+    If a file holds a head and another embedding, the model has both, whatever its config says.
+    """
+    apart = False
+    try:
+        for name, layer in quantized_layers(model).items():
+            factors = tensors[f"{name}.factors"] if layer.bits == 4 else None
+            tensors[f"{name}.codes"] = layer.unpack(tensors[f"{name}.codes"], factors)
+        if model.config.tie_embeddings and heads_differ(tensors):
+            untie(model)
+            apart = True
+        elif model.config.tie_embeddings:
+            embedding, head = matrices_of(tensors)
+            tensors.setdefault("embedding.weight", head)
+            if "head.codes" not in tensors:
+                tensors.setdefault("head.weight", embedding)
+        model.load_state_dict(tensors)
+    except (RuntimeError, KeyError):
+        raise UserError(path, f"does not fit its {config}", remedy) from None
+    if apart:
+        problem = "tie_embeddings is true, but its head differs from its embedding"
+        warnings.warn(f"{path}: {problem}; the model has both, untied", stacklevel=2)
