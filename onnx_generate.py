@@ -71,14 +71,14 @@ class OnnxModel:
 
         It yields `max_tokens` ids: if an id ends a text, the caller has to stop there.
         """
-        random, state, unread = np.random.default_rng(seed), None, ids
+        random, state, unread = np.random.default_rng(seed), None, np.asarray(ids)
         for _ in range(max_tokens):
-            logits, state = self.advance([unread], state)
+            logits, state = self.advance(unread[None], state)
             scores = logits[0].astype(np.float64)  # (v,)
             if temperature > 0:  # the largest of logits plus Gumbel noise is a sample
                 scores = scores / temperature + random.gumbel(size=scores.shape)
-            unread = [int(scores.argmax())]
-            yield unread[0]
+            unread = scores.argmax(keepdims=True)
+            yield int(unread[0])
 
 
 def fail(problem: str) -> NoReturn:
