@@ -1,5 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
+OLDEST_TORCH := 2.11.0
+OLDEST := model branches kernels training artifacts export_model hf_integration tied_weights peft \
+    serve chat_template streaming data documents prepare_documents tokenizer_travels
 # pip need not compile what nobody imports: the first import writes the bytecode.
 export PYTHONDONTWRITEBYTECODE :=
 
@@ -20,9 +23,8 @@ test-slow: .venv/dev  ## the checks that take minutes
 test-gpu: .venv/dev  ## that a GPU, if there is one, gives the same results as the CPU
 	$(BIN)/python -m pytest -m gpu tests/test_gpu.py
 
-test-oldest: .venv-oldest/dev  ## model, scan, training and compile on the oldest PyTorch that works
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 3 --dist loadfile \
-	    tests/test_model.py tests/test_branches.py tests/test_kernels.py tests/test_training.py
+test-oldest: .venv-oldest/dev  ## the oldest versions of PyTorch and of every package that work
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 3 --dist loadfile $(OLDEST:%=tests/test_%.py)
 
 chaos: .venv/dev  ## break runs on purpose a hundred times: half an hour
 	OMP_NUM_THREADS=1 CHAOS=1 $(BIN)/python -m pytest -m 'not gpu' tests/test_reliability.py tests/test_restarts.py
@@ -42,6 +44,8 @@ data/text/train.bin: | .venv/core
 
 .venv-oldest/dev: requirements-dev.txt requirements.txt
 	$(PYTHON) -m venv --upgrade-deps .venv-oldest
-	grep -hv '^-r' requirements.txt requirements-dev.txt | sed 's/^torch==.*/torch==2.11.0/' > .venv-oldest/packages
-	.venv-oldest/bin/python -m pip install --no-compile -r .venv-oldest/packages
+	grep -hv '^-r\|^torch==' requirements.txt requirements-dev.txt > .venv-oldest/packages
+	.venv-oldest/bin/python -m pip install --no-compile uv torch==$(OLDEST_TORCH)
+	.venv-oldest/bin/uv pip install --python .venv-oldest/bin/python --resolution lowest-direct \
+	    -r .venv-oldest/packages torch==$(OLDEST_TORCH)
 	touch $@
