@@ -180,7 +180,8 @@ def test_a_hugging_face_folder_of_the_first_release_generates():
 
 
 def test_onnx_graphs_of_the_first_release_generate():
-    pytest.importorskip("onnxruntime")
+    """They have a cosine in float64; the graphs of today do not need so new a version."""
+    pytest.importorskip("onnxruntime", minversion="1.29")
     from onnx_generate import OnnxModel
 
     model = OnnxModel(OLD / "onnx", threads=1)
