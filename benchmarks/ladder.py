@@ -250,7 +250,7 @@ def plot(rows: list[dict], path: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     left.set_ylabel("validation loss, bits per byte")
     handles = dict(zip(*reversed(right.get_legend_handles_labels()), strict=True))
-    right.legend(handles.values(), handles.keys(), frameon=False)
+    figure.legend(handles.values(), handles.keys(), frameon=False, loc="outside right upper")
     figure.savefig(path, dpi=130)
 
 
