@@ -85,14 +85,15 @@ def caches(model, length=64):
     yield StaticCache(config=model.config, max_cache_len=length)
 
 
-def same_state(got: ModelState, want: ModelState):
+def same_state(got: ModelState, want: ModelState, tolerance: float):
     """Equal in all that can still be read: keys from before the text are hidden."""
     for (name, a), b in zip(got.tensors().items(), want.tensors().values(), strict=True):
         if name.endswith(("keys", "values")) and a.shape[2]:
             known = want.position.clamp(max=a.shape[2])
             hidden = torch.arange(a.shape[2]) < (a.shape[2] - known)[:, None]
             a, b = (t.masked_fill(hidden[:, None, :, None], 0.0) for t in (a, b))
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+        if b.numel():
+            close(a, b, tolerance)
 
 
 # ------------------------------------------------------------------------------------- logits
@@ -101,7 +102,7 @@ def same_state(got: ModelState, want: ModelState):
 @pytest.mark.parametrize("double", [False, True], ids=["f32", "f64"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_and_states_equal_the_native_ones_for_every_split(shape, double):
-    """States in float64, where rounding does not grow from token to token."""
+    """In float64 too, where rounding does not grow from token to token."""
     native = wide(double, **SHAPES[shape])
     model, ids = hf(native), some_ids(3, 40, seed=3)
     if double:
@@ -114,8 +115,7 @@ def test_logits_and_states_equal_the_native_ones_for_every_split(shape, double):
             got = [model(chunk, past_key_values=cache).logits for chunk in ids.split(split, dim=1)]
             close(torch.cat(got, dim=1), want, 1e-10 if double else 1e-5)
             assert cache.get_seq_length() == 40
-            if double:
-                same_state(read_cache(cache, native, 3), state)
+            same_state(read_cache(cache, native, 3), state, 1e-11 if double else 1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

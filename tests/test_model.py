@@ -104,7 +104,7 @@ def texts_in_pieces(draw):
             {"qv_conv": False},
             PLAIN_KEYS,
             *FORMS.values(),
-        ]  # fmt: skip
+        ]
     ),
     double=st.booleans(),
 )
