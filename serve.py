@@ -54,7 +54,7 @@ import torch
 from streaming import MARK, Session, StreamingConfig, StreamingServer, Token
 from tinymamba.checkpoint import require_writable
 from tinymamba.cli import DTYPES, UserError, need, parse_flags, require, require_plain_name, run_cli
-from tinymamba.tokenizer import SimpleTokenizer, byte_alphabet, why_no_tokenizer
+from tinymamba.tokenizer import SimpleTokenizer, byte_alphabet, copy_tokenizer, why_no_tokenizer
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -74,7 +74,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request  # noqa: E402
 from fastapi.responses import Response  # noqa: E402
 from fastapi.security import HTTPBearer  # noqa: E402
 
-from tinymamba.chat_template import ChatTemplate, copy_tokenizer  # noqa: E402
+from tinymamba.chat_template import ChatTemplate  # noqa: E402
 from tinymamba.openai_api import (  # noqa: E402
     AnswerOut,
     ApiError,

@@ -16,15 +16,9 @@ from typing import Any
 
 from tinymamba.cli import need
 from tinymamba.openai_api import ApiError, Message
-from tinymamba.tokenizer import SimpleTokenizer
+from tinymamba.tokenizer import SimpleTokenizer, copy_tokenizer
 
 STAND_INS, SIGNS = 0xF0000, 0x100000  # private use: for the characters of messages, and for tokens
-
-
-def copy_tokenizer(tokenizer: Any) -> Any:
-    """Another one of the same ids, if its kind is known: encoding changes its settings."""
-    known = isinstance(tokenizer, SimpleTokenizer)
-    return SimpleTokenizer.from_dict(tokenizer.to_dict()) if known else tokenizer
 
 
 def either(texts: Iterable[str]) -> re.Pattern:
@@ -165,7 +159,7 @@ class ChatTemplate:
         back = {new: old for old, new in stand_ins.items()}
         for pattern in self.patterns:
             changed = [pattern.sub(lambda m: m[0].translate(stand_ins), c) for c in contents]
-            text = self.fill(messages, contents)
+            text = self.fill(messages, contents)  # anew: it may have the time
             with contextlib.suppress(ApiError):  # the template may reject what stands in
                 marked = text if changed == contents else self.fill(messages, changed)
                 if marked.translate(back) == text:

@@ -233,6 +233,12 @@ class SimpleTokenizer:
         return len(self.pieces) if self.library is None else self.library.get_vocab_size()
 
 
+def copy_tokenizer(tokenizer: Any) -> Any:
+    """Another one of the same ids, if its kind is known: encoding changes its settings."""
+    known = isinstance(tokenizer, SimpleTokenizer)
+    return SimpleTokenizer.from_dict(tokenizer.to_dict()) if known else tokenizer
+
+
 def byte_level(model: Any, use_regex: bool = True) -> Any:
     """A `tokenizers.Tokenizer` over a `tokenizers` model whose tokens are written as bytes."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
