@@ -36,6 +36,7 @@ from helpers import (
     write_tokens,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from torch._dynamo.backends.common import aot_autograd
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -56,6 +57,15 @@ from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer, byte_alphabet
 
 BEST = Path("tinymamba_model_best.pt")
 VALIDATION = re.compile(r"^validation at step (\d+): (\S+) nats(?:, (\S+) bits per byte)?", re.M)
+
+
+@pytest.fixture(autouse=True)
+def event_files_in_order(monkeypatch):
+    """Count this process's event files from 0: TensorBoard sorts those of a second as text.
+
+    Runs in one process can start in the same second, and then file 10 comes before file 9.
+    """
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def scalars(log_dir: Path) -> dict[str, dict[int, float]]:
