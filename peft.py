@@ -29,6 +29,7 @@ import json
 import math
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -462,7 +463,7 @@ def merge_adapter(model: TinyMambaModel, name: str = "default") -> None:
 def require_unquantized(
     model: TinyMambaModel,
     problem: str = "no adapter can be merged into it",
-    remedy: str = "use the adapter without --merge",
+    remedy: str = "use the adapter without --merge, or merge it into the float model with --force",
 ) -> None:
     """Reject a quantized model."""
     require(not model.quantization, "checkpoint", f"is quantized: {problem}", remedy)
@@ -602,17 +603,19 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor], dict[s
     return config, *read_all_tensors(folder / WEIGHTS_FILE, "save it again", unsigned="")
 
 
-def load_adapter(model: TinyMambaModel, folder: str | Path, name: str = "default") -> None:
+def load_adapter(
+    model: TinyMambaModel, folder: str | Path, name: str = "default", force: bool = False
+) -> None:
     """Attach a saved adapter, of save_adapter or Hugging Face's package, and activate it.
 
     An adapter of another base model, or one that does not fit, is a UserError, and the model stays
-    as it was.
+    as it was. With `force`, another base is a warning: a quantized form of this one, for example.
     """
     folder, state = Path(folder), adapter_state(model)
     config, tensors, metadata = read_adapter(folder)
     path, remedy = str(folder / WEIGHTS_FILE), "use the checkpoint that it was trained on"
-    same = metadata.get("base", state.base) == state.base
-    require(same, path, "belongs to another base model", remedy)
+    same, foreign = metadata.get("base", state.base) == state.base, "belongs to another base model"
+    require(same or force, path, foreign, f"{remedy}, or pass --force")
     said, own = metadata.get("tokenizer"), (model.tokenizer or {}).get("sha256")
     problem = f"has another tokenizer ({said!s:.12}) than the model ({own!s:.12})"
     require(said == own or None in (said, own), path, problem, remedy)
@@ -630,6 +633,8 @@ def load_adapter(model: TinyMambaModel, folder: str | Path, name: str = "default
         for p in trainable:
             p.requires_grad_(True)
         raise
+    if not same:
+        warnings.warn(f"{path}: {foreign}; its effect may differ on this one", stacklevel=2)
 
 
 def lora_targets(
@@ -775,7 +780,7 @@ class Options:
     output_dir: str = "./adapter"  # folder to write to
     adapter: str | None = None  # folder of an adapter to merge, instead of training
     merge: bool = False  # write merged.pt, a plain checkpoint with the LoRA adapter in it
-    force: bool = False  # replace files in output_dir
+    force: bool = False  # replace files in output_dir; let --adapter be one of another base model
 
 
 SPELLING: dict[str, tuple[str, ...]] = {  # fields with a shorter flag
@@ -877,7 +882,7 @@ def merge(options: Options) -> int:
     model = load_model(options.checkpoint)
     open_tokenizer(None, model, [options.checkpoint])
     require_unquantized(model)
-    load_adapter(model, str(options.adapter))
+    load_adapter(model, str(options.adapter), force=options.force)
     require_writable(path.parent, "output_dir")
     write_merged(model, path)
     return 0

@@ -104,6 +104,7 @@ class Options:
     checkpoint: str = "tinymamba_model_latest.pt"  # a checkpoint of testv2.py, or a folder
     tokenizer: str | None = None  # tokenizer.json or vocab.txt; else the checkpoint's
     adapter: str | None = None  # folder of an adapter made by peft.py; it answers by default
+    force: bool = False  # let --adapter be one of another base model
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
     dtype: torch.dtype = torch.float32  # dtype of the weights
     compile: bool = False  # compile the one-token step: a minute at the start, faster after
@@ -1406,6 +1407,7 @@ def main(argv: list[str] | None = None) -> int:
             options.dtype,
             options.compile,
             {"adapter": options.adapter} if options.adapter else {},
+            options.force,
         )
         api = Api(server, options)
         warn(api)

@@ -805,6 +805,7 @@ class StreamingServer:
     compiled     compile the model for one token: slow to start, faster afterwards
     adapters     folders written by peft.py, by name; each session and answer may choose one, and
                  all are decoded in one batch
+    force        load adapters of another base model, too, with a warning
 
     Prompts are text or lists of ids. Invalid arguments raise a UserError and change nothing. An
     incomplete character at the end of an answer is left out of its text and of the session.
@@ -819,6 +820,7 @@ class StreamingServer:
         dtype: torch.dtype = torch.float32,
         compiled: bool = False,
         adapters: dict[str, str | Path] | None = None,
+        force: bool = False,
     ):
         target, config = usable_device(str(device)), config or StreamingConfig()
         problem = why_no_compile(target) if compiled else None
@@ -828,7 +830,7 @@ class StreamingServer:
         else:
             self.model, beside = load_model(model_path, target), [model_path]
         self.tokenizer = open_tokenizer(tokenizer, self.model, beside)
-        self.adapters = self.load_adapters(adapters or {}, compiled)
+        self.adapters = self.load_adapters(adapters or {}, compiled, force)
         self.model = self.model.to(target, dtype)
         column_major_weights(self.model)
         self.vocab_size = self.model.config.vocab_size
@@ -842,7 +844,9 @@ class StreamingServer:
         remedy = "pass the tokenizer that the model was trained with"
         require(known <= self.vocab_size, "tokenizer", problem, remedy)
 
-    def load_adapters(self, folders: dict[str, str | Path], compiled: bool) -> list[str]:
+    def load_adapters(
+        self, folders: dict[str, str | Path], compiled: bool, force: bool
+    ) -> list[str]:
         """Attach the adapters to the model; returns their names."""
         problem, remedy = "each mix of adapters would be compiled again", "load one, or merge it"
         require(not compiled or len(folders) <= 1, "compile", problem, remedy)
@@ -850,7 +854,7 @@ class StreamingServer:
             from peft import load_adapter
 
             for name, folder in folders.items():
-                load_adapter(self.model, folder, name)
+                load_adapter(self.model, folder, name, force)
         return list(folders)
 
     @functools.cached_property
@@ -1404,7 +1408,7 @@ class Options:
     gates: bool = False  # color text by the gates of the branches: SSM, attention, MLP
     stats: bool = False  # print the time to the first text, tokens/s and the size of the state
     compile: bool = False  # compile the model for one token: takes a minute, then runs faster
-    force: bool = False  # let --save_session replace a file
+    force: bool = False  # replace the file of --save_session; take an --adapter of another base
 
     CHOICES: ClassVar = {"dtype": tuple(DTYPES.values())}
 
@@ -1445,6 +1449,7 @@ def main(argv: list[str] | None = None) -> int:
         dtype=options.dtype,
         compiled=options.compile,
         adapters={ADAPTER: options.adapter} if options.adapter else {},
+        force=options.force,
     )
     problem = why_no_tokenizer(server.model)
     require(server.tokenizer, "tokenizer", problem, "pass --tokenizer")

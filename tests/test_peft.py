@@ -54,9 +54,10 @@ from peft import (
     set_adapter,
     unmerge_adapter,
 )
+from quantize import quantize_model
 from streaming import StreamingConfig, StreamingServer
 from testv2 import TinyMambaModel, load_model
-from tinymamba.checkpoint import load_checkpoint, save_checkpoint
+from tinymamba.checkpoint import load_checkpoint, save_checkpoint, save_model
 from tinymamba.cli import UserError
 from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer, byte_alphabet
 
@@ -389,6 +390,43 @@ def test_files_that_do_not_fit_are_rejected_and_leave_the_model_alone(tmp_path, 
     load_good = tmp_path / "good"
     save_adapter(adapted(AdapterConfig()), load_good)
     load_adapter(model, load_good)
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix", "state_offset"])
+@pytest.mark.parametrize("trained_on", ["float", "int8"])
+def test_an_adapter_fits_the_other_form_of_its_base_if_forced(trained_on, method, tmp_path):
+    forms = {"float": lambda: free_copy(wide()), "int8": lambda: quantize_model(wide(), 8)}
+    trained = attach(forms.pop(trained_on)(), AdapterConfig(method))
+    stir(trained, "default")
+    save_adapter(trained, tmp_path)
+    (other,) = forms.values()
+    model, want = other(), attach(other(), AdapterConfig(method))
+    with pytest.raises(UserError, match="another base model; .* or pass --force"):
+        load_adapter(model, tmp_path)
+    with pytest.warns(UserWarning, match="adapter_model.safetensors: belongs to another base"):
+        load_adapter(model, tmp_path, force=True)
+    stored = adapter_tensors(trained, "default")
+    with torch.no_grad():
+        for name, tensor in adapter_tensors(want, "default").items():
+            tensor.copy_(stored[name])
+    assert torch.equal(model.eval()(IDS), want.eval()(IDS))
+    assert not torch.equal(model(IDS), other().eval()(IDS))
+
+
+def test_scripts_take_an_adapter_of_another_base_if_forced(tmp_path):
+    base = free_copy(wide())
+    base.tokenizer = SimpleTokenizer().to_dict()
+    save_model(tmp_path / "float.pt", base)
+    save_adapter(attach(quantize_model(wide(), 8), AdapterConfig()), tmp_path)
+    given = ["--checkpoint", tmp_path / "float.pt", "--adapter", tmp_path]
+    merging = [*given, "--merge", "--output_dir", tmp_path / "merged"]
+    for run, command in ((peft.main, merging), (streaming.main, [*given, "--max_tokens", 1])):
+        assert_refused(run_main(run, *command), "belongs to another base model")
+        done = run_main(run, *command, "--force")
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("belongs to another base model; its effect may differ") == 1
+    merged = load_model(tmp_path / "merged" / "merged.pt")
+    assert torch.equal(merged(IDS), wide()(IDS))  # an adapter that was not trained changes nothing
 
 
 def test_damaged_files_and_foreign_bases_are_rejected(tmp_path):
