@@ -8,6 +8,7 @@
     model = AutoModelForCausalLM.from_pretrained("./hf_model", trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained("./hf_model")
 
+AutoModel gives hidden states, AutoModelForSequenceClassification scores for each row.
 After `import hf_integration`, trust_remote_code is not needed. The blocks are those of testv2.py.
 This file passes them what `transformers` has prepared, and keeps their state in its cache.
 Dimension letters in the comments on shapes are those of testv2.py; m is the number of keys that a
@@ -22,6 +23,7 @@ import importlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +35,9 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
@@ -43,9 +47,16 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin, StaticLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as INDEX
+from transformers.utils import SAFE_WEIGHTS_NAME as WEIGHTS
 from transformers.utils import cached_file, is_tracing
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from testv2 import (
     BEFORE,
@@ -64,10 +75,17 @@ from testv2 import (
     save_folder,
     take_tokens,
 )
-from tinymamba.checkpoint import new_folder, replace_files, save_model, write_json
+from tinymamba.checkpoint import new_folder, read_all_tensors, replace_files, save_model, write_json
 from tinymamba.cli import CliParser, UserError, add_flags, make_options, require, run_cli
-from tinymamba.kernels import QuantizedLinear, quantize_like, settle_ties, stored_tensors
-from tinymamba.tokenizer import EOS_NAMES, SimpleTokenizer, open_tokenizer
+from tinymamba.kernels import (
+    QuantizedLinear,
+    complete_tensors,
+    quantize_like,
+    quantized_layers,
+    settle_ties,
+    stored_tensors,
+)
+from tinymamba.tokenizer import EOS_NAMES, PAD_TOKEN, SimpleTokenizer, open_tokenizer
 
 # ------------------------------------------------------------------------------ configuration
 
@@ -338,6 +356,8 @@ class TinyMambaHFBackbone(TinyMambaModel):
         padding, read, state = mask_of_new_tokens(attention_mask, batch, length), 0, None
         if past_key_values is not None:
             state = read_cache(past_key_values, self, batch, length)
+            if state.position.is_meta:  # accelerate has offloaded the embedding
+                state = self.init_state(batch, input_ids.device)
             read = past_key_values.get_seq_length()
         ends, state = split_documents(position_ids, padding, state)
         recorder = None
@@ -371,11 +391,10 @@ class TinyMambaHFBackbone(TinyMambaModel):
         return input_ids
 
 
-class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
-    """TinyMambaModel as a causal language model of `transformers`.
+class TinyMambaPreTrainedModel(PreTrainedModel):
+    """What the classes below share.
 
-    `model.model` is the native model. With a cache, the input continues the text of the cache.
-    Padding, on either side, leaves a row exactly as if it were not there.
+    `model.model` is the native model, whose weights have the same names in every class's files.
     """
 
     config_class = TinyMambaConfig
@@ -391,7 +410,6 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: TinyMambaConfig):
         super().__init__(config)
-        self.loss_type = "ForCausalLM"
         self.model = TinyMambaHFBackbone(config.to_native())
         if config.quantization is not None:
             quantize_like(self.model, config.quantization)
@@ -401,14 +419,6 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
             self.model.head.weight = nn.Parameter(self.model.head.weight.detach().clone())
         for p in self.model.parameters():  # TinyMambaModel has initialized them
             p._is_hf_initialized = p.device.type != "meta"
-        self.post_init()
-
-    @staticmethod
-    def of(native: TinyMambaModel, **changes: Any) -> TinyMambaHFModel:
-        """A copy of a native model in eval mode, with changes of its configuration."""
-        model = TinyMambaHFModel(config_of(native, **changes))
-        model.model.load_state_dict(native.state_dict())
-        return model.eval()
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -426,10 +436,8 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
             p._is_hf_initialized = True
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
-    ) -> TinyMambaHFModel:
-        """As for every model. A quantized folder is loaded on the CPU, in its own dtypes."""
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As for every model. A quantized folder is loaded in its own dtypes."""
         name, config = pretrained_model_name_or_path, kwargs.get("config")
         hub, rest = {n: kwargs[n] for n in HUB_ARGUMENTS if n in kwargs}, dict(kwargs)
         if not isinstance(config, TinyMambaConfig):
@@ -438,27 +446,21 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
             )
         if config.quantization is None:
             return super().from_pretrained(name, *args, **kwargs)
-        for unsupported in ("device_map", "output_loading_info", "quantization_config"):
-            if rest.get(unsupported):
-                raise ValueError(
-                    f"{unsupported}: is not supported for a quantized model; leave it out"
-                )
-        if kwargs.get("dtype") not in (None, "auto", "float32", torch.float32):
-            raise ValueError("dtype: a quantized model computes in float32; leave it out")
-        weights = cached_file(name, "model.safetensors", **hub)
-        model = cls(config)
-        try:
-            model.model.load_state_dict(load_folder(Path(weights).parent).state_dict())
-        except UserError as e:
-            raise ValueError(str(e)) from None
+        require_own_dtypes(kwargs)
+        settings = {n: v for n, v in rest.items() if n not in (*HUB_ARGUMENTS, "torch_dtype")}
+        settings |= {"config": config, "dtype": torch.float32}
+        tensors = read_quantized(config, name, hub)
+        loaded = super().from_pretrained(None, *args, state_dict=tensors, **settings)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.settle_ties()
         model.name_or_path = model.config.name_or_path = str(name)
-        with contextlib.suppress(OSError):  # a folder of quantize.py has no generation_config.json
-            model.generation_config = GenerationConfig.from_pretrained(name, **hub)
-        return model.eval()
+        if model.can_generate():  # a folder of quantize.py has no generation_config.json
+            with contextlib.suppress(OSError):
+                model.generation_config = GenerationConfig.from_pretrained(name, **hub)
+        return loaded
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As for every model, with the code that AutoModelForCausalLM needs to load it.
+        """As for every model, with the code that the Auto classes need to load it.
 
         The hash of the tokenizer is left out: what is saved beside the model may be another one.
         """
@@ -467,18 +469,25 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
                 "push_to_hub: would upload the model without its code; "
                 "use model.push_to_hub(repo_id)"
             )
+        for layer in quantized_layers(self.model).values():
+            if layer.bits == 4 and layer.codes.is_meta:
+                raise ValueError(
+                    "save_pretrained: cannot pack 4-bit codes that are offloaded; "
+                    "load the model without offload_buffers"
+                )
         self.settle_ties()
         head, embedding = self.get_output_embeddings(), self.get_input_embeddings()
-        shared = not self.config.tie_embeddings and head.weight is embedding.weight
-        if shared or self.config.quantization is not None:
-            stored = stored_tensors(self.model)
-            kwargs.setdefault("state_dict", {f"model.{name}": t for name, t in stored.items()})
+        shared = head is not None and head.weight is embedding.weight
+        if self.config.quantization is not None or (shared and not self.config.tie_embeddings):
+            stored = {f"model.{name}": t for name, t in stored_tensors(self.model).items()}
+            own = {n: t for n, t in self.state_dict().items() if not n.startswith("model.")}
+            kwargs.setdefault("state_dict", {**stored, **own})
         super().save_pretrained(save_directory, *args, **kwargs)
         path = Path(save_directory) / "config.json"
         if path.is_file():  # not an adapter's folder
             config = json.loads(path.read_text(encoding="utf-8"))
             config.pop("tokenizer_sha256", None)
-            write_json(path, config)
+            write_json(path, {**config, "auto_map": complete_auto_map(config.get("auto_map", {}))})
             write_code(path.parent)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -514,7 +523,7 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
         self.settle_ties()
         embedding = super().resize_token_embeddings(*args, **kwargs)
         self.model.config.vocab_size = self.config.vocab_size
-        for table in (embedding, self.model.head):
+        for table in filter(None, (embedding, self.model.head)):
             table.weight._is_hf_initialized = True
         return embedding
 
@@ -523,6 +532,54 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
         super().set_attn_implementation(*args, **kwargs)
         for block in self.model.blocks:
             block.attention.use_flash_attn = self.config._attn_implementation != "eager"
+
+    def run_backbone(
+        self,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **inputs: Any,
+    ) -> BaseModelOutputWithPast:
+        """The backbone's output, with the defaults of the config and a new cache if one is used."""
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        out = self.model(
+            past_key_values=past_key_values,
+            output_attentions=bool(output_attentions),
+            output_hidden_states=bool(output_hidden_states),
+            **inputs,
+        )
+        if not use_cache:
+            out.past_key_values = None
+        return out
+
+
+class TinyMambaHFModel(TinyMambaPreTrainedModel, GenerationMixin):
+    """TinyMambaModel as a causal language model of `transformers`.
+
+    With a cache, the input continues the text of the cache. Padding, on either side, leaves a row
+    exactly as if it were not there.
+    """
+
+    def __init__(self, config: TinyMambaConfig):
+        super().__init__(config)
+        self.loss_type = "ForCausalLM"
+        self.has_checked_ends = False
+        self.post_init()
+
+    @staticmethod
+    def of(native: TinyMambaModel, **changes: Any) -> TinyMambaHFModel:
+        """A copy of a native model in eval mode, with changes of its configuration."""
+        model = TinyMambaHFModel(config_of(native, **changes))
+        model.model.load_state_dict(native.state_dict())
+        return model.eval()
 
     @staticmethod
     def create_masks_for_generate(
@@ -569,35 +626,54 @@ class TinyMambaHFModel(PreTrainedModel, GenerationMixin):
         continues its document. labels (b, l) are shifted here; kwargs go to the loss.
         logits_to_keep is how many of the last logits to compute, or the indices of some.
         """
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        out = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
+        out = self.run_backbone(
             past_key_values,
-            inputs_embeds,
-            bool(output_attentions),
-            bool(output_hidden_states),
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.head(out.last_hidden_state[:, kept])
         loss, size = None, self.config.vocab_size
         if labels is not None:
+            self.check_ends(input_ids, attention_mask, labels)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=past_key_values if use_cache else None,
+            past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
         )
+
+    def check_ends(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, labels: Tensor
+    ) -> None:
+        """Warn if the first eos tokens (b, l) of a training all have the label of padding.
+
+        Collators of `transformers` do that to them if eos is the pad token as well.
+        """
+        eos, pad = self.config.eos_token_id, self.config.pad_token_id
+        shared = eos is not None and eos == pad and input_ids is not None
+        if not shared or self.has_checked_ends or not self.training or is_tracing(labels):
+            return
+        ends = input_ids == eos
+        if attention_mask is not None:
+            ends = ends & (attention_mask[:, -ends.shape[1] :] != 0)
+        if not bool(ends.any()):
+            return
+        self.has_checked_ends = True
+        if bool((labels[ends] == -100).all()):
+            warnings.warn(
+                f"labels: the ends of texts (id {eos}) are left out of the loss, so that the model "
+                "does not learn to end a text: eos is the pad token, too; add a pad token to the "
+                "tokenizer, and call model.resize_token_embeddings(len(tokenizer))",
+                stacklevel=3,
+            )
 
 
 def mask_of_new_tokens(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
@@ -649,13 +725,180 @@ def split_documents(
 
 TinyMambaForCausalLM = TinyMambaHFModel
 
+
+class HeadlessModel(TinyMambaPreTrainedModel):
+    """A model without the output layer."""
+
+    _keys_to_ignore_on_load_missing = (r"^model\.head\.",)
+
+    def __init__(self, config: TinyMambaConfig):
+        super().__init__(config)
+        # A file may hold tied matrices as the head's only: from_pretrained removes it afterwards.
+        if not self.model.embedding.weight.is_meta:
+            self.drop_head()
+
+    def drop_head(self) -> None:
+        """Remove the output layer."""
+        self.settle_ties()
+        self.model.head = None
+        self._tied_weights_keys = {}
+        self.all_tied_weights_keys: dict[str, str] = {}
+        if scheme := self.config.quantization:
+            layers = {name: bits for name, bits in scheme["layers"].items() if name != "head"}
+            self.config.quantization = self.model.quantization = {**scheme, "layers": layers}
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As for every model."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).drop_head()
+        return loaded
+
+
+class TinyMambaHFBaseModel(HeadlessModel):
+    """TinyMambaModel for AutoModel: its output is the hidden state of each token."""
+
+    _keys_to_ignore_on_load_unexpected = (r"^score\.",)
+
+    def __init__(self, config: TinyMambaConfig):
+        super().__init__(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """As TinyMambaHFModel.forward, but gives last_hidden_state (b, l, d)."""
+        return self.run_backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+
+
+class TinyMambaForSequenceClassification(HeadlessModel):
+    """A linear layer on the hidden state of each row's last token: a classifier or reward model."""
+
+    accepts_loss_kwargs = False  # the loss is a mean over rows, whatever the number of tokens
+
+    def __init__(self, config: TinyMambaConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.score = nn.Linear(config.d_model, config.num_labels, bias=False)
+        self.post_init()
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """As for every model of this file; `score` begins as the head of a language model does."""
+        super().initialize_weights()
+        weight = self.score.weight
+        if not getattr(weight, "_is_hf_initialized", False) and not weight.is_meta:
+            nn.init.normal_(weight, std=0.02)
+            weight._is_hf_initialized = True
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """input_ids (b, l) or inputs_embeds (b, l, d) -> logits (b, num_labels).
+
+        They are those of a row's last token that is not padding: by attention_mask, or without
+        one, as for other models of `transformers`, by pad_token_id. labels (b,), or (b, num_labels)
+        for a regression or several labels per row.
+        """
+        out = self.run_backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        hidden = out.last_hidden_state  # (b, l, d)
+        real, pad = mask_of_new_tokens(attention_mask, *hidden.shape[:2]), self.config.pad_token_id
+        if attention_mask is None and input_ids is not None and pad is not None:
+            real = input_ids != pad
+        logits = self.score(take_last(hidden, real))  # (b, num_labels)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, pooled_logits=logits, config=self.config
+            )
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+        )
+
+
+def take_last(hidden: Tensor, real: Tensor | None) -> Tensor:
+    """The vectors (b, d) of the last tokens of hidden (b, l, d) for which real (b, l) is not 0."""
+    if real is None:
+        return hidden[:, -1]
+    index = torch.arange(hidden.shape[1], device=hidden.device) * (real != 0).to(hidden.device)
+    return take_tokens(hidden, index.argmax(1, keepdim=True))[:, 0]
+
+
+def require_own_dtypes(kwargs: dict[str, Any]) -> None:
+    """Reject what from_pretrained cannot do with a quantized folder."""
+    if kwargs.get("quantization_config"):
+        problem = "is not supported for a quantized model; leave it out"
+        raise ValueError(f"quantization_config: {problem}")
+    for name in ("dtype", "torch_dtype"):
+        if kwargs.get(name) not in (None, "auto", "float32", torch.float32):
+            raise ValueError(f"{name}: a quantized model computes in float32; leave it out")
+
+
+def read_quantized(config: TinyMambaConfig, name: Any, hub: dict[str, Any]) -> dict[str, Tensor]:
+    """The state_dict of the quantized model in a folder or repository, with codes unpacked."""
+    index = None
+    if cached_file(name, WEIGHTS, _raise_exceptions_for_missing_entries=False, **hub) is None:
+        index = cached_file(name, INDEX, _raise_exceptions_for_missing_entries=False, **hub)
+    if index is None:
+        files = [cached_file(name, WEIGHTS, **hub)]
+    else:
+        files = get_checkpoint_shard_files(name, index, **hub)[0]
+    remedy, tensors = "export the model again", dict[str, Tensor]()
+    with torch.device("meta"):
+        native = TinyMambaModel(config.to_native())
+        quantize_like(native, config.quantization)
+    try:
+        for file in files:
+            tensors |= read_all_tensors(file, remedy, unsigned=("model.", "score."))[0]
+        tensors = {n.removeprefix("model."): t for n, t in tensors.items()}
+        complete_tensors(native, tensors, str(files[0]))
+    except UserError as e:
+        raise ValueError(str(e)) from None
+    except (RuntimeError, KeyError):
+        raise ValueError(f"{files[0]}: does not fit its config.json; {remedy}") from None
+    own = native.state_dict().keys()
+    return {f"model.{n}" if n in own else n: t for n, t in tensors.items()}
+
+
 # ------------------------------------------------------------------------------------ tokenizer
+
+PAD_NAMES = (PAD_TOKEN, "<|pad|>", "<pad>", "<|padding|>", "[PAD]")
 
 
 class TinyMambaHFTokenizer(PreTrainedTokenizerFast):
-    """The tokenizer.json of data/prepare.py, with padding on the left and eos as bos and padding.
+    """The tokenizer.json of data/prepare.py, with padding on the left, and eos as bos.
 
-    It is saved as a PreTrainedTokenizerFast, so that it loads without this file.
+    A pad token of its own pads, if there is one, else eos. It is saved as a
+    PreTrainedTokenizerFast, so that it loads without this file.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -663,19 +906,28 @@ class TinyMambaHFTokenizer(PreTrainedTokenizerFast):
         super().__init__(*args, **kwargs)
         vocabulary = self.get_vocab()
         eos = self.eos_token or next((name for name in EOS_NAMES if name in vocabulary), None)
-        for role in ("eos_token", "bos_token", "pad_token"):
-            if eos is not None and getattr(self, role) is None:
-                setattr(self, role, eos)
+        special = {str(t) for t in self.added_tokens_decoder.values() if t.special}
+        pad = next((name for name in PAD_NAMES if name in special), eos)
+        for role, token in (("eos_token", eos), ("bos_token", eos), ("pad_token", pad)):
+            if token is not None and getattr(self, role) is None:
+                setattr(self, role, token)
 
     @staticmethod
-    def of(tokenizer: SimpleTokenizer) -> TinyMambaHFTokenizer:
-        """The tokenizer that gives the ids of a SimpleTokenizer; a vocab.txt is a UserError."""
+    def of(tokenizer: SimpleTokenizer, vocab_size: int = 0) -> TinyMambaHFTokenizer:
+        """The tokenizer that gives the ids of a SimpleTokenizer; a vocab.txt is a UserError.
+
+        If eos would pad, and a model of vocab_size ids has one to spare, PAD_TOKEN is added: data
+        collators leave padding out of the loss, and a model would never learn to end a text.
+        """
         problem = "matches the longest token, which no fast tokenizer does"
         remedy = "pass a tokenizer.json as --tokenizer_file"
         source, record = str(tokenizer.path or tokenizer.name), tokenizer.to_dict()
         require(record["name"] == "tokenizer.json", source, problem, remedy)
         fast = TinyMambaHFTokenizer(tokenizer_object=Tokenizer.from_str(record["content"]))
         fast.chat_template = record["chat_template"]
+        spare = max(fast.get_vocab().values()) + 1 < vocab_size
+        if spare and fast.pad_token_id in (None, fast.eos_token_id):
+            fast.add_special_tokens({"pad_token": PAD_TOKEN})
         return fast
 
     @classmethod
@@ -693,9 +945,27 @@ class TinyMambaHFTokenizer(PreTrainedTokenizerFast):
 
 
 TinyMambaConfig.register_for_auto_class()
-TinyMambaHFModel.register_for_auto_class("AutoModelForCausalLM")
 AutoConfig.register(TinyMambaConfig.model_type, TinyMambaConfig, exist_ok=True)
-AutoModelForCausalLM.register(TinyMambaConfig, TinyMambaHFModel, exist_ok=True)
+AUTO_CLASSES: dict[Any, Any] = {
+    AutoModel: TinyMambaHFBaseModel,
+    AutoModelForCausalLM: TinyMambaHFModel,
+    AutoModelForSequenceClassification: TinyMambaForSequenceClassification,
+}
+AUTO_MAP = {"AutoConfig": "hf_integration.TinyMambaConfig"}  # of config.json
+for auto, made in AUTO_CLASSES.items():
+    made.register_for_auto_class(auto.__name__)
+    auto.register(TinyMambaConfig, made, exist_ok=True)
+    AUTO_MAP[auto.__name__] = f"hf_integration.{made.__name__}"
+
+
+def complete_auto_map(written: dict[str, Any]) -> dict[str, Any]:
+    """The auto_map that `transformers` has written, with the other classes of this file.
+
+    The code is in the folder: what a repository before it had is not fetched from there again.
+    """
+    other = {n: v for n, v in written.items() if str(v).rpartition("--")[2] != AUTO_MAP.get(n)}
+    return {**AUTO_MAP, **other}
+
 
 # ------------------------------------------------------------------------------------ convert
 
@@ -779,15 +1049,12 @@ def prepare_folder(
     if (source / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(source)
     if tokenizer is not None:
-        fast = TinyMambaHFTokenizer.of(tokenizer)
+        fast = TinyMambaHFTokenizer.of(tokenizer, model.config.vocab_size)
         require_same_ids(model, fast)
         special = {name: getattr(fast, name) for name in SPECIAL_IDS}
     config = config_of(model, **special, dtype="float32")
     config.architectures = ["AutoModelForCausalLM"]  # a name that `transformers serve` can look up
-    config.auto_map = {
-        "AutoConfig": "hf_integration.TinyMambaConfig",
-        "AutoModelForCausalLM": "hf_integration.TinyMambaHFModel",
-    }
+    config.auto_map = dict(AUTO_MAP)
     for name in SPECIAL_IDS:
         setattr(generation, name, getattr(config, name))
     return fast, config, generation

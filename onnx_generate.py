@@ -111,6 +111,8 @@ def hash_content(content: str) -> str:
     parts = json.loads(Tokenizer.from_str(content).to_str(), object_hook=drop_defaults)
     for key in ("version", "truncation", "padding", "post_processor"):
         parts.pop(key, None)
+    added = parts["added_tokens"]
+    parts["added_tokens"] = [t for t in added if t["content"] != "<|tinymamba_pad|>"]
     if merges := parts["model"].get("merges"):
         parts["model"]["merges"] = [m.split(" ") if isinstance(m, str) else m for m in merges]
     plain = json.dumps(parts, sort_keys=True, separators=(",", ":"))

@@ -1014,7 +1014,7 @@ class TinyMambaModel(nn.Module):
             ends = None if ends is None else ends.gather(1, order)
         past = state
         if self.start is not None and state is None:
-            past = self.init_state(ids.shape[0])
+            past = self.init_state(ids.shape[0], ids.device)
         starts, document = find_documents(ids, ends, past, lengths)
         context = self.make_context(ids, past, starts, lengths, ends is not None)
         context = context._replace(attend=attend, stateless=state is None)
@@ -1071,12 +1071,13 @@ class TinyMambaModel(nn.Module):
             total = total + recompute_in_backward(sum_losses, h, t, use_reentrant=False)
         return total / count
 
-    def init_state(self, batch: int) -> ModelState:
-        """The state before any token, for `batch` rows."""
+    def init_state(self, batch: int, device: torch.device | None = None) -> ModelState:
+        """The state before any token, for `batch` rows, by default on the embedding's device."""
         c, ssm, weight = self.config, self.blocks[0].ssm, self.embedding.weight
+        device = device or weight.device
 
         def zeros(*shape: int, dtype: torch.dtype = weight.dtype) -> Tensor:
-            return torch.zeros(batch, *shape, dtype=dtype, device=weight.device)
+            return torch.zeros(batch, *shape, dtype=dtype, device=device)
 
         keys = (c.num_heads, c.window_size - 1, c.d_model // c.num_heads)
         state = (ssm.n_heads, c.ssm_head_dim, c.d_state)
@@ -1400,7 +1401,7 @@ def load_folder(folder: Path) -> TinyMambaModel:
     path = folder / "model.safetensors"
     tensors: dict[str, Tensor] = {}
     for file in weight_files(path):
-        tensors |= read_all_tensors(file, remedy, unsigned="model.")[0]
+        tensors |= read_all_tensors(file, remedy, unsigned=("model.", "score."))[0]
     tensors = {name.removeprefix("model."): t for name, t in tensors.items()}
     fill_model(model, tensors, str(path), "config.json", remedy)
     model.tokenizer = read_folder_tokenizer(folder, config)

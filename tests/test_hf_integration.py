@@ -8,9 +8,11 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import accelerate
 import openai
 import pytest
 import torch
@@ -31,8 +33,11 @@ from helpers import (
     wide,
 )
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
+    DataCollatorForLanguageModeling,
     DynamicCache,
     GenerationConfig,
     QuantizedCache,
@@ -46,8 +51,11 @@ from transformers import (
 )
 
 import benchmark
+import hf_integration
+import onnx_generate
 from data.prepare import main as prepare
 from hf_integration import (
+    AUTO_MAP,
     TinyMambaConfig,
     TinyMambaForCausalLM,
     TinyMambaHFModel,
@@ -59,9 +67,9 @@ from hf_integration import (
 )
 from quantize import quantize_model
 from testv2 import ModelState, TinyMambaModel, generate, load_model, save_folder
-from tinymamba.checkpoint import load_checkpoint, save_checkpoint
+from tinymamba.checkpoint import load_checkpoint, save_checkpoint, save_model
 from tinymamba.cli import UserError
-from tinymamba.tokenizer import SimpleTokenizer
+from tinymamba.tokenizer import PAD_TOKEN, SimpleTokenizer, byte_tokenizer
 
 SHAPES = {
     "plain": {}, "documents": DOCUMENTS, "no_window": {"window_size": 1},
@@ -69,6 +77,7 @@ SHAPES = {
     "low_rank": {"low_rank": 5, "tie_embeddings": False},
     **{gate: {"gate": gate} for gate in GATES[1:]},
 }  # fmt: skip
+EOS_OF_BYTES = 256
 SPLITS = [(40,), (1,) * 40, (3, 1, 17, 1, 1, 17), (30, 10)]
 
 
@@ -441,6 +450,224 @@ def test_eager_attention_is_the_fused_one():
     close(hf(wide(), attn_implementation="eager")(ids).logits, hf(wide())(ids).logits)
 
 
+def with_hf_names(folder, **changes):
+    """The folder of a model that transformers has written."""
+    hf(wide(**changes)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}], ids=["tied", "untied"])
+def test_auto_model_gives_hidden_states_and_saves_what_it_read(changes, tmp_path):
+    ids, native = some_ids(2, 12), wide(**changes)
+    folder = with_hf_names(tmp_path / "lm", **changes)
+    model, facts = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(facts.values()), facts
+    out = model(ids, output_hidden_states=True)
+    close(native.head(out.last_hidden_state), native(ids))
+    assert torch.equal(out.hidden_states[-1], out.last_hidden_state)
+    step = model(ids[:, :1], past_key_values=out.past_key_values).last_hidden_state
+    close(native.head(step), native(torch.cat((ids, ids[:, :1]), 1))[:, -1:])
+    assert not model.can_generate() and not any("head" in name for name in model.state_dict())
+    model.save_pretrained(tmp_path / "base")
+    again, facts = AutoModel.from_pretrained(tmp_path / "base", output_loading_info=True)
+    assert not any(facts.values()), facts
+    for name, t in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], t), name
+    assert AutoModel.from_config(model.config).state_dict().keys() == model.state_dict().keys()
+    if changes:
+        with pytest.raises(UserError, match="has no output layer.*; load it with AutoModel"):
+            load_model(tmp_path / "base")
+    else:
+        assert torch.equal(load_model(tmp_path / "base")(ids), native(ids))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_head_of_a_quantized_folder_can_be_left_out(bits, tmp_path):
+    quantized, ids = quantize_model(wide(), bits, group_size=16), some_ids(2, 12)
+    (tmp_path / "q").mkdir()
+    save_folder(tmp_path / "q", quantized)
+    model = AutoModel.from_pretrained(tmp_path / "q", device_map="auto")
+    scorer = AutoModelForSequenceClassification.from_pretrained(tmp_path / "q", num_labels=3)
+    hidden, scores = model(ids).last_hidden_state, scorer(ids).logits
+    close(quantized.head(hidden), quantized(ids))
+    model.save_pretrained(tmp_path / "base")
+    scorer.save_pretrained(tmp_path / "scorer")
+    assert torch.equal(AutoModel.from_pretrained(tmp_path / "base")(ids).last_hidden_state, hidden)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "scorer")
+    assert torch.equal(again(ids).logits, scores)
+    left = {**quantized.quantization["layers"]}
+    assert left.pop("head") and model.config.quantization["layers"] == left
+    assert torch.equal(load_model(tmp_path / "base").head.weight, quantized.embedding.weight)
+
+
+def padded(side: str):
+    """Two rows of ids, the second shorter, with padding on one side; and their mask."""
+    ids, mask = some_ids(2, 9), torch.ones(2, 9, dtype=torch.int64)
+    if side == "left":
+        mask[1, :4] = 0
+        ids[1] = ids[1].roll(4)
+    else:
+        mask[1, 5:] = 0
+    return ids, mask
+
+
+def test_padding_of_either_side_changes_no_hidden_state_and_no_score(tmp_path):
+    folder = with_hf_names(tmp_path)
+    model = AutoModel.from_pretrained(folder)
+    scorer = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    assert 0.01 < scorer.score.weight.std().item() < 0.03
+    alone = [scorer(some_ids(2, 9)[r : r + 1, :n]).logits for r, n in enumerate((9, 5))]
+    hidden = [model(some_ids(2, 9)[r : r + 1, :n]).last_hidden_state for r, n in ((0, 9), (1, 5))]
+    for side in ("left", "right"):
+        ids, mask = padded(side)
+        out = model(ids, attention_mask=mask).last_hidden_state
+        for r, want in enumerate(hidden):
+            close(out[r, mask[r].bool()], want[0])
+        scores = scorer(ids, attention_mask=mask).logits
+        close(scores, torch.cat(alone))
+        embedded = scorer.get_input_embeddings()(ids)
+        close(scorer(inputs_embeds=embedded, attention_mask=mask).logits, scores)
+    close(scores, scorer.score(out[[0, 1], [8, 4]]), 1e-6)
+    scorer.config.pad_token_id = 7  # without a mask, padding is found by its id
+    ids = some_ids(2, 9).masked_fill(mask == 0, 7)
+    close(scorer(ids).logits, scores)
+    ids[0, 8] = ids[1, 4] = 7  # with a mask, what pads may end a text
+    ended = scorer(ids, attention_mask=mask).logits
+    close(ended, torch.cat([scorer(ids[r : r + 1, :n], attention_mask=mask[r : r + 1, :n]).logits
+                            for r, n in enumerate((9, 5))]))  # fmt: skip
+    assert not torch.allclose(ended, scores)
+
+
+def test_a_classifier_learns_and_is_no_language_model(tmp_path):
+    folder = with_hf_names(tmp_path / "lm")
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    rows = [{"input_ids": row, "labels": row[-1] % 2} for row in some_ids(16, 8).tolist()]
+    trainer = Trainer(model=model, args=training(tmp_path / "run"), train_dataset=rows)
+    losses = losses_of(trainer)
+    assert abs(losses[0] - math.log(2)) < 0.3  # a mean over both micro-batches
+    assert losses[-1] < losses[0] - 0.1
+    trainer.save_model(tmp_path / "out")
+    again, facts = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not any(facts.values()) and again.config.num_labels == 2
+    ids = some_ids(2, 9)
+    close(again(ids).logits, model.eval()(ids).logits)
+    _, facts = AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(facts.values()), facts
+    with pytest.raises(UserError, match="is a classifier.*AutoModelForSequenceClassification"):
+        load_model(tmp_path / "out")
+
+
+def test_the_reward_trainer_of_trl_prefers_what_it_is_told(tmp_path):
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+
+    tokenizer = TinyMambaHFTokenizer.of(SimpleTokenizer())
+    model = AutoModelForSequenceClassification.from_pretrained(
+        with_hf_names(tmp_path / "lm"), num_labels=1
+    )
+    pairs = {"prompt": ["a"] * 8, "chosen": ["good"] * 8, "rejected": ["a bad thing"] * 8}
+    args = RewardConfig(
+        output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=4, report_to=[],
+        use_cpu=True, save_strategy="no", bf16=False, logging_steps=1, learning_rate=1e-2,
+        gradient_checkpointing=False, lr_scheduler_type="constant")  # fmt: skip
+    trainer = RewardTrainer(model=model, args=args, train_dataset=Dataset.from_dict(pairs),
+                            processing_class=tokenizer)  # fmt: skip
+    losses = losses_of(trainer)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_features_have_the_width_of_the_model(tmp_path, prepared):
+    convert(str(prepared), str(tmp_path / "hf"))
+    pipe = pipeline("feature-extraction", model=str(tmp_path / "hf"))
+    [features] = pipe("the cat")
+    tokens = pipe.tokenizer("the cat", return_tensors="pt")
+    close(torch.tensor(features), pipe.model(**tokens).last_hidden_state[0], 1e-5)
+    assert len(features[0]) == pipe.model.config.d_model
+
+
+def test_a_saved_config_names_every_class_of_the_code_beside_it(tmp_path):
+    model = hf(wide())
+    model.config.auto_map = {"AutoModel": "me/small--hf_integration.TinyMambaHFBaseModel",
+                             "AutoModelForMaskedLM": "mine.Masked"}  # fmt: skip
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert written == {**AUTO_MAP, "AutoModelForMaskedLM": "mine.Masked"}
+    for name in AUTO_MAP.values():
+        assert hasattr(hf_integration, name.removeprefix("hf_integration."))
+
+
+def test_folders_from_before_these_classes_have_hidden_states_too():
+    old = ROOT / "tests/artifacts/hf"
+    assert "AutoModel" not in json.loads((old / "config.json").read_text())["auto_map"]
+    model, native, ids = AutoModel.from_pretrained(old), load_model(old), some_ids(1, 9, vocab=64)
+    close(native.head(model(ids).last_hidden_state), native(ids))
+
+
+# -------------------------------------------------------------------------------------- devices
+
+PLACES = {"model.embedding": "disk", "model.blocks.0": "cpu", "model.blocks.1": "disk",
+          "model.norm": "cpu", "model.head": "disk", "model.dropout": "cpu",
+          "model.rotary": "cpu"}  # fmt: skip
+
+
+def offload_to_cpu(model, folder):
+    accelerate.cpu_offload(model, torch.device("cpu"))
+
+
+def offload_to_disk(model, folder):
+    accelerate.disk_offload(model, folder, torch.device("cpu"), offload_buffers=True)
+
+
+def dispatch(model, folder):
+    accelerate.dispatch_model(model, PLACES, "cpu", offload_dir=folder, force_hooks=True)
+
+
+@pytest.mark.parametrize("form", ["tied", "untied", "quantized"])
+@pytest.mark.parametrize("offload", [offload_to_cpu, offload_to_disk, dispatch])
+def test_offloaded_weights_give_the_same_logits_and_texts(offload, form, tmp_path):
+    native = wide(n_layer=2, tie_embeddings=form != "untied")
+    native = quantize_model(native, 4, group_size=16) if form == "quantized" else native
+    model, offloaded, (ids, mask) = hf(native), hf(native), padded("left")
+    offload(offloaded, tmp_path / "weights")
+    assert offloaded.model.embedding.weight.is_meta
+    outs = [m(ids, attention_mask=mask).logits for m in (offloaded, model)]
+    assert torch.equal(*outs)
+    texts = [m.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+             for m in (offloaded, model)]  # fmt: skip
+    assert torch.equal(*texts)
+
+
+def test_a_quantized_folder_loads_onto_the_devices_of_the_caller(tmp_path):
+    quantized, ids = quantize_model(wide(), 4, group_size=16), some_ids(2, 12)
+    (tmp_path / "q").mkdir()
+    save_folder(tmp_path / "q", quantized)
+    want = quantized(ids)
+    for how in (
+        {"device_map": "auto", "low_cpu_mem_usage": True},
+        {"device_map": "cpu", "torch_dtype": "auto"},
+        {"device_map": {"": torch.device("cpu")}, "torch_dtype": torch.float32},
+        {"device_map": PLACES, "offload_folder": tmp_path / "offloaded"},
+    ):  # fmt: skip
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "q", **how)
+        assert torch.equal(model(ids, use_cache=False).logits, want), how
+    with pytest.raises(ValueError, match="torch_dtype: a quantized model computes in float32"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "q", torch_dtype=torch.float16)
+    how = {"device_map": PLACES, "offload_folder": tmp_path / "codes", "offload_buffers": True}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "q", **how)
+    assert torch.equal(model(ids, use_cache=False).logits, want)
+    with pytest.raises(ValueError, match="cannot pack 4-bit codes that are offloaded"):
+        model.save_pretrained(tmp_path / "shards")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "q")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len([*(tmp_path / "shards").glob("model-*.safetensors")]) > 1
+    again, facts = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "shards", output_loading_info=True
+    )
+    assert not any(facts.values()) and torch.equal(again(ids, use_cache=False).logits, want)
+
+
 # ------------------------------------------------------------------------------------- training
 
 
@@ -650,8 +877,7 @@ def test_a_quantized_folder_loads_and_is_saved_as_small(tmp_path, bits):
     assert torch.equal(again(ids, use_cache=False).logits, want)
     sizes = [(tmp_path / n / "model.safetensors").stat().st_size for n in ("one", "two")]
     assert abs(sizes[0] - sizes[1]) < 4096
-    for name, value in (("device_map", "auto"), ("output_loading_info", True),
-                        ("dtype", torch.bfloat16)):  # fmt: skip
+    for name, value in (("quantization_config", {"bits": 8}), ("dtype", torch.bfloat16)):
         with pytest.raises(ValueError, match=f"{name}: "):
             TinyMambaHFModel.from_pretrained(tmp_path / "one", **{name: value})
     GenerationConfig(eos_token_id=7).save_pretrained(tmp_path / "one")
@@ -715,6 +941,56 @@ def test_a_saved_tokenizer_is_the_same_by_every_way_to_load_it(tmp_path, prepare
         assert SimpleTokenizer(tmp_path / "again" / "tokenizer.json").sha256 == native.sha256
 
 
+def test_spare_ids_hold_a_pad_token_that_changes_no_other_id(tmp_path):
+    native = SimpleTokenizer()
+    assert TinyMambaHFTokenizer.of(native, 257).pad_token_id == EOS_OF_BYTES
+    fast = TinyMambaHFTokenizer.of(native, 258)
+    assert (fast.eos_token_id, fast.pad_token_id) == (EOS_OF_BYTES, 257)
+    fast.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    loaded.save_pretrained(tmp_path / "again")
+    read = SimpleTokenizer(tmp_path / "again" / "tokenizer.json")
+    assert read.sha256 == native.sha256 == onnx_generate.hash_content(read.content)
+    for text in (*TEXTS, PAD_TOKEN):
+        assert read.encode(text) == native.encode(text)
+        assert text == PAD_TOKEN or loaded.encode(text) == native.encode(text)
+    for tokenizer in (loaded, TinyMambaHFTokenizer.of(read, 257)):
+        assert tokenizer.pad_token_id == 257
+    own = byte_tokenizer()
+    own.add_special_tokens(["<pad>"])  # as tokenizers of other models have
+    (tmp_path / "tokenizer.json").write_text(own.to_str())
+    fast = TinyMambaHFTokenizer.of(SimpleTokenizer(tmp_path / "tokenizer.json"), 300)
+    assert (fast.pad_token, fast.pad_token_id, len(fast)) == ("<pad>", 257, 258)
+
+
+@pytest.mark.parametrize("vocabulary", ["full", "spare", "grown"])
+def test_a_model_learns_to_end_a_text_if_its_tokenizer_has_a_pad_token(vocabulary, tmp_path):
+    """With a full vocabulary eos pads, the collator masks it, and the model says so once."""
+    native = wide(vocab_size=257 + (vocabulary == "spare"), eos_id=EOS_OF_BYTES, n_layer=1)
+    native.tokenizer = SimpleTokenizer().to_dict()
+    save_model(tmp_path / "x.pt", native)
+    convert(str(tmp_path / "x.pt"), str(tmp_path / "hf"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").train()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    if vocabulary == "grown":  # as docs/huggingface.md advises
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+        model.resize_token_embeddings(len(tokenizer))
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    batch = collate([tokenizer(text + tokenizer.eos_token) for text in ("one", "three", "two")])
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(25):
+            optimizer.zero_grad()
+            model(**batch).loss.backward()
+            optimizer.step()
+    told = [w for w in said if "the ends of texts (id 256)" in str(w.message)]
+    inputs = tokenizer("th", return_tensors="pt")
+    text = model.eval().generate(**inputs, max_new_tokens=12, do_sample=False)[0]
+    ended = tokenizer.decode(text) == "three<|endoftext|>"
+    assert (ended, len(told)) == ((False, 1) if vocabulary == "full" else (True, 0))
+
+
 def test_a_list_of_words_is_no_fast_tokenizer(tmp_path):
     (tmp_path / "vocab.txt").write_text("the\ncat\n<|endoftext|>\n")
     with pytest.raises(UserError, match="vocab.txt: matches the longest token"):
@@ -728,7 +1004,8 @@ def in_process(*words) -> subprocess.CompletedProcess:
 
 FRESH = """
 import contextlib, io, multiprocessing, os, sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification,
+                          AutoTokenizer, DynamicCache, PreTrainedModel)
 
 def load(folder, saved):
     try:
@@ -743,6 +1020,10 @@ def load(folder, saved):
     cache = DynamicCache(config=model.config)
     logits = model(ids, past_key_values=cache).logits.detach()
     text = tokenizer.decode(model.generate(ids, max_new_tokens=9, do_sample=False)[0])
+    hidden = AutoModel.from_pretrained(folder, trust_remote_code=True)(ids).last_hidden_state
+    torch.testing.assert_close(model.model.head(hidden), logits, rtol=1e-4, atol=1e-4)
+    scorer = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
+    assert scorer(ids).logits.shape == (1, 2)
     model.save_pretrained(saved)
     tokenizer.save_pretrained(saved)
     if os.path.exists(folder + "/README.md"):
@@ -1032,6 +1313,15 @@ def test_lm_eval_has_the_likelihoods_of_the_native_model(tmp_path, prepared):
     asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     got = [value for value, _ in lm.loglikelihood(asked)]
     torch.testing.assert_close(torch.tensor(got), torch.tensor(want), rtol=1e-5, atol=1e-4)
+
+    quantized = quantize_model(native, 8)  # as small a change as rounding to bytes is
+    quantized.tokenizer = tokenizer.to_dict()
+    (tmp_path / "int8").mkdir()
+    save_folder(tmp_path / "int8", quantized)
+    convert(str(tmp_path / "int8"), str(tmp_path / "hf8"))
+    small = HFLM(pretrained=str(tmp_path / "hf8"), batch_size=2, device="cpu")
+    got = [value for value, _ in small.loglikelihood(asked)]
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(want), rtol=0.05, atol=0.5)
 
     rows = [{"question": q, "choices": [a, " dog", " tree"], "answer": 0} for q, a in pairs[:2]]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -14,7 +14,7 @@ import torch
 from helpers import close, free_copy, some_ids, stir, wide
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 import export_model
 from export_model import Graph, OnnxEmbedding, Options, examples, with_onnx_layers, write_onnx
@@ -185,6 +185,20 @@ def test_every_reader_finds_the_model_that_was_written(write, state, dtype, tmp_
     want = model_of(state, dtype).float()  # every reader computes in float32
     for read in READERS:
         assert_reads(read, path, tmp_path / read.__name__, want, state == "tied")
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_model_without_its_head_is_read_from_every_folder(state, tmp_path):
+    """A file may hold a tied matrix under either name, and a head that is to be left out."""
+    model = model_of(state)
+    for write in (write_folder, write_hf, write_shards, write_old_hf, write_head_only):
+        place = tmp_path / write.__name__
+        place.mkdir()
+        made, facts = AutoModel.from_pretrained(write(model, place), output_loading_info=True)
+        assert not any(facts.values()), (write.__name__, facts)
+        hidden = copy.deepcopy(made)(IDS, use_cache=False).last_hidden_state
+        assert torch.equal(model.head(hidden), logits(model)), write.__name__
+        assert made.config.tie_embeddings == (state == "tied")
 
 
 def old_quantized(model, folder):

@@ -148,7 +148,7 @@ def read_tensors(
 
 
 def read_all_tensors(
-    path: str | Path, remedy: str, unsigned: str | None = None
+    path: str | Path, remedy: str, unsigned: str | tuple[str, ...] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and notes of a safetensors file of any content; a damaged one is a UserError.
 

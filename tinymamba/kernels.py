@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tinymamba.cli import UserError
+from tinymamba.cli import UserError, require
 
 # ------------------------------------------------------------------------------------ scan
 
@@ -699,11 +699,43 @@ def stored_tensors(model: Any) -> dict[str, Tensor]:
     tensors = model.state_dict()
     for name, layer in quantized_layers(model).items():
         tensors[f"{name}.codes"] = layer.pack()
-    if model.config.tie_embeddings:
-        tensors.pop("head.weight" if "head.weight" in tensors else "embedding.weight")
+    if model.config.tie_embeddings and "head.codes" in tensors:
+        tensors.pop("embedding.weight")
+    elif model.config.tie_embeddings:
+        tensors.pop("head.weight", None)
     elif share_memory(tensors.get("embedding.weight"), tensors.get("head.weight")):
         tensors["head.weight"] = tensors["head.weight"].clone()  # a file holds no memory twice
     return tensors
+
+
+def complete_tensors(model: Any, tensors: dict[str, Any], path: str) -> None:
+    """Unpack the codes of a file's tensors, and add the one of tied matrices that it lacks.
+
+    If head and embedding differ, the model is untied. A tensor that is missing is a KeyError.
+    """
+    for name, layer in quantized_layers(model).items():
+        factors = tensors[f"{name}.factors"] if layer.bits == 4 else None
+        tensors[f"{name}.codes"] = layer.unpack(tensors[f"{name}.codes"], factors)
+    if not model.config.tie_embeddings:
+        return
+    if heads_differ(tensors):
+        untie(model)
+        problem = "tie_embeddings is true, but its head differs from its embedding"
+        warnings.warn(f"{path}: {problem}; the model has both, untied", stacklevel=3)
+        return
+    embedding, head = matrices_of(tensors)
+    tensors.setdefault("embedding.weight", head)
+    if "head.codes" not in tensors:
+        tensors.setdefault("head.weight", embedding)
+
+
+def require_head(tensors: dict[str, Any], tied: bool, path: str) -> None:
+    """Reject the tensors of what is no language model; hf_integration.py says who loads it."""
+    remedy = "load it with AutoModelForSequenceClassification"
+    require("score.weight" not in tensors, path, "is a classifier, not a language model", remedy)
+    known = tied or not tensors.keys().isdisjoint({"head.weight", "head.codes"})
+    remedy = "load it with AutoModel"
+    require(known, path, "has no output layer, and its embedding is not tied to one", remedy)
 
 
 def fill_model(model: Any, tensors: dict[str, Any], path: str, config: str, remedy: str) -> None:
@@ -711,22 +743,9 @@ def fill_model(model: Any, tensors: dict[str, Any], path: str, config: str, reme
 
     If a file holds a head and another embedding, the model has both, whatever its config says.
     """
-    apart = False
+    require_head(tensors, model.config.tie_embeddings, path)
     try:
-        for name, layer in quantized_layers(model).items():
-            factors = tensors[f"{name}.factors"] if layer.bits == 4 else None
-            tensors[f"{name}.codes"] = layer.unpack(tensors[f"{name}.codes"], factors)
-        if model.config.tie_embeddings and heads_differ(tensors):
-            untie(model)
-            apart = True
-        elif model.config.tie_embeddings:
-            embedding, head = matrices_of(tensors)
-            tensors.setdefault("embedding.weight", head)
-            if "head.codes" not in tensors:
-                tensors.setdefault("head.weight", embedding)
+        complete_tensors(model, tensors, path)
         model.load_state_dict(tensors)
     except (RuntimeError, KeyError):
         raise UserError(path, f"does not fit its {config}", remedy) from None
-    if apart:
-        problem = "tie_embeddings is true, but its head differs from its embedding"
-        warnings.warn(f"{path}: {problem}; the model has both, untied", stacklevel=2)

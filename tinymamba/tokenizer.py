@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 EOS_TOKEN = "<|endoftext|>"
+PAD_TOKEN = "<|tinymamba_pad|>"  # which hf_integration.py adds where a model has ids to spare
 FILES = ("tokenizer.json", "vocab.txt")  # the first that is there is the tokenizer
 TEMPLATE_FILE, SETTINGS_FILE = "chat_template.jinja", "tokenizer_config.json"
 RECORD = ("name", "content", "chat_template", "special_tokens", "sha256")
@@ -55,9 +56,9 @@ def split_lines(text: str) -> list[str]:
 def hash_content(name: str, content: str) -> str:
     """SHA-256 of what decides the ids that a tokenizer gives.
 
-    Line ends, white space, the order of keys, truncation, padding and the tokens to add around a
-    text do not count; neither do the fields that a version of `tokenizers` leaves out, nor how it
-    writes a merge. onnx_generate.py does the same.
+    Line ends, white space, the order of keys, truncation, padding, PAD_TOKEN and the tokens to add
+    around a text do not count; neither do the fields that a version of `tokenizers` leaves out, nor
+    how it writes a merge. onnx_generate.py does the same.
     """
     if name == FILES[1]:
         parts: Any = split_lines(content)
@@ -68,6 +69,7 @@ def hash_content(name: str, content: str) -> str:
         parts = json.loads(library.to_str(), object_hook=drop_defaults)
         for key in ("version", "truncation", "padding", "post_processor"):
             parts.pop(key, None)
+        parts["added_tokens"] = [t for t in parts["added_tokens"] if t["content"] != PAD_TOKEN]
         if merges := parts["model"].get("merges"):
             parts["model"]["merges"] = [m.split(" ") if isinstance(m, str) else m for m in merges]
     plain = json.dumps(parts, sort_keys=True, separators=(",", ":"))
