@@ -49,11 +49,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 
 from streaming import MARK, Session, StreamingConfig, StreamingServer, Token
 from tinymamba.checkpoint import require_writable
 from tinymamba.cli import DTYPES, UserError, need, parse_flags, require, require_plain_name, run_cli
+from tinymamba.prefix_cache import count_equal
 from tinymamba.tokenizer import SimpleTokenizer, byte_alphabet, copy_tokenizer, why_no_tokenizer
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
@@ -82,6 +84,7 @@ from tinymamba.openai_api import (  # noqa: E402
     CompletionBody,
     ErrorOut,
     Generation,
+    Message,
     NewSessionBody,
     SaveBody,
     SessionBody,
@@ -117,6 +120,7 @@ class Options:
 
     # Limits
     batch_size: int = 64  # answers decoded together
+    prefix_cache: int = 512  # memory in MiB for states after prefixes of prompts; 0 keeps none
     max_queue: int = 256  # answers that may wait for a slot; further requests get status 429
     max_body: int = 2**20  # bytes of a request
     max_prompt: int = 32768  # tokens of a prompt
@@ -134,7 +138,7 @@ class Options:
     CHOICES: ClassVar = {"dtype": tuple(DTYPES.values())}
     LIMITS: ClassVar = {
         "port": (0, 65535),
-        **dict.fromkeys(("max_queue", "grace"), (0, math.inf)),
+        **dict.fromkeys(("max_queue", "grace", "prefix_cache"), (0, math.inf)),
         **dict.fromkeys(("batch_size", "max_body", "max_prompt", "max_tokens"), (1, math.inf)),
         **dict.fromkeys(("max_choices", "body_timeout"), (1, math.inf)),
         **dict.fromkeys(("max_sessions", "session_timeout"), (1, math.inf)),
@@ -165,7 +169,10 @@ class Metrics:
             registry=self.registry,
         )
         self.tokens = prometheus.Counter(
-            "tinymamba_tokens", "Tokens read and generated.", ["kind"], registry=self.registry
+            "tinymamba_tokens",
+            "Tokens of prompts, those of them that the prefix cache had, and generated ones.",
+            ["kind"],
+            registry=self.registry,
         )
         self.first_token = prometheus.Histogram(
             "tinymamba_first_token_seconds",
@@ -187,7 +194,7 @@ class Event(NamedTuple):
     """A message from the engine to a handler about one of its answers.
 
     kind          value
-    started       number of prompt tokens
+    started       numbers of prompt tokens, and of those that the prefix cache had
     prompt        prompt tokens with their logprobs, once the prompt is read; none unless asked for
     chunk         a Chunk
     done          finish reason, list with the end-of-text token if there was one, session fields
@@ -223,6 +230,7 @@ class Job:
     mailbox: Mailbox
     index: int = 0
     session_id: str | None = None
+    keep_at: Sequence[int] = ()  # see StreamingServer.answer
     answer: Any = None  # the Answer, while it runs
     prompt_read: bool = False
     stopped: bool = False  # by /stop
@@ -340,12 +348,15 @@ class Engine(threading.Thread):
             try:
                 if job.session_id is not None:
                     self.find(job.session_id)
-                job.answer = self.server.answer(job.prompt, job.session_id, **job.settings)
+                job.answer = self.server.answer(
+                    job.prompt, job.session_id, keep_at=job.keep_at, **job.settings
+                )
             except Exception as e:
                 self.fail(job, e)
             else:
                 self.running.append(job)
-                self.send(job, "started", job.answer.prompt_tokens)
+                counts = job.answer.prompt_tokens, job.answer.cached_tokens
+                self.send(job, "started", counts)
 
     def step(self) -> None:
         """Decode a token of every running answer, and report what is new."""
@@ -397,6 +408,7 @@ class Engine(threading.Thread):
             self.fail(job, ApiError(409, "the session was deleted", "session_id"))
             return
         self.metrics.tokens.labels("prompt").inc(answer.prompt_tokens)
+        self.metrics.tokens.labels("cached").inc(answer.cached_tokens)
         end_tokens = [answer.closing] if answer.ended_by is not None else []
         fields = {"session": self.session_info(job.session_id)} if job.session_id else {}
         self.send(job, "done", (reason, end_tokens, fields))
@@ -732,7 +744,7 @@ class Call:
         self.mailbox = Mailbox(count)
         self.watcher: asyncio.Future | None = None
         self.first_events: list[Event] = []
-        self.prompt_tokens: dict[int, int] = {}  # by the index of the answer
+        self.prompt_tokens: dict[int, tuple[int, int]] = {}  # and cached, by index of the answer
         self.completion_tokens = 0
         self.session_fields: dict = {}
         api.require_room(count)
@@ -798,11 +810,13 @@ class Call:
     def usage(self) -> dict:
         """The number of tokens so far; a prompt with several answers counts once."""
         n = getattr(self.body, "n", None) or 1
-        prompt = sum(count for index, count in self.prompt_tokens.items() if index % n == 0)
+        counts = [counts for index, counts in self.prompt_tokens.items() if index % n == 0]
+        prompt, cached = (sum(column) for column in zip((0, 0), *counts, strict=True))
         return {
             "prompt_tokens": prompt,
             "completion_tokens": self.completion_tokens,
             "total_tokens": prompt + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": cached},
         }
 
     def envelope(self, object_name: str, choices: list[dict], **more: Any) -> dict:
@@ -924,6 +938,9 @@ class Api:
         add("running_answers", "Answers in the batch.", lambda: len(self.engine.running))
         add("pending_answers", "Answers admitted and not done.", lambda: self.pending)
         add("sessions", "Open sessions.", lambda: len(self.server.sessions))
+        prefixes = self.server.decoder.prefixes
+        add("prefix_cache_states", "States in the prefix cache.", lambda: len(prefixes))
+        add("prefix_cache_bytes", "Bytes of the prefix cache.", lambda: prefixes.nbytes)
 
     # What the routes share -------------------------------------------------------------------
 
@@ -988,14 +1005,28 @@ class Api:
             raise ApiError(400, problem, "prompt", "context_length_exceeded")
         return ids
 
+    async def system_end(self, messages: list[Message], ids: list[int]) -> list[int]:
+        """The number of ids of the system message, if chats begin with one: others may, too."""
+        if not self.options.prefix_cache or messages[0].role not in ("system", "developer"):
+            return []
+        async with self.tokenizer_lock:
+            other = await asyncio.to_thread(self.template.with_other_user, messages[0])
+        return [count_equal(np.array(ids), np.array(other))]
+
     def make_jobs(
-        self, call: Call, ids: list[int], settings: dict, n: int, first_index: int = 0
+        self,
+        call: Call,
+        ids: list[int],
+        settings: dict,
+        n: int,
+        first_index: int = 0,
+        keep_at: Sequence[int] = (),
     ) -> list[Job]:
         """The jobs of n answers to one prompt; answer i draws with the seed plus i."""
         seed = secrets.randbits(62) if settings["seed"] is None else settings["seed"]
         seeds = [(seed + i) % 2**63 for i in range(n)]
         return [
-            Job(ids, {**settings, "seed": seed}, call.mailbox, first_index + i)
+            Job(ids, {**settings, "seed": seed}, call.mailbox, first_index + i, keep_at=keep_at)
             for i, seed in enumerate(seeds)
         ]
 
@@ -1053,7 +1084,8 @@ class Api:
         call = Call(self, request, "chat", body, n)
         with call.close_on_error():
             ids = await self.encode(body.messages, self.template.encode)
-            jobs = self.make_jobs(call, ids, settings, n)
+            keep_at = await self.system_end(body.messages, ids)
+            jobs = self.make_jobs(call, ids, settings, n, keep_at=keep_at)
         return await self.respond(call, jobs)
 
     async def list_models(self) -> Response:
@@ -1407,7 +1439,8 @@ def main(argv: list[str] | None = None) -> int:
             options.dtype,
             options.compile,
             {"adapter": options.adapter} if options.adapter else {},
-            options.force,
+            force=options.force,
+            cache_bytes=options.prefix_cache * 2**20,
         )
         api = Api(server, options)
         warn(api)

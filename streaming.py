@@ -62,6 +62,7 @@ from tinymamba.cli import (
     require_plain_name,
     run_cli,
 )
+from tinymamba.prefix_cache import PrefixCache
 from tinymamba.runtime import pick_device, why_no_compile
 from tinymamba.tokenizer import open_tokenizer, why_no_tokenizer
 
@@ -71,6 +72,7 @@ PREFILL = 4096  # prompt tokens read in one step
 SMALL_PREFILL = 512  # the same while other answers wait for the step
 MIN_SHARE = 128  # minimum prompt tokens per read; fewer take as long
 MAX_REPLAY = 1024  # after this many tokens of an answer, `start` moves forward
+MIN_PREFIX = 64  # the prefix cache keeps a state if it saves reading as many tokens
 
 # ------------------------------------------------------------------------------------ config
 
@@ -288,6 +290,11 @@ class Snapshot(NamedTuple):
         """Number of tokens, unread ones included."""
         return int(self.state.position[0]) + len(self.unread)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state and the logits."""
+        return self.state.nbytes + (0 if self.logits is None else self.logits.nbytes)
+
     def followed_by(self, ids: list[int]) -> Snapshot:
         """The snapshot after more tokens, which the state has not read yet."""
         if not ids:
@@ -321,10 +328,16 @@ class Decoder:
     It has no thread of its own: one of the threads that wait for a token runs `step`, which
     advances every answer that has room. Answers join and leave between any two steps. A step does
     not hold the lock of `condition` while the model runs, which never changes its inputs.
+
+    Answers that are to read the same tokens after the same state read them once. `prefixes` keeps
+    states for prompts to come, of texts that begin with their prompt.
     """
 
-    def __init__(self, model: TinyMambaModel, batch_size: int, compiled: bool = False):
+    def __init__(
+        self, model: TinyMambaModel, batch_size: int, compiled: bool = False, cache_bytes: int = 0
+    ):
         self.model, self.batch_size = model.requires_grad_(False).eval(), batch_size
+        self.prefixes = PrefixCache(cache_bytes)
         self.device = model.embedding.weight.device
         self.run_one_token = torch.compile(model.run) if compiled else model.run
         self.condition, self.model_lock = threading.Condition(), threading.Lock()
@@ -356,11 +369,13 @@ class Decoder:
         with self.condition:
             prompts, batch = self.plan_prompts(), self.form_batch(self.choose_batch())
             tokens, state = [[a.last] for a in batch], self.batch_state
-        for answer, ids in prompts:
-            adapters, scored = [answer.config.adapter], answer.to_score(len(ids))
-            read = self.read([ids], answer.state, adapters, scored)
+        for readers, ids in prompts:
+            first = readers[0]
+            adapters, scored = [first.config.adapter], first.to_score(len(ids))
+            read = self.read([ids], first.state, adapters, scored)
             with self.condition:
-                answer.has_read(len(ids), *read)
+                for answer in readers:
+                    answer.has_read(len(ids), *read)
         if batch:
             logits, gates, state, _ = self.read(tokens, state, [a.config.adapter for a in batch])
             with self.condition:
@@ -368,24 +383,34 @@ class Decoder:
 
     # Which answers take part -----------------------------------------------------------------
 
-    def plan_prompts(self) -> list[tuple[Answer, list[int]]]:
-        """The prompts to read next, each with the ids to read of it.
+    def plan_prompts(self) -> list[tuple[list[Answer], list[int]]]:
+        """The ids to read next, each list with the answers whose prompts go on with it.
 
         They share the tokens of a step equally, but only as many take part as can have MIN_SHARE
         tokens each: the one that has waited longest, then those with the fewest tokens left.
         """
         left = SMALL_PREFILL if len(self.answers) > 1 else PREFILL
         parts = []
-        waiting = [a for a in self.answers if a.to_read and not a.over]
-        waiting = waiting[:1] + sorted(waiting[1:], key=lambda a: len(a.to_read))
-        chosen = sorted(waiting[: left // MIN_SHARE], key=lambda a: len(a.to_read))
-        for number, answer in enumerate(chosen):
+        waiting = self.group_readers()
+        waiting = waiting[:1] + sorted(waiting[1:], key=lambda group: len(group[0].to_read))
+        chosen = sorted(waiting[: left // MIN_SHARE], key=lambda group: len(group[0].to_read))
+        for number, readers in enumerate(chosen):
             share = left // (len(chosen) - number)
-            most = min(share, SMALL_PREFILL) if answer.config.optimize_memory else share
-            ids = answer.to_read[:most]
-            parts.append((answer, ids))
+            small = any(a.config.optimize_memory for a in readers)
+            ids = common_ids(readers, min(share, SMALL_PREFILL) if small else share)
+            parts.append((readers, ids))
             left -= len(ids)
         return parts
+
+    def group_readers(self) -> list[list[Answer]]:
+        """The answers whose prompts are not read yet; those that go on alike are in one group."""
+        groups: dict[Any, list[Answer]] = {}
+        for a in self.answers:
+            if a.to_read and not a.over:
+                alike = a.to_read[:MIN_SHARE] if a.config.prompt_logprobs is None else a.to_read
+                key = id(a.state), a.config.adapter, a.config.prompt_logprobs, tuple(alike)
+                groups.setdefault(key, []).append(a)
+        return [*groups.values()]
 
     def choose_batch(self) -> list[Answer]:
         """The answers of the next step.
@@ -503,6 +528,19 @@ class Decoder:
         return snapshot._replace(state=state, logits=logits, unread=())
 
 
+def common_ids(readers: list[Answer], most: int) -> list[int]:
+    """Up to `most` ids that all of these answers read next, up to a state that one must keep."""
+    most = min(most, *(a.until_kept() for a in readers))
+    ids = readers[0].to_read[:most]
+    for other in readers[1:]:
+        theirs = other.to_read[: len(ids)]
+        if ids[: len(theirs)] != theirs:
+            pairs = enumerate(zip(ids, theirs, strict=False))
+            theirs = theirs[: next(n for n, (a, b) in pairs if a != b)]
+        ids = theirs
+    return ids
+
+
 class Answer:
     """One answer while it is generated: an iterator of Chunk. Read it to the end, or close it.
 
@@ -519,18 +557,28 @@ class Answer:
         end_ids: set[int],
         tokenizer: Any = None,
         on_end: Callable[[Answer], None] | None = None,
+        keep_at: Sequence[int] = (),
     ):
         """Answer a prompt that follows `origin`. `on_end` is called when the answer is over.
 
-        `end_ids` end the answer. Without a tokenizer, chunks have tokens and no text.
+        `end_ids` end the answer. Without a tokenizer, chunks have tokens and no text. `keep_at`:
+        numbers of tokens of the prompt after which other prompts may go on differently.
         """
         self.decoder, self.config, self.end_ids, self.on_end = decoder, config, end_ids, on_end
         self.origin, self.prompt_tokens = origin, len(prompt)
-        self.start = self.final = origin.followed_by(prompt)  # `start`: what `ids` follow
+        # The prefix cache: all ids of the text; which prefixes' states to keep; the last one kept.
+        caching = decoder.prefixes.max_bytes > 0 and origin.position == 0
+        self.text_ids: Any = [*prompt] if caching else None
+        self.keep_at: list[int] = []
+        self.cached_tokens = self.kept = 0
+        self.gates: Any = None  # (n_layer, 3) that go with `logits`
+        cached = self.find_prefix(keep_at) if self.text_ids is not None else origin
+        self.start = cached.followed_by(prompt[self.cached_tokens :])  # what `ids` follow
+        self.final = self.start
         # Generation: what the decoder reads and draws.
-        self.state: Any = origin.state  # a ModelState, or None while it is a row of the batch
+        self.state: Any = cached.state  # a ModelState, or None while it is a row of the batch
         self.to_read = list(self.start.unread)
-        self.logits: Any = origin.logits  # (v,) after all tokens that the state has read
+        self.logits: Any = cached.logits  # (v,) after all tokens that the state has read
         self.recent, self.position = self.start.recent, self.start.position
         self.ids: list[int] = []  # all tokens drawn since `start`
         self.queue: deque[Token] = deque()  # those that are not given out yet
@@ -549,8 +597,45 @@ class Answer:
         self.tokenizer, self.chunks = tokenizer, self.make_chunks()
         self.stream = TextStream(tokenizer, list(self.recent[-CONTEXT:]), config.stop or [])
         if not self.to_read:
-            self.begin(self.logits, None)
+            self.begin(self.logits, self.gates)
         decoder.answers.append(self)
+
+    def find_prefix(self, keep_at: Sequence[int]) -> Snapshot:
+        """The snapshot after the longest prefix of the prompt that is kept, or `origin`.
+
+        Also decides after which of its tokens to keep a state: where others may go on differently
+        (`keep_at`), where another did, and at the end; but only if it saves enough reading.
+        """
+        ids, scored = np.array(self.text_ids, np.int32), self.config.prompt_logprobs is not None
+        found = self.decoder.prefixes.find(self.config.adapter, ids)
+        snapshot = self.origin
+        if found.value is not None and not scored:
+            self.cached_tokens = self.kept = found.length
+            snapshot, self.gates = found.value
+        last = self.kept
+        for position in sorted({*keep_at, found.common, len(ids)}):
+            if last + MIN_PREFIX <= position <= len(ids):
+                self.keep_at.append(position)
+                last = position
+        return snapshot
+
+    def until_kept(self) -> int:
+        """Tokens of the prompt up to its end, or to one after which the state is kept."""
+        left = len(self.to_read)
+        return left - len(self.text_ids) + self.keep_at[0] if self.keep_at else left
+
+    def keep(self, position: int, state: ModelState, logits: np.ndarray, gates: Any) -> None:
+        """Put what follows after this many tokens of the text into the prefix cache."""
+        if self.text_ids is None or position < self.kept + MIN_PREFIX:
+            return
+        prefixes, adapter = self.decoder.prefixes, self.config.adapter
+        ids = np.array(self.text_ids[:position], np.int32)
+        if position > self.prompt_tokens:  # the next prompt of a chat goes on after the answer
+            prefixes.drop_early(adapter, ids[: self.prompt_tokens])
+        recent = tuple(self.text_ids[:position][-RECENT:])
+        snapshot = Snapshot(state, logits.copy(), recent, ())
+        prefixes.store(adapter, ids, (snapshot, gates), snapshot.nbytes)
+        self.kept = position
 
     def score_first(self, logits: np.ndarray | None) -> list[Token]:
         """The prompt's first token with its logprob, if asked for: no later read returns it."""
@@ -690,6 +775,8 @@ class Answer:
                     self.final = self.origin
                 elif not self.to_read and self.clean == len(self.ids) and not self.partial_text:
                     self.final = self.snapshot(state)
+                    read = self.final.position - len(self.final.unread)
+                    self.keep(read, state, self.logits, self.gates)
                 elif not self.to_read:
                     ids = append_text(self.tokenizer, self.ids[: self.clean], self.partial_text)
                     self.final = self.start.followed_by(ids)
@@ -724,7 +811,10 @@ class Answer:
         if not self.open:
             return
         self.scored += scores
+        keeps = self.keep_at and self.until_kept() == count
         self.state, self.to_read = state, self.to_read[count:]
+        if keeps:
+            self.keep(self.keep_at.pop(0), state, logits[0], gates[:, 0])
         if not self.to_read:
             self.begin(logits[0], gates[:, 0])
 
@@ -741,7 +831,7 @@ class Answer:
         """Draw the next token by logits (v,)."""
         c = self.config
         window = self.recent[len(self.recent) - min(len(self.recent), c.repetition_window) :]
-        self.logits, self.last = logits, None
+        self.logits, self.gates, self.last = logits, None if gates is None else gates.copy(), None
         if self.over:  # it was stopped during the step
             return
         try:
@@ -758,8 +848,9 @@ class Answer:
         self.last, self.position, self.drawn = token, self.position + 1, self.drawn + 1
         self.recent = (*self.recent, token)[-RECENT:]
         self.ids.append(token)
-        gates = None if gates is None else gates.copy()
-        self.queue.append(Token(token, *top_logprobs(logits, token, c.logprobs), gates))
+        if self.text_ids is not None:
+            self.text_ids.append(token)
+        self.queue.append(Token(token, *top_logprobs(logits, token, c.logprobs), self.gates))
         if self.next_start is None and len(self.ids) >= MAX_REPLAY:
             self.next_start = len(self.ids), self.snapshot(self.decoder.state_of(self))
         if self.drawn == c.max_new_tokens:
@@ -806,6 +897,8 @@ class StreamingServer:
     adapters     folders written by peft.py, by name; each session and answer may choose one, and
                  all are decoded in one batch
     force        load adapters of another base model, too, with a warning
+    cache_bytes  memory of the prefix cache, on the device: a text that begins like an earlier one
+                 is read from where they part, if their states are kept there
 
     Prompts are text or lists of ids. Invalid arguments raise a UserError and change nothing. An
     incomplete character at the end of an answer is left out of its text and of the session.
@@ -821,6 +914,7 @@ class StreamingServer:
         compiled: bool = False,
         adapters: dict[str, str | Path] | None = None,
         force: bool = False,
+        cache_bytes: int = 0,
     ):
         target, config = usable_device(str(device)), config or StreamingConfig()
         problem = why_no_compile(target) if compiled else None
@@ -835,7 +929,7 @@ class StreamingServer:
         column_major_weights(self.model)
         self.vocab_size = self.model.config.vocab_size
         self.config = self.checked(config)
-        self.decoder = Decoder(self.model, config.batch_size, compiled)
+        self.decoder = Decoder(self.model, config.batch_size, compiled, cache_bytes)
         self.condition = self.decoder.condition
         self.sessions: dict[str, Session] = {}
         self.initial = {name: self.make_initial(name) for name in (None, *self.adapters)}
@@ -889,12 +983,14 @@ class StreamingServer:
         session_id: str | None = None,
         *,
         as_ids: bool = False,
+        keep_at: Sequence[int] = (),
         **settings: Any,
     ) -> Answer:
         """Start an answer; `settings` are fields of StreamingConfig.
 
         Without a session, it is generated in a temporary one. `as_ids` needs no tokenizer: chunks
-        have tokens and no text, and every token counts as given out.
+        have tokens and no text, and every token counts as given out. `keep_at`: numbers of tokens
+        of the prompt after which other prompts may go on differently, for the prefix cache.
         """
         problem = why_no_tokenizer(self.model)
         require(as_ids or self.tokenizer, "tokenizer", problem, "pass one, or ids")
@@ -915,6 +1011,7 @@ class StreamingServer:
                 {self.eos_id(config), *(config.stop_ids or ())},
                 None if as_ids else self.tokenizer,
                 functools.partial(self.end_turn, session) if session else None,
+                keep_at,
             )
             if session:
                 session.answer = answer
@@ -936,7 +1033,7 @@ class StreamingServer:
             require(self.tokenizer, "tokenizer", problem, "pass one, or a prompt of ids")
             prompt = self.tokenizer.encode(prompt)
         ids = prompt.tolist() if isinstance(prompt, np.ndarray | Tensor) else prompt
-        valid = isinstance(ids, list | tuple) and all(type(i) is int for i in ids)
+        valid = isinstance(ids, list | tuple) and {int}.issuperset(map(type, ids))
         problem = "is neither text nor a list of ids, which are whole numbers"
         require(valid, "prompt", problem, "pass one of them")
         valid = min(ids, default=0) >= 0 and max(ids, default=0) < self.vocab_size

@@ -47,6 +47,7 @@ class Running:
             tokenizer=tokenizer,
             adapters=adapters,
             config=StreamingConfig(batch_size=options.get("batch_size", 64)),
+            cache_bytes=options.get("prefix_cache", 512) * 2**20,
         )
         self.api = Api(library, Options(**{"model_name": NAME, "grace": 0, **options}))
         self.socket = socket.create_server(("127.0.0.1", 0))
@@ -199,6 +200,30 @@ def test_usage_counts_and_choices(shared, alone):
             texts[c.index] += c.text
         usage = part.usage or usage
     assert texts == want and usage == whole.usage
+
+
+def test_a_common_system_message_is_read_once():
+    def chat(user):
+        system = {"role": "system", "content": "Be brief. " * 30}
+        return [system, {"role": "user", "content": user}]
+
+    with running() as server:
+        asked = {"model": NAME, "max_tokens": 5, "seed": 1}
+        counts, texts = [], []
+        for user in ("One?", "Two?", "Two?"):
+            got = server.ai.chat.completions.create(messages=chat(user), n=2, **asked)
+            counts.append((got.usage.prompt_tokens, got.usage.prompt_tokens_details.cached_tokens))
+            texts.append([c.message.content for c in got.choices])
+        metrics = server.http.get("/metrics").text
+    length = len(BYTES.encode("system: " + "Be brief. " * 30 + "\n\nuser: "))
+    rest = len(BYTES.encode("One?\n\nassistant:"))
+    assert counts == [(length + rest, cached) for cached in (0, length, length)]
+    with running(prefix_cache=0) as server:
+        got = server.ai.chat.completions.create(messages=chat("Two?"), n=2, **asked)
+    assert texts[1] == texts[2] == [c.message.content for c in got.choices]
+    assert got.usage.prompt_tokens_details.cached_tokens == 0
+    assert f'tinymamba_tokens_total{{kind="cached"}} {4.0 * length}' in metrics
+    assert "tinymamba_prefix_cache_states 1.0" in metrics
 
 
 def test_ids_and_text_are_the_same_prompt(shared):

@@ -87,10 +87,12 @@ class ChatTemplate:
     """
 
     USER = "\n\nuser:"  # ends the answers of a model without a template
+    MAX_SYSTEMS = 16  # system messages remembered by `with_other_user`
 
     def __init__(self, tokenizer: Any):
         """Nothing else may use `tokenizer`: encoding special tokens changes its settings."""
         self.tokenizer = tokenizer
+        self.systems: collections.OrderedDict[str, list[int]] = collections.OrderedDict()
         self.template: str | None = None
         self.problem: str | None = None  # why the template cannot be used
         if text := isinstance(tokenizer, SimpleTokenizer) and tokenizer.chat_template:
@@ -140,6 +142,21 @@ class ChatTemplate:
             problem = "messages: the tokenizer reads a special token in them; leave it out"
             raise ApiError(400, problem, "messages")
         return ids
+
+    def with_other_user(self, system: Message) -> list[int]:
+        """The ids of a chat of this system message and some user; none if that is rejected.
+
+        What a prompt has in common with them is the part that the system message decides.
+        """
+        key = system.model_dump_json()
+        if key not in self.systems:
+            ids: list[int] = []
+            with contextlib.suppress(ApiError):
+                ids = self.encode([system, Message(role="user", content="0")])
+            self.systems[key] = ids
+            if len(self.systems) > self.MAX_SYSTEMS:
+                self.systems.popitem(last=False)
+        return self.systems[key]
 
     def has_more(self, ids: list[int], written: list[str]) -> bool:
         """Whether there are special tokens in `ids` that the template has not written."""

@@ -244,12 +244,19 @@ class Choice(BaseModel):
     finish_reason: Literal["stop", "length"]
 
 
+class PromptDetails(BaseModel):
+    """Numbers of tokens of the prompt."""
+
+    cached_tokens: int  # that the prefix cache had
+
+
 class Usage(BaseModel):
     """Numbers of tokens."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails
 
 
 class AnswerOut(BaseModel):
