@@ -10,6 +10,9 @@ random length, and is followed at once by the next.
 gone: --disconnects clients that continue one of 16 sessions and disconnect at a random moment,
 beside half of the load. Afterwards each session must be at its old position and answer, token for
 token, as a session that nobody disconnected from.
+prefix: the time to the first event of chats with a long system message that is new, with one that
+is known, and with none. Then --chats conversations: all first turns, then all second turns. `found`
+is the share of the second turns whose conversation was still in the prefix cache.
 
 Rates count the tokens that reached the client. Memory is the server's, as the system counts it.
 The row is appended to --output. Exits with 1 if a request failed or a session changed.
@@ -45,16 +48,19 @@ class Options:
     # Server
     checkpoint: str = "tinymamba_model_latest.pt"  # what to serve
     tokenizer: str | None = None  # tokenizer.json or vocab.txt; else the checkpoint's
+    dtype: str = "float32"  # dtype of the weights
 
     # Load
     streams: int = 64  # streams at one time
     seconds: float = 120.0  # seconds of load
     tokens: int = 128  # tokens of an answer
     disconnects: int = 200  # clients that disconnect
+    words: int = 1800  # words of a long system message: about 4,000 tokens
+    chats: int = 1000  # conversations of two turns
     output: str = "serve.jsonl"  # file of rows
 
     LIMITS: ClassVar = {
-        **dict.fromkeys(("streams", "tokens"), (1, math.inf)),
+        **dict.fromkeys(("streams", "tokens", "words", "chats"), (1, math.inf)),
         "seconds": (0.1, math.inf),
     }
 
@@ -134,7 +140,7 @@ class Load:
         """One client: requests until the time `until`."""
         while time.perf_counter() < until:
             body = {
-                "prompt": TEXT[: self.random.randrange(8, len(TEXT))],
+                "prompt": self.prompt(),
                 "max_tokens": self.tokens,
                 "temperature": 0.8,
                 "seed": self.random.randrange(2**31),
@@ -146,6 +152,11 @@ class Load:
             self.count += tokens
             self.first += times[:1]
             self.gaps += [b - a for a, b in zip(times, times[1:], strict=False)]
+
+    def prompt(self) -> str:
+        """Up to the whole of TEXT, from anywhere, so that few prompts begin alike."""
+        at = self.random.randrange(len(TEXT))
+        return (TEXT[at:] + TEXT[:at])[: self.random.randrange(8, len(TEXT))]
 
     async def run(self, streams: int, seconds: float) -> dict:
         """So many clients for so many seconds; what was measured."""
@@ -230,6 +241,60 @@ async def disconnect(client: Client, count: int, streams: int, tokens: int) -> d
     return {"disconnects": len(waits), "beside_streams": streams, **percentiles("free", waits)}
 
 
+# ------------------------------------------------------------------------------------ prefix
+
+CHAT = "/v1/chat/completions"
+
+
+def message(role: str, content: str) -> dict:
+    """A message of a chat."""
+    return {"role": role, "content": content}
+
+
+async def first_texts(client: Client, count: int) -> dict:
+    """Seconds to the first event after a new, a known and no system message: medians."""
+    chance = random.Random(2)
+    times: dict[str, list[float]] = {"new": [], "known": [], "none": []}
+
+    def words(count: int) -> str:
+        return " ".join(chance.choice(TEXT.split()) for _ in range(count))
+
+    async def ask(messages: list[dict]) -> float:
+        body = {"messages": [*messages, message("user", words(8))], "max_tokens": 4}
+        return (await client.stream(CHAT, body))[0][0]  # it is sent once the prompt is read
+
+    known = [message("system", words(count))]
+    answer = await client.call("POST", CHAT, {"messages": known, "max_tokens": 1})
+    await ask(known)  # the prompt of the call before ends like no other
+    for turn in range(30):
+        if turn < 3:
+            times["new"].append(await ask([message("system", words(count))]))
+        times["known"].append(await ask(known))
+        times["none"].append(await ask([]))
+    seconds = {name: statistics.median(values) for name, values in times.items()}
+    seconds["prompt_tokens"] = answer["usage"]["prompt_tokens"]
+    return {**seconds, "known_to_none": seconds["known"] / seconds["none"]}
+
+
+async def two_turns(client: Client, chats: int) -> dict:
+    """The share of conversations whose first turn the prefix cache has at their second."""
+    found, talks = 0, []
+    for number in range(chats):
+        messages = [message("user", f"{number}: {TEXT[: 200 + number % 100]}")]
+        body = {"messages": messages, "max_tokens": 16}
+        answer = await client.call("POST", CHAT, body)
+        talks.append([*messages, answer["choices"][0]["message"], message("user", "Go on.")])
+    for messages in talks:
+        answer = await client.call("POST", CHAT, {"messages": messages, "max_tokens": 1})
+        usage = answer["usage"]
+        found += usage["prompt_tokens_details"]["cached_tokens"] > 0
+    _, reader, writer = await client.send("GET", "/metrics", None)
+    metrics = (await reader.read()).decode()
+    writer.close()
+    [nbytes] = re.findall(r"^tinymamba_prefix_cache_bytes (\S+)", metrics, re.MULTILINE)
+    return {"chats": chats, "found": found / chats, "cache_mb": float(nbytes) / 2**20}
+
+
 # ------------------------------------------------------------------------------------ main
 
 
@@ -246,10 +311,14 @@ async def measure(options: Options, process: subprocess.Popen, port: int) -> dic
         marks.append(memory(process))
     many = await running
     gone = await disconnect(client, options.disconnects, options.streams // 2, options.tokens)
+    marks.append(memory(process))
+    prefix = await first_texts(client, options.words)
+    prefix |= await two_turns(client, options.chats)
     return {
         "one": one,
         "load": many,
         "gone": gone,
+        "prefix": prefix,
         "errors": client.errors,
         "times_one": many["tokens_per_second"] / one["tokens_per_second"],
         "memory_mb": [start, *marks, memory(process)],
@@ -259,14 +328,16 @@ async def measure(options: Options, process: subprocess.Popen, port: int) -> dic
 def start_server(options: Options) -> subprocess.Popen:
     """serve.py on a free port, which it prints."""
     command = [sys.executable, str(ROOT / "serve.py"), "--checkpoint", options.checkpoint]
+    command += ["--dtype", options.dtype]
     command += ["--port", "0", "--batch_size", str(max(64, options.streams))]
+    command += ["--max_body", str(2**24)]
     command += ["--tokenizer", options.tokenizer] if options.tokenizer else []
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 def report(row: dict[str, Any]) -> None:
     """Print the numbers, and the first errors to stderr."""
-    for name in ("one", "load", "gone"):
+    for name in ("one", "load", "gone", "prefix"):
         print(name, " ".join(f"{k} {v:.4g}" for k, v in row[name].items()))
     memory_mb = " ".join(f"{m:.0f}" for m in row["memory_mb"])
     times, errors = row["times_one"], row["errors"]

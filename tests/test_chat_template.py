@@ -4,6 +4,7 @@ import json
 import random
 import sys
 
+import numpy as np
 import pytest
 from helpers import train_bpe
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -11,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tinymamba.chat_template import ChatTemplate
 from tinymamba.cli import UserError
 from tinymamba.openai_api import ApiError, Message
+from tinymamba.prefix_cache import count_equal
 from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer, byte_alphabet
 
 PreTrainedTokenizerFast = pytest.importorskip("transformers").PreTrainedTokenizerFast
@@ -428,3 +430,18 @@ def test_without_transformers_only_a_template_is_an_error(monkeypatch):
     assert ChatTemplate(SimpleTokenizer()).stops
     with pytest.raises(UserError, match="transformers: is not installed; pip install transformers"):
         template_of(SHAPES["ChatML"])
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_prompts_of_one_system_message_have_their_beginning_in_common(name):
+    template = template_of(SHAPES[name])
+    try:
+        prompts = [template.encode(asked(question)) for question in ("One?", "Two?")]
+    except ApiError:  # it rejects system messages
+        prompts = []
+    other = template.with_other_user(asked("")[0])
+    assert bool(other) == bool(prompts)
+    for ids in prompts:
+        shared = count_equal(np.array(ids), np.array(other))
+        least = count_equal(*map(np.array, prompts)) - 1  # a merge may reach back
+        assert shared >= least and template.with_other_user(asked("")[0]) is other

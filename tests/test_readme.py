@@ -271,7 +271,7 @@ RUNS = [  # the first pattern that a command begins with counts
     Run(
         r"python -m benchmarks.serve",
         "benchmarks.serve",
-        flags(streams=2, seconds=1, tokens=4, disconnects=3),
+        flags(streams=2, seconds=1, tokens=4, disconnects=3, words=40, chats=2),
         "errors 0",
     ),
     Run(
