@@ -630,7 +630,8 @@ class Answer:
             return
         prefixes, adapter = self.decoder.prefixes, self.config.adapter
         ids = np.array(self.text_ids[:position], np.int32)
-        if position > self.prompt_tokens:  # the next prompt of a chat goes on after the answer
+        if self.cached_tokens < self.kept == self.prompt_tokens < position:
+            # This prompt is new, and the next one of a chat goes on after the answer.
             prefixes.drop_early(adapter, ids[: self.prompt_tokens])
         recent = tuple(self.text_ids[:position][-RECENT:])
         snapshot = Snapshot(state, logits.copy(), recent, ())

@@ -147,6 +147,17 @@ def test_the_next_turn_of_a_chat_begins_after_the_answer():
     assert got == ask(serve(0, max_new_tokens=70), again)[0]
 
 
+def test_the_prompt_of_an_answer_is_dropped_before_the_answer_unless_it_is_used_again():
+    server, prompts = serve(max_new_tokens=70), [ids_of(100, seed) for seed in range(2)]
+    for prompt in (prompts[0], prompts[1], prompts[1]):
+        ask(server, prompt)
+    prefixes = server.decoder.prefixes
+    assert len(prefixes) == 4
+    prefixes.max_bytes = prefixes.nbytes
+    ask(server, ids_of(100, 2), max_new_tokens=0)
+    assert [ask(server, prompt)[1] for prompt in prompts[::-1]] == [100, 0]
+
+
 def test_short_prefixes_are_not_kept():
     server = serve()
     for _ in range(3):
