@@ -630,13 +630,28 @@ class Answer:
             return
         prefixes, adapter = self.decoder.prefixes, self.config.adapter
         ids = np.array(self.text_ids[:position], np.int32)
-        if self.cached_tokens < self.kept == self.prompt_tokens < position:
-            # This prompt is new, and the next one of a chat goes on after the answer.
-            prefixes.drop_early(adapter, ids[: self.prompt_tokens])
         recent = tuple(self.text_ids[:position][-RECENT:])
         snapshot = Snapshot(state, logits.copy(), recent, ())
         prefixes.store(adapter, ids, (snapshot, gates), snapshot.nbytes)
         self.kept = position
+
+    def keep_end(self, state: ModelState) -> None:
+        """Put the state after the answer into the prefix cache, for the next turn of a chat.
+
+        Its prompt has the answer as text. If that has other ids than were drawn, no prompt can
+        begin with them. Otherwise nothing but the same prompt again needs the state before it.
+        """
+        if self.text_ids is None:
+            return
+        end = len(self.text_ids) - len(self.final.unread)
+        prompt, answer = self.text_ids[: self.prompt_tokens], self.text_ids[self.prompt_tokens :]
+        if self.tokenizer and self.tokenizer.encode(self.tokenizer.decode(answer)) != answer:
+            return
+        is_new = self.cached_tokens < self.kept == self.prompt_tokens
+        if is_new and end >= self.kept + MIN_PREFIX:
+            prefixes = self.decoder.prefixes
+            prefixes.drop_early(self.config.adapter, np.array(prompt, np.int32))
+        self.keep(end, state, self.logits, self.gates)
 
     def score_first(self, logits: np.ndarray | None) -> list[Token]:
         """The prompt's first token with its logprob, if asked for: no later read returns it."""
@@ -776,8 +791,7 @@ class Answer:
                     self.final = self.origin
                 elif not self.to_read and self.clean == len(self.ids) and not self.partial_text:
                     self.final = self.snapshot(state)
-                    read = self.final.position - len(self.final.unread)
-                    self.keep(read, state, self.logits, self.gates)
+                    self.keep_end(state)
                 elif not self.to_read:
                     ids = append_text(self.tokenizer, self.ids[: self.clean], self.partial_text)
                     self.final = self.start.followed_by(ids)

@@ -82,10 +82,12 @@ def test_the_tree_keeps_and_drops_what_a_plain_list_does(max_bytes, calls):
 # ------------------------------------------------------------------------------------ answers
 
 
-def serve(cache_bytes: int = 64 * MIB, adapters=None, **fields) -> StreamingServer:
+def serve(cache_bytes: int = 64 * MIB, adapters=None, tokenizer=None, **fields) -> StreamingServer:
     config = StreamingConfig(**{"temperature": 0.0, "max_new_tokens": 4, **fields})
     model = free_copy(wide())
-    return StreamingServer(model, config=config, adapters=adapters, cache_bytes=cache_bytes)
+    return StreamingServer(
+        model, config=config, adapters=adapters, tokenizer=tokenizer, cache_bytes=cache_bytes
+    )
 
 
 @pytest.fixture
@@ -145,6 +147,27 @@ def test_the_next_turn_of_a_chat_begins_after_the_answer():
     got, cached = ask(server, again)
     assert cached == 100 + len(answer) - 1  # the state has not read the last token
     assert got == ask(serve(0, max_new_tokens=70), again)[0]
+
+
+class FourLetters:
+    """A tokenizer whose ids from 4 on stand for the same letters as the first four."""
+
+    def encode(self, text: str) -> list[int]:
+        return ["abcd".index(c) for c in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join("abcd"[i % 4] for i in ids)
+
+
+@pytest.mark.parametrize("first", [0, 4])
+def test_an_answer_is_kept_if_its_text_has_the_same_ids(first):
+    server = serve(max_new_tokens=70, temperature=1.0, tokenizer=FourLetters())
+    others = set(range(server.vocab_size)) - set(range(first, first + 4))
+    prompt, bias = "abcd" * 20, dict.fromkeys(others, -float("inf"))
+    text = server.generate_text(prompt, logit_bias=bias)
+    assert len(text) == 70
+    cached = server.answer(prompt + text + "a").cached_tokens
+    assert cached == (80 if first else 149)
 
 
 def test_the_prompt_of_an_answer_is_dropped_before_the_answer_unless_it_is_used_again():

@@ -226,6 +226,19 @@ def test_a_common_system_message_is_read_once():
     assert "tinymamba_prefix_cache_states 1.0" in metrics
 
 
+@pytest.mark.parametrize("letter", ["a", " "])
+def test_the_next_turn_of_a_chat_is_read_after_the_answer(shared, letter):
+    asked = {"model": NAME, "max_tokens": 70, "logit_bias": {str(ord(letter)): 100}}
+    messages = [{"role": "user", "content": "Say something." + letter}]
+    first = shared.ai.chat.completions.create(messages=messages, **asked)
+    assert first.choices[0].message.content == letter * 70
+    turn = [{"role": "assistant", "content": letter * 70}, {"role": "user", "content": "More."}]
+    second = shared.ai.chat.completions.create(messages=messages + turn, **asked)
+    cached = second.usage.prompt_tokens_details.cached_tokens
+    # A space follows "assistant:" in the second prompt: only the model's own is where it was.
+    assert cached == (first.usage.prompt_tokens + 69 if letter == " " else 0)
+
+
 def test_ids_and_text_are_the_same_prompt(shared):
     asked = {"model": NAME, "max_tokens": 9, "seed": 2}
     ids = BYTES.encode("hello")

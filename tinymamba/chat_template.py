@@ -129,8 +129,7 @@ class ChatTemplate:
         if self.problem:
             raise ApiError(400, f"messages: {self.problem}", "messages")
         if not self.template:
-            lines = [f"{m.role}: {m.text()}" for m in messages]
-            return self.tokenizer.encode("\n\n".join([*lines, "assistant:"]))
+            return self.tokenizer.encode("\n\n".join([*map(self.line, messages), "assistant:"]))
         text, marked, back = self.render(messages)
         written = self.tokens.findall(marked)  # by the template, not by a message
         ids = self.tokenizer.encode(text, allow_special=True)
@@ -142,6 +141,12 @@ class ChatTemplate:
             problem = "messages: the tokenizer reads a special token in them; leave it out"
             raise ApiError(400, problem, "messages")
         return ids
+
+    @staticmethod
+    def line(message: Message) -> str:
+        """A message without a template. An answer may begin with the space after "assistant:"."""
+        text = message.text()
+        return f"{message.role}:{'' if text[:1] == ' ' else ' '}{text}"
 
     def with_other_user(self, system: Message) -> list[int]:
         """The ids of a chat of this system message and some user; none if that is rejected.
