@@ -7,7 +7,8 @@
     curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" \\
         -d '{"prompt": "import os", "max_tokens": 40, "stream": true}'
 
-/v1/completions, /v1/chat/completions, /v1/models: as in OpenAI's API; its clients work.
+/v1/completions, /v1/chat/completions, /v1/models: as in OpenAI's API; its clients work. Answers can
+    follow a JSON schema, a regex or a grammar (pip install llguidance).
 /v1/sessions: texts that the server remembers, each in a state of constant size: create, continue,
     fork, roll back, reset, save and load (by plain name, in --session_dir), delete.
 /health, /metrics (Prometheus), /openapi.json, and the page.
@@ -95,6 +96,7 @@ from tinymamba.openai_api import (  # noqa: E402
     add_error_handlers,
     json_response,
 )
+from tinymamba.structured import Grammar  # noqa: E402
 
 # ------------------------------------------------------------------------------------ options
 
@@ -921,6 +923,7 @@ class Api:
         self.tokenizer = copy_tokenizer(server.tokenizer)
         self.template = ChatTemplate(copy_tokenizer(server.tokenizer))
         self.tokenizer_lock, self.file_lock = asyncio.Lock(), asyncio.Lock()
+        self.grammar_lock = asyncio.Lock()
         self.fingerprint = "fp_" + server.fingerprint[:16]
         self.started, base = int(time.time()), options.model_name
         self.models = {base: None, **{f"{base}:{adapter}": adapter for adapter in server.adapters}}
@@ -986,12 +989,23 @@ class Api:
             "max_new_tokens": count,
             "seed": body.seed,
             "logit_bias": {int(i): b for i, b in (body.logit_bias or {}).items()} or None,
-            "stop": [*stop, *stops],
+            "stop": [*stop, *(() if body.form() else stops)],  # a form ends by itself
+            "structured_outputs": None,  # see compile_form
             "logprobs": body.alternatives(),
             "adapter": self.find_model(body.model)[1],
         }
         self.server.configured(self.server.config, settings)
         return settings
+
+    async def compile_form(self, body: Generation) -> dict[str, Grammar]:
+        """The setting that makes an answer have the form that the body asks for, if it does.
+
+        It is made in another thread, one at a time: the engine and other requests do not wait.
+        """
+        if not (asked := body.form()):
+            return {}
+        async with self.grammar_lock:
+            return {"grammar": await asyncio.to_thread(self.server.grammars.compile, *asked)}
 
     async def encode(self, prompt: Any, encode: Callable | None = None) -> list[int]:
         """The ids of a prompt; text is encoded in another thread, to keep the loop free."""
@@ -1062,6 +1076,7 @@ class Api:
         if body.echo and body.logprobs is not None:
             settings["prompt_logprobs"] = body.logprobs
         self.check_choices(len(prompts) * n)
+        settings |= await self.compile_form(body)
         call = Call(self, request, "text", body, len(prompts) * n)
         jobs: list[Job] = []
         echoes: list[str] = []
@@ -1081,6 +1096,7 @@ class Api:
         allowed = body.logprobs or not body.top_logprobs
         require(allowed, "top_logprobs", "needs logprobs", "set logprobs")
         self.check_choices(n)
+        settings |= await self.compile_form(body)
         call = Call(self, request, "chat", body, n)
         with call.close_on_error():
             ids = await self.encode(body.messages, self.template.encode)
@@ -1173,6 +1189,7 @@ class Api:
         settings = self.settings(body, 256)
         if body.model is None:
             del settings["adapter"]  # the session has its own
+        settings |= await self.compile_form(body)
         call = Call(self, request, "session", body, 1)
         with call.close_on_error():
             ids = await self.encode(body.prompt)

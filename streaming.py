@@ -64,6 +64,7 @@ from tinymamba.cli import (
 )
 from tinymamba.prefix_cache import PrefixCache
 from tinymamba.runtime import pick_device, why_no_compile
+from tinymamba.structured import Grammar, GrammarCompiler, Matcher, read_form
 from tinymamba.tokenizer import open_tokenizer, why_no_tokenizer
 
 RECENT = 512  # last tokens a session keeps, for the repetition penalty
@@ -91,6 +92,7 @@ class StreamingConfig:
     logit_bias: dict[int, float] | None = None  # added to the logits of these ids; -inf bans one
     stop: list[str] | None = None  # strings that end an answer; they are not part of it
     stop_ids: list[int] | None = None  # ids that end an answer, besides eos_token_id
+    structured_outputs: dict[str, Any] | None = None  # {"json": schema} or regex, choice, grammar
     seed: int | None = None  # random seed of the answer; None takes the session's
     logprobs: int | None = None  # list this many alternatives with every token
     prompt_logprobs: int | None = None  # the same for the prompt's tokens, in Answer.scores
@@ -129,6 +131,8 @@ class StreamingConfig:
             known = all(type(i) is int and 0 <= i < vocab_size for i in ids)
             remedy = f"ids are whole numbers from 0 to {vocab_size - 1}"
             require(known, name, f"{[*ids]} are not all ids", remedy)
+        if self.structured_outputs is not None:
+            read_form(self.structured_outputs)
         return self
 
 
@@ -558,13 +562,16 @@ class Answer:
         tokenizer: Any = None,
         on_end: Callable[[Answer], None] | None = None,
         keep_at: Sequence[int] = (),
+        matcher: Matcher | None = None,
     ):
         """Answer a prompt that follows `origin`. `on_end` is called when the answer is over.
 
         `end_ids` end the answer. Without a tokenizer, chunks have tokens and no text. `keep_at`:
-        numbers of tokens of the prompt after which other prompts may go on differently.
+        numbers of tokens of the prompt after which other prompts may go on differently. A
+        `matcher`, of this answer only, says which tokens may be next.
         """
         self.decoder, self.config, self.end_ids, self.on_end = decoder, config, end_ids, on_end
+        self.matcher = matcher
         self.origin, self.prompt_tokens = origin, len(prompt)
         # The prefix cache: all ids of the text; which prefixes' states to keep; the last one kept.
         caching = decoder.prefixes.max_bytes > 0 and origin.position == 0
@@ -839,6 +846,8 @@ class Answer:
         self.logits = logits
         if self.config.max_new_tokens == 0:
             self.end("length")
+        elif self.matcher and self.matcher.finished:  # nothing may be written
+            self.end("stop")
         else:
             self.draw(logits, gates)
 
@@ -851,7 +860,10 @@ class Answer:
             return
         try:
             assert c.seed is not None, "StreamingServer.answer sets one"
-            token = draw(probabilities(logits, window, c), c.seed, self.position)
+            allowed = self.matcher.mask(logits) if self.matcher else logits
+            token = draw(probabilities(allowed, window, c), c.seed, self.position)
+            if self.matcher and token not in self.end_ids:
+                self.matcher.accept(token)
         except Exception as e:  # raised in this answer's reader only, not in the thread that steps
             self.error = e
             self.end(None)
@@ -868,7 +880,9 @@ class Answer:
         self.queue.append(Token(token, *top_logprobs(logits, token, c.logprobs), self.gates))
         if self.next_start is None and len(self.ids) >= MAX_REPLAY:
             self.next_start = len(self.ids), self.snapshot(self.decoder.state_of(self))
-        if self.drawn == c.max_new_tokens:
+        if self.matcher and self.matcher.finished:
+            self.end("stop")
+        elif self.drawn == c.max_new_tokens:
             self.end("length")
 
     def end(self, reason: str | None) -> None:
@@ -943,6 +957,8 @@ class StreamingServer:
         self.model = self.model.to(target, dtype)
         column_major_weights(self.model)
         self.vocab_size = self.model.config.vocab_size
+        problem = why_no_tokenizer(self.model)
+        self.grammars = GrammarCompiler(self.tokenizer, self.vocab_size, problem)
         self.config = self.checked(config)
         self.decoder = Decoder(self.model, config.batch_size, compiled, cache_bytes)
         self.condition = self.decoder.condition
@@ -999,6 +1015,7 @@ class StreamingServer:
         *,
         as_ids: bool = False,
         keep_at: Sequence[int] = (),
+        grammar: Grammar | None = None,
         **settings: Any,
     ) -> Answer:
         """Start an answer; `settings` are fields of StreamingConfig.
@@ -1006,27 +1023,34 @@ class StreamingServer:
         Without a session, it is generated in a temporary one. `as_ids` needs no tokenizer: chunks
         have tokens and no text, and every token counts as given out. `keep_at`: numbers of tokens
         of the prompt after which other prompts may go on differently, for the prefix cache.
+        `grammar` takes the place of `structured_outputs`: it is already compiled.
         """
         problem = why_no_tokenizer(self.model)
         require(as_ids or self.tokenizer, "tokenizer", problem, "pass one, or ids")
         ids = self.encode(prompt)
         with self.condition:
             session = self.find(session_id) if session_id is not None else None
-            config = self.configured(session.config if session else self.config, settings)
+        config = self.configured(session.config if session else self.config, settings)
+        if grammar is None and config.structured_outputs is not None:
+            grammar = self.grammars.compile(config.structured_outputs)  # others answer meanwhile
+        with self.condition:
+            session = self.find(session_id) if session_id is not None else None
             if settings.get("seed") is None and session:
                 config.seed = session.seed
             elif config.seed is None:
                 config.seed = secrets.randbits(63)
             now = session.now if session else self.initial[config.adapter]
+            end_ids = {self.eos_id(config), *(config.stop_ids or ())}
             answer = Answer(
                 self.decoder,
                 now,
                 self.with_first_token(ids, now, config),
                 config,
-                {self.eos_id(config), *(config.stop_ids or ())},
+                end_ids,
                 None if as_ids else self.tokenizer,
                 functools.partial(self.end_turn, session) if session else None,
                 keep_at,
+                grammar.start(end_ids) if grammar else None,
             )
             if session:
                 session.answer = answer

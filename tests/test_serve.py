@@ -16,10 +16,12 @@ import subprocess
 import sys
 import threading
 import time
+import typing
 from pathlib import Path
 
 import httpx
 import openai
+import pydantic
 import pytest
 import torch
 from helpers import ROOT, adapted, assert_refused, close, free_copy, run_main, run_script, wide
@@ -30,6 +32,7 @@ from peft import AdapterConfig, save_adapter
 from serve import Api, ChatTemplate, HttpServer, Options, Vocabulary
 from streaming import Answer, StreamingConfig, StreamingServer
 from testv2 import save_folder
+from tinymamba import structured
 from tinymamba.openai_api import ApiError, Message
 from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer, byte_alphabet
 
@@ -514,7 +517,7 @@ HELLO = {"messages": [{"role": "user", "content": "hi"}]}
         ),
         (CHAT, {**HELLO, "top_logprobs": 2}, "top_logprobs"),
         (CHAT, {**HELLO, "tools": [{"type": "function"}]}, "tools"),
-        (CHAT, {**HELLO, "response_format": {"type": "json_object"}}, "response_format.type"),
+        (CHAT, {**HELLO, "response_format": {"type": "xml"}}, "response_format.type"),
         ("/v1/sessions", {"id": "../x"}, "id"),
         ("/v1/sessions", {"load": "a/b"}, "load"),
     ],
@@ -1277,6 +1280,151 @@ def test_openapi_describes_the_routes(shared):
     assert "422" not in json.dumps(document["paths"])
     body = document["components"]["schemas"]["CompletionBody"]
     assert body["required"] == ["prompt"] and body["additionalProperties"] is False
+
+
+# -------------------------------------------------------------------------- structured output
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 5}, "age": {"enum": [1, 20, 300]}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+class Person(pydantic.BaseModel):
+    """The same for the client, which makes the schema and reads the answer."""
+
+    model_config = {"extra": "forbid"}
+    name: str = pydantic.Field(max_length=5)
+    age: typing.Literal[1, 20, 300]
+
+
+def as_schema(schema: dict) -> dict:
+    """The response format of a schema."""
+    return {"type": "json_schema", "json_schema": {"name": "it", "schema": schema, "strict": True}}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_openai_client_parses_its_own_types(shared, temperature):
+    asked = {"model": NAME, "temperature": temperature, "seed": 1, "max_tokens": 300}
+    got = shared.ai.chat.completions.parse(response_format=Person, n=2, **asked, **HELLO)
+    assert all(isinstance(choice.message.parsed, Person) for choice in got.choices)
+    assert {choice.finish_reason for choice in got.choices} == {"stop"}
+
+
+def test_streamed_forms_equal_whole_ones(shared):
+    """With stop strings, biases, logprobs and several answers; eos ends none too early."""
+    bias = {"256": 50, "34": 4, "125": 5}  # eos, and what ends strings and objects
+    asked = {"n": 3, "seed": 2, "max_tokens": 90, "logit_bias": bias, "stop": ["\0"], "logprobs": 1}
+    for more in (
+        {"response_format": as_schema(PERSON)},
+        {"response_format": {"type": "json_object"}},
+    ):
+        whole = shared.post(COMPLETIONS, prompt="x", **asked, **more)["choices"]
+        stream = {"model": NAME, "prompt": "x", "stream": True, "extra_body": more, **asked}
+        texts = [""] * 3
+        for part in shared.ai.completions.create(**stream):
+            for choice in part.choices:
+                texts[choice.index] += choice.text
+        assert texts == [choice["text"] for choice in whole] and len({*texts}) > 1
+        for choice in whole:
+            assert choice["finish_reason"] == "stop" and isinstance(
+                json.loads(choice["text"]), dict
+            )
+            assert len(choice["logprobs"]["tokens"]) >= len(choice["text"])  # a byte each
+
+
+@pytest.mark.parametrize(
+    ("form", "pattern"),
+    [
+        ({"regex": "[0-9]{3}-[a-f]+z"}, "[0-9]{3}-[a-f]+z"),
+        ({"choice": ["yes", "no", "user: ?"]}, r"yes|no|user: \?"),
+        ({"grammar": 'root ::= "a" | "b" root', "regex": None}, "b*a"),
+        ({"json": json.dumps({"const": [1]})}, r"\[\s*1\s*\]"),
+    ],
+)
+def test_forms_as_vllm_names_them(shared, form, pattern):
+    shared.post("/v1/sessions", id="formed")
+    paths = [(COMPLETIONS, {"prompt": "x"}), (CHAT, HELLO)]
+    paths.append(("/v1/sessions/formed/completions", {"prompt": "x"}))
+    for path, body in paths:
+        got = shared.post(path, **body, structured_outputs=form, max_tokens=200)["choices"][0]
+        text = got["message"]["content"] if path == CHAT else got["text"]
+        assert got["finish_reason"] == "stop" and re.fullmatch(pattern, text)
+    free = shared.post("/v1/sessions/formed/completions", prompt="y", max_tokens=30)["choices"][0]
+    assert not re.fullmatch(pattern, free["text"])
+    shared.http.delete("/v1/sessions/formed")
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "text", "json_schema": {"name": "x", "schema": {}}}},
+            "response_format.json_schema",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "response_format.json_schema.schema",
+        ),
+        ({"response_format": as_schema({"type": "strin"})}, "response_format.json_schema.schema"),
+        (
+            {"response_format": as_schema({"pattern": "(?=a)"})},
+            "response_format.json_schema.schema",
+        ),
+        (
+            {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
+            "response_format",
+        ),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "(a"}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"structural_tag": "a"}}, "structured_outputs.structural_tag"),
+    ],
+)
+def test_an_invalid_form_starts_nothing(shared, more, param):
+    """Nor does it change a session."""
+    before = shared.post("/v1/sessions", id="kept")
+    session = "/v1/sessions/kept/completions"
+    for path, body in ((COMPLETIONS, {"prompt": "a"}), (CHAT, HELLO), (session, {"prompt": "a"})):
+        error = assert_error(shared.http.post(path, json={**body, **more}), 400, param)
+        assert param in error["message"] and "\n" not in error["message"]
+    assert shared.api.pending == 0
+    after = shared.http.get("/v1/sessions/kept").json()
+    assert after["tokens"] == before["tokens"] == 0
+    shared.http.delete("/v1/sessions/kept")
+
+
+def test_others_are_answered_while_a_grammar_is_compiled(shared, monkeypatch):
+    compiling, go_on = threading.Event(), threading.Event()
+    usual = structured.make_rule
+
+    def slow(*arguments):
+        compiling.set()
+        assert go_on.wait(30)
+        return usual(*arguments)
+
+    monkeypatch.setattr(structured, "make_rule", slow)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        body = {"prompt": "a", "structured_outputs": {"regex": "slow[0-9]"}}
+        formed = pool.submit(shared.post, COMPLETIONS, **body)
+        assert compiling.wait(30)
+        assert shared.post(COMPLETIONS, prompt="b", max_tokens=3)["choices"]
+        assert not formed.done()
+        go_on.set()
+        assert re.fullmatch("slow[0-9]", formed.result()["choices"][0]["text"])
+
+
+def test_a_server_without_the_library_says_what_to_install(shared, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    body = {"prompt": "a", "response_format": as_schema({"const": "not compiled before"})}
+    error = assert_error(
+        shared.http.post(COMPLETIONS, json=body), 400, "response_format.json_schema.schema"
+    )
+    assert "pip install llguidance" in error["message"]
+    assert shared.post(COMPLETIONS, prompt="b", max_tokens=3)["choices"]
 
 
 # ------------------------------------------------------------------------------- other clients

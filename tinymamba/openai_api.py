@@ -20,7 +20,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from tinymamba.cli import UserError
+from tinymamba.cli import UserError, require
 
 # ---------------------------------------------------------------------------------- requests
 
@@ -58,6 +58,32 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None
 
 
+class JsonSchema(Body):
+    """The schema of an answer, as OpenAI's clients send it."""
+
+    name: Annotated[str, Field(max_length=256)]
+    json_schema: dict[str, Any] = Field(alias="schema")
+    description: str | None = None
+    strict: bool | None = Field(default=None, description="the schema is always followed")
+
+
+class ResponseFormat(Body):
+    """What an answer looks like."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Body):
+    """What an answer follows: one of these, as in vLLM."""
+
+    json_schema: dict[str, Any] | str | None = Field(default=None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = Field(default=None, description="in the notation of Lark or GBNF")
+
+
 class Generation(Body):
     """The fields of every route that generates text; None stands for the default."""
 
@@ -73,6 +99,8 @@ class Generation(Body):
     logit_bias: LogitBias | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     user: Any = Field(default=None, description=NO_EFFECT)
     metadata: Any = Field(default=None, description=NO_EFFECT)
     store: Any = Field(default=None, description=NO_EFFECT)
@@ -81,6 +109,21 @@ class Generation(Body):
     prompt_cache_key: Any = Field(default=None, description=NO_EFFECT)
     presence_penalty: Zero | None = Field(default=None, description=UNSUPPORTED)
     frequency_penalty: Zero | None = Field(default=None, description=UNSUPPORTED)
+
+    def form(self) -> tuple[dict[str, Any], str] | None:
+        """The form of the answer, as GrammarCompiler.compile takes it, and the field's name."""
+        asked, field = self.response_format, "response_format"
+        kind = asked.type if asked else "text"
+        if self.structured_outputs:
+            problem, remedy = "cannot be sent with structured_outputs", "send one of them"
+            require(kind == "text", field, problem, remedy)
+            return self.structured_outputs.model_dump(by_alias=True), "structured_outputs"
+        schema = asked.json_schema if asked else None
+        same = (schema is not None) == (kind == "json_schema")
+        require(same, f"{field}.json_schema", "belongs to the type json_schema", "send both")
+        if schema:
+            return {"json": schema.json_schema}, f"{field}.json_schema.schema"
+        return ({"json_object": True}, field) if kind == "json_object" else None
 
     def alternatives(self) -> int | None:
         """How many likely alternatives to report per token; None reports no logprobs."""
@@ -134,12 +177,6 @@ class Message(Body):
         return "".join(part.text for part in self.content)
 
 
-class TextFormat(Body):
-    """The only supported response format."""
-
-    type: Literal["text"]
-
-
 class ChatBody(Generation):
     """The body of /v1/chat/completions."""
 
@@ -153,7 +190,6 @@ class ChatBody(Generation):
     )
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
-    response_format: TextFormat | None = None
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
 
     def alternatives(self) -> int | None:
