@@ -242,7 +242,8 @@ def test_logprobs_are_the_models_own(server):
         ({"regex": "a(?=b)"}, "structured_outputs.regex", "look-around"),
         ({"regex": "[^\\x00-\\x{10FFFF}]"}, "structured_outputs.regex", "no token can"),
         ({"regex": "a" * 70_000}, "structured_outputs.regex", "has 70000 characters"),
-        ({"json": "{"}, "structured_outputs.json", "EOF"),
+        ({"json": "{"}, "structured_outputs.json", "Expecting"),
+        ({"json": '{"items":' * 5000}, "structured_outputs.json", "nested too deeply"),
         ({"json": {"type": "strin"}}, "structured_outputs.json", "Invalid type: strin"),
         ({"json": {"not": {}}}, "structured_outputs.json", "not"),
         ({"json": {"enum": []}}, "structured_outputs.json", "Unsatisfiable"),
@@ -261,6 +262,45 @@ def test_an_invalid_form_is_an_error_of_one_line(server, form, field, problem):
     assert text.startswith(f"{field}: ") and problem in text and "; " in text
     assert "\n" not in text and len(text) < 400
     assert not server.decoder.answers
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "other"),
+    [
+        ('^[^"]{2}$', "a\\\\", '\\"a'),
+        (r"^[^\\]*$", '\\"é', "a\\\\"),
+        ('^[^]"]$', "[", '\\"'),
+        ("^[^-a]$", "A", "-"),
+        (r"^\[^x$", None, "["),
+        (r"^\\[^\\]$", "\\\\b", "\\\\\\\\"),
+    ],
+)
+def test_patterns_allow_no_escape_of_what_they_exclude(server, pattern, text, other):
+    """`text` and `other` are as JSON has them."""
+    field = {
+        "pattern": {"type": "string", "pattern": pattern},
+        "const": {"const": {"pattern": "[^"}},
+    }
+    schema = {"type": "array", "prefixItems": [fixed("pattern", "const", **field)]}
+    if text is None:
+        with pytest.raises(UserError):
+            server.grammars.compile({"json": schema})
+        return
+    grammar = server.grammars.compile({"json": schema})
+    for value, valid in ((text, True), (other, False)):
+        assert bool(re.search(pattern, json.loads(f'"{value}"'))) == valid
+        whole = f'[{{"pattern":"{value}","const":{{"pattern":"[^"}}}}]'
+        assert follows(grammar, whole) == valid
+
+
+def follows(grammar, text: str) -> bool:
+    """Whether a whole text follows a grammar, byte by byte."""
+    matcher = grammar.start([])
+    for byte in text.encode():
+        if not matcher.next[byte]:
+            return False
+        matcher.accept(byte)
+    return matcher.finished
 
 
 @pytest.mark.parametrize("grammar", ['root ::= "a" | "b" root', 'start: "a" | "b" start'])
@@ -305,7 +345,7 @@ def test_a_grammar_that_costs_too_much_ends_its_answer_only(server, monkeypatch,
 def test_the_library_is_needed_for_forms_only(tokenizers, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     server = StreamingServer(free_copy(wide()), tokenizer=BYTES)
-    assert server.generate_text("a", max_new_tokens=3)
+    assert server.generate_text("a", max_new_tokens=3, logit_bias={256: -99.0})
     with pytest.raises(UserError, match="regex: needs a package.*; pip install llguidance"):
         server.answer("a", structured_outputs={"regex": "a"})
     idle = StreamingServer(free_copy(wide()))

@@ -154,14 +154,16 @@ class GrammarCompiler:
         kind, value = read_form(form, field)
         name = f"{field}.{kind}" if field == FIELD else field
         require(self.tokenizer is not None, "tokenizer", self.no_tokenizer, "pass one")
-        text = value if isinstance(value, str) else json.dumps(value)
-        problem, remedy = f"has {len(text)} characters", f"use up to {MAX_LENGTH}"
-        require(len(text) <= MAX_LENGTH, name, problem, remedy)
         try:
+            text = value if isinstance(value, str) else json.dumps(value)
+            problem, remedy = f"has {len(text)} characters", f"use up to {MAX_LENGTH}"
+            require(len(text) <= MAX_LENGTH, name, problem, remedy)
             grammar = Grammar(self.cached(kind, text), self.vocab_size, name)
         except ImportError:
             problem = "needs a package that is not installed here"
             raise UserError(name, problem, "pip install llguidance") from None
+        except RecursionError:
+            raise UserError(name, "is nested too deeply", "use fewer levels") from None
         except ValueError as e:
             raise UserError(name, reason(e), "docs/serving.md says what is supported") from None
         grammar.start([])  # the first step may be too complex, or impossible
@@ -193,10 +195,48 @@ def make_rule(library: Any, kind: str, text: str) -> dict[str, Any]:
     if kind == "regex":
         made = library.LLMatcher.grammar_from_regex(text)
     else:
-        schema = '{"type": "object"}' if kind == "json_object" else text
+        schema = {"type": "object"} if kind == "json_object" else narrow_schema(json.loads(text))
         spacing = {"whitespace_pattern": WHITE_SPACE}
-        made = library.LLMatcher.grammar_from_json_schema(schema, defaults=spacing)
+        made = library.LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=spacing)
     return json.loads(made)["grammars"][0]
+
+
+DATA = ("const", "enum", "default", "examples")  # keywords whose values are no schemas
+NAMED = ("properties", "patternProperties", "$defs", "definitions")  # those with schemas by name
+
+
+def narrow_schema(schema: Any) -> Any:
+    """A schema whose patterns never match U+0000 by a negated class.
+
+    For a class with all control characters, llguidance (1.9.1) allows the escapes of quotation mark
+    and backslash, whether the class has these or not.
+    """
+    if isinstance(schema, list):
+        return [narrow_schema(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made: dict[str, Any] = {}
+    for word, value in schema.items():
+        if word in NAMED and isinstance(value, dict):
+            change = narrow_pattern if word == "patternProperties" else str
+            made[word] = {change(name): narrow_schema(each) for name, each in value.items()}
+        elif word == "pattern" and isinstance(value, str):
+            made[word] = narrow_pattern(value)
+        else:
+            made[word] = value if word in DATA else narrow_schema(value)
+    return made
+
+
+def narrow_pattern(pattern: str) -> str:
+    """A regex whose negated classes also exclude U+0000."""
+
+    def narrow(found: re.Match) -> str:
+        if found[0][0] == "\\":
+            return found[0]
+        first = f"\\{found[1]}" if found[1] else ""  # at the head of a class it is itself
+        return rf"[^\x00{first}"
+
+    return re.sub(r"\\.|\[\^([\]-])?", narrow, pattern, flags=re.S)
 
 
 class Grammar:
