@@ -15,10 +15,12 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import math
 import re
 import threading
 import time
 from collections.abc import Iterable
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -30,9 +32,15 @@ FIELD = "structured_outputs"
 KINDS = ("json", "json_object", "regex", "choice", "grammar")
 MAX_LENGTH = 2**16  # characters of a schema, regex, grammar or list of choices
 LONGEST_TOKEN = 1000  # bytes; llguidance panics above about 1,024
+MAX_MULTIPLE = 50_000  # llguidance has no limit: a million takes 8 s and 400 MB, more takes more
 # Without a limit, a model may write white space until the answer is full.
 WHITE_SPACE = r"[ \t]{1,2}|\r?\n[ \t]{0,32}"
-LIMITS = {"max_grammar_size": 100_000, "max_items_in_row": 10_000, "max_lexer_states": 50_000}
+LIMITS = {
+    "initial_lexer_fuel": 100_000,
+    "max_grammar_size": 100_000,
+    "max_items_in_row": 10_000,
+    "max_lexer_states": 50_000,
+}
 SECONDS, SECONDS_PER_TOKEN = 1.0, 0.005  # of CPU time that an answer may take of its batch
 NO_TOKEN = "no token can be next", "allow other text"
 NO_FORCING = '%llguidance {"no_forcing": true}\nstart: @rule'  # else it must encode text itself
@@ -191,14 +199,38 @@ def make_rule(library: Any, kind: str, text: str) -> dict[str, Any]:
         texts = " | ".join(map(json.dumps, json.loads(text)))
         return {"lark_grammar": f"start: TEXT\nTEXT: {texts}"}
     if kind == "grammar":
+        if "%json" in text:
+            raise ValueError("has a schema (%json), which only `json` can have")
         return {"lark_grammar": library.grammar_from(kind, text)}
     if kind == "regex":
         made = library.LLMatcher.grammar_from_regex(text)
     else:
-        schema = {"type": "object"} if kind == "json_object" else narrow_schema(json.loads(text))
+        schema = {"type": "object"} if kind == "json_object" else read_schema(text)
         spacing = {"whitespace_pattern": WHITE_SPACE}
         made = library.LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=spacing)
     return json.loads(made)["grammars"][0]
+
+
+def read_schema(text: str) -> Any:
+    """A schema as JSON -> the schema as make_rule passes it on."""
+    multiples: list[Any] = []
+
+    def note(fields: dict) -> dict:
+        multiples.append(fields.get("multipleOf"))
+        return fields
+
+    schema = narrow_schema(json.loads(text, object_hook=note))
+    if least_common_multiple(multiples) > MAX_MULTIPLE:
+        raise ValueError(f"multipleOf: the least common multiple of all is over {MAX_MULTIPLE:,}")
+    return schema
+
+
+def least_common_multiple(values: list[Any]) -> int:
+    """The least common multiple of decimal numbers, in units of their last decimal place."""
+    numbers = [v for v in values if type(v) in (int, float) and 0 < abs(v) < math.inf]
+    decimals = [Decimal(str(v)).normalize() for v in numbers]
+    places = max((-int(d.as_tuple().exponent) for d in decimals), default=0)
+    return math.lcm(*(int(d.scaleb(max(places, 0))) for d in decimals))
 
 
 DATA = ("const", "enum", "default", "examples")  # keywords whose values are no schemas
