@@ -6,7 +6,7 @@ OLDEST := model branches kernels training artifacts export_model hf_integration 
 # pip need not compile what nobody imports: the first import writes the bytecode.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-slow test-gpu test-oldest chaos clean
+.PHONY: demo test test-slow test-gpu test-oldest container base-image chaos clean
 
 demo: .venv/core data/text/train.bin  ## train a small model on the built-in corpus
 	$(BIN)/python testv2.py --preset demo
@@ -25,6 +25,12 @@ test-gpu: .venv/dev  ## that a GPU, if there is one, gives the same results as t
 
 test-oldest: .venv-oldest/dev  ## the oldest versions of PyTorch and of every package that work
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 3 --dist loadfile $(OLDEST:%=tests/test_%.py)
+
+container: .venv/dev  ## build the image with docker or podman, run it, and break what it promises
+	$(BIN)/python -m pytest -m container tests/test_image.py
+
+base-image:  ## the image's base from Debian's packages, if no registry can be reached
+	tests/base_image.sh $(ENGINE)
 
 chaos: .venv/dev  ## break runs on purpose a hundred times: half an hour
 	OMP_NUM_THREADS=1 CHAOS=1 $(BIN)/python -m pytest -m 'not gpu' tests/test_reliability.py tests/test_restarts.py

@@ -1,7 +1,11 @@
-"""Dockerfile, compose.yaml and .dockerignore: what can be checked without a container engine."""
+"""Dockerfile, compose.yaml and .dockerignore: what can be checked without a container engine.
+
+tests/test_image.py has the rest.
+"""
 
 import http.server
 import json
+import os
 import re
 import shlex
 import shutil
@@ -38,6 +42,12 @@ def test_the_image_runs_as_a_user_and_nothing_after_it_needs_more():
     assert int(last("USER")) >= 1000
     assert not {"RUN", "COPY"} & {*words[words.index("USER") :]}
     assert last("WORKDIR") == last("VOLUME") == "/work"
+
+
+def test_every_command_has_its_bytecode_in_the_image():
+    """Where it is missing, every start of a container would compile it again."""
+    step = next(rest for word, rest in STEPS if word == "RUN" and "--help" in rest)
+    assert {*re.search(r"in ([\w ]+);", step)[1].split()} == {*COMMANDS} - {"push"}
 
 
 def test_it_serves_unless_told_otherwise():
@@ -85,11 +95,12 @@ def test_no_secret_and_no_other_host_is_named():
 )
 def test_the_device_decides_which_pytorch_is_taken(device, said, code):
     step = next(rest for word, rest in STEPS if word == "RUN" and "DEVICE" in rest)
+    arguments = dict(rest.split("=", 1) for word, rest in STEPS if word == "ARG")
     done = subprocess.run(
         ["sh", "-c", f'pip() {{ echo pip "$@"; }}\n{step}'],
         cwd=ROOT,
         text=True,
-        env={"DEVICE": device, "PATH": "/usr/bin:/bin"},
+        env={**arguments, "DEVICE": device, "PATH": "/usr/bin:/bin"},
         capture_output=True,
     )
     lines = (done.stdout + done.stderr).splitlines()
@@ -116,7 +127,9 @@ def test_the_health_check_tells_a_server_that_is_well_from_others():
     assert str(port) in words[-1]
 
     def run() -> int:
-        return subprocess.run(words, stderr=subprocess.DEVNULL).returncode
+        proxy = {"http_proxy": "http://127.0.0.1:9"}  # the engine may set one for all containers
+        env = {**os.environ, **proxy}
+        return subprocess.run(words, stderr=subprocess.DEVNULL, env=env).returncode
 
     assert run() != 0
     with http.server.HTTPServer(("127.0.0.1", port), Health) as server:
@@ -161,6 +174,7 @@ def test_services_train_and_serve_in_one_volume_within_limits():
         assert service["image"] == "tinymamba:${DEVICE:-cpu}"
         assert service["build"] == {"context": ".", "args": {"DEVICE": "${DEVICE:-cpu}"}}
         assert service["cap_drop"] == ["ALL"] and service["init"]
+        assert service["read_only"] and service["tmpfs"] == ["/tmp"]
     name, *words = SERVICES["train"]["command"]
     assert name == "train" and parse_command_line(words)
     assert SERVICES["train"]["healthcheck"] == {"disable": True}  # it has no port

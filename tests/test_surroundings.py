@@ -33,8 +33,9 @@ from helpers import (
 import testv2
 from testv2 import Trainer
 from tinymamba import runtime
-from tinymamba.checkpoint import load_checkpoint
+from tinymamba.checkpoint import load_checkpoint, require_writable
 from tinymamba.cli import UserError, run_cli
+from tinymamba.lock import hold_lock
 from tinymamba.runtime import Signals, open_log_folder, signals_held
 from tinymamba.tokenizer import EOS_TOKEN, byte_alphabet
 
@@ -624,3 +625,40 @@ def test_wandb_that_cannot_start_is_refused_whatever_its_error(runs, error, monk
     monkeypatch.setattr(sys.modules["wandb"], "init", init)
     assert_refuses(*brief_flags(max_steps=2, **WATCHED), naming=["use_wandb", str(error)])
     assert not any(Path("logs").iterdir())
+
+
+@POSIX
+@pytest.mark.parametrize(("process", "code"), [(1, 143), (2, -signal.SIGTERM)])
+def test_sigterm_ends_process_1_of_a_container_too(process, code):
+    """There the kernel ignores it; tests/test_image.py has a real process 1."""
+    script = f"""
+import os, signal
+from tinymamba.cli import run_cli
+os.getpid = lambda: {process}
+run_cli(lambda: signal.raise_signal(signal.SIGTERM) or print("still here"))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code and not done.stdout + done.stderr
+
+
+@POSIX
+@pytest.mark.parametrize("act", [require_writable, hold_lock])
+def test_a_folder_of_another_user_is_named_with_the_user(tmp_path, monkeypatch, act):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o555)
+    user = os.getuid() or 65534
+    if os.getuid() == 0:  # root may write everywhere
+        os.setresuid(user, user, 0)
+    try:
+        with pytest.raises(UserError, match=f"let user {user} write to {tmp_path}$"):
+            if act is hold_lock:
+                with hold_lock(Path("run.lock"), "run", "wait"):
+                    pass
+            else:
+                require_writable(Path("new"), "output_dir")
+        with pytest.raises(UserError, match=f"let user {user} write to {tmp_path}$"):
+            require_writable(Path("."), "output_dir")
+    finally:
+        if user == 65534:
+            os.setresuid(0, 0, 0)
+        tmp_path.chmod(0o755)

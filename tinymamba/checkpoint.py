@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from tinymamba.cli import UserError, from_launcher, require, say
+from tinymamba.cli import UserError, from_launcher, grant_or_choose, require, say
 from tinymamba.kernels import settle_ties
 from tinymamba.lock import hold_lock
 
@@ -419,8 +419,11 @@ def require_writable(folder: Path, field: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         problem = f"{folder} cannot be created ({e.strerror})"
-        raise UserError(field, problem, "choose another") from e
-    require(os.access(folder, os.W_OK), field, f"{folder} cannot be written to", "choose another")
+        denied = isinstance(e, PermissionError)
+        remedy = grant_or_choose(folder.parent) if denied else "choose another"
+        raise UserError(field, problem, remedy) from e
+    problem = f"{folder} cannot be written to"
+    require(os.access(folder, os.W_OK), field, problem, grant_or_choose(folder))
 
 
 def replace_files(made: Path, folder: Path, names: tuple[str, ...]) -> None:

@@ -28,6 +28,7 @@ import inspect
 import math
 import os
 import re
+import signal
 import sys
 import types
 import typing
@@ -66,6 +67,13 @@ def require_plain_name(name: object, field: str) -> None:
         f"{name!r} is not a plain name",
         "use up to 64 letters, digits, - and _",
     )
+
+
+def grant_or_choose(folder: Path) -> str:
+    """What to do about a folder that this user may not write to."""
+    if not hasattr(os, "geteuid"):  # Windows
+        return "choose another folder"
+    return f"choose another folder, or let user {os.geteuid()} write to {folder.resolve()}"
 
 
 def need(module: str) -> types.ModuleType:
@@ -153,8 +161,15 @@ def say(text: object) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
+def end_on_sigterm() -> None:
+    """End on SIGTERM as process 1 of a container too: the kernel would ignore it there."""
+    if os.getpid() == 1:
+        signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
+
+
 def run_cli(main: Callable[[], int | None]) -> typing.NoReturn:
     """Exit with what `main()` returns; a UserError becomes one line on stderr and exit code 2."""
+    end_on_sigterm()
     open_standard_streams()
     if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack characters that a model writes
         sys.stdout.reconfigure(errors="replace")

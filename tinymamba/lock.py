@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from socket import gethostname
 
-from tinymamba.cli import UserError, say
+from tinymamba.cli import UserError, grant_or_choose, say
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # some network file systems
 
@@ -38,7 +38,10 @@ def hold_lock(file: Path, field: str, remedy: str) -> Iterator[None]:
     except OSError as e:
         if e.errno not in NO_LOCKS:
             problem = f"{file} cannot be written ({e.strerror})"
-            raise UserError(field, problem, "choose another folder") from None
+            remedy = "choose another folder"
+            if isinstance(e, PermissionError):
+                remedy = grant_or_choose(file.parent)
+            raise UserError(field, problem, remedy) from None
         say(f"warning: {file.parent} has no locks ({e.strerror}): let no second run write there")
         yield
         return
