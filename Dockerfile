@@ -48,5 +48,6 @@ EXPOSE 8000
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s \
     CMD ["python", "-c", "from urllib.request import ProxyHandler, build_opener; build_opener(ProxyHandler({})).open('http://127.0.0.1:8000/health', timeout=4)"]
 ENTRYPOINT ["tinymamba"]
+# Sessions are kept after the grace time, and before docker kills: 10 seconds.
 CMD ["serve", "--host", "0.0.0.0", "--port", "8000", "--checkpoint", "tinymamba_model_latest.pt", \
-     "--session_dir", "sessions", "--keep_sessions"]
+     "--session_dir", "sessions", "--keep_sessions", "--grace", "5"]

@@ -56,7 +56,9 @@ def test_it_serves_unless_told_otherwise():
     assert command[:5] == ["serve", "--host", "0.0.0.0", "--port", last("EXPOSE")]
     script = ROOT / COMMANDS["serve"][0]
     known = script.read_text() if script.is_file() else " ".join(command)
-    assert all(word in known for word in command if word.startswith("--"))
+    flags = [word for word in command if word.startswith("--")]
+    assert all(flag in known or f"\n    {flag[2:]}: " in known for flag in flags)
+    assert int(command[command.index("--grace") + 1]) <= 5  # docker kills after 10 seconds
 
 
 def test_files_that_are_copied_are_there_and_reach_the_build():

@@ -41,6 +41,10 @@ def engine_name() -> str:
     return name
 
 
+def is_podman() -> bool:
+    return Path(engine_name()).name == "podman"
+
+
 def engine(*words: object, code: int | None = 0) -> subprocess.CompletedProcess:
     """Run a command of the engine, which must exit with `code`."""
     done = subprocess.run([engine_name(), *map(str, words)], capture_output=True, text=True)
@@ -65,7 +69,7 @@ def torch_index(tmp_path: Path):
 @pytest.fixture(scope="module")
 def image(tmp_path_factory) -> str:
     """The Dockerfile's image; its layers stay in the engine's cache."""
-    kind = ["--layers", "--format", "docker"] if engine_name() == "podman" else []
+    kind = ["--layers", "--format", "docker"] if is_podman() else []
     with torch_index(tmp_path_factory.mktemp("index")) as flags:
         engine("build", *kind, *flags, "--tag", IMAGE, ROOT)
     return IMAGE
@@ -78,8 +82,10 @@ def new_volume(owner: str = ""):
     engine("volume", "create", name)
     try:
         if owner:
-            as_root = ["--user", "0", "--entrypoint", "chown", "--volume", f"{name}:/work"]
-            engine("run", "--rm", *as_root, IMAGE, owner, "/work")
+            # docker gives the folder of an empty volume to the image's user again.
+            as_root = ["--user", "0", "--entrypoint", "sh", "--volume", f"{name}:/work"]
+            fill = f"touch /work/file && chown -R {owner} /work"
+            engine("run", "--rm", *as_root, IMAGE, "-c", fill)
         yield name
     finally:
         engine("volume", "rm", "--force", name)
@@ -124,7 +130,7 @@ def exit_code(name: str) -> int:
 def health_check(name: str) -> int:
     """The exit code, in a container, of the check that the image names."""
     shown = json.loads(engine("image", "inspect", IMAGE).stdout)[0]
-    found = shown if engine_name() == "podman" else shown["Config"]
+    found = shown if is_podman() else shown["Config"]
     kind, *words = found["Healthcheck"]["Test"]
     assert kind == "CMD"
     return engine("exec", name, *words, code=None).returncode
@@ -158,21 +164,32 @@ def test_nothing_is_written_outside_the_volume_and_tmp(trained):
     assert {p for p in changed if p.startswith("/etc")} <= {"/etc", "/etc/mtab"}  # the engine's
 
 
-def test_the_server_is_healthy_answers_and_ends_on_sigterm(trained):
+def post(url: str, **body):
+    """The open answer to a request; its headers have come."""
+    kind = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), kind)
+    return urllib.request.urlopen(request, timeout=60)
+
+
+def test_the_server_is_healthy_answers_and_keeps_its_sessions_on_sigterm(trained):
     proxy = ["--env", "http_proxy=http://127.0.0.1:9", "--publish", "127.0.0.1::8000"]
-    with container(trained[0], flags=[*LOCKED, *proxy]) as name:
+    names = [f"s{i}" for i in range(6)]
+    endless = {"prompt": "c", "stream": True, "max_tokens": 4096, "logit_bias": {"0": -100}}
+    with container(trained[0], flags=[*LOCKED, *proxy]) as name, contextlib.ExitStack() as stack:
         read_until(name, "serving tinymamba_model_latest at")
         assert health_check(name) == 0
-        address = engine("port", name, "8000/tcp").stdout.split()[0]
-        body = json.dumps({"prompt": "import os", "max_tokens": 4}).encode()
-        kind = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"http://{address}/v1/completions", body, kind)
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        url = "http://" + engine("port", name, "8000/tcp").stdout.split()[0] + "/v1"
+        with post(f"{url}/completions", prompt="import os", max_tokens=4) as answer:
             assert json.load(answer)["usage"]["completion_tokens"] == 4
-        engine("stop", "-t", "60", name)
+        for session in names:
+            post(f"{url}/sessions", id=session).close()
+            stack.enter_context(post(f"{url}/sessions/{session}/completions", **endless))
+        engine("stop", name)
         assert exit_code(name) == 143
         said = engine("logs", name)
         assert "Traceback" not in said.stdout + said.stderr
+    kept = ["--rm", "--volume", f"{trained[0]}:/work", "--entrypoint", "ls", IMAGE, "sessions/kept"]
+    assert {f"{session}.safetensors" for session in names} <= {*engine("run", *kept).stdout.split()}
 
 
 def test_sigterm_ends_a_server_that_has_not_begun_to_serve(trained):
@@ -214,6 +231,42 @@ def test_a_user_that_the_image_does_not_know(image):
     with new_volume(owner="4242:4242") as volume:
         done = run(volume, *TINY_RUN, "1", flags=[*LOCKED, "--user", "4242:4242"])
         assert "saved tinymamba_model_latest.pt at step 1" in done.stdout
+
+
+@functools.cache
+def compose_command() -> list[str] | None:
+    """Compose of version 2, as a plugin of the engine or alone."""
+    for words in ([engine_name(), "compose"], ["docker-compose"]):
+        if shutil.which(words[0]):
+            done = subprocess.run([*words, "version", "--short"], capture_output=True, text=True)
+            if done.returncode == 0 and done.stdout.strip().lstrip("v") >= "2":
+                return words
+    return None
+
+
+def test_compose_trains_and_serves(image):
+    command = compose_command()
+    if not command:
+        pytest.skip("no Compose of version 2")
+    project = ["--project-name", f"tinymamba-{uuid.uuid4().hex[:8]}"]
+    env = {**os.environ, "DEVICE": image.partition(":")[2]}
+
+    def compose(*words: str) -> str:
+        all_words = [*command, *project, *words]
+        done = subprocess.run(all_words, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    try:
+        said = compose("run", "--rm", "-T", "train", *TINY_RUN, "1")
+        assert "saved tinymamba_model_latest.pt at step 1" in said
+        compose("up", "--detach", "--wait", "serve")  # until it is healthy
+        with urllib.request.urlopen("http://127.0.0.1:8000/health", timeout=60) as answer:
+            assert answer.status == 200
+        compose("stop")
+        assert "(143)" in compose("ps", "--all")
+    finally:
+        compose("--profile", "train", "down", "--volumes")
 
 
 def test_no_package_is_missing_or_broken_and_the_size_is_known(image):
