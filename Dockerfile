@@ -4,10 +4,11 @@
 #     docker build --tag tinymamba:cuda --build-arg DEVICE=cuda .
 #     docker run --publish 127.0.0.1:8000:8000 --volume tinymamba:/work tinymamba:cpu
 #     docker run --no-healthcheck --volume tinymamba:/work tinymamba:cpu train --preset demo
+#
+# Its other arguments, and what it writes, are in docs/install.md; `make container` tests it.
 
 FROM python:3.11-slim-bookworm AS build
 ARG DEVICE=cpu
-ARG EXTRAS=serve
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ENV PATH=/opt/tinymamba/bin:$PATH PIP_PYTHON=/opt/tinymamba/bin/python \
     PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -23,6 +24,7 @@ RUN case "$DEVICE" in \
     esac \
     && pip install --requirement requirements.txt --no-compile
 COPY . ./
+ARG EXTRAS=serve
 # A local folder has no version to pin.
 # hadolint ignore=DL3013
 RUN pip install ".[$EXTRAS]" --no-compile
@@ -30,7 +32,7 @@ RUN pip install ".[$EXTRAS]" --no-compile
 RUN find /opt/tinymamba/lib -type d -path '*/torch/include' -exec rm -r {} + \
     && find /opt/tinymamba/lib -type d -path '*/torch/test' -exec rm -r {} + \
     && find /opt/tinymamba/lib -path '*/torch/bin/*' -type f ! -name torch_shm_manager -delete
-# Importing writes the bytecode that is needed. pip's would be four times as large.
+# Imports write the bytecode that the commands need. pip's would be four times as large.
 RUN for name in train prepare generate serve export finetune quantize benchmark convert; do \
       tinymamba "$name" --help > /dev/null || exit; \
     done
