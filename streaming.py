@@ -37,8 +37,8 @@ import threading
 import time
 import uuid
 import warnings
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -88,7 +88,9 @@ class StreamingConfig:
     top_p: float = 1.0  # sample from the fewest tokens whose probabilities reach this sum
     min_p: float = 0.0  # drop tokens with less than this fraction of the highest probability
     repetition_penalty: float = 1.0  # above 1, tokens in the window become less likely
-    repetition_window: int = 64  # last tokens, prompt included, that the penalty applies to
+    repetition_window: int = 64  # last tokens, prompt included, that this penalty applies to
+    presence_penalty: float = 0.0  # subtracted from the logits of tokens that the answer has
+    frequency_penalty: float = 0.0  # the same, once for each time that the answer has the token
     logit_bias: dict[int, float] | None = None  # added to the logits of these ids; -inf bans one
     stop: list[str] | None = None  # strings that end an answer; they are not part of it
     stop_ids: list[int] | None = None  # ids that end an answer, besides eos_token_id
@@ -111,6 +113,7 @@ class StreamingConfig:
         **dict.fromkeys(("top_p", "min_p"), (0, 1)),
         "repetition_penalty": (1e-3, 1e3),
         "repetition_window": (0, RECENT),
+        **dict.fromkeys(("presence_penalty", "frequency_penalty"), (-2, 2)),
         "seed": (0, 2**63 - 1),
     }
 
@@ -139,12 +142,18 @@ class StreamingConfig:
 # ------------------------------------------------------------------------------------ sampling
 
 
-def probabilities(logits: np.ndarray, recent: Sequence[int], config: StreamingConfig) -> np.ndarray:
+def probabilities(
+    logits: np.ndarray,
+    recent: Sequence[int],
+    config: StreamingConfig,
+    counts: Mapping[int, int] | None = None,
+) -> np.ndarray:
     """Logits (v,) -> float64 probabilities (v,) of the next token, after all settings.
 
     Applied in the order of transformers: bias, penalty on the `recent` ids (Keskar et al., arXiv
     1909.05858, section 4.1), temperature, top-k, top-p (Holtzman et al., arXiv 1904.09751), min-p
-    (Nguyen et al., arXiv 2407.01082).
+    (Nguyen et al., arXiv 2407.01082). OpenAI's penalties come before the temperature, as in vLLM;
+    `counts` says how often the answer has each of its ids.
     """
     x = logits.astype(np.float64)
     for i, bias in (config.logit_bias or {}).items():
@@ -155,6 +164,9 @@ def probabilities(logits: np.ndarray, recent: Sequence[int], config: StreamingCo
         seen = np.unique(recent)
         penalty = config.repetition_penalty
         x[seen] = np.where(x[seen] > 0, x[seen] / penalty, x[seen] * penalty)
+    if counts and (config.presence_penalty or config.frequency_penalty):
+        times = np.array([*counts.values()])
+        x[[*counts]] -= config.presence_penalty + config.frequency_penalty * times
     best = int(x.argmax())
     require(x[best] < np.inf, "logits", "are not finite", "use another checkpoint")
     require(x[best] > -np.inf, "logit_bias", "every token is banned", "allow at least one")
@@ -515,6 +527,21 @@ class Decoder:
             ]
         return scores
 
+    @torch.inference_mode()
+    def mean_hidden(self, ids: list[int], state: ModelState, adapter: str | None) -> np.ndarray:
+        """The mean over ids (l,) of the hidden states after the last norm: (d,) float64.
+
+        Read in small pieces, so that the answers of other threads go on between them.
+        """
+        total = np.zeros(self.model.config.d_model)
+        for at in range(0, len(ids), SMALL_PREFILL):
+            piece = torch.tensor([ids[at : at + SMALL_PREFILL]], device=self.device)  # (1, l)
+            with self.model_lock:
+                self.select_adapters([adapter])
+                hidden, state, _ = self.model.run(piece, state)  # (1, l, d)
+            total += hidden[0].float().sum(0).cpu().numpy()
+        return total / len(ids)
+
     def select_adapters(self, adapters: list[str | None]) -> None:
         """Use the adapter of each row in the next run of the model."""
         if hasattr(self.model, "adapter_state"):
@@ -591,6 +618,7 @@ class Answer:
         self.queue: deque[Token] = deque()  # those that are not given out yet
         self.last: int | None = None  # the last one, which the state has not read
         self.drawn, self.over, self.open = 0, False, True  # `over`: no more tokens are drawn
+        self.counts: Counter[int] = Counter()  # how often each id was drawn
         self.next_start: tuple[int, Snapshot] | None = None  # see `move_start`
         self.closing: Token | None = None  # the token of `end_ids` that ended it; not given out
         self.scored = self.score_first(origin.logits)
@@ -861,7 +889,7 @@ class Answer:
         try:
             assert c.seed is not None, "StreamingServer.answer sets one"
             allowed = self.matcher.mask(logits) if self.matcher else logits
-            token = draw(probabilities(allowed, window, c), c.seed, self.position)
+            token = draw(probabilities(allowed, window, c, self.counts), c.seed, self.position)
             if self.matcher and token not in self.end_ids:
                 self.matcher.accept(token)
         except Exception as e:  # raised in this answer's reader only, not in the thread that steps
@@ -873,6 +901,7 @@ class Answer:
             self.end("stop")
             return
         self.last, self.position, self.drawn = token, self.position + 1, self.drawn + 1
+        self.counts[token] += 1
         self.recent = (*self.recent, token)[-RECENT:]
         self.ids.append(token)
         if self.text_ids is not None:
@@ -1055,6 +1084,19 @@ class StreamingServer:
             if session:
                 session.answer = answer
             return answer
+
+    def embed(self, prompt: str | list[int], adapter: str | None = None) -> np.ndarray:
+        """The embedding of a prompt: (d,) float32 of length 1.
+
+        It has the direction of the mean of the last hidden states over the tokens. It may be
+        called from any thread, while answers are generated in others.
+        """
+        config = self.configured(self.config, {"adapter": adapter})
+        ids, initial = self.encode(prompt), self.initial[adapter]
+        require(ids, "prompt", "is empty", "pass some text, or at least one id")
+        ids = self.with_first_token(ids, initial, config)
+        mean = self.decoder.mean_hidden(ids, initial.state, adapter)
+        return (mean / np.linalg.norm(mean)).astype(np.float32)
 
     def end_turn(self, session: Session, answer: Answer) -> None:
         """Continue the session from the end of its answer."""
@@ -1550,7 +1592,7 @@ class Options:
 
 
 SAMPLING = {"max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
-SAMPLING |= {"seed", "stop"}
+SAMPLING |= {"presence_penalty", "frequency_penalty", "seed", "stop"}
 ADAPTER = "default"  # the name of --adapter in the server
 
 

@@ -15,6 +15,7 @@ import sys
 import textwrap
 import threading
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,43 @@ def test_probabilities_equal_those_of_transformers(
     np.testing.assert_allclose(p, by_transformers(logits, recent, c), atol=1e-9)
 
 
+@examples(100)
+@given(
+    seed=st.integers(0, 10**6),
+    presence=st.floats(-2, 2),
+    frequency=st.floats(-2, 2),
+    made=st.lists(st.integers(0, 7), max_size=12),
+)
+def test_penalties_are_openais(seed, presence, frequency, made):
+    """By the formula of their documentation, one id after the other, before the temperature."""
+    c = StreamingConfig(
+        temperature=0.7, top_k=0, presence_penalty=presence, frequency_penalty=frequency
+    )
+    logits = np.random.default_rng(seed).normal(0, 3, 8)
+    want = logits.copy()
+    for i in range(8):
+        want[i] -= made.count(i) * frequency + float(made.count(i) > 0) * presence
+    p = probabilities(logits, (), c, Counter(made))
+    np.testing.assert_allclose(p, by_transformers(want, (), c), atol=1e-9)
+    assert np.array_equal(probabilities(logits, (), c), probabilities(logits, (), c, {}))
+
+
+def test_penalties_count_the_answer_alone_and_travel_with_a_session(tmp_path, monkeypatch):
+    """Not the prompt, as the repetition penalty does; a long answer is counted to its end."""
+    monkeypatch.setattr(streaming, "MAX_REPLAY", 16)
+    server = serve(temperature=0.0, top_k=0, presence_penalty=2.0, logit_bias={5: 9.0})
+    prompt, session = some_ids(1, 30).tolist()[0], server.create_session()
+    for _ in range(2):
+        answer = server.answer(prompt, session, as_ids=True, max_new_tokens=40)
+        ids = [token.id for chunk in answer for token in chunk.tokens]
+        assert answer.counts == Counter(ids) and len(answer.ids) < 40
+    server.save_session(session, tmp_path / "s.safetensors")
+    again = server.load_session(tmp_path / "s.safetensors")
+    assert server.find(again).config.presence_penalty == 2.0
+    _, settings = streaming.parse(["--presence_penalty", "1", "--frequency_penalty", "-0.5"])
+    assert settings == {"presence_penalty": 1.0, "frequency_penalty": -0.5}
+
+
 LOGITS = np.array([1.0, 3.0, -2.0, 2.5, 0.0], np.float32)
 
 
@@ -185,6 +223,8 @@ def test_the_penalty_applies_to_the_window_only():
         ("top_p", 1.5),
         ("min_p", -0.1),
         ("repetition_penalty", 0.0),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", -2.1),
         ("repetition_window", 10**6),
         ("max_new_tokens", -1),
         ("max_new_tokens", 2.5),
