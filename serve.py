@@ -7,8 +7,9 @@
     curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" \\
         -d '{"prompt": "import os", "max_tokens": 40, "stream": true}'
 
-/v1/completions, /v1/chat/completions, /v1/models: as in OpenAI's API; its clients work. Answers can
-    follow a JSON schema, a regex or a grammar (pip install llguidance).
+/v1/completions, /v1/chat/completions, /v1/responses, /v1/embeddings, /v1/models: as in OpenAI's
+    API; its clients work. /tokenize, /detokenize: as in vLLM's. Answers can follow a
+    JSON schema, a regex or a grammar (pip install llguidance).
 /v1/sessions: texts that the server remembers, each in a state of constant size: create, continue,
     fork, roll back, reset, save and load (by plain name, in --session_dir), delete.
 /health, /metrics (Prometheus), /openapi.json, and the page.
@@ -16,8 +17,9 @@
 A request is completed or changes nothing: if its client disconnects or the server stops, its slot
 is free before the next step, and its session is as it was before. To end an answer and keep its
 text, use /v1/sessions/ID/stop. One thread decodes all answers as one batch; an answer may join or
-leave it at any step. A special token in a client's text is read as plain text. Fields that this
-server does not support are rejected by name.
+leave it at any step. A special token in a client's text is read as plain text. Fields of OpenAI's
+API that this server does not support are rejected by name. Unknown fields are ignored, and listed
+in the header X-Ignored-Fields; with --strict they are rejected.
 
 Chat: the template of the checkpoint or folder is used; see docs/serving.md.
 Without one, the prompt is "role: content" for every message, separated by blank lines, and then
@@ -32,13 +34,13 @@ import codecs
 import collections
 import contextlib
 import hashlib
-import hmac
 import importlib.util
 import json
 import logging
 import math
 import os
 import queue
+import re
 import secrets
 import socket
 import sys
@@ -76,13 +78,18 @@ import uvicorn  # noqa: E402
 from fastapi import APIRouter, Depends, FastAPI, Request  # noqa: E402
 from fastapi.responses import Response  # noqa: E402
 from fastapi.security import HTTPBearer  # noqa: E402
+from starlette.middleware.cors import CORSMiddleware  # noqa: E402
 
 from tinymamba.chat_template import ChatTemplate  # noqa: E402
+from tinymamba.middleware import LOOPBACK, PUBLIC_PATHS, Middleware  # noqa: E402
 from tinymamba.openai_api import (  # noqa: E402
     AnswerOut,
     ApiError,
     ChatBody,
     CompletionBody,
+    DetokenizeBody,
+    EmbeddingBody,
+    EmbeddingsOut,
     ErrorOut,
     Generation,
     Message,
@@ -93,9 +100,17 @@ from tinymamba.openai_api import (  # noqa: E402
     SessionId,
     SessionOut,
     SessionsOut,
+    TextOut,
+    TokenizeBody,
+    TokensOut,
     add_error_handlers,
+    describe_strict,
+    embedding_out,
     json_response,
+    report_unknown,
+    shutting_down,
 )
+from tinymamba.openai_responses import ResponseBody, ResponseOut, ResponseWriter  # noqa: E402
 from tinymamba.structured import Grammar  # noqa: E402
 
 # ------------------------------------------------------------------------------------ options
@@ -119,6 +134,10 @@ class Options:
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 is all addresses of this machine
     port: int = 8000  # port to listen on; 0 takes a free one and prints it
     api_key: str = ""  # key required by all paths but / and /health; or set TINYMAMBA_API_KEY
+    allow_origin: str = ""  # pages of these origins may call the server, as a,b; * allows all
+    allow_host: str = ""  # host names by which a proxy or DNS leads to this server, as a,b
+    keep_alive: int = 5  # seconds that an idle connection stays open
+    strict: bool = False  # refuse unknown fields; else they are ignored, and listed in a header
 
     # Limits
     batch_size: int = 64  # answers decoded together
@@ -128,6 +147,7 @@ class Options:
     max_prompt: int = 32768  # tokens of a prompt
     max_tokens: int = 4096  # tokens of an answer
     max_choices: int = 128  # answers of one request: prompts times n
+    max_stops: int = 64  # stop strings of a request
     body_timeout: int = 30  # seconds in which a request must arrive
     grace: int = 10  # seconds that running answers may take to end when the server is stopped
 
@@ -140,11 +160,22 @@ class Options:
     CHOICES: ClassVar = {"dtype": tuple(DTYPES.values())}
     LIMITS: ClassVar = {
         "port": (0, 65535),
-        **dict.fromkeys(("max_queue", "grace", "prefix_cache"), (0, math.inf)),
+        **dict.fromkeys(("max_queue", "grace", "keep_alive", "max_stops"), (0, math.inf)),
+        "prefix_cache": (0, math.inf),
         **dict.fromkeys(("batch_size", "max_body", "max_prompt", "max_tokens"), (1, math.inf)),
         **dict.fromkeys(("max_choices", "body_timeout"), (1, math.inf)),
         **dict.fromkeys(("max_sessions", "session_timeout"), (1, math.inf)),
     }
+
+    @property
+    def origins(self) -> list[str]:
+        """The origins in `allow_origin`."""
+        return self.allow_origin.lower().replace(",", " ").split()
+
+    @property
+    def hosts(self) -> list[str]:
+        """The names in `allow_host`."""
+        return self.allow_host.lower().replace(",", " ").split()
 
 
 def parse(argv: list[str] | None) -> Options:
@@ -154,8 +185,22 @@ def parse(argv: list[str] | None) -> Options:
     has_folder = options.session_dir or not options.keep_sessions
     require(has_folder, "--keep_sessions", "needs a folder", "pass --session_dir")
     options.api_key = options.api_key or os.environ.get("TINYMAMBA_API_KEY", "")
-    options.model_name = options.model_name or Path(options.checkpoint).stem
+    options.model_name = options.model_name or name_of(options.checkpoint)
+    for origin in options.origins:
+        valid = origin in ("*", "null") or re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@]+", origin)
+        remedy = "pass SCHEME://HOST[:PORT] without a path, or *"
+        require(valid, "--allow_origin", f"{origin!r} is not an origin", remedy)
+    for host in options.hosts:
+        valid = re.fullmatch(r"[^/:\s]+", host)
+        problem, remedy = f"{host!r} is not a host", "pass a name without scheme and port"
+        require(valid, "--allow_host", problem, remedy)
     return options
+
+
+def name_of(checkpoint: str) -> str:
+    """The name of a folder, or of a file without its last suffix."""
+    path = Path(os.path.abspath(checkpoint))
+    return path.name if path.is_dir() else path.stem
 
 
 class Metrics:
@@ -238,12 +283,6 @@ class Job:
     stopped: bool = False  # by /stop
     requested_at: float = field(default_factory=time.perf_counter)
     first_text_at: float | None = None
-
-
-def shutting_down() -> ApiError:
-    """The error of a request that the server can no longer serve."""
-    problem, headers = "the server is shutting down", {"Retry-After": "5"}
-    return ApiError(503, problem, None, "shutting_down", headers)
 
 
 class Engine(threading.Thread):
@@ -542,6 +581,12 @@ class Vocabulary:
             return b"".join(self.byte_of[c] for c in raw)
         return text.encode()
 
+    def decode(self, ids: list[int]) -> str:
+        """The text of tokens, special ones included."""
+        if isinstance(self.tokenizer, SimpleTokenizer):
+            return self.tokenizer.decode(ids, skip_special_tokens=False)
+        return self.tokenizer.decode(ids)
+
     def text_of(self, token: int) -> str:
         """The token as OpenAI shows it: part of a character by its bytes."""
         data = self.bytes_of(token)
@@ -618,86 +663,7 @@ class Writer:
 
 # ---------------------------------------------------------------------------------------- HTTP
 
-PUBLIC_PATHS = ("/", "/health")  # need no key: the page holds no data, and its calls need one
 PAGE = Path(__file__).resolve().parent / "page.html"
-
-
-class Middleware:
-    """Checks a request before its body is parsed, and counts its response."""
-
-    def __init__(self, app: Any, api: Api):
-        self.app, self.api = app, api
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Pass the request on if it is acceptable."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-
-        def count(status: int) -> None:
-            route = getattr(scope.get("route"), "path", "none")
-            self.api.metrics.requests.labels(route, status).inc()
-
-        async def counted_send(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                count(message["status"])
-            await send(message)
-
-        try:
-            self.check(scope["path"], scope["method"], dict(scope["headers"]))
-        except ApiError as error:
-            await error.response()(scope, receive, counted_send)
-            return
-        try:
-            await self.app(scope, self.limit_body(receive), counted_send)
-        except Exception:  # is answered and logged by Starlette, outside of this middleware
-            count(500)
-            raise
-
-    def check(self, path: str, method: str, headers: dict[bytes, bytes]) -> None:
-        """Check the API key, the origin, the size of the body and the room in the queue."""
-        options, key = self.api.options, headers.get(b"authorization", b"")
-        expected = b"Bearer " + options.api_key.encode()
-        needs_key = options.api_key and path not in PUBLIC_PATHS
-        if needs_key and not hmac.compare_digest(key, expected):
-            problem = "the API key is missing or wrong; send Authorization: Bearer KEY"
-            raise ApiError(401, problem, None, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
-        origin = headers.get(b"origin")
-        if origin and origin.partition(b"//")[2] != headers.get(b"host"):
-            raise ApiError(403, "pages of other sites may not call this server", None, "origin")
-        size = headers.get(b"content-length", b"0")
-        if size.isdigit() and int(size) > options.max_body:
-            raise self.too_large()
-        if method == "POST" and path.endswith("/completions"):
-            self.api.require_room(1)
-
-    def too_large(self) -> ApiError:
-        """The error of a body over the limit."""
-        problem = f"the body is larger than {self.api.options.max_body} bytes"
-        return ApiError(413, problem, None, "body_too_large", {"Connection": "close"})
-
-    def limit_body(self, receive: Callable) -> Callable:
-        """`receive`, with an error if the body is too large or too slow."""
-        size, complete = 0, False
-        deadline = asyncio.get_running_loop().time() + self.api.options.body_timeout
-
-        async def limited_receive() -> dict:
-            nonlocal size, complete
-            if complete:  # only a disconnect can follow, and it has no deadline
-                return await receive()
-            try:
-                async with asyncio.timeout_at(deadline):
-                    message = await receive()
-            except TimeoutError:
-                problem, headers = "the body did not arrive in time", {"Connection": "close"}
-                raise ApiError(408, problem, None, "timeout", headers) from None
-            size += len(message.get("body", b""))
-            complete = not message.get("more_body", False)
-            if size > self.api.options.max_body:
-                raise self.too_large()
-            return message
-
-        return limited_receive
 
 
 class EventStream(Response):
@@ -719,13 +685,22 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def sse(value: Any) -> bytes:
+def sse(value: Any, name: str = "") -> bytes:
     """A server-sent event."""
-    return f"data: {json.dumps(value, separators=(',', ':'))}\n\n".encode()
+    first = f"event: {name}\n" if name else ""
+    return f"{first}data: {json.dumps(value, separators=(',', ':'))}\n\n".encode()
 
 
 class ClientDisconnected(Exception):
     """The client closed the connection, or does not read its answer."""
+
+
+class Written(NamedTuple):
+    """One complete answer."""
+
+    text: str
+    tokens: list[Token]
+    finish: str
 
 
 class Call:
@@ -833,8 +808,8 @@ class Call:
             **more,
         }
 
-    async def whole(self, writers: list[Writer], echoes: list[str]) -> Response:
-        """The answer as one JSON object."""
+    async def collect(self, writers: list[Writer], echoes: list[str]) -> list[Written]:
+        """The complete answers."""
         texts, reasons = echoes, {}
         tokens: list[list[Token]] = [[] for _ in writers]
         async for batch in self.batches():
@@ -847,7 +822,12 @@ class Call:
                 elif kind == "done":
                     reasons[index], end_tokens, self.session_fields = value
                     tokens[index] += end_tokens if writers[index].logprobs else []
-        choices = [w.choice(texts[i], tokens[i], reasons[i], False) for i, w in enumerate(writers)]
+        return [Written(text, tokens[i], reasons[i]) for i, text in enumerate(texts)]
+
+    async def whole(self, writers: list[Writer], echoes: list[str]) -> Response:
+        """The answer as one JSON object."""
+        answers = await self.collect(writers, echoes)
+        choices = [w.choice(*a, False) for w, a in zip(writers, answers, strict=True)]
         more = {"usage": self.usage(), **self.session_fields}
         return json_response(self.envelope(self.OBJECTS[self.kind], choices, **more))
 
@@ -887,6 +867,52 @@ class Call:
         return None
 
 
+class ResponseCall(Call):
+    """A request of the Responses API, whose only choice is written in its own format."""
+
+    def __init__(self, api: Api, request: Request, body: ResponseBody, settings: dict):
+        super().__init__(api, request, "chat", body, 1)
+        self.writer = ResponseWriter(body, self.model, settings)
+
+    @staticmethod
+    def logprobs(writer: Writer, tokens: list[Token]) -> list[dict]:
+        """The logprobs of these tokens, if they were asked for."""
+        return writer.chat_logprobs(tokens)["content"] if writer.logprobs else []
+
+    async def whole(self, writers: list[Writer], echoes: list[str]) -> Response:
+        """The answer as one JSON object."""
+        (answer,) = await self.collect(writers, echoes)
+        logprobs = self.logprobs(writers[0], answer.tokens)
+        text, finish, usage = answer.text, answer.finish, self.usage()
+        return json_response(self.writer.whole(text, logprobs, finish, usage))
+
+    async def stream(self, writers: list[Writer], echoes: list[str]) -> AsyncIterator[bytes]:
+        """The answer as server-sent events; an error is the last of them."""
+        write, text = self.writer, ""
+        logprobs: list[dict] = []
+
+        def event(value: dict) -> bytes:
+            return sse(value, value["type"])
+
+        try:
+            yield b"".join(map(event, write.opening()))
+            async for batch in self.batches():
+                for _, kind, value in batch:
+                    if kind == "chunk":
+                        more = self.logprobs(writers[0], value.tokens)
+                        text, logprobs = text + value.text, logprobs + more
+                        yield event(write.delta(value.text, more))
+                    elif kind == "done":
+                        finish, end_tokens, _ = value
+                        logprobs = logprobs + self.logprobs(writers[0], end_tokens)
+            closing = write.closing(text, logprobs, finish, self.usage())
+            yield b"".join(map(event, closing))
+        except ClientDisconnected:
+            return
+        except ApiError as error:
+            yield event(write.error(error.body["error"]))
+
+
 def page_policy(page: str) -> str:
     """A Content-Security-Policy under which only the page's own script and style run."""
 
@@ -901,6 +927,11 @@ def page_policy(page: str) -> str:
     )
 
 
+def drawn(seed: int | None) -> int | None:
+    """The seed itself; in place of -1, a random one."""
+    return secrets.randbits(62) if seed == -1 else seed
+
+
 class Api:
     """The routes and what they share. Nothing else may use `server` while it runs."""
 
@@ -910,6 +941,8 @@ class Api:
         "top_k": 0,
         "min_p": 0.0,
         "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
     }
 
     def __init__(self, server: StreamingServer, options: Options):
@@ -924,6 +957,7 @@ class Api:
         self.template = ChatTemplate(copy_tokenizer(server.tokenizer))
         self.tokenizer_lock, self.file_lock = asyncio.Lock(), asyncio.Lock()
         self.grammar_lock = asyncio.Lock()
+        self.embedding_lock = asyncio.Lock()  # one thread at a time takes part in the model
         self.fingerprint = "fp_" + server.fingerprint[:16]
         self.started, base = int(time.time()), options.model_name
         self.models = {base: None, **{f"{base}:{adapter}": adapter for adapter in server.adapters}}
@@ -974,20 +1008,24 @@ class Api:
 
         `max_tokens` is the default; `stops` end an answer besides those in the body.
         """
-        limit = self.options.max_tokens
-        given = (getattr(body, "max_completion_tokens", None), body.max_tokens)
-        count = next((n for n in given if n is not None), min(max_tokens, limit))
+        limit, most = self.options.max_tokens, self.options.max_stops
+        names = ("max_completion_tokens", "max_output_tokens", "max_tokens")
+        given = {n: value for n in names if (value := getattr(body, n, None)) is not None}
+        name, count = next(iter(given.items()), ("max_tokens", min(max_tokens, limit)))
         problem = f"{count} is more than this server generates"
-        require(count <= limit, "max_tokens", problem, f"ask for up to {limit}")
-        streams = body.stream or not body.stream_options
+        require(count <= limit, name, problem, f"ask for up to {limit}")
+        streams = body.stream or not any(dict(body.stream_options or {}).values())
         require(streams, "stream_options", "there is no stream", "set stream")
         stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+        problem = f"{len(stop)} strings are more than this server looks for"
+        require(len(stop) <= most, "stop", problem, f"send up to {most}")
         fields = {name: getattr(body, name) for name in self.OPENAI_DEFAULTS}
+        fields["top_k"] = None if body.top_k == -1 else body.top_k
         settings = {
             **self.OPENAI_DEFAULTS,
             **{name: value for name, value in fields.items() if value is not None},
             "max_new_tokens": count,
-            "seed": body.seed,
+            "seed": drawn(body.seed),
             "logit_bias": {int(i): b for i, b in (body.logit_bias or {}).items()} or None,
             "stop": [*stop, *(() if body.form() else stops)],  # a form ends by itself
             "structured_outputs": None,  # see compile_form
@@ -1007,16 +1045,25 @@ class Api:
         async with self.grammar_lock:
             return {"grammar": await asyncio.to_thread(self.server.grammars.compile, *asked)}
 
-    async def encode(self, prompt: Any, encode: Callable | None = None) -> list[int]:
-        """The ids of a prompt; text is encoded in another thread, to keep the loop free."""
+    async def encode(
+        self, prompt: Any, encode: Callable | None = None, field_name: str = "prompt"
+    ) -> list[int]:
+        """The ids of a prompt; text is encoded in another thread, to keep the loop free.
+
+        Errors name the field `field_name`.
+        """
         if isinstance(prompt, list) and encode is None:
-            ids = self.server.encode(prompt)
+            size = self.server.vocab_size
+            remedy = f"ids are from 0 to {size - 1}"
+            known = max(prompt, default=0) < size  # none is below 0, by the schema
+            require(known, field_name, "has ids outside the vocabulary", remedy)
+            ids = prompt
         else:
             async with self.tokenizer_lock:
                 ids = await asyncio.to_thread(encode or self.tokenizer.encode, prompt)
         if len(ids) > self.options.max_prompt:
-            problem = f"prompt: has {len(ids)} tokens; send up to {self.options.max_prompt}"
-            raise ApiError(400, problem, "prompt", "context_length_exceeded")
+            problem = f"{field_name}: has {len(ids)} tokens; send up to {self.options.max_prompt}"
+            raise ApiError(400, problem, field_name, "context_length_exceeded")
         return ids
 
     async def system_end(self, messages: list[Message], ids: list[int]) -> list[int]:
@@ -1104,6 +1151,67 @@ class Api:
             jobs = self.make_jobs(call, ids, settings, n, keep_at=keep_at)
         return await self.respond(call, jobs)
 
+    async def create_response(self, request: Request, body: ResponseBody) -> Response:
+        """Answer instructions and messages: the Responses API with text only."""
+        settings = self.settings(body, 256, self.template.stops)
+        settings |= await self.compile_form(body)
+        call = ResponseCall(self, request, body, settings)
+        with call.close_on_error():
+            messages = body.messages()
+            ids = await self.encode(messages, self.template.encode)
+            keep_at = await self.system_end(messages, ids)
+            jobs = self.make_jobs(call, ids, settings, 1, keep_at=keep_at)
+        return await self.respond(call, jobs)
+
+    async def create_embeddings(self, request: Request, body: EmbeddingBody) -> Response:
+        """The mean of the last hidden states of each input, scaled to length 1 as OpenAI's are."""
+        name, adapter = self.find_model(body.model)
+        size = self.server.model.config.d_model
+        problem = f"the model's embeddings have {size} numbers, and cannot be cut"
+        require(body.dimensions in (None, size), "dimensions", problem, "leave it out")
+        several = isinstance(body.input, list) and not isinstance(body.input[0], int)
+        data: list[dict] = []
+        tokens = 0
+        self.require_room(1)
+        self.pending += 1
+        try:
+            for prompt in body.input if several else [body.input]:
+                if await request.is_disconnected():
+                    return Response(status_code=499)  # nobody receives it
+                ids = await self.encode(prompt, field_name="input")
+                require(ids, "input", "has an empty text", "send at least one token")
+                async with self.embedding_lock:
+                    vector = await asyncio.to_thread(self.server.embed, ids, adapter)
+                data.append(embedding_out(len(data), vector, body.encoding_format))
+                tokens += len(ids)
+        finally:
+            self.pending -= 1
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return json_response({"object": "list", "data": data, "model": name, "usage": usage})
+
+    # vLLM's routes ---------------------------------------------------------------------------
+
+    async def tokenize(self, body: TokenizeBody) -> Response:
+        """The ids of a prompt or of messages, as the routes that generate read them."""
+        self.find_model(body.model)
+        one = (body.prompt is None) != (body.messages is None)
+        require(one, "prompt", "is needed, or else messages", "send one of them")
+        if body.messages is None:
+            ids = await self.encode(body.prompt)
+        else:
+            reply = body.add_generation_prompt is not False
+            ids = await self.encode(body.messages, lambda m: self.template.encode(m, reply))
+        text_of = self.vocabulary.text_of
+        answer = {"count": len(ids), "max_model_len": self.options.max_prompt, "tokens": ids}
+        answer["token_strs"] = [text_of(i) for i in ids] if body.return_token_strs else None
+        return json_response(answer)
+
+    async def detokenize(self, body: DetokenizeBody) -> Response:
+        """The text of token ids; special tokens are written out."""
+        self.find_model(body.model)
+        ids = await self.encode(body.tokens, field_name="tokens")
+        return json_response({"prompt": await asyncio.to_thread(self.vocabulary.decode, ids)})
+
     async def list_models(self) -> Response:
         """The model, alone and with each adapter."""
         models = [self.model_info(name) for name in self.models]
@@ -1164,7 +1272,7 @@ class Api:
         def work() -> str:
             self.engine.check_new(body.id)
             config = StreamingConfig(adapter=self.find_model(None)[1])
-            return self.server.create_session(body.id, body.seed, config)
+            return self.server.create_session(body.id, drawn(body.seed), config)
 
         return await self.session_response(work, 201)
 
@@ -1214,7 +1322,7 @@ class Api:
         def work() -> str:
             self.engine.find_idle(session_id)
             self.engine.check_new(body.id)
-            return self.server.fork_session(session_id, body.id, body.seed)
+            return self.server.fork_session(session_id, body.id, drawn(body.seed))
 
         return await self.session_response(work, 201)
 
@@ -1346,6 +1454,8 @@ class Api:
         app.state.routes = router.routes
         add_error_handlers(app)
         app.add_middleware(Middleware, api=self)
+        if self.options.strict:
+            describe_strict(app.openapi()["components"]["schemas"])
         return app
 
     def router(self) -> APIRouter:
@@ -1365,7 +1475,7 @@ class Api:
             """Add a route; `ok` describes the success response in /openapi.json."""
             router.add_api_route(
                 path,
-                handler,
+                report_unknown(handler, self.options.strict),
                 methods=[method],
                 status_code=status,
                 responses={status: ok or {}},
@@ -1378,12 +1488,19 @@ class Api:
         answer = {"model": AnswerOut, "content": {"text/event-stream": {}}}
         session = {"model": SessionOut}
         add("GET", "/", self.get_page, include_in_schema=False)
+        add("HEAD", "/", self.get_page, include_in_schema=False)
         add("GET", "/health", self.get_health)
+        add("HEAD", "/health", self.get_health, include_in_schema=False)
         add("GET", "/metrics", self.get_metrics, text, response_class=Response)
         add("GET", "/v1/models", self.list_models)
         add("GET", "/v1/models/{model:path}", self.get_model)
         add("POST", "/v1/completions", self.create_completion, answer)
         add("POST", "/v1/chat/completions", self.create_chat_completion, answer)
+        response = {"model": ResponseOut, "content": {"text/event-stream": {}}}
+        add("POST", "/v1/responses", self.create_response, response)
+        add("POST", "/v1/embeddings", self.create_embeddings, {"model": EmbeddingsOut})
+        add("POST", "/tokenize", self.tokenize, {"model": TokensOut})
+        add("POST", "/detokenize", self.detokenize, {"model": TextOut})
         add("GET", "/v1/sessions", self.list_sessions, {"model": SessionsOut})
         add("POST", "/v1/sessions", self.create_session, session, 201)
         one = "/v1/sessions/{session_id}"
@@ -1404,10 +1521,22 @@ class Api:
 class HttpServer(uvicorn.Server):
     """uvicorn, which on shutdown first gives the running answers the grace time."""
 
+    EXPOSED: ClassVar = ("Retry-After", "X-Ignored-Fields")  # what pages of others may read
+
     def __init__(self, api: Api, **config: Any):
+        app: Any = api.app()
+        if api.options.origins:  # around the app, so that all of its errors have headers, too
+            app = CORSMiddleware(
+                app,
+                allow_origins=api.options.origins,
+                allow_methods=("GET", "POST", "DELETE"),
+                allow_headers=("*",),
+                expose_headers=self.EXPOSED,
+            )
         super().__init__(
             uvicorn.Config(
-                api.app(),
+                app,
+                timeout_keep_alive=api.options.keep_alive,
                 log_level="warning",
                 access_log=False,
                 lifespan="on",
@@ -1436,7 +1565,7 @@ def listen(host: str, port: int) -> socket.socket:
 def warn(api: Api) -> None:
     """Say who can use the server, and what it cannot do."""
     options = api.options
-    if not options.api_key and options.host not in ("127.0.0.1", "::1", "localhost"):
+    if not options.api_key and options.host not in LOOPBACK:
         warning = "no --api_key: everyone who can reach this machine can use the server"
         print(warning, file=sys.stderr)
     if problem := api.template.problem:

@@ -1,5 +1,6 @@
 """Prompts of chats: for templates of many shapes, against `apply_chat_template` of transformers."""
 
+import contextlib
 import json
 import random
 import sys
@@ -275,6 +276,60 @@ def test_ids_are_those_of_transformers(shape, kind):
     assert template.problem is None and template.stops == []
     for chat in CHATS:
         assert template.encode(messages_of(chat)) == render(reference, chat), chat
+
+
+TOOLS = """{%- for m in messages %}{%- if m.role == 'tool' %}
+{{- '<|im_start|>tool ' + m.tool_call_id + '\\n' + m.content + '<|im_end|>' }}
+{%- elif m.tool_calls %}{{- '<|im_start|>assistant' }}{%- for call in m.tool_calls %}
+{{- '\\n' + call.function.name + ' ' + call.function.arguments | tojson }}{%- endfor %}
+{{- '<|im_end|>' }}{%- else %}{{- '<|im_start|>' + m.role + ' ' + (m.name or '') + '\\n' }}
+{{- m.content + '<|im_end|>' }}{%- endif %}{%- endfor %}<|im_start|>assistant"""
+
+
+def tool_chat(text: str, arguments: str) -> list[dict]:
+    """A chat with a tool, in OpenAI's form: the client's texts all have `text`."""
+    call = {"name": f"f{text}", "arguments": arguments}
+    return [
+        {"role": "user", "name": f"Bob{text}", "content": f"Sum?{text}"},
+        {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": call}]},
+        {"role": "tool", "tool_call_id": f"1{text}", "content": f"3{text}"},
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_messages_of_tools_are_those_of_transformers(kind):
+    """Their arguments are values, and a special token in any of their texts is text."""
+    template, reference = template_of(TOOLS, KINDS[kind]), reference_of(TOOLS, KINDS[kind])
+    chat = tool_chat("", '{"x": [1, "é"]}')
+    got = template.encode([Message(**m) for m in chat])
+    chat[1]["tool_calls"][0]["function"]["arguments"] = {"x": [1, "é"]}
+    want = reference.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert got == want
+    special = {*template.reserved}
+    for text in ("<|im_end|>", "</s>"):
+        more = tool_chat(text, json.dumps({f"x{text}": text}))
+        made = template.encode([Message(**m) for m in more])
+        assert [i for i in made if i in special] == [i for i in got if i in special]
+        assert len(made) > len(got)
+    not_json = template.encode([Message(**m) for m in tool_chat("", "{x")])
+    assert [i for i in not_json if i in special] == [i for i in got if i in special]
+
+
+def test_a_template_that_leaves_out_a_tool_rejects_its_messages():
+    for text, field in (
+        (SHAPES["ChatML"], "messages.0.name"),
+        (SHAPES["ChatML"].replace("+ '\\n' + message", "+ message.name|string + message"), None),
+        (SHAPES["Phi-3"], "messages.0.name"),
+    ):
+        chat = [Message(**m) for m in tool_chat("", "{}")[:1]]
+        with pytest.raises(ApiError, match=field) if field else contextlib.nullcontext():
+            template_of(text).encode(chat)
+    for m, field in (
+        ({"role": "tool", "content": "3"}, "role"),
+        (tool_chat("", "{}")[1], "tool_c"),
+    ):
+        with pytest.raises(ApiError, match=f"messages.1.{field}.*leaves it out"):
+            template_of(SHAPES["Phi-3"]).encode([*asked("a")[1:], Message(**m)])
 
 
 def questions() -> list[str]:

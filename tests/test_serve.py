@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import os
@@ -25,80 +26,28 @@ import pydantic
 import pytest
 import torch
 from helpers import ROOT, adapted, assert_refused, close, free_copy, run_main, run_script, wide
+from serve_helpers import (
+    BYTES,
+    CHAT,
+    COMPLETIONS,
+    HELLO,
+    NAME,
+    PLAIN,
+    assert_error,
+    running,
+    session,
+    wait_until,
+)
 
 import serve
 import streaming
 from peft import AdapterConfig, save_adapter
-from serve import Api, ChatTemplate, HttpServer, Options, Vocabulary
-from streaming import Answer, StreamingConfig, StreamingServer
+from serve import ChatTemplate, Options, Vocabulary
+from streaming import Answer, StreamingServer
 from testv2 import save_folder
 from tinymamba import structured
 from tinymamba.openai_api import ApiError, Message
 from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer, byte_alphabet
-
-BYTES = SimpleTokenizer()
-PLAIN = {"temperature": 1.0, "top_k": 0}  # OpenAI's own defaults
-NAME = "tiny"
-
-
-class Running:
-    """A server on a free port, in a thread of this process."""
-
-    def __init__(self, adapters=None, tokenizer=BYTES, **options):
-        library = StreamingServer(
-            free_copy(wide()),
-            tokenizer=tokenizer,
-            adapters=adapters,
-            config=StreamingConfig(batch_size=options.get("batch_size", 64)),
-            cache_bytes=options.get("prefix_cache", 512) * 2**20,
-        )
-        self.api = Api(library, Options(**{"model_name": NAME, "grace": 0, **options}))
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        self.server = HttpServer(self.api)
-        self.thread = threading.Thread(target=self.server.run, args=([self.socket],))
-        self.thread.start()
-        self.http = httpx.Client(base_url=self.url, timeout=30)
-        wait_until(lambda: self.server.started)
-        self.ai = openai.OpenAI(
-            base_url=self.url + "/v1",
-            api_key=options.get("api_key") or "none",
-            max_retries=0,
-            timeout=30,
-        )
-
-    def end(self) -> None:
-        self.http.close()
-        self.ai.close()
-        self.server.should_exit = True
-        self.thread.join(30)
-        assert not self.thread.is_alive()
-
-    def post(self, path: str, **body) -> dict:
-        answer = self.http.post(path, json=body)
-        assert answer.status_code in (200, 201), answer.text
-        return answer.json()
-
-    def busy(self) -> int:
-        """The number of answers in the decoder."""
-        return len(self.api.server.decoder.answers)
-
-
-def wait_until(holds, seconds: float = 60) -> None:
-    """Wait until another thread has made this true."""
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "timed out"
-        threading.Event().wait(0.002)
-
-
-@contextlib.contextmanager
-def running(**options):
-    server = Running(**options)
-    try:
-        yield server
-    finally:
-        server.end()
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +63,9 @@ def shared(files):
 
 @pytest.fixture(scope="module")
 def strict():
-    """A server with low limits."""
-    with running(max_prompt=4999, max_choices=16, max_body=20_000) as server:
+    """A server with low limits, which refuses unknown fields."""
+    limits = {"max_prompt": 4999, "max_choices": 16, "max_body": 20_000, "max_stops": 4}
+    with running(strict=True, **limits) as server:
         yield server
 
 
@@ -123,15 +73,6 @@ def strict():
 def alone() -> StreamingServer:
     """The same model, without HTTP."""
     return StreamingServer(free_copy(wide()), tokenizer=BYTES)
-
-
-def assert_error(answer: httpx.Response, status: int, param: str | None = None) -> dict:
-    """Check the response for an error in OpenAI's form about this field; the error."""
-    assert answer.status_code == status, answer.text
-    error = answer.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"} and error["message"]
-    assert error["param"] == param, error
-    return error
 
 
 # --------------------------------------------------------------------------------- completions
@@ -457,10 +398,6 @@ def test_no_template_ends_the_server(text):
 # -------------------------------------------------------------------------------------- errors
 
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-HELLO = {"messages": [{"role": "user", "content": "hi"}]}
-
-
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
@@ -475,7 +412,8 @@ HELLO = {"messages": [{"role": "user", "content": "hi"}]}
         (COMPLETIONS, {"prompt": "a", "max_tokens": 10**6}, "max_tokens"),
         (COMPLETIONS, {"prompt": "a", "temperature": 3}, "temperature"),
         (COMPLETIONS, {"prompt": "a", "top_p": 1.5}, "top_p"),
-        (COMPLETIONS, {"prompt": "a", "seed": -1}, "seed"),
+        (COMPLETIONS, {"prompt": "a", "seed": -2}, "seed"),
+        (COMPLETIONS, {"prompt": "a", "top_k": -2}, "top_k"),
         (COMPLETIONS, {"prompt": "a", "n": 0}, "n"),
         (COMPLETIONS, {"prompt": "a", "n": 17}, "n"),
         (COMPLETIONS, {"prompt": "a", "stop": list("abcde")}, "stop"),
@@ -486,8 +424,8 @@ HELLO = {"messages": [{"role": "user", "content": "hi"}]}
         (COMPLETIONS, {"prompt": "a", "logit_bias": {"1": 101}}, "logit_bias"),
         (COMPLETIONS, {"prompt": "a", "best_of": 2}, "best_of"),
         (COMPLETIONS, {"prompt": "a", "suffix": "b"}, "suffix"),
-        (COMPLETIONS, {"prompt": "a", "presence_penalty": 0.5}, "presence_penalty"),
-        (COMPLETIONS, {"prompt": "a", "frequency_penalty": 0.5}, "frequency_penalty"),
+        (COMPLETIONS, {"prompt": "a", "presence_penalty": 2.5}, "presence_penalty"),
+        (COMPLETIONS, {"prompt": "a", "frequency_penalty": -2.5}, "frequency_penalty"),
         (COMPLETIONS, {"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),
         (COMPLETIONS, {"prompt": "a", "guided_json": "{}"}, "guided_json"),
         (CHAT, {}, "messages"),
@@ -558,7 +496,7 @@ def test_a_lone_surrogate_gets_a_json_answer(strict):
 
 def test_the_openai_client_raises_its_own_errors(shared):
     with pytest.raises(openai.BadRequestError) as caught:
-        shared.ai.completions.create(model=NAME, prompt="a", presence_penalty=1.0)
+        shared.ai.completions.create(model=NAME, prompt="a", presence_penalty=3.0)
     assert caught.value.param == "presence_penalty"
     with pytest.raises(openai.NotFoundError) as caught:
         shared.ai.completions.create(model="gpt-4", prompt="a")
@@ -640,8 +578,8 @@ def test_an_error_in_one_answer_affects_no_other(shared, alone, monkeypatch):
     monkeypatch.setattr(
         streaming,
         "probabilities",
-        lambda logits, recent, config: (
-            1 / 0 if config.top_p == 0.666 else usual(logits, recent, config)
+        lambda logits, recent, config, *more: (
+            1 / 0 if config.top_p == 0.666 else usual(logits, recent, config, *more)
         ),
     )
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
@@ -701,7 +639,10 @@ def test_keys():
         for path in paths:
             assert assert_error(server.http.get(path), 401)["code"] == "invalid_api_key"
             assert server.http.get(path, headers=good).status_code in (200, 404)
-        for bad in ("", "Bearer", "Bearer secre", "bearer säcret", "Basic säcret"):
+        for scheme in ("bearer", "BEARER"):
+            spelled = {"Authorization": f"{scheme} säcret".encode()}
+            assert server.http.get("/v1/models", headers=spelled).status_code == 200
+        for bad in ("", "Bearer", "Bearer secre", "bearer secret", "Basic säcret"):
             answer = server.http.post(COMPLETIONS, json={}, headers={"Authorization": bad.encode()})
             assert_error(answer, 401)
             assert answer.headers["www-authenticate"] == "Bearer"
@@ -837,13 +778,6 @@ def test_a_slow_reader_does_not_block_others(shared):
 
 
 # ------------------------------------------------------------------------------------ sessions
-
-
-def session(server: Running, name: str, prompt: str = "", **body) -> str:
-    """Continue a session; the text of its answer."""
-    return server.post(f"/v1/sessions/{name}/completions", prompt=prompt, **body)["choices"][0][
-        "text"
-    ]
 
 
 def test_a_session_equals_the_librarys(shared, alone):
@@ -1250,6 +1184,18 @@ def test_an_adapter_is_a_model_of_its_own(tmp_path):
             assert got[name].choices[0].text == library.generate_text(
                 "ab", seed=1, max_new_tokens=20, adapter=adapter, **PLAIN
             )
+        embed = functools.partial(server.ai.embeddings.create, input="ab")
+        vectors = {name: embed(model=name).data[0].embedding for name in names}
+        assert vectors[names[0]] != vectors[names[1]]
+        assert vectors[names[1]] == library.embed("ab", "adapter").tolist()
+        answer = server.ai.completions.create(
+            model=names[0], prompt="ab", seed=1, max_tokens=20, stream=True
+        )
+        text = ""
+        for part in answer:  # an embedding between two steps leaves the answer's adapter alone
+            text += part.choices[0].text
+            assert embed(model=names[1]).data[0].embedding == vectors[names[1]]
+        assert text == got[names[0]].choices[0].text
 
 
 PAGE = (ROOT / "page.html").read_text(encoding="utf-8")
@@ -1273,13 +1219,16 @@ def test_the_script_of_the_page_parses(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_openapi_describes_the_routes(shared):
+def test_openapi_describes_the_routes(shared, strict):
     document = shared.http.get("/openapi.json").json()
     routes = {(method.upper(), path) for path, item in document["paths"].items() for method in item}
     assert ("POST", COMPLETIONS) in routes and ("POST", "/v1/sessions/{session_id}/fork") in routes
     assert "422" not in json.dumps(document["paths"])
-    body = document["components"]["schemas"]["CompletionBody"]
-    assert body["required"] == ["prompt"] and body["additionalProperties"] is False
+    documents = (document, strict.http.get("/openapi.json").json())
+    for described, unknown in zip(documents, (True, False), strict=True):
+        body = described["components"]["schemas"]["CompletionBody"]
+        assert body["required"] == ["prompt"] and body.get("additionalProperties", True) is unknown
+        assert described["components"]["schemas"]["SaveBody"]["additionalProperties"] is False
 
 
 # -------------------------------------------------------------------------- structured output

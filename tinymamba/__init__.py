@@ -33,8 +33,9 @@ OF_EXTRAS = {  # not in `import *`: they need more packages
 }
 MODULES = {*NAMES, *OF_EXTRAS, "archives", "benchmark", "chat_template", "data"}
 MODULES |= {"data_order", "delta_rule", "documents", "export_model", "inputs", "kernels", "lock"}
-MODULES |= {"namesake", "openai_api", "optimizer", "packing", "prefix_cache", "runtime"}
-MODULES |= {"schedule", "serve", "structured", "token_file", "token_shards"}
+MODULES |= {"middleware", "namesake", "openai_api", "openai_responses", "optimizer", "packing"}
+MODULES |= {"prefix_cache", "runtime", "schedule", "serve", "structured", "token_file"}
+MODULES |= {"token_shards"}
 HOMES = {name: module for module, names in {**NAMES, **OF_EXTRAS}.items() for name in names.split()}
 
 __all__ = ["__version__", *(name for names in NAMES.values() for name in names.split())]

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from tinymamba.cli import need
@@ -19,6 +19,8 @@ from tinymamba.openai_api import ApiError, Message
 from tinymamba.tokenizer import SimpleTokenizer, copy_tokenizer
 
 STAND_INS, SIGNS = 0xF0000, 0x100000  # private use: for the characters of messages, and for tokens
+TOOL_ROLES = ("tool", "function")
+CALL_KEYS = ("id", "type", "index", "function", "name", "arguments")  # of tool calls
 
 
 def either(texts: Iterable[str]) -> re.Pattern:
@@ -30,6 +32,33 @@ def either(texts: Iterable[str]) -> re.Pattern:
 def one_line(error: Exception) -> str:
     """What an error says, without line ends."""
     return " ".join(str(error).split())
+
+
+def map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """Messages, or a part of them, with every text of the client changed; a role is none."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [map_texts(item, change) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "role" in value:
+        return {n: v if n == "role" else map_texts(v, change) for n, v in value.items()}
+    return {n if n in CALL_KEYS else change(n): map_texts(v, change) for n, v in value.items()}
+
+
+def not_written(index: int, field: str, problem: str) -> ApiError:
+    """The error of a field of a message that would be missing in the prompt."""
+    param = f"messages.{index}.{field}"
+    return ApiError(400, f"{param}: {problem}; leave it out", param, "unsupported_parameter")
+
+
+def require_content(messages: list[Message]) -> None:
+    """Only an assistant's message may have no content, as OpenAI's own with tool calls."""
+    for i, m in enumerate(messages):
+        if m.content is None and m.role not in ("assistant", "function"):
+            param = f"messages.{i}.content"
+            raise ApiError(400, f"{param}: Field required", param)
 
 
 def mark_special(tokenizer: SimpleTokenizer) -> dict[str, int]:
@@ -124,13 +153,22 @@ class ChatTemplate:
         """The strings that end an answer."""
         return [] if self.template else [self.USER]
 
-    def encode(self, messages: list[Message]) -> list[int]:
-        """The token ids of the messages and of the assistant prompt after them."""
+    def encode(self, messages: list[Message], reply: bool = True) -> list[int]:
+        """The token ids of the messages, and unless `reply` is false, of what begins an answer."""
         if self.problem:
             raise ApiError(400, f"messages: {self.problem}", "messages")
+        require_content(messages)
         if not self.template:
-            return self.tokenizer.encode("\n\n".join([*map(self.line, messages), "assistant:"]))
-        text, marked, back = self.render(messages)
+            self.require_plain(messages)
+            lines = [*map(self.line, messages), *["assistant:"] * reply]
+            return self.tokenizer.encode("\n\n".join(lines))
+        chat = [m.for_template() for m in messages]
+        try:
+            text, marked, back = self.render(chat, reply)
+        except RecursionError:
+            problem = "messages: tool_calls are nested too deeply; send flat ones"
+            raise ApiError(400, problem, "messages") from None
+        self.require_written(chat, text, reply)
         written = self.tokens.findall(marked)  # by the template, not by a message
         ids = self.tokenizer.encode(text, allow_special=True)
         if self.tokens.findall(text) != written or self.has_more(ids, written):
@@ -163,36 +201,60 @@ class ChatTemplate:
                 self.systems.popitem(last=False)
         return self.systems[key]
 
+    def require_plain(self, messages: list[Message]) -> None:
+        """Reject what a prompt without a template has no place for."""
+        for i, m in enumerate(messages):
+            given = {"role": m.role in TOOL_ROLES, "name": m.name, "tool_calls": m.tool_calls}
+            for field in (field for field, value in given.items() if value):
+                raise not_written(i, field, "the model has no chat template")
+
+    def require_written(self, chat: list[dict], text: str, reply: bool) -> None:
+        """Reject messages that have more than content, if the template leaves that out of `text`.
+
+        The template writes a field if the text differs without it.
+        """
+
+        def blank(message: dict) -> dict:
+            return {**message, "content": ""} if message["role"] in TOOL_ROLES else message
+
+        def without(name: str) -> list[dict]:
+            return [{n: value for n, value in m.items() if n != name} for m in chat]
+
+        others = {"name": without("name"), "tool_calls": without("tool_calls")}
+        for field, other in {"role": [blank(m) for m in chat], **others}.items():
+            changed = [i for i, m in enumerate(chat) if m != other[i]]
+            if changed and self.fill(other, reply) == text:
+                raise not_written(changed[0], field, "the chat template leaves it out")
+
     def has_more(self, ids: list[int], written: list[str]) -> bool:
         """Whether there are special tokens in `ids` that the template has not written."""
         counts = collections.Counter(i for i in ids if i in self.reserved)
         return not counts <= collections.Counter(self.special[token] for token in written)
 
-    def render(self, messages: list[Message]) -> tuple[str, str, dict[int, int]]:
+    def render(self, chat: list[dict], reply: bool) -> tuple[str, str, dict[int, int]]:
         """The prompt; the same with stand-ins for special tokens in messages; what turns them back.
 
         A template may join parts to a token, so all characters of tokens have stand-ins. If it
         looks for them and so writes another text, only those like < have, or else whole tokens.
         """
-        contents = [m.text() for m in messages]
-        used = {ord(c) for content in contents for c in content}
+        used = set(map(ord, json.dumps(chat, ensure_ascii=False)))
         free = (i for i in range(STAND_INS, SIGNS) if i not in used)
         stand_ins = dict(zip(map(ord, self.letters), free, strict=False))
         back = {new: old for old, new in stand_ins.items()}
         for pattern in self.patterns:
-            changed = [pattern.sub(lambda m: m[0].translate(stand_ins), c) for c in contents]
-            text = self.fill(messages, contents)  # anew: it may have the time
+            replace = functools.partial(pattern.sub, lambda m: m[0].translate(stand_ins))
+            changed = map_texts(chat, replace)
+            text = self.fill(chat, reply)  # anew: it may have the time
             with contextlib.suppress(ApiError):  # the template may reject what stands in
-                marked = text if changed == contents else self.fill(messages, changed)
+                marked = text if changed == chat else self.fill(changed, reply)
                 if marked.translate(back) == text:
                     return text, marked, back
         problem = "messages: the chat template looks for a special token in them; leave it out"
         raise ApiError(400, problem, "messages")
 
-    def fill(self, messages: list[Message], contents: list[str]) -> str:
-        """The text that the template makes of messages with these contents."""
-        chat = [{"role": m.role, "content": c} for m, c in zip(messages, contents, strict=True)]
-        names = {"chat_template": self.template, "add_generation_prompt": True}
+    def fill(self, chat: list[dict], reply: bool) -> str:
+        """The text that the template makes of messages."""
+        names = {"chat_template": self.template, "add_generation_prompt": reply}
         try:
             names = {**self.tokenizer.special_tokens, **names}
             return self.library.render_jinja_template([chat], **names)[0][0]

@@ -1,8 +1,9 @@
 """The HTTP API of serve.py as data: request bodies, response bodies, and errors in OpenAI's form.
 
-Request bodies are pydantic models. A field of OpenAI's API that this server does not support is
-listed only if it has a value without effect, such as `presence_penalty: 0`; no other value is
-accepted. Unknown fields are rejected. Every error has the form
+Request bodies are pydantic models that list every field of OpenAI's schema. Null or empty stands
+for a field that is left out. A field that this server does not support takes only values without
+effect, such as `verbosity: "medium"`. Unknown fields are reported by `unknown_fields`. Every error
+has the form
 
     {"error": {"message": "...", "type": "...", "param": FIELD or null, "code": CODE or null}}
 
@@ -11,13 +12,19 @@ It needs fastapi: pip install fastapi
 
 from __future__ import annotations
 
+import base64
+import functools
+import inspect
 import json
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 from fastapi import FastAPI, HTTPException, Path, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from tinymamba.cli import UserError, require
@@ -29,20 +36,31 @@ Name = Annotated[str, Field(pattern=PLAIN_NAME)]
 SessionId = Annotated[str, Path(pattern=PLAIN_NAME)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
-Seed = Annotated[int, Field(ge=0, le=2**63 - 1024)]  # the largest limit a float64 can represent
+Seed = Annotated[int, Field(ge=-1, le=2**63 - 1024)]  # the largest limit a float64 can represent
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
-StopStrings = Annotated[list[StopString], Field(max_length=4)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
+CountOrOff = Annotated[int, Field(ge=-1)]
 Choices = Annotated[int, Field(ge=1, le=128)]
 Alternatives = Annotated[int, Field(ge=0, le=20)]
-Zero = Annotated[float, Field(ge=0, le=0)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
 BiasKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 LogitBias = Annotated[dict[BiasKey, Bias], Field(max_length=300)]
 
 NO_EFFECT = "accepted; it has no effect"
 UNSUPPORTED = "not supported: only the value without effect is accepted"
+EMPTY: tuple = (None, "", [], {})  # what stands for a field that is left out
+
+
+def reject_on(value: bool) -> bool:
+    """Reject a switch that is on; Literal[False] would take 0, too."""
+    if value:
+        raise PydanticCustomError("unsupported", "is not supported")
+    return value
+
+
+Off = Annotated[bool, AfterValidator(reject_on), Field(json_schema_extra={"const": False})]
 
 
 class Body(BaseModel):
@@ -51,7 +69,64 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class StreamOptions(Body):
+def describe_empty(schema: dict) -> None:
+    """Add the values in EMPTY to the optional fields of a JSON schema."""
+    for name, field in schema["properties"].items():
+        if name in schema.get("required", ()) or not {"anyOf", "type"} & field.keys():
+            continue
+        if "type" in field:
+            field["anyOf"] = [{"type": field.pop("type")}]
+        field["anyOf"].append({"enum": [*EMPTY]})
+
+
+class OpenAIBody(Body):
+    """A body, or a part of one, as in OpenAI's API: empty values and unknown fields are accepted.
+
+    An optional field whose value is in EMPTY counts as left out, unless KEPT names it. As in JSON
+    Schema, 16.0 is a whole number, too.
+    """
+
+    KEPT: ClassVar[tuple[str, ...]] = ()
+    model_config = ConfigDict(extra="ignore", json_schema_extra=describe_empty)
+    _unknown: list[str] = []
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def normalize(cls, sent: Any, validate: Callable) -> Any:
+        """The body without the fields that count as left out, with a list of unknown ones."""
+        if not isinstance(sent, dict):
+            return validate(sent)
+        fields = cls.model_fields
+        optional = {n for n in {*fields} - {*cls.KEPT} if not fields[n].is_required()}
+        given = {n: value for n, value in sent.items() if n not in optional or value not in EMPTY}
+        whole = {n: int(v) for n, v in given.items() if isinstance(v, float) and v.is_integer()}
+        body = validate({**given, **whole})
+        body._unknown = [name for name in sent if name not in fields]
+        return body
+
+
+def unknown_fields(body: Any, path: str = "") -> list[str]:
+    """The paths of all fields in a body that its model does not list, such as messages.0.x."""
+    found = [path + name for name in getattr(body, "_unknown", ())]
+    for name in type(body).model_fields:
+        value = getattr(body, name)
+        if isinstance(value, Body):
+            found += unknown_fields(value, f"{path}{name}.")
+        elif isinstance(value, list):
+            parts = [(i, part) for i, part in enumerate(value) if isinstance(part, Body)]
+            found += [x for i, part in parts for x in unknown_fields(part, f"{path}{name}.{i}.")]
+    return found
+
+
+def describe_strict(schemas: dict[str, dict], cls: type[Body] = OpenAIBody) -> None:
+    """Say in the schemas of a document that bodies have no unknown fields."""
+    if cls.__name__ in schemas:
+        schemas[cls.__name__]["additionalProperties"] = False
+    for sub in cls.__subclasses__():
+        describe_strict(schemas, sub)
+
+
+class StreamOptions(OpenAIBody):
     """Options of a streamed answer."""
 
     include_usage: bool | None = None
@@ -84,18 +159,21 @@ class StructuredOutputs(Body):
     grammar: str | None = Field(default=None, description="in the notation of Lark or GBNF")
 
 
-class Generation(Body):
+class Generation(OpenAIBody):
     """The fields of every route that generates text; None stands for the default."""
 
+    KEPT: ClassVar = ("structured_outputs",)  # an empty one is a mistake
     model: str | None = None
     max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Probability | None = None
-    top_k: Count | None = None
+    top_k: CountOrOff | None = Field(default=None, description="0 and -1 mean all")
     min_p: Probability | None = None
     repetition_penalty: Annotated[float, Field(ge=1e-3, le=1e3)] | None = None
-    seed: Seed | None = None
-    stop: StopString | StopStrings | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    seed: Seed | None = Field(default=None, description="-1 means a random one")
+    stop: StopString | list[StopString] | None = None
     logit_bias: LogitBias | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -107,8 +185,10 @@ class Generation(Body):
     service_tier: Any = Field(default=None, description=NO_EFFECT)
     safety_identifier: Any = Field(default=None, description=NO_EFFECT)
     prompt_cache_key: Any = Field(default=None, description=NO_EFFECT)
-    presence_penalty: Zero | None = Field(default=None, description=UNSUPPORTED)
-    frequency_penalty: Zero | None = Field(default=None, description=UNSUPPORTED)
+    prompt_cache_options: Any = Field(default=None, description=NO_EFFECT)
+    prompt_cache_retention: Any = Field(default=None, description=NO_EFFECT)
+    moderation: None = Field(default=None, description=UNSUPPORTED)
+    extra_body: None = Field(default=None, description=UNSUPPORTED)
 
     def form(self) -> tuple[dict[str, Any], str] | None:
         """The form of the answer, as GrammarCompiler.compile takes it, and the field's name."""
@@ -143,38 +223,63 @@ class CompletionBody(Generation):
     best_of: Choices | None = Field(default=None, description="the same as n, or left out")
     echo: bool | None = None
     logprobs: Alternatives | None = None
-    suffix: Annotated[str, Field(max_length=0)] | None = Field(
-        default=None, description=UNSUPPORTED
-    )
+    suffix: None = Field(default=None, description=UNSUPPORTED)
+    gates: None = Field(default=None, description=UNSUPPORTED)
 
     def alternatives(self) -> int | None:
         """`logprobs` itself."""
         return self.logprobs
 
 
-class Part(Body):
+class Part(OpenAIBody):
     """A part of a message; only text is supported."""
 
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: Any = Field(default=None, description=NO_EFFECT)
 
 
-class Message(Body):
-    """A message of a chat. The last five fields may be there because clients send answers back."""
+class Message(OpenAIBody):
+    """A message of a chat, as clients write it and as they send an answer back."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    KEPT: ClassVar = ("content",)
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[Part] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
     refusal: None = None
     annotations: list[Any] | None = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: None = None
+    audio: None = Field(default=None, description=UNSUPPORTED)
+    function_call: None = Field(default=None, description=UNSUPPORTED)
 
     def text(self) -> str:
         """The content as one string."""
-        if isinstance(self.content, str):
-            return self.content
-        return "".join(part.text for part in self.content)
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates expect it: arguments of tool calls are values."""
+        known: dict[str, Any] = {"role": self.role, "content": self.text()}
+        for name in ("name", "tool_call_id"):
+            if value := getattr(self, name):
+                known[name] = value
+        if self.tool_calls:
+            known["tool_calls"] = [parse_arguments(call) for call in self.tool_calls]
+        return known
+
+
+def parse_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """A tool call whose arguments are a value instead of JSON, if they are valid JSON."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 class ChatBody(Generation):
@@ -185,12 +290,18 @@ class ChatBody(Generation):
     n: Choices | None = None
     logprobs: bool | None = None
     top_logprobs: Alternatives | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = Field(
-        default=None, description=UNSUPPORTED
-    )
+    tools: None = Field(default=None, description=UNSUPPORTED)
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
+    functions: None = Field(default=None, description=UNSUPPORTED)
+    function_call: Literal["none", "auto"] | None = None
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
+    audio: None = Field(default=None, description=UNSUPPORTED)
+    prediction: Any = Field(default=None, description=NO_EFFECT)
+    reasoning_effort: Literal["none"] | None = Field(default=None, description=UNSUPPORTED)
+    verbosity: Literal["medium"] | None = Field(default=None, description=UNSUPPORTED)
+    web_search_options: None = Field(default=None, description=UNSUPPORTED)
+    gates: None = Field(default=None, description=UNSUPPORTED)
 
     def alternatives(self) -> int | None:
         """`top_logprobs`, if `logprobs` is set."""
@@ -209,6 +320,50 @@ class SessionCompletionBody(Generation):
     def alternatives(self) -> int | None:
         """`logprobs` itself."""
         return self.logprobs
+
+
+class EmbeddingBody(OpenAIBody):
+    """The body of /v1/embeddings."""
+
+    input: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=2048)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=2048)]
+    )
+    model: str | None = None
+    dimensions: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="the number of dimensions that the model has, or left out"
+    )
+    encoding_format: Literal["float", "base64"] | None = None
+    user: Any = Field(default=None, description=NO_EFFECT)
+    extra_body: None = Field(default=None, description=UNSUPPORTED)
+
+
+class TokenizeBody(OpenAIBody):
+    """The body of /tokenize, as in vLLM: it has a prompt or messages."""
+
+    KEPT: ClassVar = ("prompt",)
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
+    add_special_tokens: bool | None = Field(
+        default=None, description="no effect: none are added to a prompt"
+    )
+    continue_final_message: Off | None = Field(default=None, description=UNSUPPORTED)
+    chat_template: None = Field(default=None, description=UNSUPPORTED)
+    chat_template_kwargs: None = Field(default=None, description=UNSUPPORTED)
+    mm_processor_kwargs: None = Field(default=None, description=UNSUPPORTED)
+    tools: None = Field(default=None, description=UNSUPPORTED)
+
+
+class DetokenizeBody(OpenAIBody):
+    """The body of /detokenize, as in vLLM."""
+
+    tokens: list[TokenId]
+    model: str | None = None
 
 
 class SessionBody(Body):
@@ -295,6 +450,30 @@ class Usage(BaseModel):
     prompt_tokens_details: PromptDetails
 
 
+class EmbeddingsOut(BaseModel):
+    """The embeddings of all inputs; one is a list of floats, or float32 in base64."""
+
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+    model: str
+    usage: dict[str, int]
+
+
+class TokensOut(BaseModel):
+    """The ids of a prompt."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class TextOut(BaseModel):
+    """The text of token ids."""
+
+    prompt: str
+
+
 class AnswerOut(BaseModel):
     """A whole answer."""
 
@@ -316,12 +495,7 @@ ERROR_TYPES = {
     503: "server_error",
 }
 FIELD_NAMES = {"max_new_tokens": "max_tokens"}
-UNSUPPORTED_FIELDS = {
-    name
-    for body in (CompletionBody, ChatBody)
-    for name, field in body.model_fields.items()
-    if field.description == UNSUPPORTED
-}
+NOT_SUPPORTED = "is not supported by this server; leave it out"
 
 
 class ApiError(HTTPException):
@@ -355,6 +529,52 @@ class ApiError(HTTPException):
         return ApiError(500, "internal error; the server's log has the details")
 
 
+def embedding_out(index: int, vector: np.ndarray, encoding: str | None) -> dict[str, Any]:
+    """An embedding, float32 (d,), as OpenAI writes it: a list, or its little-endian bytes."""
+    data: Any = vector.tolist()
+    if encoding == "base64":
+        data = base64.b64encode(vector.astype("<f4").tobytes()).decode()
+    return {"object": "embedding", "index": index, "embedding": data}
+
+
+def not_supported(field: str) -> ApiError:
+    """The error of a field that this server does not support."""
+    return ApiError(400, f"{field}: {NOT_SUPPORTED}", field, "unsupported_parameter")
+
+
+def field_list(fields: list[str], limit: int = 1000) -> str:
+    """The names of fields in a header: ASCII, and cut to about `limit` characters."""
+    text = ", ".join(
+        name if name.isascii() and name.isprintable() else ascii(name) for name in fields
+    )
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def report_unknown(handler: Callable, strict: bool) -> Callable:
+    """The handler of a route; unknown fields of its body are listed in a header, or refused."""
+
+    @functools.wraps(handler)
+    async def checked(**arguments: Any) -> Response:
+        body = arguments.get("body")
+        unknown = unknown_fields(body) if body else []
+        if unknown and strict:
+            raise not_supported(unknown[0])
+        response = await handler(**arguments)
+        if unknown:
+            response.headers["X-Ignored-Fields"] = field_list(unknown)
+        return response
+
+    # FastAPI would look up the names of types in this module instead of the handler's.
+    checked.__signature__ = inspect.signature(handler, eval_str=True)  # type: ignore[attr-defined]
+    return checked
+
+
+def shutting_down() -> ApiError:
+    """The error of a request that the server can no longer serve."""
+    problem, headers = "the server is shutting down", {"Retry-After": "5"}
+    return ApiError(503, problem, None, "shutting_down", headers)
+
+
 def json_response(value: Any, status: int = 200, headers: Any = None) -> Response:
     """A response whose body is `value` as JSON."""
     return Response(json.dumps(value), status, headers, "application/json")
@@ -379,8 +599,8 @@ def validation_error(request: Request, error: Any) -> Response:
     param = ".".join(map(str, path)) or None
     message: str = first["msg"]
     code: str | None = None
-    if first["type"] == "extra_forbidden" or (path and path[0] in UNSUPPORTED_FIELDS):
-        message, code = "is not supported by this server; leave it out", "unsupported_parameter"
+    if first["type"] in ("extra_forbidden", "none_required", "unsupported"):
+        message, code = NOT_SUPPORTED, "unsupported_parameter"
     return ApiError(400, f"{param}: {message}" if param else message, param, code).response()
 
 
