@@ -379,6 +379,20 @@ def test_the_exit_code_of_a_command_whose_output_cannot_be_written(code, error, 
     assert errors.getvalue().startswith("error: " + ("a: b; c" if error else "stdout: cannot be"))
 
 
+def test_a_command_that_ends_searches_nothing_for_garbage():
+    """What is frozen is not searched; the first function that atexit knows is called last."""
+    code = """
+import atexit, gc
+atexit.register(lambda: print(gc.get_freeze_count()))
+from tinymamba.cli import run_cli
+run_cli(lambda: print(len(gc.get_objects())))
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    tracked, frozen = map(int, re.findall(r"\d+", done.stdout))
+    assert frozen > 0.9 * tracked > 9000, done.stderr
+
+
 # ---------------------------------------------------------------------------------------- logs
 
 

@@ -19,10 +19,12 @@ which values are valid:
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import difflib
 import functools
+import gc
 import importlib
 import inspect
 import math
@@ -183,6 +185,7 @@ def run_cli(main: Callable[[], int | None]) -> typing.NoReturn:
         with contextlib.suppress(OSError, ValueError):
             print_error(line)
     flush_or_silence(sys.stderr)
+    atexit.register(gc.freeze)  # Python would search all of PyTorch for garbage: up to a second
     sys.exit(code)
 
 
