@@ -322,6 +322,7 @@ def parse_words(
     return values
 
 
+@functools.cache
 def describe_fields(cls: type) -> dict[str, tuple[str, str]]:
     """The group and the help text of every field that has a comment beside it."""
     found, group = {}, ""
