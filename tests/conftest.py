@@ -1,5 +1,6 @@
 """What every test has: fixed seeds, one thread, and folders with data where it asks for them."""
 
+import gc
 import os
 
 import numpy as np
@@ -8,6 +9,21 @@ import torch
 from helpers import make_tokenizers, train_bpe, write_tokens
 
 from tinymamba.tokenizer import EOS_TOKEN
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Imports make no garbage: it is not searched for meanwhile, and never among what they made."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def pytest_unconfigure():
+    gc.freeze()  # nor at the end
 
 
 @pytest.fixture(autouse=True)
