@@ -6,9 +6,11 @@ import os
 import numpy as np
 import pytest
 import torch
-from helpers import make_tokenizers, train_bpe, write_tokens
+from helpers import heed_signals, make_tokenizers, train_bpe, write_tokens
 
 from tinymamba.tokenizer import EOS_TOKEN
+
+heed_signals()
 
 
 @pytest.hookimpl(wrapper=True)

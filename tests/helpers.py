@@ -265,6 +265,18 @@ def run_script(
     )
 
 
+def heed_signals() -> None:
+    """Heed the signals that a shell has its background jobs, and so their children, ignore.
+
+    `nohup` does the same. Tests send them to processes that they start.
+    """
+    for name in ("SIGINT", "SIGHUP", "SIGQUIT"):
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) is signal.SIG_IGN:
+            normal = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+            signal.signal(number, normal)
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -254,12 +254,9 @@ def test_a_signal_leaves_a_run_that_goes_on(tmp_path, number):
     code = "from data import prepare; prepare.SAVE_SECONDS = 0.0; prepare.run_cli(prepare.main)"
     flags = ["--input", "a.txt", "--tokenizer", "byte", "--output_dir", "out"]
     env = {**os.environ, "PYTHONPATH": str(Path(prepare.__file__).parent.parent)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *flags, "--workers", "2"],
-        cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        # A shell starts its background jobs, and so their children, with the signal ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", code, *flags, "--workers", "2"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, **pipes)
     deadline, progress = time.monotonic() + 60, tmp_path / "out" / FOLDER / "progress.json"
     while not progress.exists() or not json.loads(progress.read_text())["chunks"]:
         assert process.poll() is None and time.monotonic() < deadline

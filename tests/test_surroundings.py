@@ -28,6 +28,7 @@ from helpers import (
     brief_flags,
     call,
     files_below,
+    heed_signals,
 )
 
 import testv2
@@ -391,6 +392,20 @@ run_cli(lambda: print(len(gc.get_objects())))
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     tracked, frozen = map(int, re.findall(r"\d+", done.stdout))
     assert frozen > 0.9 * tracked > 9000, done.stderr
+
+
+@POSIX
+def test_the_tests_can_run_in_the_background():
+    """`pytest &` and `nohup pytest`."""
+    numbers = signal.SIGINT, signal.SIGHUP, signal.SIGQUIT
+    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    try:
+        heed_signals()
+        heeded = [signal.getsignal(number) for number in numbers]
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    assert heeded == [signal.default_int_handler, signal.SIG_DFL, signal.SIG_DFL]
 
 
 # ---------------------------------------------------------------------------------------- logs
