@@ -10,7 +10,17 @@ from helpers import heed_signals, make_tokenizers, train_bpe, write_tokens
 
 from tinymamba.tokenizer import EOS_TOKEN
 
+# The files that take longest, the longest first. A file is run by one process: begun last, one of
+# these would keep it busy long after the others have ended.
+LONGEST = ["reliability", "training", "readme", "model", "streaming", "export_model", "peft",
+           "restarts", "testv2", "hf_integration", "surroundings", "benchmark"]  # fmt: skip
+
 heed_signals()
+
+
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import LONGEST
 from helpers import ROOT
 
 import tinymamba
@@ -284,6 +285,10 @@ def test_no_test_file_imports_another():
     for path in TESTS:
         found = {n for n in imported(path) if re.fullmatch(r"(tests\.)?test_\w+", n)}
         assert not found, f"{path.name} imports {found}"
+
+
+def test_the_files_that_begin_first_exist():
+    assert {f"test_{name}" for name in LONGEST} <= {path.stem for path in TESTS}
 
 
 def changes_path(node: ast.AST) -> bool:
