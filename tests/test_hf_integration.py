@@ -1003,7 +1003,7 @@ def in_process(*words) -> subprocess.CompletedProcess:
 
 
 FRESH = """
-import contextlib, io, multiprocessing, os, sys, torch
+import contextlib, io, multiprocessing, os, sys, torch._dynamo
 from transformers import (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoTokenizer, DynamicCache, PreTrainedModel)
 

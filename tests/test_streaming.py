@@ -1063,6 +1063,7 @@ def test_kill_9_while_saving_never_damages_the_session(tmp_path):
         from test_streaming import serve
         server, rng, path = serve(), random.Random(0), "s.safetensors"
         session = server.create_session("s", seed=1)
+        server.generate_text("Hello", session, max_new_tokens=1)  # imports what a child needs
         server.save_session(session, path)
         for _ in range(8):
             saved = os.stat(path).st_mtime_ns
