@@ -283,6 +283,29 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+@contextlib.contextmanager
+def two_ranks(*words):
+    """Two processes that train together, without a launcher, which would end them itself."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, str(ROOT / "testv2.py"), *map(str, words)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, env={**env, "RANK": str(rank)}, **pipes) for rank in (0, 1)]
+    try:
+        yield both
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+
+
+def run_two_ranks(*words) -> None:
+    """Let them train to the end."""
+    with two_ranks(*words) as both:
+        done = [process.communicate(timeout=200) for process in both]
+    assert [process.returncode for process in both] == [0, 0], done
+
+
 def assert_refused(done, *fragments: str) -> None:
     """One line on stderr that begins with "error: " and holds every fragment; exit code 2."""
     lines = done.stderr.strip().splitlines()

@@ -4,7 +4,6 @@ The counts here are small; `make chaos` runs the same with CHAOS=1, in the numbe
 docs/reliability.md.
 """
 
-import contextlib
 import errno
 import os
 import random
@@ -37,7 +36,9 @@ from helpers import (
     go_on,
     most_memory,
     run_script,
+    run_two_ranks,
     tiny_config,
+    two_ranks,
 )
 from torch.utils._pytree import tree_leaves
 
@@ -553,21 +554,6 @@ def test_keys_and_environment_reach_no_file(place, monkeypatch):
 # --------------------------------------------------------------------------- several processes
 
 
-@contextlib.contextmanager
-def two_ranks(*words):
-    """Two processes that train together, without a launcher, which would end them itself."""
-    env = {**ENV, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    command = [sys.executable, str(ROOT / "testv2.py"), *words]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    both = [subprocess.Popen(command, env={**env, "RANK": str(rank)}, **pipes) for rank in (0, 1)]
-    try:
-        yield both
-    finally:
-        for process in both:
-            process.kill()
-            process.communicate()
-
-
 def wait_for(process: subprocess.Popen, beginning: str) -> None:
     assert any(line.startswith(beginning) for line in process.stdout), process.stderr.read()
 
@@ -649,7 +635,7 @@ def test_a_signal_to_any_process_at_any_moment_is_heeded_by_all(place, number):
     )
     vocabulary = [*byte_alphabet(), EOS_TOKEN]
     Path("data/text/vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
-    with two_ranks(*map(str, words)) as both:
+    with two_ranks(*words) as both:
         wait_for(both[0], "step 4/")
         until = time.monotonic() + dice.uniform(0.0, 1.0)
         while time.monotonic() < until:
@@ -709,17 +695,10 @@ def test_cut_parameters_train_as_whole_ones_and_checkpoints_fit_both(place):
     call("--resume", "--max_steps", 6)
     call("--resume", "--max_steps", 9)
     expected, whole = losses(), load_checkpoint(LATEST)
-    launch(
-        2,
-        *brief_flags(**{**STEPS, "batch_size": 2}),
-        "--parallel",
-        "fsdp",
-        "--checkpoint_activations",
-        "--max_steps",
-        3,
-    )
+    words = [*brief_flags(**{**STEPS, "batch_size": 2}), "--checkpoint_activations"]
+    run_two_ranks(*words, "--parallel", "fsdp", "--max_steps", 3)
     call("--resume", "--max_steps", 6, "--batch_size", 4)
-    launch(2, "--resume", "--max_steps", 9, "--batch_size", 2)
+    run_two_ranks("--resume", "--max_steps", 9, "--batch_size", 2)
     assert len(expected) == 9 and losses() == pytest.approx(expected, abs=1e-5)
     cut = load_checkpoint(LATEST)
     for part in ("model", "optimizer"):
