@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import io
+import itertools
 import math
 import os
 import re
@@ -277,10 +278,17 @@ def heed_signals() -> None:
             signal.signal(number, normal)
 
 
+# Below 32768 no system gives out ports by itself. Each process of pytest has a hundred of its own.
+PORTS = itertools.cycle(range(100 * os.getpid() % 20_000 + 10_000, 30_000))
+
+
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port that stays free until a slow process binds it: seconds pass while it imports torch."""
+    while True:
+        with contextlib.suppress(OSError), socket.socket() as s:
+            port = next(PORTS)
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +29,7 @@ from helpers import (
     brief_flags,
     call,
     files_below,
+    free_port,
     heed_signals,
 )
 
@@ -392,6 +394,14 @@ run_cli(lambda: print(len(gc.get_objects())))
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     tracked, frozen = map(int, re.findall(r"\d+", done.stdout))
     assert frozen > 0.9 * tracked > 9000, done.stderr
+
+
+def test_a_free_port_is_none_that_another_process_is_given():
+    with socket.socket() as taken:
+        first = free_port()
+        taken.bind(("127.0.0.1", first + 1))
+        second = free_port()
+    assert 10_000 <= first < second - 1 < 30_000
 
 
 @POSIX
