@@ -18,6 +18,7 @@ cache holds.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import importlib
 import json
@@ -27,7 +28,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    StaticLayer,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -169,43 +175,255 @@ def config_of(native: TinyMambaModel, **changes: Any) -> TinyMambaConfig:
 
 CONV, PHASE, POSITION = range(3)  # the windows of inputs; see number_of_conv_states
 SSM, MEMORY = range(2)  # the recurrent states
+TAIL = 32  # tokens that are cheaper to read twice than to read in a call of their own
+SNAPSHOTS = 32  # states that a cache keeps to go back to; of older calls it keeps the tokens
+
+
+class Tokens(NamedTuple):
+    """What a call reads, in the order of TinyMambaModel.run; None is the plain case."""
+
+    ids: Tensor  # (b, l)
+    padding: Tensor | None = None  # (b, l), 0 at padding
+    embedded: Tensor | None = None  # (b, l, d), in place of the embeddings of ids
+    ends: Tensor | None = None  # (b, l) of bool: tokens that end a document
+    begins: Tensor | None = None  # (b,) of bool: rows whose first token begins a document
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Tokens:
+        """Apply `f` to all tensors."""
+        return Tokens._make(t if t is None else f(t) for t in self)
+
+    def cut(self, begin: int, end: int) -> Tokens:
+        """The tokens from `begin` to before `end`."""
+        part = [t if t is None else t[:, begin:end] for t in self[:4]]
+        return Tokens._make([*part, None if begin else self.begins])
+
+
+def join(parts: list[Tokens], embedding: nn.Module) -> Tokens:
+    """Parts that follow each other, of which only the first may begin a document."""
+    plain = (torch.ones_like, torch.ones_like, embedding, lambda ids: torch.zeros_like(ids) > 0)
+    fields = zip(*(part[:4] for part in parts), strict=True)
+    joined = [
+        None
+        if all(t is None for t in field)
+        else torch.cat([f(p.ids) if t is None else t for t, p in zip(field, parts, strict=True)], 1)
+        for f, field in zip(plain, fields, strict=True)
+    ]
+    return Tokens._make([*joined, parts[0].begins])
+
+
+def count_tokens(parts: list[Tokens]) -> int:
+    """How many columns the parts have."""
+    return sum(part.ids.shape[1] for part in parts)
+
+
+class Snapshot(NamedTuple):
+    """The text before a call, and what the call has read."""
+
+    read: int  # columns before the call
+    state: ModelState | None  # None before the first token, or if it is not kept any more
+    tokens: Tokens
+
+
+class CachedText:
+    """What a DynamicCache has read. The tensors of its state are never written to.
+
+    A call replaces them, so a copy costs nothing. While `record_past` is set, the states before the
+    last calls are kept. `crop` goes back to one of them, and the next call first reads again what
+    is left of the tokens after it.
+    """
+
+    def __init__(self) -> None:
+        self.state: ModelState | None = None
+        self.read = 0  # columns of all calls
+        self.unread: list[Tokens] = []  # those of the last columns that the state has not seen
+        self.past: list[Snapshot] = []
+        self.record_past = False
+
+    def replace(self, state: ModelState, tokens: Tokens) -> None:
+        """Hold the state after `tokens`, which include those that were unread."""
+        before, length = self.read - count_tokens(self.unread), tokens.ids.shape[1]
+        if self.record_past:
+            self.past.append(Snapshot(before, self.state, tokens))
+            if len(self.past) > SNAPSHOTS:
+                self.past[-SNAPSHOTS] = self.past[-SNAPSHOTS]._replace(state=None)
+        elif self.past:
+            self.past = []
+        if length > state.layers[0].keys.shape[2]:  # views would keep all of a long call in memory
+            state = state.clone()
+        self.state, self.unread, self.read = state, [], before + length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last -tokens_to_remove columns; 0 only drops the earlier states."""
+        if tokens_to_remove > 0:
+            raise ValueError("tokens_to_remove: is positive; pass the number to remove as -n")
+        length, base = self.read + tokens_to_remove, self.read - count_tokens(self.unread)
+        base = base if length >= base else self.go_back(length)
+        unread = []
+        for part in self.unread:
+            unread += [part.cut(0, length - base)] if length > base else []
+            base += part.ids.shape[1]
+        self.unread, self.past, self.read = unread, [], length
+
+    def go_back(self, length: int) -> int:
+        """Hold the newest kept state of at most `length` columns; returns its number of columns."""
+        kept = [
+            i
+            for i, s in enumerate(self.past)
+            if s.read <= length and (i == 0 or s.state is not None)
+        ]
+        if not kept:
+            raise RuntimeError(
+                "past_key_values: the state before the removed tokens was not kept; "
+                "call activate_past_recording() before they are read"
+            )
+        self.state = self.past[kept[-1]].state
+        self.unread = [s.tokens for s in self.past[kept[-1] :]]
+        return self.past[kept[-1]].read
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> None:
+        """Apply `f`, which selects or repeats rows, to all tensors."""
+        states = [s if s is None else s.map(f) for s in (self.state, *(s.state for s in self.past))]
+        self.state, past = states[0], zip(self.past, states[1:], strict=True)
+        self.past = [Snapshot(s.read, state, s.tokens.map(f)) for s, state in past]
+        self.unread = [tokens.map(f) for tokens in self.unread]
+
+    def __deepcopy__(self, memo: dict) -> CachedText:
+        other = memo[id(self)] = CachedText()
+        other.__dict__.update({**self.__dict__, "past": [*self.past]})
+        return other
+
+
+class StateLayer(LinearAttentionAndSlidingWindowAttentionLayer):
+    """A block's part of a CachedText, as a layer of a DynamicCache. The first acts for all.
+
+    A saved layer has the base class, which loads without this file.
+    """
+
+    is_croppable = True
+
+    def __init__(self, text: CachedText, index: int, sliding_window: int):
+        self.text, self.index, self.sliding_window = text, index, sliding_window
+        self._sliding_window_tensor = torch.tensor(sliding_window)  # of an iteration over a cache
+
+    def __getattr__(self, name: str) -> Any:
+        """An attribute of the base class: nobody but a reader from outside needs one."""
+        if name.startswith("__") or name not in (values := self.base_values()):
+            raise AttributeError(name)
+        return values[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """`record_past`, which transformers sets on every layer, is one of the text."""
+        if name == "record_past":
+            self.text.record_past = value
+        else:
+            super().__setattr__(name, value)
+
+    def base_values(self) -> dict[str, Any]:
+        """What the base class has in its attributes for the same state."""
+        text, states = self.text, TinyMambaConfig.number_of_conv_states
+        base = LinearAttentionAndSlidingWindowAttentionLayer(self.sliding_window, states)
+        values = {**base.__dict__, "cumulative_length": text.read, "record_past": text.record_past}
+        if text.state is None:
+            return values
+        layer, ready = text.state.layers[self.index], dict.fromkeys(range(states), True)
+        unfilled = max(0, layer.keys.shape[2] - text.read + count_tokens(text.unread))
+        position = torch.stack((text.state.position, text.state.document_start), dim=1)
+        recurrent = {SSM: layer.ssm, MEMORY: layer.memory, POSITION: None}
+        return {
+            **values,
+            "keys": layer.keys[:, :, unfilled:],
+            "values": layer.values[:, :, unfilled:],
+            "conv_states": {CONV: layer.conv.mT, PHASE: layer.phase[..., None],
+                            POSITION: position[..., None]},
+            "recurrent_states": recurrent,
+            "has_previous_state": ready,
+            "is_conv_states_initialized": {**ready},
+            "is_recurrent_states_initialized": {i: t is not None for i, t in recurrent.items()},
+            "is_initialized": True,
+            "device": layer.keys.device,
+            "dtype": layer.keys.dtype,
+        }  # fmt: skip
+
+    def get_seq_length(self) -> int:
+        """How many columns have been read."""
+        return self.text.read
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last -tokens_to_remove tokens; 0 only drops the earlier states."""
+        if not self.index:
+            self.text.crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Select rows, for beam search."""
+        if not self.index:
+            self.text.map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        if not self.index:
+            self.text.map(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Select rows."""
+        if not self.index:
+            self.text.map(lambda t: t[indices])
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        if not self.index:
+            self.text.__dict__.update({**CachedText().__dict__, "record_past": self.record_past})
+
+    def __deepcopy__(self, memo: dict) -> StateLayer:
+        return StateLayer(copy.deepcopy(self.text, memo), self.index, self.sliding_window)
+
+    def __reduce__(self) -> tuple:
+        values = {**self.base_values(), "unread": self.text.unread, "record_past": False}
+        return LinearAttentionAndSlidingWindowAttentionLayer, (self.sliding_window,), values
 
 
 def read_cache(cache: Cache, model: TinyMambaModel, batch: int, new: int = 0) -> ModelState:
     """The state of b sequences in `cache`, which must have room for `new` more tokens."""
-    layers = cache.layers if isinstance(cache, Cache) else []
+    layers: list[Any] = cache.layers if isinstance(cache, Cache) else []
     first = layers[0] if len(layers) == len(model.blocks) else None
     if not isinstance(first, LinearAttentionCacheLayerMixin):
         raise ValueError(
             "past_key_values: cannot hold recurrent states; "
             "pass DynamicCache(config=model.config) or a StaticCache with this config"
         )
-    kernel, window = model.config.d_conv, model.config.window_size
-    if isinstance(first, StaticLayer) and first.max_cache_len < min(
-        first.get_seq_length() + new, window - 1
-    ):
+    window, static = model.config.window_size, isinstance(first, StaticLayer)
+    if static and first.max_cache_len < min(first.get_seq_length() + new, window - 1):
         raise ValueError(
             f"past_key_values: a static cache of {first.max_cache_len} tokens is full; "
             "use a larger max_cache_len"
         )
-    if not cache.has_previous_state(0):
+    if not static and not hasattr(first, "text"):  # of DynamicCache(config=...), or of a file
+        text = CachedText()
+        text.state, text.unread = state_of(layers, model), getattr(first, "unread", [])
+        text.read, text.record_past = first.cumulative_length, first.record_past
+        layers[:] = [StateLayer(text, i, window) for i in range(len(layers))]
+    state = state_of(layers, model) if static else layers[0].text.state
+    if state is None:
         return model.init_state(batch)
-    position = cache.get_conv_state(0, POSITION).squeeze(-1)  # (b, 2)
-    rows = position.shape[0]
+    rows = state.position.shape[0]
     if rows != batch:
         raise ValueError(f"past_key_values: has {rows} sequences, but the input has {batch}")
-    states = []
-    for i, block in enumerate(model.blocks):
-        tail = cache.get_conv_state(i, CONV)[:, :, : kernel - 1].mT  # (b, k-1, d + 2n + d)
-        phase = cache.get_conv_state(i, PHASE).squeeze(-1)  # (b, r)
-        ssm = cache.get_recurrent_state(i, SSM)  # (b, h, p, n)
-        memory = block.attention.memory  # not every block has one
-        memory = memory if memory is None else cache.get_recurrent_state(i, MEMORY)
+    return state
+
+
+def state_of(layers: list[Any], model: TinyMambaModel) -> ModelState | None:
+    """The state in the layers that transformers makes; None before the first token."""
+    if not all(layers[0].has_previous_state.values()):
+        return None
+    kernel, window, states = model.config.d_conv, model.config.window_size, []
+    for layer in layers:
+        tail = layer.conv_states[CONV][:, :, : kernel - 1].mT  # (b, k-1, d + 2n + d)
+        phase = layer.conv_states[PHASE].squeeze(-1)  # (b, r)
+        ssm, memory = (layer.recurrent_states[i] for i in (SSM, MEMORY))
         keys, values = (
-            last_keys(t, cache.get_seq_length(i), window - 1)
-            for t in (cache.layers[i].keys, cache.layers[i].values)
+            last_keys(t, layer.get_seq_length(), window - 1) for t in (layer.keys, layer.values)
         )
         states.append(LayerState(tail, ssm, phase, keys, values, memory))
+    position = layers[0].conv_states[POSITION].squeeze(-1)  # (b, 2)
     return ModelState(states, *position.unbind(1))
 
 
@@ -222,8 +440,11 @@ def last_keys(cached: Tensor, read: int, count: int) -> Tensor:
     return cached.index_select(2, index.clamp(min=0))
 
 
-def write_cache(cache: Cache, state: ModelState, length: int, padded: bool) -> None:
-    """Store the state after `length` more tokens in `cache`."""
+def write_cache(cache: Cache, state: ModelState, tokens: Tokens) -> None:
+    """Store the state after `tokens` in `cache`."""
+    if not isinstance(cache.layers[0], StaticLayer):
+        cache.layers[0].text.replace(state, tokens)
+        return
     position = torch.stack((state.position, state.document_start), dim=1)[..., None]  # (b, 2, 1)
     for i, layer in enumerate(state.layers):
         tail = layer.conv.mT  # (b, d + 2n + d, k-1)
@@ -233,7 +454,7 @@ def write_cache(cache: Cache, state: ModelState, length: int, padded: bool) -> N
         cache.update_recurrent_state(layer.ssm, i, SSM)
         if layer.memory is not None:
             cache.update_recurrent_state(layer.memory, i, MEMORY)
-        write_keys(cache, layer, i, length, padded)
+        write_keys(cache, layer, i, tokens.ids.shape[1], tokens.padding is not None)
 
 
 def write_keys(cache: Cache, layer: LayerState, i: int, length: int, padded: bool) -> None:
@@ -352,26 +573,66 @@ class TinyMambaHFBackbone(TinyMambaModel):
     ) -> BaseModelOutputWithPast:
         """As TinyMambaHFModel.forward; gives last_hidden_state (b, l, d)."""
         input_ids = self.require_input(input_ids, inputs_embeds)
-        batch, length = input_ids.shape
-        padding, read, state = mask_of_new_tokens(attention_mask, batch, length), 0, None
+        padding = mask_of_new_tokens(attention_mask, *input_ids.shape)
+        ends, begins = split_documents(position_ids, padding, len(input_ids))
+        tokens, state = Tokens(input_ids, padding, inputs_embeds, ends, begins), None
         if past_key_values is not None:
-            state = read_cache(past_key_values, self, batch, length)
+            state = read_cache(past_key_values, self, *input_ids.shape)
             if state.position.is_meta:  # accelerate has offloaded the embedding
-                state = self.init_state(batch, input_ids.device)
-            read = past_key_values.get_seq_length()
-        ends, state = split_documents(position_ids, padding, state)
+                state = self.init_state(len(input_ids), input_ids.device)
         recorder = None
         if output_attentions or output_hidden_states:
+            read = 0 if past_key_values is None else past_key_values.get_seq_length()
             recorder = Recorder(self, output_attentions, padding, read)
-        hidden, state, _ = self.run(input_ids, state, padding, inputs_embeds, ends, recorder)
-        if state is not None:
-            write_cache(past_key_values, state, length, padding is not None)
+        if state is None:
+            hidden, _, _ = self.run(input_ids, None, padding, inputs_embeds, ends, recorder)
+        else:
+            hidden = self.read(tokens, state, past_key_values, recorder)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=past_key_values,
             hidden_states=(*recorder.hidden, hidden) if recorder and output_hidden_states else None,
             attentions=tuple(recorder.weights) if recorder and output_attentions else None,
         )
+
+    def read(
+        self, tokens: Tokens, state: ModelState, cache: Cache, recorder: Recorder | None
+    ) -> Tensor:
+        """Continue the text of a cache, of this state, by tokens (b, l) -> hidden (b, l, d)."""
+        length = tokens.ids.shape[1]
+        parts, outputs = self.parts_to_read(tokens, cache.layers[0], recorder is None), []
+        for part in parts:
+            ids, padding, embedded, ends, begins = part
+            attend = recorder if part is parts[-1] else None
+            state = begin_documents(state, begins)
+            hidden, state, _ = self.run(ids, state, padding, embedded, ends, attend)
+            write_cache(cache, state, part)
+            outputs.append(hidden)
+        hidden = outputs[0] if len(parts) == 1 else torch.cat(outputs, dim=1)
+        return hidden[:, -length:]
+
+    def parts_to_read(self, tokens: Tokens, layer: Any, together: bool) -> list[Tokens]:
+        """What to read, call by call: tokens that a crop has left unread, then the new ones.
+
+        All in one call if `together` and few are unread: one call costs little more for TAIL tokens
+        than for 2. While the cache can be cropped, the tail of a long call is a call of its own, so
+        that a crop goes back to the state before the tail.
+        """
+        text = getattr(layer, "text", None)  # a static cache has none
+        if text is None or not (text.unread or text.record_past):
+            return [tokens]
+        join_new = together and count_tokens(text.unread) <= TAIL
+        parts: list[Tokens] = []
+        for part in (*text.unread, tokens):
+            if parts and part.begins is None and (join_new or part is not tokens):
+                parts[-1] = join([parts[-1], part], self.embedding)
+            else:
+                parts.append(part)
+        length = parts[-1].ids.shape[1]
+        if together and text.record_past and length > 2 * TAIL:
+            last = parts.pop()
+            parts += [last.cut(0, length - TAIL), last.cut(length - TAIL, length)]
+        return parts
 
     def require_input(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """The ids (b, l) of a call; zeros if embeddings replace them. Rejects a call without."""
@@ -400,7 +661,6 @@ class TinyMambaPreTrainedModel(PreTrainedModel):
     config_class = TinyMambaConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _is_stateful = True  # a state cannot drop its last tokens, as assisted generation requires
     _supports_sdpa = True
     _can_compile_fullgraph = True
     _no_split_modules = ["TinyMambaHFBlock"]
@@ -603,6 +863,17 @@ class TinyMambaHFModel(TinyMambaPreTrainedModel, GenerationMixin):
         if "cache_params" in model_kwargs:
             model_kwargs["past_key_values"] = model_kwargs.pop("cache_params")
 
+    def _validate_generation_mode(
+        self, generation_mode: Any, generation_config: GenerationConfig, *args: Any
+    ) -> None:
+        """As for every model. Without this, an early exit would end in an AttributeError."""
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                "assistant_early_exit: no block but the last was trained to predict a token; "
+                "pass an assistant_model"
+            )
+        super()._validate_generation_mode(generation_mode, generation_config, *args)
+
     @can_return_tuple
     def forward(
         self,
@@ -696,31 +967,42 @@ def mask_of_new_tokens(attention_mask: Tensor | None, batch: int, length: int) -
 
 
 def split_documents(
-    position_ids: Tensor | None, padding: Tensor | None, state: ModelState | None
-) -> tuple[Tensor | None, ModelState | None]:
-    """Packed documents, from position_ids: the tokens (b, l) that end one, or None; the state.
+    position_ids: Tensor | None, padding: Tensor | None, batch: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Documents, from position_ids: tokens (b, l) that end one, rows (b,) that begin with one.
 
-    Input that begins with position 0 begins a document, whatever the cache holds.
+    Input that begins with position 0 begins a document, whatever the cache holds. None stands for
+    no such token or row.
     """
-    if position_ids is None or (position_ids.shape[-1] == 1 and is_tracing(position_ids)):
-        return None, state
-    positions, back, lengths = position_ids, None, None
+    if position_ids is None:
+        return None, None
+    tracing, single = is_tracing(position_ids), position_ids.shape[-1] == 1
+    if single and (tracing or bool(position_ids.all())):
+        return None, None
+    positions, back, lengths = position_ids.expand(batch, -1), None, None
     if padding is not None:
         order, back, lengths = padding_last(padding)
-        positions = position_ids.expand_as(order).gather(1, order)
+        positions = positions.gather(1, order)
+    begins = positions[:, 0] == 0  # (b,)
     jumps = positions[:, 1:] != positions[:, :-1] + 1  # (b, l-1)
     if lengths is not None:
+        begins = begins & (lengths > 0)
         index = torch.arange(1, positions.shape[1], device=positions.device)
         jumps = jumps & (index < lengths[:, None])
-    ends, tracing = F.pad(jumps, (0, 1)), is_tracing(position_ids)
-    if state is not None:
-        restarts = (positions[:, 0] == 0) & (state.position > state.document_start)
-        restarts = restarts if lengths is None else restarts & (lengths > 0)
-        if tracing or bool(restarts.any()):
-            state = state.begin_document(restarts)
-    if not tracing and not bool(ends.any()):
-        return None, state
-    return ends if back is None else ends.gather(1, back), state
+    some_begin, some_end = (tracing or bool(t.any()) for t in (begins, jumps))
+    ends = F.pad(jumps, (0, 1))
+    ends = ends if back is None else ends.gather(1, back)
+    return ends if some_end else None, begins if some_begin else None
+
+
+def begin_documents(state: ModelState, begins: Tensor | None) -> ModelState:
+    """The state as of a new document in the rows (b,) of `begins` that have one already."""
+    if begins is None:
+        return state
+    restarts = begins & (state.position > state.document_start)
+    if not is_tracing(restarts) and not bool(restarts.any()):
+        return state
+    return state.begin_document(restarts)
 
 
 TinyMambaForCausalLM = TinyMambaHFModel

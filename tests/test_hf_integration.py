@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,9 @@ from helpers import (
     GATES,
     POSIX,
     ROOT,
+    Census,
     assert_refused,
+    free_copy,
     free_port,
     run_main,
     run_script,
@@ -40,6 +43,8 @@ from transformers import (
     DataCollatorForLanguageModeling,
     DynamicCache,
     GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     QuantizedCache,
     StaticCache,
     StoppingCriteria,
@@ -382,14 +387,220 @@ def test_streamers_criteria_and_pipelines_work(tmp_path):
 
 def test_what_a_state_cannot_do_is_rejected():
     model, prompt = hf(wide()), some_ids(1, 5)
-    with pytest.raises(ValueError, match="assisted generation is not supported"):
-        model.generate(prompt, assistant_model=model, max_new_tokens=3)
-    with pytest.raises(ValueError, match="prompt_lookup|assisted|stateful"):
-        model.generate(prompt, prompt_lookup_num_tokens=2, max_new_tokens=3)
+    with pytest.raises(ValueError, match="assistant_early_exit: no block but the last"):
+        model.generate(prompt, assistant_early_exit=1, max_new_tokens=3)
+    with pytest.raises(ValueError, match="only supported for batch_size = 1"):
+        model.generate(some_ids(2, 5), prompt_lookup_num_tokens=2, max_new_tokens=3)
     with pytest.raises(ValueError, match="hybrid_sliding"):
         model(prompt, past_key_values=QuantizedCache("quanto", model.config))
     cache = model(prompt).past_key_values
-    assert not cache.is_croppable
+    with pytest.raises(RuntimeError, match="call activate_past_recording"):
+        cache.crop(-1)
+    with pytest.raises(ValueError, match="tokens_to_remove: is positive"):
+        cache.crop(1)
+
+
+# ------------------------------------------------------------------- drafts, and caches cut short
+
+
+def drafts(native: TinyMambaModel) -> dict[str, dict]:
+    """Ways to draft tokens: a model that is hardly ever right, one that mostly is, the prompt."""
+    ways: dict = {"lookup": {"prompt_lookup_num_tokens": 4}}
+    for name, noise in (("bad", 1.0), ("good", 0.05)):
+        model, generator = free_copy(native), torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for p in model.parameters():
+                size = noise * p.std(unbiased=False)
+                p += size * torch.randn(p.shape, generator=generator)
+        ways[name] = {"assistant_model": hf(model)}
+    return ways
+
+
+@pytest.mark.parametrize(
+    ("shape", "length"), [("plain", 80), ("documents", 5), ("no_window", 5), ("no_conv", 5)]
+)
+def test_drafts_change_no_token_of_greedy_decoding(shape, length):
+    native = wide(**SHAPES[shape])
+    model, prompt, calls = hf(native), some_ids(1, length), {}
+    want, read = generate(native, prompt, 16, temperature=0), []
+    model.model.norm.register_forward_hook(lambda module, args, x: read.append(x.shape[1]))
+    for name, draft in drafts(native).items():
+        read.clear()
+        out, logits = scores_of(model, prompt, max_new_tokens=16, do_sample=False, **draft)
+        calls[name] = len(read)
+        assert torch.equal(out.sequences, want), name
+        close(logits, native(want)[:, length - 1 : -1])
+        turn = torch.cat((out.sequences, some_ids(1, 3, seed=6)), dim=1)
+        close(model.generate(turn, max_new_tokens=1, do_sample=False, output_logits=True,
+                             return_dict_in_generate=True, past_key_values=out.past_key_values,
+                             ).logits[0], native(turn)[:, -1])  # fmt: skip
+    assert calls["good"] < 12 <= calls["bad"], "drafts are accepted, and rejected"
+
+
+def test_sampling_with_drafts_draws_from_the_native_logits():
+    native = wide()
+    model, prompt = hf(native), some_ids(1, 70)
+    for seed, draft in enumerate(drafts(native).values()):
+        torch.manual_seed(seed)
+        out, logits = scores_of(model, prompt, max_new_tokens=12, do_sample=True, top_k=0, **draft)
+        close(logits, native(out.sequences)[:, 69:-1])
+
+
+def test_it_drafts_for_another_model_and_takes_its_drafts():
+    model, prompt = hf(wide()), some_ids(1, 9)
+    torch.manual_seed(4)
+    llama = LlamaForCausalLM(LlamaConfig(
+        vocab_size=257, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2)).eval()  # fmt: skip
+    for target, assistant in ((model, llama), (llama, model)):
+        want = target.generate(prompt, max_new_tokens=12, do_sample=False)
+        got = target.generate(
+            prompt, max_new_tokens=12, do_sample=False, assistant_model=assistant)  # fmt: skip
+        assert torch.equal(got, want)
+
+
+def random_calls(model, cache, rows: int, embeds: bool):
+    """Calls of random lengths with random padding; yields all ids and their mask so far, logits."""
+    random = torch.Generator().manual_seed(8)
+    ids, mask = torch.zeros(2, rows, 0, dtype=torch.int64)
+    while True:
+        new = some_ids(rows, int(torch.randint(1, 10, (), generator=random)), seed=ids.shape[1])
+        kept = torch.rand(new.shape, generator=random) < (0.7 if len(new) % 2 else 1.0)
+        ids, mask = torch.cat((ids, new), 1), torch.cat((mask, kept.long()), 1)
+        inputs = {"input_ids": new}
+        if embeds and new.shape[1] % 3 == 0:
+            inputs = {"inputs_embeds": model.get_input_embeddings()(new)}
+        out = model(**inputs, attention_mask=mask, past_key_values=cache)
+        removed = yield ids, mask, out.logits
+        if removed:
+            ids, mask = ids[:, :-removed], mask[:, :-removed]
+
+
+@pytest.mark.parametrize("shape", ["plain", "documents", "no_window", "no_conv"])
+def test_a_cropped_cache_continues_as_if_it_had_not_read_the_rest(shape, monkeypatch):
+    """Against every row alone; few states are kept, and short calls count as long ones."""
+    monkeypatch.setattr(hf_integration, "SNAPSHOTS", 2)
+    monkeypatch.setattr(hf_integration, "TAIL", 3)
+    native, random, depths = wide(**SHAPES[shape]), torch.Generator().manual_seed(9), set()
+    model = hf(native)
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    calls, removed, begin, before = random_calls(model, cache, 2, shape == "plain"), None, 0, 0
+    for step in range(20):
+        ids, mask, logits = calls.send(removed)
+        for row, kept, got in zip(ids, mask.bool(), logits, strict=True):
+            new = kept[before:]
+            if new.any():
+                close(got[new], native(row[kept][None])[0, -int(new.sum()) :])
+        removed, before = 0, ids.shape[1]
+        if step % 4 != 1:
+            removed = int(torch.randint(0, before - begin + 1, (), generator=random))
+            cache.crop(-removed)
+            begin = before = before - removed
+            depths.add(removed)
+        assert cache.get_seq_length() == before
+    assert len(depths) > 6
+
+
+def test_a_crop_may_cut_where_a_document_begins():
+    native, ids = wide(), some_ids(2, 20)
+    model, positions = hf(native), torch.cat((torch.arange(8), torch.arange(12)))[None]
+    for cut in (3, 8, 9, 14):
+        cache = DynamicCache(config=model.config)
+        cache.activate_past_recording()
+        for chunk in (slice(5), slice(5, 8), slice(8, 11), slice(11, 20)):
+            model(ids[:, chunk], position_ids=positions[:, chunk], past_key_values=cache)
+        cache.crop(cut - 20)
+        rest = model(ids[:, cut:], position_ids=positions[:, cut:], past_key_values=cache).logits
+        want = torch.cat([native(part) for part in ids.split((8, 12), dim=1)], dim=1)
+        close(rest, want[:, cut:])
+
+
+def test_rows_of_a_cropped_cache_are_selected_and_repeated():
+    native, ids = wide(), some_ids(3, 14)
+    model, rows = hf(native), torch.tensor([2, 0, 2])
+    for change, chosen in (
+        (lambda c: c.reorder_cache(rows), rows),
+        (lambda c: c.batch_select_indices(rows[:2]), rows[:2]),
+        (lambda c: c.batch_repeat_interleave(2), torch.arange(3).repeat_interleave(2)),
+    ):
+        cache, want = model(ids[:, :5]).past_key_values, native(ids)[chosen]
+        cache.activate_past_recording()
+        model(ids[:, 5:9], past_key_values=cache)
+        model(some_ids(3, 2, seed=7), past_key_values=cache)
+        change(cache)
+        cache.crop(-4)
+        change = change if len(chosen) == 3 else None
+        close(model(ids[chosen, 7:], past_key_values=cache).logits, want[:, 7:])
+
+
+def test_caches_are_copied_and_saved_at_any_time():
+    native, ids = wide(), some_ids(2, 14)
+    model, want = hf(native), native(ids)
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    model(ids[:, :6], past_key_values=cache)
+    assert b"hf_integration" not in pickle.dumps(cache), "loads only where the code is"
+    fork = copy.deepcopy(cache)
+    model(ids[:, 6:9], past_key_values=fork)
+    fork.crop(-2)
+    saved = pickle.loads(pickle.dumps(fork))
+    with pytest.raises(RuntimeError, match="activate_past_recording"):
+        saved.crop(-2)
+    for each, read in ((cache, 6), (fork, 7), (saved, 7)):
+        close(model(ids[:, read:], past_key_values=each).logits, want[:, read:])
+    fork.crop(-3)
+    close(model(ids[:, 11:], past_key_values=fork).logits, want[:, 11:])
+
+
+@pytest.mark.parametrize("length", [3, 30])
+def test_a_cache_of_an_earlier_version_continues(length):
+    """One in which the layers of transformers hold the state, as a file may have it."""
+    native, ids = wide(memory_every=1), some_ids(2, length + 5)
+    model, cache = hf(native), DynamicCache(config=hf(native).config)
+    _, state = native.advance(ids[:, :length], native.init_state(2))
+    position = torch.stack((state.position, state.document_start), dim=1)[..., None]
+    for i, layer in enumerate(state.layers):
+        for j, t in enumerate((layer.conv.mT, layer.phase[..., None], position)):
+            cache.update_conv_state(t, i, j)
+        for j, t in enumerate((layer.ssm, layer.memory)):
+            cache.update_recurrent_state(t, i, j)
+        cache.update(*(F.pad(t, (0, 0, length, 0))[:, :, -length:]
+                       for t in (layer.keys, layer.values)), i)  # fmt: skip
+    cache = pickle.loads(pickle.dumps(cache))
+    close(model(ids[:, length:], past_key_values=cache).logits, native(ids)[:, length:])
+
+
+def test_a_step_copies_no_state():
+    """It runs the native operations, and per block a few that only look at the state."""
+    native, ids, counts = wide(n_layer=6), some_ids(2, 9), []
+    model, state = hf(native).requires_grad_(False), native.advance(ids, native.init_state(2))[1]
+    cache = model(ids, use_cache=True).past_key_values
+    steps = (lambda: native.advance(ids[:, :1], state),
+             lambda: model(ids[:, :1], past_key_values=cache))  # fmt: skip
+    for step in steps:
+        with Census() as census:
+            step()
+        counts.append(census.operations)
+    assert counts[1] - counts[0] < 6 * 6 + 12
+    model(some_ids(2, 3000), past_key_values=cache)  # no view keeps the tensors of all tokens alive
+    held = [
+        t
+        for layer in cache.layers
+        for t in (
+            layer.keys,
+            layer.values,
+            *layer.conv_states.values(),
+            *layer.recurrent_states.values(),
+        )
+    ]
+    stored = sum(t.untyped_storage().nbytes() for t in held if t is not None)
+    assert stored < 1.5 * state.nbytes
+    cache.activate_past_recording()
+    for token in some_ids(2, 40).split(1, dim=1):
+        model(token, past_key_values=cache)
+    kept = [s for s in cache.layers[0].text.past if s.state is not None]
+    assert len(kept) == hf_integration.SNAPSHOTS
 
 
 def test_a_static_cache_decodes_compiled_in_one_graph():
