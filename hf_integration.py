@@ -21,6 +21,7 @@ import contextlib
 import copy
 import dataclasses
 import importlib
+import inspect
 import json
 import os
 import re
@@ -248,7 +249,7 @@ class CachedText:
                 self.past[-SNAPSHOTS] = self.past[-SNAPSHOTS]._replace(state=None)
         elif self.past:
             self.past = []
-        if length > state.layers[0].keys.shape[2]:  # views would keep all of a long call in memory
+        if length > state.layers[0].keys.shape[2] + 1:  # views would keep all of a long call alive
             state = state.clone()
         self.state, self.unread, self.read = state, [], before + length
 
@@ -382,7 +383,10 @@ class StateLayer(LinearAttentionAndSlidingWindowAttentionLayer):
 
 
 def read_cache(cache: Cache, model: TinyMambaModel, batch: int, new: int = 0) -> ModelState:
-    """The state of b sequences in `cache`, which must have room for `new` more tokens."""
+    """The state of b sequences in `cache`, which must have room for `new` more tokens.
+
+    It has not seen the tokens that a crop has left unread.
+    """
     layers: list[Any] = cache.layers if isinstance(cache, Cache) else []
     first = layers[0] if len(layers) == len(model.blocks) else None
     if not isinstance(first, LinearAttentionCacheLayerMixin):
@@ -977,7 +981,7 @@ def split_documents(
     if position_ids is None:
         return None, None
     tracing, single = is_tracing(position_ids), position_ids.shape[-1] == 1
-    if single and (tracing or bool(position_ids.all())):
+    if single and (tracing or [0] not in position_ids.tolist()):
         return None, None
     positions, back, lengths = position_ids.expand(batch, -1), None, None
     if padding is not None:
@@ -1005,6 +1009,8 @@ def begin_documents(state: ModelState, begins: Tensor | None) -> ModelState:
     return state.begin_document(restarts)
 
 
+# `generate` asks for it at every token.
+vars(TinyMambaHFModel.forward)["__signature__"] = inspect.signature(TinyMambaHFModel.forward)
 TinyMambaForCausalLM = TinyMambaHFModel
 
 
