@@ -857,6 +857,26 @@ class TinyMambaHFModel(TinyMambaPreTrainedModel, GenerationMixin):
         batch, length = inputs_embeds.shape[:2]
         return mask_of_new_tokens(attention_mask, batch, length)
 
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As for every model; a single token after the first call is prepared at less cost."""
+        rest = {**kwargs, "past_key_values": past_key_values}
+        static = not isinstance(past_key_values, Cache) or past_key_values.is_compileable
+        if next_sequence_length != 1 or is_first_iteration or static:
+            rest.update(inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration)
+            return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **rest)
+        rest.pop("labels", None)
+        positions = rest.get("position_ids")
+        position = None if positions is None else positions[:, -1:]
+        return {**rest, "input_ids": input_ids[:, -1:], "position_ids": position}
+
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
     ) -> None:

@@ -43,6 +43,7 @@ from transformers import (
     DataCollatorForLanguageModeling,
     DynamicCache,
     GenerationConfig,
+    GenerationMixin,
     LlamaConfig,
     LlamaForCausalLM,
     QuantizedCache,
@@ -511,9 +512,12 @@ def test_a_crop_may_cut_where_a_document_begins():
         for chunk in (slice(5), slice(5, 8), slice(8, 11), slice(11, 20)):
             model(ids[:, chunk], position_ids=positions[:, chunk], past_key_values=cache)
         cache.crop(cut - 20)
-        rest = model(ids[:, cut:], position_ids=positions[:, cut:], past_key_values=cache).logits
+        rest = model(ids[:, cut:], position_ids=positions[:, cut:], past_key_values=cache,
+                     output_hidden_states=True, output_attentions=cut > 8)  # fmt: skip
         want = torch.cat([native(part) for part in ids.split((8, 12), dim=1)], dim=1)
-        close(rest, want[:, cut:])
+        close(rest.logits, want[:, cut:])
+        close(model.model.head(rest.hidden_states[-1]), want[:, cut:])
+        assert {x.shape[1] for x in rest.hidden_states} == {20 - cut}
 
 
 def test_rows_of_a_cropped_cache_are_selected_and_repeated():
@@ -569,6 +573,20 @@ def test_a_cache_of_an_earlier_version_continues(length):
                        for t in (layer.keys, layer.values)), i)  # fmt: skip
     cache = pickle.loads(pickle.dumps(cache))
     close(model(ids[:, length:], past_key_values=cache).logits, native(ids)[:, length:])
+
+
+def test_a_step_is_prepared_as_transformers_does():
+    model, ids = hf(wide()), some_ids(2, 9)
+    cache, mask = model(ids).past_key_values, torch.ones(2, 10, dtype=torch.int64)
+    for more in ({}, {"attention_mask": mask, "position_ids": torch.arange(10).expand(2, -1)}):
+        inputs = {"next_sequence_length": 1, "past_key_values": cache, "use_cache": True,
+                  "logits_to_keep": 1, "inputs_embeds": None, "labels": ids, **more}  # fmt: skip
+        got = model.prepare_inputs_for_generation(ids, **inputs)
+        want = GenerationMixin.prepare_inputs_for_generation(model, ids, **inputs)
+        assert {n: v for n, v in got.items() if v is not None}.keys() == want.keys()
+        for name, value in want.items():
+            same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a is b
+            assert same(got[name], value), name
 
 
 def test_a_step_copies_no_state():
