@@ -503,7 +503,9 @@ def test_a_cropped_cache_continues_as_if_it_had_not_read_the_rest(shape, monkeyp
     assert len(depths) > 6
 
 
-def test_a_crop_may_cut_where_a_document_begins():
+@pytest.mark.parametrize("kept", [1, 32])
+def test_a_crop_may_cut_where_a_document_begins(kept, monkeypatch):
+    monkeypatch.setattr(hf_integration, "SNAPSHOTS", kept)
     native, ids = wide(), some_ids(2, 20)
     model, positions = hf(native), torch.cat((torch.arange(8), torch.arange(12)))[None]
     for cut in (3, 8, 9, 14):
@@ -512,6 +514,8 @@ def test_a_crop_may_cut_where_a_document_begins():
         for chunk in (slice(5), slice(5, 8), slice(8, 11), slice(11, 20)):
             model(ids[:, chunk], position_ids=positions[:, chunk], past_key_values=cache)
         cache.crop(cut - 20)
+        if kept > 1 and cut == 8:
+            assert not cache.layers[0].text.unread, "goes back to the state at this very token"
         rest = model(ids[:, cut:], position_ids=positions[:, cut:], past_key_values=cache,
                      output_hidden_states=True, output_attentions=cut > 8)  # fmt: skip
         want = torch.cat([native(part) for part in ids.split((8, 12), dim=1)], dim=1)
@@ -520,7 +524,8 @@ def test_a_crop_may_cut_where_a_document_begins():
         assert {x.shape[1] for x in rest.hidden_states} == {20 - cut}
 
 
-def test_rows_of_a_cropped_cache_are_selected_and_repeated():
+@pytest.mark.parametrize("first", ["crop", "rows"])
+def test_rows_of_a_cropped_cache_are_selected_and_repeated(first):
     native, ids = wide(), some_ids(3, 14)
     model, rows = hf(native), torch.tensor([2, 0, 2])
     for change, chosen in (
@@ -532,9 +537,9 @@ def test_rows_of_a_cropped_cache_are_selected_and_repeated():
         cache.activate_past_recording()
         model(ids[:, 5:9], past_key_values=cache)
         model(some_ids(3, 2, seed=7), past_key_values=cache)
-        change(cache)
-        cache.crop(-4)
-        change = change if len(chosen) == 3 else None
+        steps = [change, lambda c: c.crop(-4)]
+        for step in steps[:: 1 if first == "rows" else -1]:
+            step(cache)
         close(model(ids[chosen, 7:], past_key_values=cache).logits, want[:, 7:])
 
 
