@@ -2,7 +2,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 OLDEST_TORCH := 2.11.0
 OLDEST := model branches kernels training artifacts export_model hf_integration tied_weights peft \
-    serve chat_template streaming data documents prepare_documents tokenizer_travels
+    serve serve_clients chat_template structured streaming prefix_cache data documents \
+    prepare_documents tokenizer_travels
 # pip need not compile what nobody imports: the first import writes the bytecode.
 export PYTHONDONTWRITEBYTECODE :=
 
