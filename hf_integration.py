@@ -194,9 +194,26 @@ class Tokens(NamedTuple):
         return Tokens._make(t if t is None else f(t) for t in self)
 
     def cut(self, begin: int, end: int) -> Tokens:
-        """The tokens from `begin` to before `end`."""
-        part = [t if t is None else t[:, begin:end] for t in self[:4]]
-        return Tokens._make([*part, None if begin else self.begins])
+        """The tokens from `begin` to before `end`.
+
+        What follows them decides whether its first token begins a document: the last token of the
+        part ends none, and that of the part before may have been said to end one.
+        """
+        ids, padding, embedded, ends = (t if t is None else t[:, begin:end] for t in self[:4])
+        begins = None if begin else self.begins
+        if self.ends is not None and ends is not None:
+            ends = ends & ~self.last_before(end)[:, begin:end]
+            if begin:
+                after = (self.ends & self.last_before(begin)).any(1)  # (b,)
+                begins = after if bool(after.any()) else None
+        return Tokens(ids, padding, embedded, ends, begins)
+
+    def last_before(self, end: int) -> Tensor:
+        """(b, l) of bool: each row's last token before the column `end` that is no padding."""
+        real = torch.ones_like(self.ids) if self.padding is None else self.padding
+        real = (real != 0) & (torch.arange(real.shape[1], device=real.device) < end)
+        count = real.cumsum(1)
+        return real & (count == count[:, -1:])
 
 
 def join(parts: list[Tokens], embedding: nn.Module) -> Tokens:
@@ -378,7 +395,8 @@ class StateLayer(LinearAttentionAndSlidingWindowAttentionLayer):
         return StateLayer(copy.deepcopy(self.text, memo), self.index, self.sliding_window)
 
     def __reduce__(self) -> tuple:
-        values = {**self.base_values(), "unread": self.text.unread, "record_past": False}
+        unread = [tuple(tokens) for tokens in self.text.unread]
+        values = {**self.base_values(), "unread": unread, "record_past": False}
         return LinearAttentionAndSlidingWindowAttentionLayer, (self.sliding_window,), values
 
 
@@ -402,7 +420,8 @@ def read_cache(cache: Cache, model: TinyMambaModel, batch: int, new: int = 0) ->
         )
     if not static and not hasattr(first, "text"):  # of DynamicCache(config=...), or of a file
         text = CachedText()
-        text.state, text.unread = state_of(layers, model), getattr(first, "unread", [])
+        text.state = state_of(layers, model)
+        text.unread = [Tokens._make(tokens) for tokens in getattr(first, "unread", [])]
         text.read, text.record_past = first.cumulative_length, first.record_past
         layers[:] = [StateLayer(text, i, window) for i in range(len(layers))]
     state = state_of(layers, model) if static else layers[0].text.state

@@ -55,11 +55,11 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 
-from streaming import MARK, Session, StreamingConfig, StreamingServer, Token
+from streaming import Session, StreamingConfig, StreamingServer, Token
 from tinymamba.checkpoint import require_writable
 from tinymamba.cli import DTYPES, UserError, need, parse_flags, require, require_plain_name, run_cli
 from tinymamba.prefix_cache import count_equal
-from tinymamba.tokenizer import SimpleTokenizer, byte_alphabet, copy_tokenizer, why_no_tokenizer
+from tinymamba.tokenizer import SimpleTokenizer, copy_tokenizer, why_no_tokenizer
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -111,7 +111,7 @@ from tinymamba.openai_api import (  # noqa: E402
     shutting_down,
 )
 from tinymamba.openai_responses import ResponseBody, ResponseOut, ResponseWriter  # noqa: E402
-from tinymamba.structured import Grammar  # noqa: E402
+from tinymamba.structured import decoder_of, library_bytes  # noqa: E402
 
 # ------------------------------------------------------------------------------------ options
 
@@ -561,7 +561,7 @@ class Vocabulary:
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
         self.cache: dict[int, bytes] = {}
-        self.byte_of = {c: bytes([b]) for b, c in enumerate(byte_alphabet())}
+        self.decoder = decoder_of(tokenizer)
 
     def bytes_of(self, token: int) -> bytes:
         """The bytes of a token."""
@@ -576,10 +576,8 @@ class Vocabulary:
             return t.decode([token]).encode()
         if t.library is None:
             return t.pieces[token] if token < len(t.pieces) else b""
-        raw, text = t.library.id_to_token(token) or "", t.decode([token], skip_special_tokens=False)
-        if MARK in text and set(raw) <= set(self.byte_of):
-            return b"".join(self.byte_of[c] for c in raw)
-        return text.encode()
+        special = t.decode([token], skip_special_tokens=False)
+        return library_bytes(t, token, self.decoder) or special.encode()
 
     def decode(self, ids: list[int]) -> str:
         """The text of tokens, special ones included."""
@@ -1035,15 +1033,20 @@ class Api:
         self.server.configured(self.server.config, settings)
         return settings
 
-    async def compile_form(self, body: Generation) -> dict[str, Grammar]:
-        """The setting that makes an answer have the form that the body asks for, if it does.
+    async def compile_form(self, call: Call, jobs: list[Job]) -> None:
+        """Make the answers have the form that their request asks for, if it does.
 
-        It is made in another thread, one at a time: the engine and other requests do not wait.
+        Grammars are compiled in another thread, one at a time: the engine and other requests do
+        not wait.
         """
-        if not (asked := body.form()):
-            return {}
+        if not (asked := call.body.form()):
+            return
         async with self.grammar_lock:
-            return {"grammar": await asyncio.to_thread(self.server.grammars.compile, *asked)}
+            if await call.request.is_disconnected():
+                raise ClientDisconnected
+            grammar = await asyncio.to_thread(self.server.grammars.compile, *asked)
+        for job in jobs:
+            job.settings["grammar"] = grammar
 
     async def encode(
         self, prompt: Any, encode: Callable | None = None, field_name: str = "prompt"
@@ -1099,6 +1102,7 @@ class Api:
         writers = [Writer(call.kind, self.vocabulary, j.index, logprobs, gates) for j in jobs]
         echoes = echoes or [""] * len(jobs)
         try:
+            await self.compile_form(call, jobs)
             await call.start(jobs)
             if call.body.stream:
                 streaming = True  # EventStream closes the call
@@ -1123,7 +1127,6 @@ class Api:
         if body.echo and body.logprobs is not None:
             settings["prompt_logprobs"] = body.logprobs
         self.check_choices(len(prompts) * n)
-        settings |= await self.compile_form(body)
         call = Call(self, request, "text", body, len(prompts) * n)
         jobs: list[Job] = []
         echoes: list[str] = []
@@ -1143,7 +1146,6 @@ class Api:
         allowed = body.logprobs or not body.top_logprobs
         require(allowed, "top_logprobs", "needs logprobs", "set logprobs")
         self.check_choices(n)
-        settings |= await self.compile_form(body)
         call = Call(self, request, "chat", body, n)
         with call.close_on_error():
             ids = await self.encode(body.messages, self.template.encode)
@@ -1154,7 +1156,6 @@ class Api:
     async def create_response(self, request: Request, body: ResponseBody) -> Response:
         """Answer instructions and messages: the Responses API with text only."""
         settings = self.settings(body, 256, self.template.stops)
-        settings |= await self.compile_form(body)
         call = ResponseCall(self, request, body, settings)
         with call.close_on_error():
             messages = body.messages()
@@ -1297,7 +1298,6 @@ class Api:
         settings = self.settings(body, 256)
         if body.model is None:
             del settings["adapter"]  # the session has its own
-        settings |= await self.compile_form(body)
         call = Call(self, request, "session", body, 1)
         with call.close_on_error():
             ids = await self.encode(body.prompt)

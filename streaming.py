@@ -509,10 +509,10 @@ class Decoder:
         with self.model_lock:
             self.select_adapters(adapters)
             hidden, state, gates = run(torch.tensor(ids, device=self.device), state)
-        logits = self.model.head(hidden[:, -1]).float()  # (b, v)
+            logits = self.model.head(hidden[:, -1]).float()  # (b, v)
+            scores = self.score(hidden[0], *scored) if scored else []
         if len(ids[0]) > 1:
             state = state.clone()  # it is a small view of tensors of length l
-        scores = self.score(hidden[0], *scored) if scored else []
         return logits.cpu().numpy(), gates[:, :, -1].float().cpu().numpy(), state, scores
 
     def score(self, hidden: Tensor, ids: list[int], count: int) -> list[Token]:
@@ -1068,7 +1068,8 @@ class StreamingServer:
                 config.seed = session.seed
             elif config.seed is None:
                 config.seed = secrets.randbits(63)
-            now = session.now if session else self.initial[config.adapter]
+            begun = session is not None and session.now.position > 0
+            now = session.now if session and begun else self.initial[config.adapter]
             end_ids = {self.eos_id(config), *(config.stop_ids or ())}
             answer = Answer(
                 self.decoder,

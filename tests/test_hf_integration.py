@@ -524,6 +524,27 @@ def test_a_crop_may_cut_where_a_document_begins(kept, monkeypatch):
         assert {x.shape[1] for x in rest.hidden_states} == {20 - cut}
 
 
+@pytest.mark.parametrize(("kept", "removed"), [(10, 10), (60, 31), (60, 32)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_follows_a_crop_decides_whether_a_document_begins(kept, removed, padded):
+    """The cropped tokens began one; those that are read instead continue the one before."""
+    native, ids = wide(), some_ids(2, kept + removed + 5)
+    model, steps = hf(native), torch.arange(kept + 5)
+    mask = torch.ones(2, kept + removed, dtype=torch.int64)
+    mask[1, :4] = 0 if padded else 1  # of the second row
+    positions = torch.cat((steps[:kept], steps[:removed])).expand(2, -1).clone()
+    positions[1, :kept] -= 4 if padded else 0
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    model(ids[:, :-5], attention_mask=mask, position_ids=positions, past_key_values=cache)
+    cache.crop(-removed)
+    late = positions[:, kept - 1 : kept] + 1 + steps[None, :5]
+    got = model(ids[:, -5:], position_ids=late, past_key_values=cache).logits
+    for row, begin in ((0, 0), (1, 4 if padded else 0)):
+        text = torch.cat((ids[row, begin:kept], ids[row, -5:]))[None]
+        close(got[row], native(text)[0, -5:])
+
+
 @pytest.mark.parametrize("first", ["crop", "rows"])
 def test_rows_of_a_cropped_cache_are_selected_and_repeated(first):
     native, ids = wide(), some_ids(3, 14)
@@ -553,6 +574,7 @@ def test_caches_are_copied_and_saved_at_any_time():
     fork = copy.deepcopy(cache)
     model(ids[:, 6:9], past_key_values=fork)
     fork.crop(-2)
+    assert b"hf_integration" not in pickle.dumps(fork), "nor do tokens that a crop left unread"
     saved = pickle.loads(pickle.dumps(fork))
     with pytest.raises(RuntimeError, match="activate_past_recording"):
         saved.crop(-2)

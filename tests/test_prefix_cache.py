@@ -239,6 +239,25 @@ def test_every_adapter_has_prefixes_of_its_own(tmp_path):
             assert ask(server, prompt, adapter=adapter)[1] == cached
 
 
+def test_an_empty_session_begins_as_the_adapter_of_the_answer_does(tmp_path):
+    """An adapter of the kind `prefix` has an initial state of its own."""
+    save_adapter(adapted(AdapterConfig("prefix", prefix_length=4)), tmp_path / "a")
+    prompt, adapters = ids_of(100), {"a": tmp_path / "a"}
+    server, plain = serve(adapters=adapters), serve(0, adapters=adapters)
+
+    def first_logprob(server, session=None, adapter=None) -> float:
+        settings = {"adapter": adapter, "logprobs": 0, "max_new_tokens": 1, "temperature": 0.0}
+        [token] = tokens_of(server.answer(prompt, session, as_ids=True, **settings))
+        return token.logprob
+
+    want = pytest.approx(first_logprob(plain), abs=1e-5)
+    assert first_logprob(plain, adapter="a") != want
+    session = server.create_session(config=StreamingConfig(adapter="a"))
+    assert first_logprob(server, session) == want, "the session chose another adapter"
+    assert first_logprob(server) == want, "what the session has read is in the cache"
+    assert ask(server, prompt, adapter=None)[1] == 100
+
+
 @pytest.mark.parametrize("cache_bytes", [100_000, 64 * MIB])
 def test_random_texts_are_continued_as_without_a_cache(monkeypatch, cache_bytes):
     """Texts that part anywhere, answers closed or undone anywhere, states dropped at any time."""

@@ -38,6 +38,7 @@ from serve_helpers import (
     session,
     wait_until,
 )
+from tokenizers import Tokenizer, decoders, models
 
 import serve
 import streaming
@@ -225,6 +226,18 @@ def test_logprobs_are_the_models_own(shared):
 
 def name(token: int) -> str:
     return Vocabulary(BYTES).text_of(token)
+
+
+def test_a_token_of_one_byte_is_that_byte():
+    """As Llama's tokenizer has them: bytes as a last resort, and words with the space before."""
+    words = {"<unk>": 0, **{f"<0x{b:02X}>": b + 1 for b in range(256)}, "▁a": 257}
+    library = Tokenizer(models.BPE(words, [], byte_fallback=True, unk_token="<unk>"))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    library.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    record = {"name": "tokenizer.json", "content": library.to_str(), "chat_template": None}
+    vocabulary = Vocabulary(SimpleTokenizer.from_dict({**record, "special_tokens": {}}))
+    assert [vocabulary.bytes_of(i) for i in (0xE2 + 1, 257)] == [b"\xe2", b" a"]
+    assert vocabulary.text_of(0xE2 + 1) == "bytes:\\xe2"
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -548,7 +561,7 @@ def test_a_slow_body_times_out():
         ) as lazy,
     ):
         lazy.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999\r\n"
             b"Content-Type: application/json\r\n\r\n{"
         )
         answer, end = b"", time.monotonic() + 20
@@ -1364,6 +1377,35 @@ def test_others_are_answered_while_a_grammar_is_compiled(shared, monkeypatch):
         assert not formed.done()
         go_on.set()
         assert re.fullmatch("slow[0-9]", formed.result()["choices"][0]["text"])
+
+
+def test_requests_that_wait_for_a_grammar_are_in_the_queue(monkeypatch):
+    compiling, go_on, made = threading.Event(), threading.Event(), []
+
+    def slow(library, kind, text):
+        made.append(text)
+        compiling.set()
+        assert go_on.wait(30)
+        return usual(library, kind, text)
+
+    usual = structured.make_rule
+    monkeypatch.setattr(structured, "make_rule", slow)
+    bodies = [{"prompt": "a", "structured_outputs": {"regex": f"{n}[0-9]"}} for n in range(3)]
+    with (
+        running(batch_size=1, max_queue=1) as server,
+        httpx.Client(base_url=server.url) as gone,
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+    ):
+        first = pool.submit(server.post, COMPLETIONS, **bodies[0])
+        assert compiling.wait(30)
+        with pytest.raises(httpx.ReadTimeout):
+            gone.post(COMPLETIONS, json=bodies[1], timeout=httpx.Timeout(30, read=0.05))
+        assert_error(server.http.post(COMPLETIONS, json=bodies[2]), 429)
+        gone.close()
+        go_on.set()
+        assert first.result()["choices"][0]["finish_reason"] == "stop"
+        wait_until(lambda: server.api.pending == 0)
+    assert made == ["0[0-9]"], "nothing is compiled for a client that has gone"
 
 
 def test_a_server_without_the_library_says_what_to_install(shared, monkeypatch):

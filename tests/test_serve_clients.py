@@ -156,6 +156,9 @@ def test_messages_of_tools_reach_a_template_that_writes_them(server, plain):
     function = {"name": "f", "arguments": deep}
     chat[1]["tool_calls"] = [{**CALL, "function": function}]
     assert_error(server.http.post(CHAT, json={"messages": chat}), 400, "messages")
+    odd = {"role": "system", "content": "a", "tool_calls": [CALL | {"id": "\ud800"}]}
+    body = json.dumps({"messages": [odd, chat[0]], "max_tokens": 1})  # a lone surrogate, escaped
+    assert server.http.post(CHAT, content=body).status_code in (200, 400)
     for i, field in enumerate(("name", "tool_calls", "role", "role")):
         hello = HELLO["messages"] * i
         answer = plain.http.post(CHAT, json={"messages": [*hello, chat[i]]})
@@ -363,6 +366,14 @@ def test_the_servers_own_page_is_known_by_its_host(plain, origin, host, status):
         assert "--allow_host" in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(("path", "status"), [("/v1/sessions", 403), ("/health", 200)])
+def test_a_page_may_not_read_under_a_name_that_is_not_known(plain, path, status):
+    """It has the server's own origin, so that its browser sends none."""
+    answer = plain.http.get(path, headers={"Host": "evil.example:8000"})
+    assert answer.status_code == status
+    assert plain.http.get(path, headers={"Host": "b.example"}).status_code == 200
+
+
 def test_addresses_may_have_more_slashes_and_head_has_no_body(server):
     for path in ("/v1/models/", "//v1/models", "/v1//models//"):
         assert server.http.get(server.url + path).json() == server.http.get("/v1/models").json()
@@ -523,6 +534,13 @@ def test_a_response_follows_the_schema_of_the_clients_type(ai, server):
     ):
         answer = server.http.post(RESPONSES, json={"input": "hi", "text": {"format": form}})
         assert_error(answer, 400, param)
+    form, digits = {"format": {"type": "json_object"}}, {"regex": "[0-9]+"}
+    for more, param in (
+        ({"text": form, "structured_outputs": digits}, "text.format"),
+        ({"text": {"format": {"type": "text", "schema": {}}}}, "text.format.schema"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+    ):
+        assert_error(server.http.post(RESPONSES, json={"input": "hi", **more}), 400, param)
 
 
 def test_an_error_within_a_response_is_its_last_event(server, monkeypatch):

@@ -1404,3 +1404,15 @@ def test_many_short_prompts_are_read_a_few_at_a_time(monkeypatch):
         server.decoder.step()
         steps += 1
     assert steps <= 30
+
+
+def test_no_other_call_selects_an_adapter_before_the_head_has_run():
+    """A LoRA of the head reads the selection when the head runs."""
+    server = serve(prompt_logprobs=1)
+    decoder = server.decoder
+    decoder.model.head.register_forward_pre_hook(
+        lambda *_: held.append(decoder.model_lock.locked())
+    )
+    held: list[bool] = []
+    tokens_of(server.answer("abc", max_new_tokens=3))
+    assert held == [True] * 4

@@ -191,7 +191,7 @@ class ChatTemplate:
 
         What a prompt has in common with them is the part that the system message decides.
         """
-        key = system.model_dump_json()
+        key = json.dumps(system.for_template())
         if key not in self.systems:
             ids: list[int] = []
             with contextlib.suppress(ApiError):

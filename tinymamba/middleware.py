@@ -79,9 +79,11 @@ class Middleware:
             problem = "the API key is missing or wrong; send Authorization: Bearer KEY"
             raise ApiError(401, problem, None, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
         origin, host = (headers.get(n, b"").decode("latin-1") for n in (b"origin", b"host"))
-        if origin and not self.may_call(origin, host):
+        # A browser sends no origin to read from where the page comes from.
+        site = origin or (f"http://{host}" if host and path not in PUBLIC_PATHS else "")
+        if site and not self.may_call(site, host):
             problem = f"pages of {origin} may not call this server; start it with --allow_origin"
-            if origin.partition("//")[2] == host:
+            if site.partition("//")[2] == host:
                 problem = f"this server is not known as {host}; start it with --allow_host"
             raise ApiError(403, problem, None, "origin")
 

@@ -101,6 +101,7 @@ class ResponseBody(Generation):
         default=None, description=f"{LOGPROBS}; others name what an answer here never has"
     )
     text: TextConfig | None = None
+    response_format: None = Field(default=None, description=UNSUPPORTED)  # `text.format` here
     reasoning: Reasoning | None = None
     truncation: Literal["disabled"] | None = Field(default=None, description=UNSUPPORTED)
     tool_choice: Literal["none", "auto"] | None = None
@@ -124,14 +125,15 @@ class ResponseBody(Generation):
 
     def form(self) -> tuple[dict[str, Any], str] | None:
         """The form of the answer, and the field's name: that of `text`, if it has one."""
+        other, field = super().form(), "text.format"
         asked = self.text.format if self.text else None
+        schema = asked.json_schema if asked else None
+        same = (schema is not None) == bool(asked and asked.type == "json_schema")
+        require(same, f"{field}.schema", "belongs to the type json_schema", "send both")
         if not asked or asked.type == "text":
-            return super().form()
-        if asked.type == "json_object":
-            return {"json_object": True}, "text.format"
-        problem, remedy = "is needed for the type json_schema", "send one"
-        require(asked.json_schema is not None, "text.format.schema", problem, remedy)
-        return {"json": asked.json_schema}, "text.format.schema"
+            return other
+        require(other is None, field, "cannot be sent with structured_outputs", "send one of them")
+        return ({"json": schema}, f"{field}.schema") if schema else ({"json_object": True}, field)
 
     def messages(self) -> list[Message]:
         """The instructions and the input as a chat."""

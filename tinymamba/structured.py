@@ -93,14 +93,20 @@ def token_bytes(tokenizer: Any, size: int) -> list[bytes]:
         hidden = {*tokenizer.special.values()}
         found = [b"" if i in hidden else tokenizer.pieces[i] for i in known]
     else:
-        decoder = json.dumps(json.loads(tokenizer.library.to_str())["decoder"])
+        decoder = decoder_of(tokenizer)
         found = [library_bytes(tokenizer, i, decoder) for i in known]
     found = [data if len(data) <= LONGEST_TOKEN else b"" for data in found]
     return found + [b""] * (size - len(found))
 
 
+def decoder_of(tokenizer: Any) -> str:
+    """The decoder of a tokenizer.json, as JSON; of other tokenizers, null."""
+    library = getattr(tokenizer, "library", None)
+    return json.dumps(json.loads(library.to_str())["decoder"] if library else None)
+
+
 def library_bytes(tokenizer: Any, token: int, decoder: str) -> bytes:
-    """The bytes of a token of a tokenizer.json, by the kind of its decoder."""
+    """The bytes that a token of a tokenizer.json adds to a text; b"" for none. See decoder_of."""
     raw = tokenizer.library.id_to_token(token) or ""
     if "ByteFallback" in decoder and (escaped := re.fullmatch(r"<0x([0-9A-F]{2})>", raw)):
         return bytes([int(escaped[1], 16)])
