@@ -9,7 +9,7 @@
 
 /v1/completions, /v1/chat/completions, /v1/responses, /v1/embeddings, /v1/models: as in OpenAI's
     API; its clients work. /tokenize, /detokenize: as in vLLM's. Answers can follow a
-    JSON schema, a regex or a grammar (pip install llguidance).
+    JSON schema, a regex or a grammar, and those of chats call tools (pip install llguidance).
 /v1/sessions: texts that the server remembers, each in a state of constant size: create, continue,
     fork, roll back, reset, save and load (by plain name, in --session_dir), delete.
 /health, /metrics (Prometheus), /openapi.json, and the page.
@@ -33,6 +33,7 @@ import base64
 import codecs
 import collections
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -111,7 +112,15 @@ from tinymamba.openai_api import (  # noqa: E402
     shutting_down,
 )
 from tinymamba.openai_responses import ResponseBody, ResponseOut, ResponseWriter  # noqa: E402
-from tinymamba.structured import decoder_of, library_bytes  # noqa: E402
+from tinymamba.structured import Grammar, decoder_of, library_bytes  # noqa: E402
+from tinymamba.tool_calls import (  # noqa: E402
+    CallForm,
+    CallParser,
+    ToolRequest,
+    compile_calls,
+    find_form,
+    read_tools,
+)
 
 # ------------------------------------------------------------------------------------ options
 
@@ -602,6 +611,8 @@ class Writer:
         self.kind, self.vocabulary, self.index = kind, vocabulary, index
         self.logprobs, self.gates = logprobs, gates
         self.decoder, self.offset = codecs.getincrementaldecoder("utf-8")("replace"), 0
+        self.parser: CallParser | None = None  # of an answer that may call tools
+        self.calls_or_text = False  # whether its deltas had some
 
     def choice(self, text: str, tokens: list[Token], finish: str | None, delta: bool) -> dict:
         """A choice with this text and these tokens."""
@@ -619,9 +630,43 @@ class Writer:
             choice["tokens"] = [self.token_with_gates(t) for t in tokens]
         return choice
 
+    def message(self, text: str, tokens: list[Token], finish: str) -> dict:
+        """The choice of a whole answer."""
+        if self.parser is None:
+            return self.choice(text, tokens, finish, False)
+        text, calls = self.parser.feed(text)
+        text += self.parser.finish()
+        choice = self.choice(text, tokens, self.reason(finish), False)
+        if calls:
+            choice["message"]["tool_calls"] = [call.out() for call in calls]
+        if not text and (calls or not self.parser.free):
+            choice["message"]["content"] = None
+        return choice
+
+    def deltas(self, text: str, tokens: list[Token], finish: str | None) -> list[dict]:
+        """The choices of one piece of an answer; with `finish`, it is the last."""
+        if self.parser is None:
+            return [self.choice(text, tokens, finish, True)]
+        first = self.parser.count
+        text, calls = self.parser.feed(text)
+        if finish:
+            text += self.parser.finish()
+        choice = self.choice(text, tokens, self.reason(finish), True)
+        self.calls_or_text |= bool(text or calls)
+        if finish and self.parser.free and not self.calls_or_text:
+            choice["delta"] = {"content": ""}
+        parts = [part for i, call in enumerate(calls, first) for part in call.deltas(i)]
+        shown = [choice] if choice["delta"] or choice["logprobs"] or finish else []
+        return shown + [{**self.choice("", [], None, True), "delta": part} for part in parts]
+
+    def reason(self, finish: str | None) -> str | None:
+        """The finish reason of an answer, which is another one if it ends with calls."""
+        called = self.parser is not None and self.parser.count > 0
+        return "tool_calls" if finish == "stop" and called else finish
+
     def role(self) -> dict:
         """The first delta of a chat."""
-        delta = {"role": "assistant", "content": "", "refusal": None}
+        delta = {"role": "assistant", "content": None if self.parser else "", "refusal": None}
         return {**self.choice("", [], None, True), "delta": delta}
 
     def token_with_gates(self, token: Token) -> dict:
@@ -687,6 +732,9 @@ def sse(value: Any, name: str = "") -> bytes:
     """A server-sent event."""
     first = f"event: {name}\n" if name else ""
     return f"{first}data: {json.dumps(value, separators=(',', ':'))}\n\n".encode()
+
+
+MakeParser = Callable[[], CallParser]
 
 
 class ClientDisconnected(Exception):
@@ -825,7 +873,7 @@ class Call:
     async def whole(self, writers: list[Writer], echoes: list[str]) -> Response:
         """The answer as one JSON object."""
         answers = await self.collect(writers, echoes)
-        choices = [w.choice(*a, False) for w, a in zip(writers, answers, strict=True)]
+        choices = [w.message(*a) for w, a in zip(writers, answers, strict=True)]
         more = {"usage": self.usage(), **self.session_fields}
         return json_response(self.envelope(self.OBJECTS[self.kind], choices, **more))
 
@@ -843,8 +891,8 @@ class Call:
             if self.kind == "chat":
                 yield b"".join(event([writer.role()]) for writer in writers)
             async for batch in self.batches():
-                deltas = [self.delta(writers[e.choice], echoes[e.choice], e) for e in batch]
-                yield b"".join(event([delta]) for delta in deltas if delta)
+                deltas = [self.deltas(writers[e.choice], echoes[e.choice], e) for e in batch]
+                yield b"".join(event([delta]) for part in deltas for delta in part)
             if with_usage or self.kind == "session":
                 yield event([], usage=self.usage(), **self.session_fields)
             yield b"data: [DONE]\n\n"
@@ -853,16 +901,16 @@ class Call:
         except ApiError as error:
             yield sse(error.body)
 
-    def delta(self, writer: Writer, echo: str, event: Event) -> dict | None:
-        """An event as a delta of its choice, if it has anything to show."""
+    def deltas(self, writer: Writer, echo: str, event: Event) -> list[dict]:
+        """An event as deltas of its choice, if it has anything to show."""
         if event.kind == "chunk":
-            return writer.choice(event.value.text, event.value.tokens, None, True)
+            return writer.deltas(event.value.text, event.value.tokens, None)
         if event.kind == "prompt" and (event.value or echo):
-            return writer.choice(echo, event.value, None, True)
+            return writer.deltas(echo, event.value, None)
         if event.kind == "done":
             reason, end_tokens, self.session_fields = event.value
-            return writer.choice("", end_tokens if writer.logprobs else [], reason, True)
-        return None
+            return writer.deltas("", end_tokens if writer.logprobs else [], reason)
+        return []
 
 
 class ResponseCall(Call):
@@ -1069,12 +1117,45 @@ class Api:
             raise ApiError(400, problem, field_name, "context_length_exceeded")
         return ids
 
-    async def system_end(self, messages: list[Message], ids: list[int]) -> list[int]:
+    @functools.cached_property
+    def call_form(self) -> CallForm | None:
+        """How the chat template writes calls of tools; None if not as JSON."""
+        return find_form(self.template)
+
+    def read_tools(self, body: ChatBody) -> ToolRequest | None:
+        """The tools of a chat, checked; None if there are none."""
+        choice = body.tool_choice
+        if not body.tools:
+            problem, remedy = "needs tools", "send tools"
+            require(choice in (None, "none", "auto"), "tool_choice", problem, remedy)
+            return None
+        self.template.require_known(body.tools)
+        several = body.parallel_tool_calls is not False
+        request, form = read_tools(body.tools, choice, several), body.form()
+        alone = form is None or request.mode == "none"
+        field, problem = form[1] if form else "", "cannot be sent with tools that may be called"
+        require(alone, field, problem, 'send a tool_choice of "none"')
+        return request
+
+    async def compile_tools(self, request: ToolRequest) -> tuple[Grammar, MakeParser]:
+        """The grammar of an answer that may call tools, or has to, and what makes its parser."""
+        async with self.grammar_lock:
+            form = await asyncio.to_thread(lambda: self.call_form)
+            problem = "the chat template does not write calls as JSON of name and arguments"
+            if form is None:
+                raise UserError("tool_choice", problem, 'send "none"')
+            make = self.server.grammars, self.template, form, request
+            grammar = await asyncio.to_thread(compile_calls, *make)
+        return grammar, functools.partial(CallParser, form, request.free)
+
+    async def system_end(
+        self, messages: list[Message], ids: list[int], tools: list[dict] | None = None
+    ) -> list[int]:
         """The number of ids of the system message, if chats begin with one: others may, too."""
         if not self.options.prefix_cache or messages[0].role not in ("system", "developer"):
             return []
         async with self.tokenizer_lock:
-            other = await asyncio.to_thread(self.template.with_other_user, messages[0])
+            other = await asyncio.to_thread(self.template.with_other_user, messages[0], tools)
         return [count_equal(np.array(ids), np.array(other))]
 
     def make_jobs(
@@ -1095,11 +1176,22 @@ class Api:
         ]
 
     async def respond(
-        self, call: Call, jobs: list[Job], gates: bool = False, echoes: list[str] | None = None
+        self,
+        call: Call,
+        jobs: list[Job],
+        gates: bool = False,
+        echoes: list[str] | None = None,
+        make_parser: MakeParser | None = None,
     ) -> Response:
-        """Run the jobs, and answer as a whole or as a stream."""
+        """Run the jobs, and answer as a whole or as a stream.
+
+        `make_parser`: for answers that may call tools.
+        """
         logprobs, streaming = call.body.alternatives() is not None, False
         writers = [Writer(call.kind, self.vocabulary, j.index, logprobs, gates) for j in jobs]
+        if make_parser:
+            for writer in writers:
+                writer.parser = make_parser()
         echoes = echoes or [""] * len(jobs)
         try:
             await self.compile_form(call, jobs)
@@ -1146,12 +1238,17 @@ class Api:
         allowed = body.logprobs or not body.top_logprobs
         require(allowed, "top_logprobs", "needs logprobs", "set logprobs")
         self.check_choices(n)
+        tools = self.read_tools(body)
         call = Call(self, request, "chat", body, n)
         with call.close_on_error():
-            ids = await self.encode(body.messages, self.template.encode)
-            keep_at = await self.system_end(body.messages, ids)
+            encode = functools.partial(self.template.encode, tools=body.tools)
+            ids = await self.encode(body.messages, encode)
+            parser = None
+            if tools and tools.mode != "none":
+                settings["grammar"], parser = await self.compile_tools(tools)
+            keep_at = await self.system_end(body.messages, ids, body.tools)
             jobs = self.make_jobs(call, ids, settings, n, keep_at=keep_at)
-        return await self.respond(call, jobs)
+        return await self.respond(call, jobs, make_parser=parser)
 
     async def create_response(self, request: Request, body: ResponseBody) -> Response:
         """Answer instructions and messages: the Responses API with text only."""
@@ -1200,8 +1297,12 @@ class Api:
         if body.messages is None:
             ids = await self.encode(body.prompt)
         else:
-            reply = body.add_generation_prompt is not False
-            ids = await self.encode(body.messages, lambda m: self.template.encode(m, reply))
+            reply, tools = body.add_generation_prompt is not False, body.tools
+            if tools:
+                self.template.require_known(tools)
+                read_tools(tools, "none", False)
+            encode = functools.partial(self.template.encode, reply=reply, tools=tools)
+            ids = await self.encode(body.messages, encode)
         text_of = self.vocabulary.text_of
         answer = {"count": len(ids), "max_model_len": self.options.max_prompt, "tokens": ids}
         answer["token_strs"] = [text_of(i) for i in ids] if body.return_token_strs else None

@@ -276,6 +276,17 @@ class TextStream:
         return not (self.pending or self.held or self.stopped)
 
 
+class WithSpecial:
+    """Decodes special tokens, too: an answer's text has those that its grammar asks for."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids."""
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+
 def append_text(tokenizer: Any, ids: list[int], text: str) -> list[int]:
     """`ids` and then the ids of `text`, encoded as a continuation of theirs."""
     if not text:
@@ -630,7 +641,8 @@ class Answer:
         self.partial_text = ""  # text given out after the clean ones
         self.blocking, self.abandoned = True, False  # see `ready_chunks` and `abandon`
         self.tokenizer, self.chunks = tokenizer, self.make_chunks()
-        self.stream = TextStream(tokenizer, list(self.recent[-CONTEXT:]), config.stop or [])
+        shown = WithSpecial(tokenizer) if matcher and matcher.shows_special else tokenizer
+        self.stream = TextStream(shown, list(self.recent[-CONTEXT:]), config.stop or [])
         if not self.to_read:
             self.begin(self.logits, self.gates)
         decoder.answers.append(self)

@@ -23,9 +23,9 @@ HELLO = {"messages": [{"role": "user", "content": "hi"}]}
 class Running:
     """A server on a free port, in a thread of this process."""
 
-    def __init__(self, adapters=None, tokenizer=BYTES, **options):
+    def __init__(self, adapters=None, tokenizer=BYTES, vocab_size=257, **options):
         library = StreamingServer(
-            free_copy(wide()),
+            free_copy(wide(vocab_size=vocab_size)),
             tokenizer=tokenizer,
             adapters=adapters,
             config=StreamingConfig(batch_size=options.get("batch_size", 64)),

@@ -307,10 +307,12 @@ def test_messages_of_tools_are_those_of_transformers(kind):
     assert got == want
     special = {*template.reserved}
     for text in ("<|im_end|>", "</s>"):
-        more = tool_chat(text, json.dumps({f"x{text}": text}))
+        more = tool_chat(text, json.dumps({f"x{text}": text, "role": text}))
         made = template.encode([Message(**m) for m in more])
         assert [i for i in made if i in special] == [i for i in got if i in special]
         assert len(made) > len(got)
+    none, empty = (template.encode([Message(**m) for m in tool_chat("", a)]) for a in ("", "{}"))
+    assert none == empty
     not_json = template.encode([Message(**m) for m in tool_chat("", "{x")])
     assert [i for i in not_json if i in special] == [i for i in got if i in special]
 

@@ -35,7 +35,7 @@ MODULES = {*NAMES, *OF_EXTRAS, "archives", "benchmark", "chat_template", "data"}
 MODULES |= {"data_order", "delta_rule", "documents", "export_model", "inputs", "kernels", "lock"}
 MODULES |= {"middleware", "namesake", "openai_api", "openai_responses", "optimizer", "packing"}
 MODULES |= {"prefix_cache", "runtime", "schedule", "serve", "structured", "token_file"}
-MODULES |= {"token_shards"}
+MODULES |= {"token_shards", "tool_calls"}
 HOMES = {name: module for module, names in {**NAMES, **OF_EXTRAS}.items() for name in names.split()}
 
 __all__ = ["__version__", *(name for names in NAMES.values() for name in names.split())]

@@ -12,7 +12,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from tinymamba.cli import need
 from tinymamba.openai_api import ApiError, Message
@@ -20,7 +20,17 @@ from tinymamba.tokenizer import SimpleTokenizer, copy_tokenizer
 
 STAND_INS, SIGNS = 0xF0000, 0x100000  # private use: for the characters of messages, and for tokens
 TOOL_ROLES = ("tool", "function")
+NO_TEMPLATE, UNSUPPORTED = "the model has no chat template", "unsupported_parameter"
 CALL_KEYS = ("id", "type", "index", "function", "name", "arguments")  # of tool calls
+TOOL_KEYS = ("description", "parameters", "strict")  # of tools, beside those of calls
+
+
+class Chat(NamedTuple):
+    """What a template writes. With `reply`, the beginning of an answer follows."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None  # as the client sent them
+    reply: bool = True
 
 
 def either(texts: Iterable[str]) -> re.Pattern:
@@ -35,22 +45,30 @@ def one_line(error: Exception) -> str:
 
 
 def map_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """Messages, or a part of them, with every text of the client changed; a role is none."""
+    """Tools, or a part of them or of a message, with every text of the client changed."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, list):
         return [map_texts(item, change) for item in value]
     if not isinstance(value, dict):
         return value
-    if "role" in value:
-        return {n: v if n == "role" else map_texts(v, change) for n, v in value.items()}
-    return {n if n in CALL_KEYS else change(n): map_texts(v, change) for n, v in value.items()}
+    kept = (*CALL_KEYS, *TOOL_KEYS)
+    return {n if n in kept else change(n): map_texts(v, change) for n, v in value.items()}
+
+
+def map_chat(chat: Chat, change: Callable[[str], str]) -> Chat:
+    """A chat with every text of the client changed; the role of a message is none."""
+    messages = [
+        {n: v if n == "role" else map_texts(v, change) for n, v in message.items()}
+        for message in chat.messages
+    ]
+    return chat._replace(messages=messages, tools=map_texts(chat.tools, change))
 
 
 def not_written(index: int, field: str, problem: str) -> ApiError:
     """The error of a field of a message that would be missing in the prompt."""
     param = f"messages.{index}.{field}"
-    return ApiError(400, f"{param}: {problem}; leave it out", param, "unsupported_parameter")
+    return ApiError(400, f"{param}: {problem}; leave it out", param, UNSUPPORTED)
 
 
 def require_content(messages: list[Message]) -> None:
@@ -153,22 +171,25 @@ class ChatTemplate:
         """The strings that end an answer."""
         return [] if self.template else [self.USER]
 
-    def encode(self, messages: list[Message], reply: bool = True) -> list[int]:
+    def encode(
+        self, messages: list[Message], reply: bool = True, tools: list[dict[str, Any]] | None = None
+    ) -> list[int]:
         """The token ids of the messages, and unless `reply` is false, of what begins an answer."""
         if self.problem:
             raise ApiError(400, f"messages: {self.problem}", "messages")
         require_content(messages)
         if not self.template:
+            self.require_known(tools)
             self.require_plain(messages)
             lines = [*map(self.line, messages), *["assistant:"] * reply]
             return self.tokenizer.encode("\n\n".join(lines))
-        chat = [m.for_template() for m in messages]
+        chat = Chat([m.for_template() for m in messages], tools, reply)
         try:
-            text, marked, back = self.render(chat, reply)
+            text, marked, back = self.render(chat)
         except RecursionError:
-            problem = "messages: tool_calls are nested too deeply; send flat ones"
+            problem = "messages: tool_calls or tools are nested too deeply; send flat ones"
             raise ApiError(400, problem, "messages") from None
-        self.require_written(chat, text, reply)
+        self.require_written(chat, text)
         written = self.tokens.findall(marked)  # by the template, not by a message
         ids = self.tokenizer.encode(text, allow_special=True)
         if self.tokens.findall(text) != written or self.has_more(ids, written):
@@ -186,44 +207,55 @@ class ChatTemplate:
         text = message.text()
         return f"{message.role}:{'' if text[:1] == ' ' else ' '}{text}"
 
-    def with_other_user(self, system: Message) -> list[int]:
+    def with_other_user(
+        self, system: Message, tools: list[dict[str, Any]] | None = None
+    ) -> list[int]:
         """The ids of a chat of this system message and some user; none if that is rejected.
 
-        What a prompt has in common with them is the part that the system message decides.
+        What a prompt has in common with them is the part that system message and tools decide.
         """
-        key = json.dumps(system.for_template())
+        key = json.dumps([system.for_template(), tools])
         if key not in self.systems:
             ids: list[int] = []
             with contextlib.suppress(ApiError):
-                ids = self.encode([system, Message(role="user", content="0")])
+                ids = self.encode([system, Message(role="user", content="0")], tools=tools)
             self.systems[key] = ids
             if len(self.systems) > self.MAX_SYSTEMS:
                 self.systems.popitem(last=False)
         return self.systems[key]
+
+    def require_known(self, tools: list | None) -> None:
+        """Reject tools if there is no template."""
+        if tools and not self.template:
+            raise ApiError(400, f"tools: {NO_TEMPLATE}; leave it out", "tools", UNSUPPORTED)
 
     def require_plain(self, messages: list[Message]) -> None:
         """Reject what a prompt without a template has no place for."""
         for i, m in enumerate(messages):
             given = {"role": m.role in TOOL_ROLES, "name": m.name, "tool_calls": m.tool_calls}
             for field in (field for field, value in given.items() if value):
-                raise not_written(i, field, "the model has no chat template")
+                raise not_written(i, field, NO_TEMPLATE)
 
-    def require_written(self, chat: list[dict], text: str, reply: bool) -> None:
-        """Reject messages that have more than content, if the template leaves that out of `text`.
+    def require_written(self, chat: Chat, text: str) -> None:
+        """Reject tools, and messages with more than content, that `text` does not have.
 
         The template writes a field if the text differs without it.
         """
+        if chat.tools and self.fill(chat._replace(tools=None)) == text:
+            problem = "tools: the chat template leaves them out; use a model that knows tools"
+            raise ApiError(400, problem, "tools", UNSUPPORTED)
+        messages = chat.messages
 
         def blank(message: dict) -> dict:
             return {**message, "content": ""} if message["role"] in TOOL_ROLES else message
 
         def without(name: str) -> list[dict]:
-            return [{n: value for n, value in m.items() if n != name} for m in chat]
+            return [{n: value for n, value in m.items() if n != name} for m in messages]
 
         others = {"name": without("name"), "tool_calls": without("tool_calls")}
-        for field, other in {"role": [blank(m) for m in chat], **others}.items():
-            changed = [i for i, m in enumerate(chat) if m != other[i]]
-            if changed and self.fill(other, reply) == text:
+        for field, other in {"role": [blank(m) for m in messages], **others}.items():
+            changed = [i for i, m in enumerate(messages) if m != other[i]]
+            if changed and self.fill(chat._replace(messages=other)) == text:
                 raise not_written(changed[0], field, "the chat template leaves it out")
 
     def has_more(self, ids: list[int], written: list[str]) -> bool:
@@ -231,8 +263,8 @@ class ChatTemplate:
         counts = collections.Counter(i for i in ids if i in self.reserved)
         return not counts <= collections.Counter(self.special[token] for token in written)
 
-    def render(self, chat: list[dict], reply: bool) -> tuple[str, str, dict[int, int]]:
-        """The prompt; the same with stand-ins for special tokens in messages; what turns them back.
+    def render(self, chat: Chat) -> tuple[str, str, dict[int, int]]:
+        """The prompt; the same with stand-ins for special tokens of clients; what turns them back.
 
         A template may join parts to a token, so all characters of tokens have stand-ins. If it
         looks for them and so writes another text, only those like < have, or else whole tokens.
@@ -243,21 +275,22 @@ class ChatTemplate:
         back = {new: old for old, new in stand_ins.items()}
         for pattern in self.patterns:
             replace = functools.partial(pattern.sub, lambda m: m[0].translate(stand_ins))
-            changed = map_texts(chat, replace)
-            text = self.fill(chat, reply)  # anew: it may have the time
+            changed = map_chat(chat, replace)
+            text = self.fill(chat)  # anew: it may have the time
             with contextlib.suppress(ApiError):  # the template may reject what stands in
-                marked = text if changed == chat else self.fill(changed, reply)
+                marked = text if changed == chat else self.fill(changed)
                 if marked.translate(back) == text:
                     return text, marked, back
         problem = "messages: the chat template looks for a special token in them; leave it out"
         raise ApiError(400, problem, "messages")
 
-    def fill(self, chat: list[dict], reply: bool) -> str:
-        """The text that the template makes of messages."""
-        names = {"chat_template": self.template, "add_generation_prompt": reply}
+    def fill(self, chat: Chat) -> str:
+        """The text that the template makes of a chat."""
+        names: dict[str, Any] = {"tools": chat.tools, "add_generation_prompt": chat.reply}
         try:
-            names = {**self.tokenizer.special_tokens, **names}
-            return self.library.render_jinja_template([chat], **names)[0][0]
+            names = {**self.tokenizer.special_tokens, "chat_template": self.template, **names}
+            return self.library.render_jinja_template([chat.messages], **names)[0][0]
         except Exception as e:  # a template may raise anything, for example on roles it rejects
-            problem = f"messages: the chat template rejects them ({one_line(e)})"
+            them = "them or the tools" if chat.tools else "them"
+            problem = f"messages: the chat template rejects {them} ({one_line(e)})"
             raise ApiError(400, problem, "messages") from None

@@ -271,12 +271,12 @@ class Message(OpenAIBody):
 
 
 def parse_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    """A tool call whose arguments are a value instead of JSON, if they are valid JSON."""
+    """A tool call whose arguments are a value instead of JSON, if they are valid JSON or empty."""
     function = call.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        arguments = json.loads(function["arguments"])
+        arguments = json.loads(function["arguments"] or "{}")
     except (ValueError, RecursionError):
         return call
     return {**call, "function": {**function, "arguments": arguments}}
@@ -290,8 +290,10 @@ class ChatBody(Generation):
     n: Choices | None = None
     logprobs: bool | None = None
     top_logprobs: Alternatives | None = None
-    tools: None = Field(default=None, description=UNSUPPORTED)
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: list[dict[str, Any]] | None = Field(
+        default=None, description="functions that the answer may call; see tinymamba/tool_calls.py"
+    )
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     functions: None = Field(default=None, description=UNSUPPORTED)
     function_call: Literal["none", "auto"] | None = None
@@ -356,7 +358,7 @@ class TokenizeBody(OpenAIBody):
     chat_template: None = Field(default=None, description=UNSUPPORTED)
     chat_template_kwargs: None = Field(default=None, description=UNSUPPORTED)
     mm_processor_kwargs: None = Field(default=None, description=UNSUPPORTED)
-    tools: None = Field(default=None, description=UNSUPPORTED)
+    tools: list[dict[str, Any]] | None = None
 
 
 class DetokenizeBody(OpenAIBody):
@@ -432,7 +434,7 @@ class Choice(BaseModel):
 
     model_config = ConfigDict(extra="allow")
     index: int
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class PromptDetails(BaseModel):

@@ -1,7 +1,7 @@
 """OpenAI's Responses API as data: the body of /v1/responses, its answer, the events of a stream.
 
 Text in, text out: instructions and messages become a chat, and the answer is one message. Nothing
-is stored, so `previous_response_id` is not supported. What a text model cannot do (tools, images,
+is stored, so `previous_response_id` is not supported. What this route does not do (tools, images,
 reasoning) takes only values without effect, as in `openai_api.py`.
 
 It needs fastapi: pip install fastapi

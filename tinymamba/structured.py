@@ -43,7 +43,7 @@ LIMITS = {
 }
 SECONDS, SECONDS_PER_TOKEN = 1.0, 0.005  # of CPU time that an answer may take of its batch
 NO_TOKEN = "no token can be next", "allow other text"
-NO_FORCING = '%llguidance {"no_forcing": true}\nstart: @rule'  # else it must encode text itself
+NO_FORCING = '%llguidance {"no_forcing": true}\n'  # else it must encode text itself
 
 # ---------------------------------------------------------------------------------- requests
 
@@ -166,13 +166,20 @@ class GrammarCompiler:
     def compile(self, form: dict[str, Any], field: str = FIELD) -> Grammar:
         """The grammar of a form, which `field` names in errors: a UserError if it is invalid."""
         kind, value = read_form(form, field)
-        name = f"{field}.{kind}" if field == FIELD else field
+        return self.build(kind, value, f"{field}.{kind}" if field == FIELD else field)
+
+    def compile_lark(self, rules: str, schemas: dict[str, Any], field: str) -> Grammar:
+        """The grammar of rules in Lark's notation, in which @name stands for a schema."""
+        return self.build("lark", {"rules": rules, "schemas": schemas}, field)
+
+    def build(self, kind: str, value: Any, name: str) -> Grammar:
+        """The grammar of a kind and its value, which `name` names in errors."""
         require(self.tokenizer is not None, "tokenizer", self.no_tokenizer, "pass one")
         try:
             text = value if isinstance(value, str) else json.dumps(value)
             problem, remedy = f"has {len(text)} characters", f"use up to {MAX_LENGTH}"
             require(len(text) <= MAX_LENGTH, name, problem, remedy)
-            grammar = Grammar(self.cached(kind, text), self.vocab_size, name)
+            grammar = Grammar(self.cached(kind, text), self.vocab_size, name, kind == "lark")
         except ImportError:
             problem = "needs a package that is not installed here"
             raise UserError(name, problem, "pip install llguidance") from None
@@ -187,16 +194,25 @@ class GrammarCompiler:
         """The matcher of llguidance for a kind and its value as text; a ValueError if invalid."""
         with self.lock:  # a client that sends many large ones takes one core
             library = importlib.import_module("llguidance")
-            rules = [
-                {"lark_grammar": NO_FORCING},
-                {**make_rule(library, kind, text), "name": "rule"},
-            ]
+            rules = make_rules(library, kind, text)
             limits = library.LLParserLimits(verbose_errors=False, **LIMITS)
             source = json.dumps({"grammars": rules})
             state = library.LLMatcher(self.words, source, limits=limits, log_level=0)
             if state.is_error():
                 raise ValueError(state.get_error())
             return state
+
+
+def make_rules(library: Any, kind: str, text: str) -> list[dict[str, Any]]:
+    """The grammars of llguidance for a kind and its value as text, the first one to start with."""
+    if kind == "lark":
+        value = json.loads(text)
+        rules, parts = value["rules"], value["schemas"].items()
+        named = {name: make_rule(library, "json", json.dumps(part)) for name, part in parts}
+    else:
+        rules, named = "start: @rule", {"rule": make_rule(library, kind, text)}
+    others = [{**rule, "name": name} for name, rule in named.items()]
+    return [{"lark_grammar": NO_FORCING + rules}, *others]
 
 
 def make_rule(library: Any, kind: str, text: str) -> dict[str, Any]:
@@ -280,9 +296,13 @@ def narrow_pattern(pattern: str) -> str:
 class Grammar:
     """A compiled grammar; it never changes."""
 
-    def __init__(self, state: Any, vocab_size: int, field: str):
-        """`state`: a matcher of llguidance. `field` asked for the grammar."""
+    def __init__(self, state: Any, vocab_size: int, field: str, shows_special: bool = False):
+        """`state`: a matcher of llguidance. `field` asked for the grammar.
+
+        `shows_special`: the text of an answer has its special tokens, too.
+        """
         self.state, self.vocab_size, self.field = state, vocab_size, field
+        self.shows_special = shows_special
 
     def start(self, end_ids: Iterable[int]) -> Matcher:
         """The matcher of a new answer, which any of `end_ids` may end; negative ones are none."""
@@ -298,6 +318,7 @@ class Matcher:
     def __init__(self, grammar: Grammar, end_ids: list[int]):
         self.state, self.end_ids = grammar.state.deep_copy(), end_ids
         self.vocab_size, self.field = grammar.vocab_size, grammar.field
+        self.shows_special = grammar.shows_special
         self.seconds_left = SECONDS
         self.look_ahead()
 
