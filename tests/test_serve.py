@@ -578,10 +578,13 @@ def test_a_page_of_another_site_is_rejected(shared):
         assert shared.http.get("/v1/sessions", headers=headers).status_code == status
 
 
-def test_an_error_of_the_server_is_counted(shared, monkeypatch):
+def test_an_error_of_the_server_is_counted_and_logged(shared, monkeypatch, caplog):
     monkeypatch.setattr(shared.api, "model_info", lambda name: 1 / 0)
-    assert shared.http.get("/v1/models").status_code == 500
-    counted = 'tinymamba_requests_total{route="/v1/models",status="500"} 1.0'
+    with httpx.Client(base_url=shared.url) as client:  # its connection stays open
+        for _ in range(20):
+            assert_error(client.get("/v1/models"), 500)
+    assert "ZeroDivisionError" in caplog.text
+    counted = 'tinymamba_requests_total{route="/v1/models",status="500"} 20.0'
     assert counted in shared.http.get("/metrics").text
 
 

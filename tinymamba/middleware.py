@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
+import logging
 import re
 from collections.abc import Callable
 from typing import Any
@@ -47,14 +48,14 @@ class Middleware:
             await self.app(scope, receive, send)
             return
         clean(scope)
-
-        def count(status: int) -> None:
-            route = getattr(scope.get("route"), "path", "none")
-            self.api.metrics.requests.labels(route, status).inc()
+        started = False
 
         async def counted_send(message: Any) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
-                count(message["status"])
+                started = True
+                route = getattr(scope.get("route"), "path", "none")
+                self.api.metrics.requests.labels(route, message["status"]).inc()
             await send(message)
 
         headers = dict(scope["headers"])
@@ -66,9 +67,12 @@ class Middleware:
             return
         try:
             await self.app(scope, self.limit_body(receive), counted_send)
-        except Exception:  # is answered and logged by Starlette, outside of this middleware
-            count(500)
-            raise
+        except Exception as error:
+            if started:
+                raise
+            # Left to Starlette, the server would close the connection without a word.
+            logging.getLogger("serve").error("a request failed", exc_info=error)
+            await ApiError.of(error).response()(scope, receive, counted_send)
 
     def check(self, path: str, headers: dict[bytes, bytes]) -> None:
         """Check the API key and the origin."""
