@@ -211,9 +211,14 @@ class Tokens(NamedTuple):
     def last_before(self, end: int) -> Tensor:
         """(b, l) of bool: each row's last token before the column `end` that is no padding."""
         real = torch.ones_like(self.ids) if self.padding is None else self.padding
-        real = (real != 0) & (torch.arange(real.shape[1], device=real.device) < end)
-        count = real.cumsum(1)
-        return real & (count == count[:, -1:])
+        index = torch.arange(real.shape[1], device=real.device)
+        real = (real != 0) & (index < end)
+        return real & (index == last_index(real)[:, None])
+
+
+def last_index(real: Tensor) -> Tensor:
+    """Index (b,) of each row's last token for which real (b, l) is not 0; 0 if it has none."""
+    return (torch.arange(real.shape[1], device=real.device) * (real != 0)).argmax(1)
 
 
 def join(parts: list[Tokens], embedding: nn.Module) -> Tokens:
@@ -1176,8 +1181,7 @@ def take_last(hidden: Tensor, real: Tensor | None) -> Tensor:
     """The vectors (b, d) of the last tokens of hidden (b, l, d) for which real (b, l) is not 0."""
     if real is None:
         return hidden[:, -1]
-    index = torch.arange(hidden.shape[1], device=hidden.device) * (real != 0).to(hidden.device)
-    return take_tokens(hidden, index.argmax(1, keepdim=True))[:, 0]
+    return take_tokens(hidden, last_index(real.to(hidden.device))[:, None])[:, 0]
 
 
 def require_own_dtypes(kwargs: dict[str, Any]) -> None:

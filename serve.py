@@ -741,6 +741,11 @@ class ClientDisconnected(Exception):
     """The client closed the connection, or does not read its answer."""
 
 
+def for_nobody(request: Request, error: Exception) -> Response:
+    """The response to a client that has gone; only the metrics see it."""
+    return Response(status_code=499)
+
+
 class Written(NamedTuple):
     """One complete answer."""
 
@@ -1082,19 +1087,22 @@ class Api:
         return settings
 
     async def compile_form(self, call: Call, jobs: list[Job]) -> None:
-        """Make the answers have the form that their request asks for, if it does.
-
-        Grammars are compiled in another thread, one at a time: the engine and other requests do
-        not wait.
-        """
+        """Make the answers have the form that their request asks for, if it does."""
         if not (asked := call.body.form()):
             return
-        async with self.grammar_lock:
-            if await call.request.is_disconnected():
-                raise ClientDisconnected
-            grammar = await asyncio.to_thread(self.server.grammars.compile, *asked)
+        grammar = await self.compile(call.request, self.server.grammars.compile, *asked)
         for job in jobs:
             job.settings["grammar"] = grammar
+
+    async def compile(self, request: Request, make: Callable, *arguments: Any) -> Any:
+        """What `make` makes of a grammar, unless the client has gone.
+
+        It is called in another thread, one at a time: the engine and other requests do not wait.
+        """
+        async with self.grammar_lock:
+            if await request.is_disconnected():
+                raise ClientDisconnected
+            return await asyncio.to_thread(make, *arguments)
 
     async def encode(
         self, prompt: Any, encode: Callable | None = None, field_name: str = "prompt"
@@ -1137,16 +1145,20 @@ class Api:
         require(alone, field, problem, 'send a tool_choice of "none"')
         return request
 
-    async def compile_tools(self, request: ToolRequest) -> tuple[Grammar, MakeParser]:
+    async def compile_tools(
+        self, request: Request, tools: ToolRequest
+    ) -> tuple[Grammar, MakeParser]:
         """The grammar of an answer that may call tools, or has to, and what makes its parser."""
-        async with self.grammar_lock:
-            form = await asyncio.to_thread(lambda: self.call_form)
-            problem = "the chat template does not write calls as JSON of name and arguments"
+
+        def make() -> tuple[CallForm, Grammar]:
+            form = self.call_form
             if form is None:
+                problem = "the chat template does not write calls as JSON of name and arguments"
                 raise UserError("tool_choice", problem, 'send "none"')
-            make = self.server.grammars, self.template, form, request
-            grammar = await asyncio.to_thread(compile_calls, *make)
-        return grammar, functools.partial(CallParser, form, request.free)
+            return form, compile_calls(self.server.grammars, self.template, form, tools)
+
+        form, grammar = await self.compile(request, make)
+        return grammar, functools.partial(CallParser, form, tools.free)
 
     async def system_end(
         self, messages: list[Message], ids: list[int], tools: list[dict] | None = None
@@ -1200,8 +1212,6 @@ class Api:
                 streaming = True  # EventStream closes the call
                 return EventStream(call, call.stream(writers, echoes))
             return await call.whole(writers, echoes)
-        except ClientDisconnected:
-            return Response(status_code=499)  # nobody receives it
         finally:
             if not streaming:
                 call.close()
@@ -1245,7 +1255,7 @@ class Api:
             ids = await self.encode(body.messages, encode)
             parser = None
             if tools and tools.mode != "none":
-                settings["grammar"], parser = await self.compile_tools(tools)
+                settings["grammar"], parser = await self.compile_tools(request, tools)
             keep_at = await self.system_end(body.messages, ids, body.tools)
             jobs = self.make_jobs(call, ids, settings, n, keep_at=keep_at)
         return await self.respond(call, jobs, make_parser=parser)
@@ -1275,7 +1285,7 @@ class Api:
         try:
             for prompt in body.input if several else [body.input]:
                 if await request.is_disconnected():
-                    return Response(status_code=499)  # nobody receives it
+                    raise ClientDisconnected
                 ids = await self.encode(prompt, field_name="input")
                 require(ids, "input", "has an empty text", "send at least one token")
                 async with self.embedding_lock:
@@ -1554,6 +1564,7 @@ class Api:
         app.include_router(router)
         app.state.routes = router.routes
         add_error_handlers(app)
+        app.add_exception_handler(ClientDisconnected, for_nobody)
         app.add_middleware(Middleware, api=self)
         if self.options.strict:
             describe_strict(app.openapi()["components"]["schemas"])

@@ -65,7 +65,7 @@ from tinymamba.cli import (
 from tinymamba.prefix_cache import PrefixCache
 from tinymamba.runtime import pick_device, why_no_compile
 from tinymamba.structured import Grammar, GrammarCompiler, Matcher, read_form
-from tinymamba.tokenizer import open_tokenizer, why_no_tokenizer
+from tinymamba.tokenizer import begun_length, open_tokenizer, why_no_tokenizer
 
 RECENT = 512  # last tokens a session keeps, for the repetition penalty
 CONTEXT = 8  # last tokens a tokenizer may need to decode the next ones
@@ -255,14 +255,7 @@ class TextStream:
         if found:
             text, self.held, self.stopped = self.held[: min(found)], "", True
             return text
-        longest = len(self.held)
-        starts = [
-            n
-            for stop in self.stops
-            for n in range(1, min(len(stop), longest + 1))
-            if self.held.endswith(stop[:n])
-        ]
-        certain = longest - max(starts, default=0)
+        certain = len(self.held) - begun_length(self.held, self.stops)
         text, self.held = self.held[:certain], self.held[certain:]
         return text
 
@@ -673,8 +666,6 @@ class Answer:
 
     def keep(self, position: int, state: ModelState, logits: np.ndarray, gates: Any) -> None:
         """Put what follows after this many tokens of the text into the prefix cache."""
-        if self.text_ids is None or position < self.kept + MIN_PREFIX:
-            return
         prefixes, adapter = self.decoder.prefixes, self.config.adapter
         ids = np.array(self.text_ids[:position], np.int32)
         recent = tuple(self.text_ids[:position][-RECENT:])
@@ -688,14 +679,13 @@ class Answer:
         Its prompt has the answer as text. If that has other ids than were drawn, no prompt can
         begin with them. Otherwise nothing but the same prompt again needs the state before it.
         """
-        if self.text_ids is None:
+        end = 0 if self.text_ids is None else len(self.text_ids) - len(self.final.unread)
+        if end < self.kept + MIN_PREFIX:
             return
-        end = len(self.text_ids) - len(self.final.unread)
         prompt, answer = self.text_ids[: self.prompt_tokens], self.text_ids[self.prompt_tokens :]
         if self.tokenizer and self.tokenizer.encode(self.tokenizer.decode(answer)) != answer:
             return
-        is_new = self.cached_tokens < self.kept == self.prompt_tokens
-        if is_new and end >= self.kept + MIN_PREFIX:
+        if self.cached_tokens < self.kept == self.prompt_tokens:  # the prompt is new
             prefixes = self.decoder.prefixes
             prefixes.drop_early(self.config.adapter, np.array(prompt, np.int32))
         self.keep(end, state, self.logits, self.gates)

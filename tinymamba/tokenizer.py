@@ -53,6 +53,17 @@ def split_lines(text: str) -> list[str]:
     return text.removesuffix(end).split(end)
 
 
+def begun_length(text: str, words: Iterable[str]) -> int:
+    """How many characters at the end of a text may begin one of these words, none of them whole."""
+    sizes = [
+        n
+        for word in words
+        for n in range(1, min(len(word), len(text) + 1))
+        if text.endswith(word[:n])
+    ]
+    return max(sizes, default=0)
+
+
 def hash_content(name: str, content: str) -> str:
     """SHA-256 of what decides the ids that a tokenizer gives.
 

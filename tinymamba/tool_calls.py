@@ -20,6 +20,7 @@ from tinymamba.chat_template import Chat, ChatTemplate
 from tinymamba.cli import UserError, require
 from tinymamba.openai_api import ApiError
 from tinymamba.structured import Grammar, GrammarCompiler
+from tinymamba.tokenizer import begun_length
 
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")  # OpenAI's rule, and dots, which MCP's tools have
 NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -333,9 +334,8 @@ class CallParser:
         trigger, held = self.form.trigger, self.held
         if self.form.tag:
             at = held.find(trigger)
-            sizes = range(min(len(trigger), len(held) + 1))
-            kept = max(n for n in sizes if held.endswith(trigger[:n]))
-            text = held[: at if at >= 0 else len(held) - kept].rstrip()
+            certain = len(held) - begun_length(held, [trigger])
+            text = held[: at if at >= 0 else certain].rstrip()
         elif self.state == "begin" and trigger.startswith(held[: len(trigger)]):
             at, text = (0 if len(held) >= len(trigger) else -1), ""
         else:
