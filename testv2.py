@@ -47,6 +47,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
+from tinymamba.attention import attend_to_window, to_blocks
 from tinymamba.checkpoint import (
     BackgroundWriter,
     digest,
@@ -81,6 +82,7 @@ from tinymamba.cli import (
 from tinymamba.data_order import ShardedBatches
 from tinymamba.dataset import StreamingTokenDataset
 from tinymamba.delta_rule import key_features, run_delta_rule
+from tinymamba.fused import add_scaled, rms_norm, rotate, silu_product, weighted_sum
 from tinymamba.kernels import (
     ChunkedLoss,
     ChunkedScan,
@@ -339,7 +341,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., dim) -> the same shape."""
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class RotaryEmbedding(nn.Module):
@@ -371,9 +373,7 @@ def apply_rotary_pos_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         got = f"{tuple(cos.shape)} and {tuple(sin.shape)}"
         want = f"cos and sin of shape ({x.shape[-2]}, {x.shape[-1] // 2})"
         raise ValueError(f"RoPE: x of shape {tuple(x.shape)} needs {want}, got {got}")
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotate(x, cos.to(x.dtype), sin.to(x.dtype))
 
 
 class Float32Linear(nn.Linear):
@@ -544,8 +544,13 @@ class ShortConv(nn.Module):
             taps = (history[:, k : k + length] * weight[:, k] for k in range(width))
             u = u + sum(tap * same for tap, same in zip(taps, known, strict=True))
         else:
-            u = u + (depthwise if is_writing_graph() else DepthwiseConv.apply)(history, weight)
+            weight = weight + self.identity(weight)
+            u = (depthwise if is_writing_graph() else DepthwiseConv.apply)(history, weight)
         return u, keep_last(history, width - 1, context.lengths)
+
+    def identity(self, weight: Tensor) -> Tensor:
+        """The taps (d, k) that give u itself."""
+        return F.pad(torch.ones_like(weight[:, :1]), (self.width - 1, 0))
 
 
 class MambaSSM(nn.Module):
@@ -660,7 +665,8 @@ class Memory(nn.Module):
         state = beta.new_zeros(rows, *self.state_shape) if state is None else state
         q, k = (key_features(t, self.products, v.dtype) for t in (q, k))  # (b, a, l, m)
         stepwise = self.config.scan == "sequential" or (isinstance(length, int) and length == 1)
-        size, parts = self.config.chunk_size, (v, beta.mT, log_decay.mT, k, q, upcast(state))
+        size = 2 * self.config.chunk_size  # a state is larger than the SSM's: fewer chunks
+        parts = (v, beta.mT, log_decay.mT, k, q, upcast(state))
         v, beta, log_decay, k, q, state = (t.flatten(0, 1) for t in parts)  # (b*a, ...)
         y, state = run_delta_rule(v, beta, log_decay, k, q, state, size, stepwise)
         y, state = (t.unflatten(0, (rows, heads)) for t in (y, state))
@@ -794,26 +800,14 @@ class LocalAttention(nn.Module):
         return y.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
 
     def attend_plain(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """The same as `attend_fused`, in matrix products of w x w.
-
-        Query r of a block sees keys c <= r of its own block and keys c > r of the block before:
-        together one full row, so one softmax over w columns serves both.
-        """
+        """The same as `attend_fused`, in matrix products of w x w; see tinymamba/attention.py."""
         (batch, heads, length), window = q.shape[:3], self.window
-        blocks = count_blocks(length, window)
         q, keys, values = (
-            F.pad(t, (0, 0, 0, blocks * window - length))
-            .unflatten(2, (blocks + extra, window))
-            .flatten(0, 1)  # (b*a, blocks, w, f)
+            to_blocks(t, count_blocks(length, window) + extra, window)  # (blocks, b*a, w, f)
             for t, extra in ((q * self.head_dim**-0.5, 0), (keys, 1), (values, 1))
         )
-        own = lower_triangle(q.new_empty(window, window))
-        scores = torch.where(own, q @ keys[:, 1:].mT, q @ keys[:, :-1].mT)  # (b*a, blocks, w, w)
-        scores = scores.unflatten(0, (batch, heads))
-        scores[:, :, : mask.shape[2]].masked_fill_(mask, -math.inf)
-        weights = scores.softmax(-1).to(values.dtype).flatten(0, 1)
-        y = weights.tril() @ values[:, 1:] + weights.triu(1) @ values[:, :-1]
-        return y.unflatten(0, (batch, heads)).flatten(2, 3)[:, :, :length]
+        y = attend_to_window(q, keys, values, mask[:, 0].transpose(0, 1))  # (blocks, b*a, w, f)
+        return y.transpose(0, 1).flatten(1, 2).unflatten(0, (batch, heads))[:, :, :length]
 
 
 class SwiGLU(nn.Module):
@@ -828,7 +822,10 @@ class SwiGLU(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """u (b, l, d) -> the same shape."""
-        gate, up = self.in_proj(u).chunk(2, dim=-1)  # (b, l, e) each
+        both = self.in_proj(u)  # (b, l, 2e)
+        if self.activation is F.silu:
+            return self.out_proj(silu_product(both))
+        gate, up = both.chunk(2, dim=-1)  # (b, l, e) each
         return self.out_proj(self.activation(gate) * up)
 
 
@@ -877,11 +874,10 @@ class TinyMambaBlock(nn.Module):
         tail = None if past is None else past.conv[..., : x.shape[-1]]
         u, tail = self.conv(to_autocast(self.norm(x)), context, tail)
         gates = self.gate(u)
-        g = gates.to(u.dtype).unsqueeze(-2)  # (b, l, 1, 3)
         ssm, ssm_state, phase, bc_tail = self.ssm(u, context, past)
         attention, keys, values, k_tail, memory = self.attention(u, context, past)
-        mix = g[..., 0] * ssm + g[..., 1] * attention + g[..., 2] * self.run_mlp(u, gates[..., 2])
-        x = x + self.residual_scale * self.dropout(mix)
+        mix = weighted_sum(gates.to(u.dtype), [ssm, attention, self.run_mlp(u, gates[..., 2])])
+        x = add_scaled(x, self.residual_scale, self.dropout(mix))
         tails = [t for t in (tail, bc_tail, k_tail) if t is not None]
         layer = LayerState(torch.cat(tails, dim=-1), ssm_state, phase, keys, values, memory)
         return x, None if context.stateless else layer, gates

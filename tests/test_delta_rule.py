@@ -144,7 +144,7 @@ def test_the_inverse_equals_that_of_linalg_and_stays_exact_for_equal_keys(q):
 def test_a_graph_carries_states_as_the_loop_does(count):
     g, q = torch.Generator().manual_seed(0), 3
     shapes = (1, 1), (q, 1), (q, 1), (q, q), (q, 4), (q, 5)  # as of through_chunk
-    parts = [torch.randn(2, count, *shape, generator=g).double() / 2 for shape in shapes]
+    parts = [torch.randn(count, 2, *shape, generator=g).double() / 2 for shape in shapes]
     state = torch.randn(2, 5, 4, generator=g).double()
     want = carry_in_loop(state, parts)
     for run in (carry_in_graph, scripted_loop()):

@@ -28,12 +28,14 @@ from torch import Tensor
 from torch._higher_order_ops.scan import scan
 from torch.autograd.function import once_differentiable
 
+from tinymamba.fused import is_by_hand, promoted
 from tinymamba.kernels import (
     GPU_TILE,
     Tiles,
     backward_over_tiles,
     forward_over_tiles,
     is_writing_graph,
+    sum_of_products,
     to_chunks,
 )
 
@@ -48,7 +50,9 @@ def key_features(x: Tensor, products: int, dtype: torch.dtype) -> Tensor:
     2102.11174, eq. 37, without its rectifier), or x itself where `products` is 0. Products of
     different vectors overlap less than the vectors do, so a state can tell more keys apart.
     """
-    x, shifts = x if x.dtype == torch.float64 else x.float(), range(1, products + 1)
+    if products and is_by_hand(x):
+        return KeyFeatures.apply(x, products, dtype)
+    x, shifts = x.to(promoted(x)), range(1, products + 1)
     if not products:
         return F.normalize(x, dim=-1).to(dtype)
     square = x * x
@@ -56,6 +60,54 @@ def key_features(x: Tensor, products: int, dtype: torch.dtype) -> Tensor:
     length = (square * others).sum(-1, keepdim=True).sqrt()  # of all products
     x = (x * length.clamp(min=1e-12).rsqrt()).to(dtype)
     return torch.cat([x * x.roll(-r, dims=-1) for r in shifts], dim=-1)
+
+
+class KeyFeatures(torch.autograd.Function):
+    """`key_features`. A product with zeros and ones takes the place of calls of `roll`.
+
+    It is as exact: each of its sums has one term that is not 0.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, products: int, dtype: torch.dtype) -> Tensor:
+        """The products of channels, of length 1."""
+        with torch.autocast(x.device.type, enabled=False):
+            shifts = neighbours(x, products, dtype)  # (f, products * f)
+            wide = x.to(promoted(x))
+            square = wide * wide
+            others = square.to(dtype) @ sum_shifts(shifts)  # of the channels' squares
+            squared_length = (square * others).sum(-1, keepdim=True)  # of all products
+            scale = squared_length.clamp(min=1e-24).pow_(-0.25)  # (..., 1)
+            z = (wide * scale).to(dtype)
+            ctx.save_for_backward(z, scale, shifts)
+            ctx.dtype = x.dtype
+            return (z[..., None, :] * (z @ shifts).unflatten(-1, (products, -1))).flatten(-2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of x: through its scaled form z, and through the scale."""
+        z, scale, shifts = ctx.saved_tensors
+        dy = dy.unflatten(-1, (-1, z.shape[-1]))  # (..., products, f)
+        others = (z @ shifts).view(dy.shape)
+        dz = (dy * others).sum(-2) + (dy * z[..., None, :]).flatten(-2) @ shifts.T
+        table = sum_shifts(shifts)
+        slope = z * ((z * z) @ (table + table.T))  # of half the squared length, by z
+        dz, slope = dz.to(scale.dtype), slope.to(scale.dtype)
+        along = (dz * z).sum(-1, keepdim=True)
+        dx = dz.addcmul_(slope, along, value=-0.5).mul_(scale)
+        return dx.to(ctx.dtype), None, None
+
+
+def neighbours(x: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """The matrix (f, count * f) that gives channels i + 1, ..., i + count of x (..., f)."""
+    same = torch.eye(x.shape[-1], dtype=dtype, device=x.device)
+    return torch.cat([same.roll(r, dims=0) for r in range(1, count + 1)], dim=1)
+
+
+def sum_shifts(shifts: Tensor) -> Tensor:
+    """The matrix (f, f) that sums all neighbours, from `neighbours` (f, count * f)."""
+    return shifts.unflatten(1, (-1, len(shifts))).sum(1)
 
 
 def delta_sequential(
@@ -211,21 +263,24 @@ def tile_count(x: Tensor, chunk_size: int) -> int:
 
 
 class Tile(NamedTuple):
-    """Intermediate values of one tile that both passes need."""
+    """Intermediate values of one tile that both passes need.
 
-    decay: Tensor  # (b, c, q, q) from token j to i; 0 where j > i
-    keys: Tensor  # (b, c, q, q) k_i . k_j for j < i
-    similarity: Tensor  # (b, c, q, q) c_i . k_j
-    overlap: Tensor  # (b, c, q, q) keys times decay, in the dtype of decays
-    solve: Tensor  # (b, c, q, q) from the differences to the written values u, beta left out
-    scores: Tensor  # (b, c, q, q) factor of u_j in y_i
-    whole: Tensor  # (b, c, 1, 1) decay over the chunk, in the dtype of decays
-    from_start: Tensor  # (b, c, q, 1) decay since the start of the chunk
-    to_end: Tensor  # (b, c, q, 1) decay until its end
-    before: Tensor  # (b, c, n, p) the states before each chunk, in the dtype of x
+    Chunks come first, so that each chunk is contiguous: a product would copy it otherwise.
+    """
+
+    decay: Tensor  # (c, b, q, q) from token j to i; 0 where j > i
+    keys: Tensor  # (c, b, q, q) k_i . k_j for j < i
+    similarity: Tensor  # (c, b, q, q) c_i . k_j
+    overlap: Tensor  # (c, b, q, q) keys times decay, in the dtype of decays
+    solve: Tensor  # (c, b, q, q) from the differences to the written values u, beta left out
+    scores: Tensor  # (c, b, q, q) factor of u_j in y_i
+    whole: Tensor  # (c, b, 1, 1) decay over the chunk, in the dtype of decays
+    from_start: Tensor  # (c, b, q, 1) decay since the start of the chunk
+    to_end: Tensor  # (c, b, q, 1) decay until its end
+    before: Tensor  # (c, b, n, p) the states before each chunk, in the dtype of x
     last: Tensor  # (b, n, p) the state after the last chunk
-    difference: Tensor  # (b, c, q, p) values less what the state before the chunk held
-    u: Tensor  # (b, c, q, p) what is written: values less what the keys held
+    difference: Tensor  # (c, b, q, p) values less what the state before the chunk held
+    u: Tensor  # (c, b, q, p) what is written: values less what the keys held
 
 
 def make_tile(
@@ -233,16 +288,16 @@ def make_tile(
 ) -> Tile:
     """The intermediate values of a tile.
 
-    x (b, c, q, p), beta and log_decay (b, c, q), K and C (b, c, q, n), state (b, n, p). Decays are
+    x (c, b, q, p), beta and log_decay (c, b, q), K and C (c, b, q, n), state (b, n, p). Decays are
     multiplied to what has q or p columns, never to the n of a key.
     """
-    total = log_decay.cumsum(-1)  # (b, c, q)
+    total = log_decay.cumsum(-1)  # (c, b, q)
     between = total[..., :, None] - total[..., None, :]  # at most 0 where j <= i
     decay = between.clamp(max=0).exp().tril()
-    keys, similarity = (K @ K.mT).tril_(-1), C @ K.mT  # (b, c, q, q)
+    keys, similarity = (K @ K.mT).tril_(-1), C @ K.mT  # (c, b, q, q)
     overlap = keys * decay
     solve = unit_lower_inverse(overlap * beta[..., None])
-    whole = total[..., -1, None, None].exp()  # (b, c, 1, 1)
+    whole = total[..., -1, None, None].exp()  # (c, b, 1, 1)
     from_start = total.exp()[..., None].to(x.dtype)
     to_end = (total[..., -1:] - total).clamp(max=0).exp()[..., None].to(x.dtype)
     weighted = (solve * beta[..., None, :]).to(x.dtype)
@@ -286,7 +341,7 @@ def unit_lower_inverse(A: Tensor) -> Tensor:
 def carry(state: Tensor, parts: list[Tensor]) -> tuple[Tensor, ...]:
     """The last four of a Tile, from the state (b, n, p) before it.
 
-    `parts` are those of `through_chunk`, for every chunk (b, c, ...).
+    `parts` are those of `through_chunk`, for every chunk (c, b, ...).
     """
     if torch.jit.is_tracing():
         return scripted_loop()(state, parts)
@@ -307,14 +362,18 @@ def through_chunk(state: Tensor, parts: list[Tensor]) -> tuple[Tensor, Tensor, T
 
 
 def carry_in_loop(state: Tensor, parts: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`carry` as Python and TorchScript run it."""
-    befores, differences, written = [], [], []
-    for c in range(parts[0].shape[1]):
-        state, before, difference, u = through_chunk(state, [t[:, c] for t in parts])
-        befores.append(before)
-        differences.append(difference)
-        written.append(u)
-    return torch.stack(befores, 1), state, torch.stack(differences, 1), torch.stack(written, 1)
+    """`carry` as Python and TorchScript run it: `through_chunk`, written to its place at once."""
+    whole, from_start, to_end, weighted, x, K = parts
+    shape = [x.shape[0]] + list(state.shape)  # noqa: RUF005 TorchScript knows no [*shape]
+    before = torch.empty(shape, dtype=x.dtype, device=x.device)
+    difference, u = torch.empty_like(x), torch.empty_like(x)
+    for c in range(x.shape[0]):
+        before[c].copy_(state)
+        held = from_start[c] * torch.bmm(K[c], before[c])
+        torch.sub(x[c], held, out=difference[c])
+        torch.bmm(weighted[c], difference[c], out=u[c])
+        state = (whole[c] * state).add_(torch.bmm(K[c].mT, to_end[c] * u[c]))
+    return before, state, difference, u
 
 
 @functools.cache
@@ -330,8 +389,7 @@ def carry_in_graph(state: Tensor, parts: list[Tensor]) -> tuple[Tensor, ...]:
         new, before, difference, u = through_chunk(state, list(parts))
         return new, (before.clone(), difference, u)  # `before` may be the state itself
 
-    last, found = scan(chunk, state, tuple(t.transpose(0, 1) for t in parts))
-    before, difference, u = (t.transpose(0, 1) for t in found)
+    last, (before, difference, u) = scan(chunk, state, tuple(parts))
     return before, last, difference, u
 
 
@@ -339,30 +397,36 @@ class Gradients(NamedTuple):
     """What `carry_back` finds."""
 
     first: Tensor  # (b, n, p) of the state before the tile
-    after: Tensor  # (b, c, n, p) of the states after each chunk, in the dtype of x
-    decay: Tensor  # (b, c) of the logarithm of the decay of the states after each chunk
-    given: Tensor  # (b, c, q, p) of u, as far as it comes through the states
-    r: Tensor  # (b, c, q, p) of beta times `difference`
-    x: Tensor  # (b, c, q, p) of x, and so of `difference`
+    after: Tensor  # (c, b, n, p) of the states after each chunk, in the dtype of x
+    decay: Tensor  # (c, b) of the logarithm of the decay of the states after each chunk
+    given: Tensor  # (c, b, q, p) of u, as far as it comes through the states
+    r: Tensor  # (c, b, q, p) of beta times `difference`
+    x: Tensor  # (c, b, q, p) of x, and so of `difference`
 
 
 def carry_back(t: Tile, beta: Tensor, K: Tensor, C: Tensor, dy: Tensor, dlast: Tensor) -> Gradients:
     """Gradients that go from chunk to chunk, from the last one on.
 
-    beta (b, c, q, 1), K and C (b, c, q, n), dy (b, c, q, p), dlast (b, n, p).
+    beta (c, b, q, 1), K and C (c, b, q, n), dy (c, b, q, p), dlast (b, n, p).
     """
     dread, du = C.mT @ (t.from_start * dy), t.scores.mT @ dy
-    solve, dstate, state, parts = t.solve.mT.to(dy.dtype), dlast, t.last.to(dy.dtype), []
-    for c in reversed(range(dy.shape[1])):
-        after = dstate.to(dy.dtype)
-        ddecay = torch.linalg.vecdot(after.flatten(1), state.flatten(1))  # (b,)
-        given = t.to_end[:, c] * (K[:, c] @ after)
-        dr = solve[:, c] @ (du[:, c] + given)
-        dx = beta[:, c] * dr
-        kept = torch.baddbmm(dread[:, c], K[:, c].mT, t.from_start[:, c] * dx, alpha=-1)
-        dstate, state = (t.whole[:, c] * dstate).add_(kept), t.before[:, c]
-        parts.append((after, ddecay, given, dr, dx))
-    return Gradients(dstate, *(torch.stack(g, dim=1) for g in zip(*parts[::-1], strict=True)))
+    solve, dstate, state = t.solve.mT.to(dy.dtype), dlast, t.last.to(dy.dtype)
+    after, ddecay = torch.empty_like(t.before), t.last.new_empty(dy.shape[:2])
+    given, dr, dx = torch.empty_like(dy), torch.empty_like(dy), torch.empty_like(dy)
+    for c in reversed(range(len(dy))):
+        after[c].copy_(dstate)
+        ddecay[c] = torch.linalg.vecdot(after[c].flatten(1), state.flatten(1))  # (b,)
+        torch.mul(t.to_end[c], K[c] @ after[c], out=given[c])
+        torch.bmm(solve[c], du[c] + given[c], out=dr[c])
+        torch.mul(beta[c], dr[c], out=dx[c])
+        kept = torch.baddbmm(dread[c], K[c].mT, t.from_start[c] * dx[c], alpha=-1)
+        dstate, state = (t.whole[c] * dstate).add_(kept), t.before[c]
+    return Gradients(dstate, after, ddecay, given, dr, dx)
+
+
+def chunks_first(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """(b, c, ...) -> (c, b, ...)."""
+    return tuple(t.transpose(0, 1).contiguous() for t in tensors)
 
 
 def tile_forward(inputs: list[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
@@ -370,27 +434,27 @@ def tile_forward(inputs: list[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
 
     inputs: x (b, c, q, p), beta and log_decay (b, c, q), K and C (b, c, q, n).
     """
-    x, beta, log_decay, K, C = (t.contiguous() for t in inputs)  # a product would copy each time
+    x, beta, log_decay, K, C = chunks_first(*inputs)
     t = make_tile(x, beta, log_decay, K, C, state)
     y = t.scores @ t.u + t.from_start * (C @ t.before)
-    return y, t.last
+    return y.transpose(0, 1), t.last
 
 
 def tile_backward(
     inputs: list[Tensor], state: Tensor, dy: Tensor, dlast: Tensor
 ) -> tuple[Tensor, ...]:
     """The gradients of `inputs` and state from those of y and the last state."""
-    x, beta, log_decay, K, C, dy = (t.contiguous() for t in (*inputs, dy))
+    x, beta, log_decay, K, C, dy = chunks_first(*inputs, dy)
     t = make_tile(x, beta, log_decay, K, C, state)
     wide = beta.dtype
 
     d = carry_back(t, beta[..., None].to(x.dtype), K, C, dy, dlast)
-    weight = (d.r @ t.u.mT).mul_(t.overlap)  # (b, c, q, q), as `overlap` strictly lower
+    weight = (d.r @ t.u.mT).mul_(t.overlap)  # (c, b, q, q), as `overlap` strictly lower
     dbeta = (d.r * t.difference).sum(-1, dtype=wide) - weight.sum(-1, dtype=wide)
 
     doverlap = (d.x @ t.u.mT).mul_(t.decay)  # the negative of it, times decay
     dsimilarity = (dy @ t.u.mT).mul_(t.decay)
-    dkeys = -doverlap.tril(-1)  # (b, c, q, q)
+    dkeys = -doverlap.tril(-1)  # (c, b, q, q)
     dread = t.from_start * dy
     dK = sum_of_products(
         (-t.from_start * d.x, t.before.mT),
@@ -407,13 +471,5 @@ def tile_backward(
     dtotal = dtotal + through_states.sum(-1, dtype=wide)
     dtotal[..., -1] += d.decay
     dlog_decay = dtotal.flip(-1).cumsum(-1).flip(-1)
-    return d.x, dbeta, dlog_decay, dK, dC, d.first
-
-
-def sum_of_products(*pairs: tuple[Tensor, Tensor]) -> Tensor:
-    """The sum of a @ b (b, c, i, k) over pairs a (b, c, i, j) and b (b, c, j, k)."""
-    (first, second), *rest = ([t.flatten(0, 1) for t in pair] for pair in pairs)
-    total = first @ second
-    for a, b in rest:
-        total.baddbmm_(a, b)
-    return total.unflatten(0, pairs[0][0].shape[:2])
+    grads = (g.transpose(0, 1) for g in (d.x, dbeta, dlog_decay, dK, dC))
+    return *grads, d.first

@@ -274,7 +274,7 @@ def tile_forward(inputs: list[Tensor], D: Tensor, state: Tensor) -> tuple[Tensor
     x, dt, log_decay, B, C = inputs
     x, dt, log_decay = heads_first(x, dt, log_decay)
     t = make_tile(x, dt, log_decay, B[:, :, None], C[:, :, None], D, state)
-    y = t.scores @ x + t.reads @ t.states[:, :-1].to(x.dtype)
+    y = sum_of_products((t.scores, x), (t.reads, t.states[:, :-1].to(x.dtype)))
     return y.transpose(2, 3), t.states[:, -1]
 
 
@@ -288,12 +288,10 @@ def tile_backward(
     dt = dt.clamp(min=SMALLEST_DT)
     t = make_tile(x, dt, log_decay, B, C, D, state)
 
-    # dstates[:, c] is the gradient of the state before chunk c: `carry`, backwards in time.
-    dread_states = (t.reads.mT @ dy).to(state.dtype).flip(1)  # (b, c, h, n, p)
-    last_decay = log_decay.sum(-1).flip(1)  # (b, c, h)
-    dstates = carry(last_decay, dread_states, dlast).flip(1)  # (b, c+1, h, n, p)
+    dread_states = (t.reads.mT @ dy).to(state.dtype)  # (b, c, h, n, p)
+    dstates = carry_back(log_decay.sum(-1), dread_states, dlast)  # (b, c+1, h, n, p)
     after = dstates[:, 1:].to(x.dtype)
-    dx = t.scores.mT @ dy + t.writes @ after
+    dx = sum_of_products((t.scores.mT, dy), (t.writes, after))
 
     dscores = dy @ x.mT  # (b, c, h, q, q)
     dD = dscores.diagonal(dim1=-2, dim2=-1).sum((0, 1, 3), dtype=D.dtype)
@@ -338,8 +336,23 @@ def carry(log_decay: Tensor, written: Tensor, state: Tensor) -> Tensor:
     return torch.cat((inside[:, :count], begins[:, -1:]), dim=1)
 
 
+def carry_back(log_decay: Tensor, dread: Tensor, dlast: Tensor) -> Tensor:
+    """The gradients (b, c+1, h, n, p) of the states before each chunk, and of the last state.
+
+    dread (b, c, h, n, p) are those by what each chunk reads: `carry`, backwards in time.
+    """
+    if log_decay.shape[1] > GROUP:
+        return carry(log_decay.flip(1), dread.flip(1), dlast).flip(1)
+    return apply_decay(chunk_decay(log_decay).mT, torch.cat((dread, dlast[:, None]), dim=1))
+
+
 def carry_in_group(log_decay: Tensor, written: Tensor, state: Tensor) -> Tensor:
-    """The same as `carry`, in one product.
+    """The same as `carry`, in one product."""
+    return apply_decay(chunk_decay(log_decay), torch.cat((state[:, None], written), dim=1))
+
+
+def chunk_decay(log_decay: Tensor) -> Tensor:
+    """The decay (b, h, c+1, c+1) from the end of chunk j - 1 to that of chunk i - 1, 0 if i < j.
 
     The sum over a chunk can be in the thousands, so sums from chunk j to i are added up one by one:
     a difference of two cumulative sums would lose all digits.
@@ -347,9 +360,25 @@ def carry_in_group(log_decay: Tensor, written: Tensor, state: Tensor) -> Tensor:
     steps = F.pad(log_decay, (0, 0, 1, 0)).mT[..., None]  # (b, h, c+1, 1)
     steps = steps.expand(-1, -1, -1, steps.shape[2])
     sums = steps.masked_fill(~lower_triangle(steps, -1), 0.0).cumsum(2)  # (b, h, c+1, c+1)
-    decay = sums.masked_fill(~lower_triangle(sums), -math.inf).exp()
-    sources = torch.cat((state[:, None], written), dim=1).transpose(1, 2)  # (b, h, c+1, n, p)
-    return (decay @ sources.flatten(3)).view_as(sources).transpose(1, 2)
+    return sums.masked_fill(~lower_triangle(sums), -math.inf).exp()
+
+
+def apply_decay(decay: Tensor, sources: Tensor) -> Tensor:
+    """The sums of sources (b, c+1, h, n, p), weighted by decay (b, h, c+1, c+1)."""
+    sources = sources.transpose(1, 2)  # (b, h, c+1, n, p)
+    return (decay @ sources.flatten(3)).view(sources.shape).transpose(1, 2)
+
+
+def sum_of_products(*pairs: tuple[Tensor, Tensor]) -> Tensor:
+    """The sum of a @ b (..., i, k) over pairs a (..., i, j) and b (..., j, k)."""
+    (first, second), *rest = pairs
+    total = first @ second
+    if is_writing_graph():  # export allows no in-place write to a view
+        return sum((a @ b for a, b in rest), total)
+    flat = total.flatten(0, -3)
+    for a, b in rest:
+        flat.baddbmm_(a.flatten(0, -3), b.flatten(0, -3))
+    return total
 
 
 def lower_triangle(x: Tensor, diagonal: int = 0) -> Tensor:
@@ -397,12 +426,29 @@ class DepthwiseConv(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients of history and weight."""
         history, weight = ctx.saved_tensors
-        length, width = dy.shape[1], weight.shape[1]
-        wide = torch.promote_types(dy.dtype, torch.float32)
-        taps = (history[:, k : k + length] for k in range(width))
-        dtaps = [(dy * tap).sum((0, 1), dtype=wide) for tap in taps]
+        width = weight.shape[1]
         dhistory = depthwise(F.pad(dy, (0, 0, width - 1, width - 1)), weight.flip(1))
-        return dhistory, torch.stack(dtaps, dim=1).to(weight.dtype)
+        return dhistory, taps_gradient(history, dy, width).to(weight.dtype)
+
+
+def taps_gradient(history: Tensor, dy: Tensor, width: int) -> Tensor:
+    """The gradient (d, k) of a convolution's weight, from history (b, k-1+l, d) and dy (b, l, d).
+
+    The products of one part of a row are in memory at a time, and stay in the cache.
+    """
+    if dy.device.type != "cpu" or torch.compiler.is_compiling():
+        taps = (history[:, k : k + dy.shape[1]] for k in range(width))
+        wide = torch.promote_types(dy.dtype, torch.float32)
+        return torch.stack([(dy * tap).sum((0, 1), dtype=wide) for tap in taps], dim=1)
+    span = min(dy.shape[1], CPU_TILE)
+    products = dy.new_empty(width, span, dy.shape[2])
+    total = dy.new_zeros(products.shape[::2], dtype=torch.promote_types(dy.dtype, torch.float32))
+    for row, drow in zip(history, dy, strict=True):
+        for part in range(0, len(drow), span):
+            d = drow[part : part + span]
+            windows = row[part : part + len(d) + width - 1].unfold(0, len(d), 1).mT  # (k, span, d)
+            total += torch.mul(d, windows, out=products[:, : len(d)]).sum(1)
+    return total.T
 
 
 def depthwise(x: Tensor, weight: Tensor) -> Tensor:
@@ -462,16 +508,14 @@ def loss_and_gradients(
     hidden: Tensor, weight: Tensor, targets: Tensor, learns: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The summed cross entropy, its gradient by hidden, and by weight (None unless it learns)."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    logits = (hidden @ weight.mT).to(wide)  # (tokens, v)
+    logits = (hidden @ weight.mT).to(torch.promote_types(hidden.dtype, torch.float32))
     known = (targets != -100)[:, None]
     index = targets[:, None].masked_fill(~known, 0)
-    total = logits.logsumexp(-1, keepdim=True)
-    loss = ((total - logits.gather(1, index)) * known).sum()
-    dlogits = (logits - total).exp_()
-    dlogits = dlogits.scatter_add_(1, index, torch.full_like(total, -1.0)).mul_(known)
-    dlogits = dlogits.to(hidden.dtype)
-    return loss, dlogits @ weight, dlogits.mT @ hidden if learns else None
+    largest, right = logits.amax(-1, keepdim=True), logits.gather(1, index)
+    dlogits = logits.softmax(-1)  # (tokens, v); its largest value gives the logarithm of the sum
+    loss = ((largest - dlogits.amax(-1, keepdim=True).log() - right) * known).sum()
+    dlogits = dlogits.scatter_add_(1, index, torch.full_like(right, -1.0)).to(hidden.dtype)
+    return loss, (dlogits @ weight) * known, dlogits.mT @ (hidden * known) if learns else None
 
 
 # ------------------------------------------------------------------------------ quantization
