@@ -116,6 +116,7 @@ from tinymamba.runtime import (
     pick_amp_dtype,
     pick_device,
     profile_steps,
+    reuse_memory,
     shard_like,
     shard_model,
     take_batches,
@@ -1461,6 +1462,7 @@ class Trainer:
         self.sent = [0.0] * (len(Signals.STOPPING) + 1)  # to how many processes each was sent
         self.writer = BackgroundWriter(config.async_save)
         self.device = pick_device(config.device, from_launcher("LOCAL_RANK", 0))
+        reuse_memory()
         self.amp = pick_amp_dtype(config.amp_dtype, self.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)

@@ -207,8 +207,8 @@ def test_a_long_memory_crosses_from_tile_to_tile(monkeypatch, everywhere):
 @pytest.mark.parametrize("count", [4, 5, 16, 17, 75])  # one, two, two, three and four levels
 def test_states_carried_through_groups_of_groups_equal_those_of_one_product(monkeypatch, count):
     g = torch.Generator().manual_seed(0)
-    log_decay = -torch.rand(2, count, 3, generator=g).double().pow(4) * 40
-    written = torch.randn(2, count, 3, 5, 4, generator=g).double()
+    log_decay = -torch.rand(2, 3, count, generator=g).double().pow(4) * 40
+    written = torch.randn(2, 3, count, 5, 4, generator=g).double()
     inputs = [log_decay, written, torch.randn(2, 3, 5, 4, generator=g).double()]
     inputs = [t.requires_grad_() for t in inputs]
     monkeypatch.setattr(kernels, "GROUP", 4)

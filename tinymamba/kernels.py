@@ -227,14 +227,14 @@ def backward_over_tiles(
 class Tile(NamedTuple):
     """Intermediate values of one tile that both passes need."""
 
-    between: Tensor  # (b, c, h, q, q) decay from token j to i, times dt_j
-    similarity: Tensor  # (b, c, 1, q, q) C_i . B_j
-    scores: Tensor  # (b, c, h, q, q) factor of x_j in y_i
-    from_start: Tensor  # (b, c, h, q, 1) decay since the start of the chunk
-    to_end: Tensor  # (b, c, h, q, 1) decay until its end, times dt
-    reads: Tensor  # (b, c, h, q, n) C times from_start: reads the state before the chunk
-    writes: Tensor  # (b, c, h, q, n) B times to_end: writes the state after the chunk
-    states: Tensor  # (b, c+1, h, n, p) before each chunk, and after the last
+    between: Tensor  # (b, h, c, q, q) decay from token j to i, times dt_j
+    similarity: Tensor  # (b, 1, c, q, q) C_i . B_j
+    scores: Tensor  # (b, h, c, q, q) factor of x_j in y_i
+    from_start: Tensor  # (b, h, c, q, 1) decay since the start of the chunk
+    to_end: Tensor  # (b, h, c, q, 1) decay until its end, times dt
+    reads: Tensor  # (b, h, c, q, n) C times from_start: reads the state before the chunk
+    writes: Tensor  # (b, h, c, q, n) B times to_end: writes the state after the chunk
+    states: Tensor  # (b, h, c+1, n, p) before each chunk, and after the last
 
 
 def make_tile(
@@ -242,18 +242,18 @@ def make_tile(
 ) -> Tile:
     """The intermediate values of a tile.
 
-    x (b, c, h, q, p), dt and log_decay (b, c, h, q), B and C (b, c, 1, q, n).
+    x (b, h, c, q, p), dt and log_decay (b, h, c, q), B and C (b, 1, c, q, n).
     """
-    total = log_decay.cumsum(-1)  # (b, c, h, q)
+    total = log_decay.cumsum(-1)  # (b, h, c, q)
     between = total[..., :, None] - total[..., None, :]
     future = torch.full_like(between[0, 0, 0], -math.inf).triu(1)
     between = torch.minimum(between, future).exp_().mul_(dt[..., None, :]).to(x.dtype)
     similarity = C @ B.mT
     scores = similarity * between
     if is_writing_graph():  # export allows no in-place write to a view
-        scores = scores + D[:, None, None] * torch.eye(scores.shape[-1], device=D.device)
+        scores = scores + D[:, None, None, None] * torch.eye(scores.shape[-1], device=D.device)
     else:
-        scores.diagonal(dim1=-2, dim2=-1).add_(D[:, None])
+        scores.diagonal(dim1=-2, dim2=-1).add_(D[:, None, None])
     from_start = total.exp()[..., None]
     to_end = ((total[..., -1:] - total).clamp(max=0).exp() * dt)[..., None]
     reads, writes = (C * from_start).to(x.dtype), (B * to_end).to(x.dtype)
@@ -262,8 +262,8 @@ def make_tile(
 
 
 def heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """(b, c, q, h, ...) -> (b, c, h, q, ...)."""
-    return tuple(t.transpose(2, 3).contiguous() for t in tensors)
+    """(b, c, q, h, ...) -> (b, h, c, q, ...)."""
+    return tuple(t.movedim(3, 1).contiguous() for t in tensors)
 
 
 def tile_forward(inputs: list[Tensor], D: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -273,9 +273,9 @@ def tile_forward(inputs: list[Tensor], D: Tensor, state: Tensor) -> tuple[Tensor
     """
     x, dt, log_decay, B, C = inputs
     x, dt, log_decay = heads_first(x, dt, log_decay)
-    t = make_tile(x, dt, log_decay, B[:, :, None], C[:, :, None], D, state)
-    y = sum_of_products((t.scores, x), (t.reads, t.states[:, :-1].to(x.dtype)))
-    return y.transpose(2, 3), t.states[:, -1]
+    t = make_tile(x, dt, log_decay, B[:, None], C[:, None], D, state)
+    y = sum_of_products((t.scores, x), (t.reads, t.states[:, :, :-1].to(x.dtype)))
+    return y.movedim(1, 3), t.states[:, :, -1]
 
 
 def tile_backward(
@@ -284,71 +284,73 @@ def tile_backward(
     """The gradients of `inputs`, D and state from those of y and the last state."""
     x, dt, log_decay, B, C = inputs
     x, dt, log_decay, dy = heads_first(x, dt, log_decay, dy)
-    B, C = B[:, :, None], C[:, :, None]
+    B, C = B[:, None], C[:, None]
     dt = dt.clamp(min=SMALLEST_DT)
     t = make_tile(x, dt, log_decay, B, C, D, state)
 
-    dread_states = (t.reads.mT @ dy).to(state.dtype)  # (b, c, h, n, p)
-    dstates = carry_back(log_decay.sum(-1), dread_states, dlast)  # (b, c+1, h, n, p)
-    after = dstates[:, 1:].to(x.dtype)
+    dread_states = (t.reads.mT @ dy).to(state.dtype)  # (b, h, c, n, p)
+    dstates = carry_back(log_decay.sum(-1), dread_states, dlast)  # (b, h, c+1, n, p)
+    after = dstates[:, :, 1:].to(x.dtype)
     dx = sum_of_products((t.scores.mT, dy), (t.writes, after))
 
-    dscores = dy @ x.mT  # (b, c, h, q, q)
-    dD = dscores.diagonal(dim1=-2, dim2=-1).sum((0, 1, 3), dtype=D.dtype)
+    dscores = dy @ x.mT  # (b, h, c, q, q)
+    dD = dscores.diagonal(dim1=-2, dim2=-1).sum((0, 2, 3), dtype=D.dtype)
     dscores = dscores.mul_(t.between)
-    dsimilarity = dscores.sum(2, keepdim=True)  # (b, c, 1, q, q)
-    dreads = (dy @ t.states[:, :-1].to(x.dtype).mT).to(dt.dtype)  # (b, c, h, q, n)
+    dsimilarity = dscores.sum(1, keepdim=True)  # (b, 1, c, q, q)
+    dreads = (dy @ t.states[:, :, :-1].to(x.dtype).mT).to(dt.dtype)  # (b, h, c, q, n)
     dwrites = (x @ after.mT).to(dt.dtype)
-    dC = dsimilarity @ B + (dreads * t.from_start).sum(2, keepdim=True)
-    dB = dsimilarity.mT @ C + (dwrites * t.to_end).sum(2, keepdim=True)
+    dC = dsimilarity @ B + (dreads * t.from_start).sum(1, keepdim=True)
+    dB = dsimilarity.mT @ C + (dwrites * t.to_end).sum(1, keepdim=True)
 
     # Every decay is the exponential of a sum of logarithms, so its gradient is value * gradient.
-    weight = dscores.mul_(t.similarity)
-    read = weight.sum(-1, dtype=dt.dtype) + (dreads * t.reads).sum(-1)  # (b, c, h, q)
-    written = weight.sum(-2, dtype=dt.dtype) + (dwrites * t.writes).sum(-1)
+    weight = dscores.mul_(t.similarity).to(dt.dtype)
+    read = weight.sum(-1) + (dreads * t.reads).sum(-1)  # (b, h, c, q)
+    written = weight.sum(-2) + (dwrites * t.writes).sum(-1)
     dtotal = read - written
-    dtotal[..., -1] += (dstates[:, 1:] * t.states[:, 1:]).sum((-2, -1))
+    dtotal[..., -1] += (dstates[:, :, 1:] * t.states[:, :, 1:]).sum((-2, -1))
     dlog_decay = dtotal.flip(-1).cumsum(-1).flip(-1)
     ddt = written / dt
-    dx, ddt, dlog_decay = (g.transpose(2, 3) for g in (dx, ddt, dlog_decay))
-    return dx, ddt, dlog_decay, dB[:, :, 0], dC[:, :, 0], dD, dstates[:, 0]
+    dx, ddt, dlog_decay = (g.movedim(1, 3) for g in (dx, ddt, dlog_decay))
+    return dx, ddt, dlog_decay, dB[:, 0], dC[:, 0], dD, dstates[:, :, 0]
 
 
 def carry(log_decay: Tensor, written: Tensor, state: Tensor) -> Tensor:
-    """States between chunks, (b, c+1, h, n, p): before the first chunk, then after each one.
+    """States between chunks, (b, h, c+1, n, p): before the first chunk, then after each one.
 
-    log_decay (b, c, h) is the sum over each chunk; written (b, c, h, n, p), state (b, h, n, p).
+    log_decay (b, h, c) is the sum over each chunk; written (b, h, c, n, p), state (b, h, n, p).
     The work of `carry_in_group` grows with the square of the number of chunks. Many chunks are
     therefore split into groups: first from group to group, then inside of all groups at once.
     """
-    batch, count = log_decay.shape[:2]
+    batch, _, count = log_decay.shape
     if is_writing_graph() or count <= GROUP:
         return carry_in_group(log_decay, written, state)
     pad = -count % GROUP  # with zeros, which leave the state as it is
-    log_decay = F.pad(log_decay, (0, 0, 0, pad)).unflatten(1, (-1, GROUP))  # (b, groups, 64, h)
-    written = F.pad(written, (0, 0) * 3 + (0, pad)).unflatten(1, (-1, GROUP))
+    log_decay = F.pad(log_decay, (0, pad)).unflatten(2, (-1, GROUP))  # (b, h, groups, 64)
+    written = F.pad(written, (0, 0) * 2 + (0, pad)).unflatten(2, (-1, GROUP))
     # From the end of each chunk to the end of its group.
-    later = F.pad(log_decay[:, :, 1:], (0, 0, 0, 1)).flip(2).cumsum(2).flip(2)
-    total = (later.exp()[..., None, None] * written).sum(2)  # (b, groups, h, n, p)
-    begins = carry(log_decay.sum(2), total, state)  # (b, groups+1, h, n, p)
-    parts = (t.flatten(0, 1) for t in (log_decay, written, begins[:, :-1]))
-    inside = carry_in_group(*parts)[:, :-1].unflatten(0, (batch, -1)).flatten(1, 2)
-    return torch.cat((inside[:, :count], begins[:, -1:]), dim=1)
+    later = F.pad(log_decay[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
+    total = (later.exp()[..., None, None] * written).sum(3)  # (b, h, groups, n, p)
+    begins = carry(log_decay.sum(-1), total, state)  # (b, h, groups+1, n, p)
+    parts = (log_decay, written, begins[:, :, :-1])
+    parts = (t.transpose(1, 2).flatten(0, 1) for t in parts)  # groups are rows of the batch
+    inside = carry_in_group(*parts)[:, :, :-1].unflatten(0, (batch, -1))
+    inside = inside.transpose(1, 2).flatten(2, 3)[:, :, :count]
+    return torch.cat((inside, begins[:, :, -1:]), dim=2)
 
 
 def carry_back(log_decay: Tensor, dread: Tensor, dlast: Tensor) -> Tensor:
-    """The gradients (b, c+1, h, n, p) of the states before each chunk, and of the last state.
+    """The gradients (b, h, c+1, n, p) of the states before each chunk, and of the last state.
 
-    dread (b, c, h, n, p) are those by what each chunk reads: `carry`, backwards in time.
+    dread (b, h, c, n, p) are those by what each chunk reads: `carry`, backwards in time.
     """
-    if log_decay.shape[1] > GROUP:
-        return carry(log_decay.flip(1), dread.flip(1), dlast).flip(1)
-    return apply_decay(chunk_decay(log_decay).mT, torch.cat((dread, dlast[:, None]), dim=1))
+    if log_decay.shape[2] > GROUP:
+        return carry(log_decay.flip(2), dread.flip(2), dlast).flip(2)
+    return apply_decay(chunk_decay(log_decay).mT, torch.cat((dread, dlast[:, :, None]), dim=2))
 
 
 def carry_in_group(log_decay: Tensor, written: Tensor, state: Tensor) -> Tensor:
     """The same as `carry`, in one product."""
-    return apply_decay(chunk_decay(log_decay), torch.cat((state[:, None], written), dim=1))
+    return apply_decay(chunk_decay(log_decay), torch.cat((state[:, :, None], written), dim=2))
 
 
 def chunk_decay(log_decay: Tensor) -> Tensor:
@@ -357,16 +359,15 @@ def chunk_decay(log_decay: Tensor) -> Tensor:
     The sum over a chunk can be in the thousands, so sums from chunk j to i are added up one by one:
     a difference of two cumulative sums would lose all digits.
     """
-    steps = F.pad(log_decay, (0, 0, 1, 0)).mT[..., None]  # (b, h, c+1, 1)
+    steps = F.pad(log_decay, (1, 0))[..., None]  # (b, h, c+1, 1)
     steps = steps.expand(-1, -1, -1, steps.shape[2])
     sums = steps.masked_fill(~lower_triangle(steps, -1), 0.0).cumsum(2)  # (b, h, c+1, c+1)
     return sums.masked_fill(~lower_triangle(sums), -math.inf).exp()
 
 
 def apply_decay(decay: Tensor, sources: Tensor) -> Tensor:
-    """The sums of sources (b, c+1, h, n, p), weighted by decay (b, h, c+1, c+1)."""
-    sources = sources.transpose(1, 2)  # (b, h, c+1, n, p)
-    return (decay @ sources.flatten(3)).view(sources.shape).transpose(1, 2)
+    """The sums of sources (b, h, c+1, n, p), weighted by decay (b, h, c+1, c+1)."""
+    return (decay @ sources.flatten(3)).view_as(sources)
 
 
 def sum_of_products(*pairs: tuple[Tensor, Tensor]) -> Tensor:

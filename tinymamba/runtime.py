@@ -61,6 +61,19 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+def reuse_memory() -> bool:
+    """Let glibc keep freed memory for the next tensor; returns whether this C library can.
+
+    It gives large blocks back to the system otherwise, which fills every page with zeros before it
+    lends it again: a tenth of a training step on a CPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    largest, m_trim_threshold, m_mmap_threshold = 2**31 - 1, -1, -3
+    return mallopt is not None and all(
+        mallopt(name, largest) for name in (m_trim_threshold, m_mmap_threshold)
+    )
+
+
 def pick_amp_dtype(wanted: torch.dtype, device: torch.device) -> torch.dtype:
     """The autocast dtype that the hardware is fast in; float32 means no autocast."""
     if device.type == "cuda" and wanted == torch.bfloat16:
