@@ -86,20 +86,20 @@ from tinymamba.fused import add_scaled, rms_norm, rotate, silu_product, weighted
 from tinymamba.kernels import (
     ChunkedLoss,
     ChunkedScan,
-    DepthwiseConv,
+    ResidualConv,
     bounded_decay,
     count_blocks,
     depthwise,
     fill_model,
     is_writing_graph,
     loss_and_gradients,
-    lower_triangle,
     quantize_like,
     running_phase,
     scan_in_one_tile,
     settle_ties,
     sparsemax,
     stored_tensors,
+    with_tail,
 )
 from tinymamba.optimizer import make_optimizer
 from tinymamba.packing import find_documents, keep_last, padding_last, take_tokens
@@ -530,28 +530,26 @@ class ShortConv(nn.Module):
 
     def forward(
         self, u: Tensor, context: SequenceContext, tail: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """u (b, l, d), tail (b, k-1, d) of the inputs before it -> the same shapes."""
-        width, length, weight = self.width, u.shape[1], self.weight.to(u.dtype)
-        if tail is None:
-            history = F.pad(u, (0, 0, width - 1, 0))  # (b, k-1+l, d)
-        else:
-            history = torch.cat((tail.to(u.dtype), u), dim=1)
-        if length == 1 and not context.packed:
-            u = u + (history * weight.T).sum(1, keepdim=True)
-        elif context.packed:
-            age = torch.arange(length, device=u.device) - context.starts  # (b, l)
-            known = [(age >= width - 1 - k)[..., None] for k in range(width)]  # (b, l, 1) each
-            taps = (history[:, k : k + length] * weight[:, k] for k in range(width))
-            u = u + sum(tap * same for tap, same in zip(taps, known, strict=True))
-        else:
-            weight = weight + self.identity(weight)
-            u = (depthwise if is_writing_graph() else DepthwiseConv.apply)(history, weight)
-        return u, keep_last(history, width - 1, context.lengths)
+    ) -> tuple[Tensor, Tensor | None]:
+        """u (b, l, d), tail (b, k-1, d) of the inputs before it -> the same shapes.
 
-    def identity(self, weight: Tensor) -> Tensor:
-        """The taps (d, k) that give u itself."""
-        return F.pad(torch.ones_like(weight[:, :1]), (self.width - 1, 0))
+        The new tail is None if states are not needed.
+        """
+        past, length, weight = self.width - 1, u.shape[1], self.weight.to(u.dtype)
+        if context.stateless and not context.packed and not is_writing_graph():
+            return ResidualConv.apply(u, tail, weight), None
+        history = with_tail(u, tail, past)  # (b, k-1+l, d)
+        new_tail = keep_last(history, past, context.lengths)
+        if length == 1 and not context.packed:
+            return u + (history * weight.T).sum(1, keepdim=True), new_tail
+        if context.packed:
+            age = torch.arange(length, device=u.device) - context.starts  # (b, l)
+            known = [(age >= past - k)[..., None] for k in range(past + 1)]  # (b, l, 1) each
+            taps = (history[:, k : k + length] * weight[:, k] for k in range(past + 1))
+            return u + sum(tap * same for tap, same in zip(taps, known, strict=True)), new_tail
+        if is_writing_graph():
+            return u + depthwise(history, weight), new_tail
+        return ResidualConv.apply(u, tail, weight), new_tail
 
 
 class MambaSSM(nn.Module):
@@ -879,9 +877,11 @@ class TinyMambaBlock(nn.Module):
         attention, keys, values, k_tail, memory = self.attention(u, context, past)
         mix = weighted_sum(gates.to(u.dtype), [ssm, attention, self.run_mlp(u, gates[..., 2])])
         x = add_scaled(x, self.residual_scale, self.dropout(mix))
+        if context.stateless:
+            return x, None, gates
         tails = [t for t in (tail, bc_tail, k_tail) if t is not None]
         layer = LayerState(torch.cat(tails, dim=-1), ssm_state, phase, keys, values, memory)
-        return x, None if context.stateless else layer, gates
+        return x, layer, gates
 
     def run_mlp(self, u: Tensor, weight: Tensor) -> Tensor:
         """The MLP; on a CPU only for tokens to which a sparse gate gives it weight.

@@ -20,12 +20,11 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from testv2 import FOLDER_FIELDS, Config, TinyMambaModel, begin_as_shift, to_autocast
 from tinymamba.cli import need, parse_words, require
-from tinymamba.kernels import DepthwiseConv
+from tinymamba.kernels import ResidualConv
 
 WIDTH = 4  # tokens of llama_conv's convolutions
 TRANSFORMERS = "5.23.0"  # has all of them
@@ -53,8 +52,7 @@ class WithConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (b, l, ...) -> (b, l, d)."""
         u = to_autocast(self.module(x))
-        history = F.pad(u, (0, 0, WIDTH - 1, 0))  # (b, k-1+l, d)
-        return u + DepthwiseConv.apply(history, self.conv_weight.to(u.dtype))
+        return ResidualConv.apply(u, None, self.conv_weight.to(u.dtype))
 
 
 # ------------------------------------------------------------------------------------ models

@@ -20,13 +20,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tinymamba.fused import is_by_hand
-from tinymamba.kernels import lower_triangle
+from tinymamba.kernels import is_writing_graph, lower_triangle
 
 
 def to_blocks(t: Tensor, blocks: int, window: int) -> Tensor:
     """(b, a, l, f) -> (n, b*a, w, f), with zeros at the end."""
-    t = F.pad(t, (0, 0, 0, blocks * window - t.shape[2])).flatten(0, 1)
-    return t.unflatten(1, (blocks, window)).transpose(0, 1).contiguous()
+    pad = blocks * window - t.shape[2]
+    if is_writing_graph() or pad > 0:
+        t = F.pad(t, (0, 0, 0, pad))
+    return t.flatten(0, 1).unflatten(1, (blocks, window)).transpose(0, 1).contiguous()
 
 
 def attend_to_window(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:

@@ -95,7 +95,8 @@ class Rotation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of x: the opposite rotation."""
-        return rotated(dy, *ctx.saved_tensors, -1), None, None
+        cos, sin = ctx.saved_tensors
+        return rotated(dy, cos, sin, -1), None, None
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:

@@ -332,8 +332,8 @@ def carry(log_decay: Tensor, written: Tensor, state: Tensor) -> Tensor:
     total = (later.exp()[..., None, None] * written).sum(3)  # (b, h, groups, n, p)
     begins = carry(log_decay.sum(-1), total, state)  # (b, h, groups+1, n, p)
     parts = (log_decay, written, begins[:, :, :-1])
-    parts = (t.transpose(1, 2).flatten(0, 1) for t in parts)  # groups are rows of the batch
-    inside = carry_in_group(*parts)[:, :, :-1].unflatten(0, (batch, -1))
+    rows = (t.transpose(1, 2).flatten(0, 1) for t in parts)  # groups are rows of the batch
+    inside = carry_in_group(*rows)[:, :, :-1].unflatten(0, (batch, -1))
     inside = inside.transpose(1, 2).flatten(2, 3)[:, :, :count]
     return torch.cat((inside, begins[:, :, -1:]), dim=2)
 
@@ -409,27 +409,40 @@ def sparsemax(logits: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------ convolution
 
 
-class DepthwiseConv(torch.autograd.Function):
-    """Causal depthwise convolution: history (b, k-1+l, d) and weight (d, k) -> (b, l, d).
+class ResidualConv(torch.autograd.Function):
+    """u plus its causal depthwise convolution: u (b, l, d), weight (d, k) -> (b, l, d).
 
-    PyTorch's own backward pass takes seven times as long on a CPU for one long row as for several.
+    tail (b, k-1, d) or None are the inputs before u. PyTorch's own backward pass takes seven times
+    as long on a CPU for one long row as for several.
     """
 
     @staticmethod
-    def forward(ctx: Any, history: Tensor, weight: Tensor) -> Tensor:
-        """The convolution, in the dtype of its inputs."""
+    def forward(ctx: Any, u: Tensor, tail: Tensor | None, weight: Tensor) -> Tensor:
+        """The sum, in the dtype of u."""
+        history = with_tail(u, tail, weight.shape[1] - 1)
         ctx.save_for_backward(history, weight)
-        with torch.autocast(history.device.type, enabled=False):
-            return depthwise(history, weight)
+        ctx.tail_dtype = None if tail is None else tail.dtype
+        with torch.autocast(u.device.type, enabled=False):
+            return depthwise(history, weight).add_(u)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients of history and weight."""
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of u, tail and weight."""
         history, weight = ctx.saved_tensors
-        width = weight.shape[1]
-        dhistory = depthwise(F.pad(dy, (0, 0, width - 1, width - 1)), weight.flip(1))
-        return dhistory, taps_gradient(history, dy, width).to(weight.dtype)
+        past = weight.shape[1] - 1
+        before = past if ctx.needs_input_grad[1] else 0
+        dhistory = depthwise(F.pad(dy, (0, 0, before, past)), weight.flip(1))
+        dtail = dhistory[:, :before].to(ctx.tail_dtype) if before else None
+        dweight = taps_gradient(history, dy, past + 1)
+        return dhistory[:, before:] + dy, dtail, dweight.to(weight.dtype)
+
+
+def with_tail(u: Tensor, tail: Tensor | None, past: int) -> Tensor:
+    """u (b, l, d) after its tail (b, past, d), or after zeros."""
+    if tail is None:
+        return F.pad(u, (0, 0, past, 0))
+    return torch.cat((tail.to(u.dtype), u), dim=1)
 
 
 def taps_gradient(history: Tensor, dy: Tensor, width: int) -> Tensor:
