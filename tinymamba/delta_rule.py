@@ -28,7 +28,7 @@ from torch import Tensor
 from torch._higher_order_ops.scan import scan
 from torch.autograd.function import once_differentiable
 
-from tinymamba.fused import is_by_hand, promoted
+from tinymamba.fused import is_in_graph, promoted
 from tinymamba.kernels import (
     GPU_TILE,
     Tiles,
@@ -50,7 +50,7 @@ def key_features(x: Tensor, products: int, dtype: torch.dtype) -> Tensor:
     2102.11174, eq. 37, without its rectifier), or x itself where `products` is 0. Products of
     different vectors overlap less than the vectors do, so a state can tell more keys apart.
     """
-    if products and is_by_hand(x):
+    if products and not is_in_graph():
         return KeyFeatures.apply(x, products, dtype)
     x, shifts = x.to(promoted(x)), range(1, products + 1)
     if not products:

@@ -1,7 +1,7 @@
 """Small operations of a block, each with a backward pass by hand.
 
 PyTorch's autograd makes several passes over memory for each of them, and keeps what it need not.
-A compiled or exported graph, and a call without gradients, use the plain formula. Time them with
+A compiled or exported graph uses the plain formula. Time them with
 
     python -m benchmarks.parts
 
@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tinymamba.kernels import is_writing_graph
 
-def is_by_hand(*tensors: Tensor) -> bool:
-    """Whether a backward pass will follow, outside of a graph that a compiler or exporter sees."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    return any(t.requires_grad for t in tensors)
+
+def is_in_graph() -> bool:
+    """Whether a compiler or an exporter records the operations: it takes the plain formulas."""
+    return torch.compiler.is_compiling() or is_writing_graph()
 
 
 def promoted(x: Tensor) -> torch.dtype:
@@ -41,9 +41,9 @@ def sum_tokens(x: Tensor, like: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension of x (..., d)."""
-    if is_by_hand(x, weight):
-        return RootMeanSquareNorm.apply(x, weight, eps)
-    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+    if is_in_graph():
+        return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+    return RootMeanSquareNorm.apply(x, weight, eps)
 
 
 class RootMeanSquareNorm(torch.autograd.Function):
@@ -76,27 +76,33 @@ class RootMeanSquareNorm(torch.autograd.Function):
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (i, i + f/2) of x (..., l, f); cos and sin (..., l, f/2) have its dtype."""
-    if is_by_hand(x) and not cos.requires_grad:
+    if not is_in_graph():
         return Rotation.apply(x, cos, sin)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class Rotation(torch.autograd.Function):
-    """`rotate` by constant angles."""
+    """`rotate`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The rotated pairs, in contiguous memory."""
-        ctx.save_for_backward(cos, sin)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, cos, sin)
         return rotated(x, cos, sin, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of x: the opposite rotation."""
-        cos, sin = ctx.saved_tensors
-        return rotated(dy, cos, sin, -1), None, None
+        """The gradients of x, which is the opposite rotation, and of cos and sin."""
+        x, cos, sin = ctx.saved_tensors
+        dx = rotated(dy, cos, sin, -1)
+        if x is None:
+            return dx, None, None
+        (first, second), (dfirst, dsecond) = x.chunk(2, dim=-1), dy.chunk(2, dim=-1)
+        dcos = (first * dfirst + second * dsecond).sum_to_size(cos.shape)
+        dsin = (first * dsecond - second * dfirst).sum_to_size(sin.shape)
+        return dx, dcos, dsin
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
@@ -114,7 +120,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
 
 def silu_product(both: Tensor) -> Tensor:
     """silu(gate) * x of both = (gate, x) (..., 2e): (..., e)."""
-    if is_by_hand(both):
+    if not is_in_graph():
         return SiluProduct.apply(both)
     gate, x = both.chunk(2, dim=-1)
     return F.silu(gate) * x
@@ -146,9 +152,7 @@ class SiluProduct(torch.autograd.Function):
 
 def weighted_sum(gates: Tensor, branches: list[Tensor]) -> Tensor:
     """The sum of three branches (b, l, d) times gates (b, l, 3) of their dtype."""
-    if is_by_hand(gates, *branches):
-        return WeightedSum.apply(gates, *branches)
-    return sum_branches(gates, branches)
+    return sum_branches(gates, branches) if is_in_graph() else WeightedSum.apply(gates, *branches)
 
 
 def sum_branches(gates: Tensor, branches: Any) -> Tensor:
@@ -178,9 +182,7 @@ class WeightedSum(torch.autograd.Function):
 
 def add_scaled(x: Tensor, scale: Tensor, update: Tensor) -> Tensor:
     """x + scale * update: x (..., d), scale (d,), and an update that may have a narrower dtype."""
-    if is_by_hand(x, scale, update):
-        return ScaledAddition.apply(x, scale, update)
-    return x + scale * update
+    return x + scale * update if is_in_graph() else ScaledAddition.apply(x, scale, update)
 
 
 class ScaledAddition(torch.autograd.Function):
