@@ -31,8 +31,9 @@ OF_EXTRAS = {  # not in `import *`: they need more packages
     "onnx_generate": "OnnxModel",
     "hf_integration": "TinyMambaConfig TinyMambaHFModel TinyMambaHFTokenizer",
 }
-MODULES = {*NAMES, *OF_EXTRAS, "archives", "benchmark", "chat_template", "data"}
-MODULES |= {"data_order", "delta_rule", "documents", "export_model", "inputs", "kernels", "lock"}
+MODULES = {*NAMES, *OF_EXTRAS, "archives", "attention", "benchmark", "chat_template", "data"}
+MODULES |= {"data_order", "delta_rule", "documents", "export_model", "fused", "inputs", "kernels"}
+MODULES |= {"lock"}
 MODULES |= {"middleware", "namesake", "openai_api", "openai_responses", "optimizer", "packing"}
 MODULES |= {"prefix_cache", "runtime", "schedule", "serve", "structured", "token_file"}
 MODULES |= {"token_shards", "tool_calls"}

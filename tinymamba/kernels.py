@@ -1,7 +1,7 @@
 """Hand-written forward and backward passes, where PyTorch's own are slow; quantized layers.
 
 `ChunkedScan` is the parallel form of `scan_sequential` in testv2.py, which is its reference,
-`DepthwiseConv` a causal convolution, `ChunkedLoss` a loss whose logits are never all in memory, and
+`ResidualConv` a causal convolution, `ChunkedLoss` a loss whose logits are never all in memory, and
 `QuantizedLinear` a linear layer of integer weights. All are plain PyTorch, on every device. Time
 them with
 
