@@ -162,7 +162,8 @@ class GatedDeltaRule(torch.autograd.Function):
 
     As in ChunkedScan, one tile of chunks goes through all steps before the next tile, and the
     backward pass computes a tile's intermediate values again. States are (b, n, p). torch.compile
-    sees each pass as one operation: it would unroll the loop over chunks.
+    sees each pass as one operation: it would unroll the loop over chunks. Otherwise the functions
+    are called, as an operation would import torch._dynamo first: most of a second.
     """
 
     @staticmethod
@@ -177,7 +178,8 @@ class GatedDeltaRule(torch.autograd.Function):
         chunk_size: int,
     ) -> tuple[Tensor, Tensor]:
         """The y (b, l, p) and the last state (b, n, p)."""
-        y, last, begins = delta_forward(x, beta, log_decay, K, C, state, chunk_size)
+        run = delta_forward if torch.compiler.is_compiling() else forward_in_tiles
+        y, last, begins = run(x, beta, log_decay, K, C, state, chunk_size)
         ctx.save_for_backward(x, beta, log_decay, K, C, begins)
         ctx.chunk_size = chunk_size
         return y, last
@@ -186,11 +188,11 @@ class GatedDeltaRule(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of the inputs, in their order."""
-        return *delta_backward(*ctx.saved_tensors, dy, dlast, ctx.chunk_size), None
+        run: Any = delta_backward if torch.compiler.is_compiling() else backward_in_tiles
+        return *run(*ctx.saved_tensors, dy, dlast, ctx.chunk_size), None
 
 
-@torch.library.custom_op("tinymamba::delta_forward", mutates_args=())
-def delta_forward(
+def forward_in_tiles(
     x: Tensor, beta: Tensor, log_decay: Tensor, K: Tensor, C: Tensor, state: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The y, the last state, and the states (t, b, n, p) before each of t tiles of the text."""
@@ -199,6 +201,11 @@ def delta_forward(
     y, last, begins = forward_over_tiles(tile_forward, over, inputs, state.contiguous())
     begins = torch.stack([torch.cat(begins[i :: len(spans)]) for i in range(len(spans))])
     return y.flatten(1, 2)[:, : x.shape[1]].contiguous(), last, begins
+
+
+delta_forward = torch.library.custom_op(
+    "tinymamba::delta_forward", forward_in_tiles, mutates_args=()
+)
 
 
 @delta_forward.register_fake
@@ -210,8 +217,7 @@ def _(
     return x.new_empty(x.shape), state.new_empty(state.shape), begins
 
 
-@torch.library.custom_op("tinymamba::delta_backward", mutates_args=())
-def delta_backward(
+def backward_in_tiles(
     x: Tensor,
     beta: Tensor,
     log_decay: Tensor,
@@ -230,6 +236,11 @@ def delta_backward(
     grads, dstate = backward_over_tiles(tile_backward, over, inputs, states, dy, dlast)
     dx, dbeta, dlog_decay, dK, dC = (g.flatten(1, 2)[:, : x.shape[1]].contiguous() for g in grads)
     return dx, dbeta, dlog_decay, dK, dC, dstate
+
+
+delta_backward = torch.library.custom_op(
+    "tinymamba::delta_backward", backward_in_tiles, mutates_args=()
+)
 
 
 @delta_backward.register_fake
