@@ -48,6 +48,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+if __name__ == "__main__":
+    from tinymamba.cli import begin
+
+    begin(__file__, __spec__)
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -40,6 +40,11 @@ from pathlib import Path
 from types import MethodType
 from typing import Any, ClassVar, NamedTuple
 
+if __name__ == "__main__":
+    from tinymamba.cli import begin
+
+    begin(__file__, __spec__)
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -63,6 +68,7 @@ from tinymamba.checkpoint import (
     run_lock,
     save_checkpoint,  # noqa: F401 one of the names to import from here
     sibling,
+    unfilled,
     weight_files,
     write_json,
     write_tensors,
@@ -1354,7 +1360,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> TinyMamb
     problem = "holds an adapter only, not a model"
     remedy = "pass the base's checkpoint, and the adapter's folder as --adapter"
     require("adapter" not in state, str(path), problem, remedy)
-    model = TinyMambaModel(Config.from_dict(state["config"]))
+    model = unfilled(TinyMambaModel, Config.from_dict(state["config"]))
     fill_model(model, state["model"], str(path), "config", "use the version that wrote it")
     model.tokenizer = state.get("tokenizer")
     return model.to(device).eval()
@@ -1390,16 +1396,14 @@ def load_folder(folder: Path) -> TinyMambaModel:
         tied, both = config["tie_embeddings"], "tie_embeddings and tie_word_embeddings"
         same = config.get("tie_word_embeddings", tied) == tied  # the name in `transformers`
         require(same, str(path), f"{both} differ", "make them equal")
-        model = TinyMambaModel(Config.from_dict({n: config[n] for n in FOLDER_FIELDS}))
+        model = unfilled(TinyMambaModel, Config.from_dict({n: config[n] for n in FOLDER_FIELDS}))
         if config.get("quantization") is not None:
             quantize_like(model, config["quantization"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
         raise UserError(str(path), f"cannot be read ({e})", remedy) from None
-    path = folder / "model.safetensors"
-    tensors: dict[str, Tensor] = {}
-    for file in weight_files(path):
-        tensors |= read_all_tensors(file, remedy, unsigned=("model.", "score."))[0]
-    tensors = {name.removeprefix("model."): t for name, t in tensors.items()}
+    path, unsigned = folder / "model.safetensors", ("model.", "score.")
+    files = [read_all_tensors(file, remedy, unsigned)[0] for file in weight_files(path)]
+    tensors = {name.removeprefix("model."): t for file in files for name, t in file.items()}
     fill_model(model, tensors, str(path), "config.json", remedy)
     model.tokenizer = read_folder_tokenizer(folder, config)
     return model

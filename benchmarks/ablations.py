@@ -28,6 +28,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+if __name__ == "__main__":
+    from tinymamba.cli import begin
+
+    begin(__file__, __spec__)
+
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -27,6 +27,11 @@ import time
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+if __name__ == "__main__":
+    from tinymamba.cli import begin
+
+    begin(__file__, __spec__)
+
 import numpy as np
 import torch
 from torch import Tensor

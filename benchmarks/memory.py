@@ -33,6 +33,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 from unittest import mock
 
+if __name__ == "__main__":
+    from tinymamba.cli import begin
+
+    begin(__file__, __spec__)
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -18,6 +18,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
+if __name__ == "__main__":
+    from tinymamba.cli import begin
+
+    begin(__file__, __spec__)
+
 import torch
 from torch import Tensor
 

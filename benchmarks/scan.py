@@ -19,6 +19,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+if __name__ == "__main__":
+    from tinymamba.cli import begin
+
+    begin(__file__, __spec__)
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -27,6 +27,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+if __name__ == "__main__":
+    from tinymamba.cli import begin
+
+    begin(__file__, __spec__)
+
 import torch
 
 from benchmark import DEFAULT, PEERS, append_row, count, fit, interleave, timed

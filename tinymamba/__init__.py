@@ -35,8 +35,8 @@ MODULES = {*NAMES, *OF_EXTRAS, "archives", "attention", "benchmark", "chat_templ
 MODULES |= {"data_order", "delta_rule", "documents", "export_model", "fused", "inputs", "kernels"}
 MODULES |= {"lock"}
 MODULES |= {"middleware", "namesake", "openai_api", "openai_responses", "optimizer", "packing"}
-MODULES |= {"prefix_cache", "runtime", "schedule", "serve", "structured", "token_file"}
-MODULES |= {"token_shards", "tool_calls"}
+MODULES |= {"prefix_cache", "quick_help", "runtime", "schedule", "serve", "structured"}
+MODULES |= {"token_file", "token_shards", "tool_calls"}
 HOMES = {name: module for module, names in {**NAMES, **OF_EXTRAS}.items() for name in names.split()}
 
 __all__ = ["__version__", *(name for names in NAMES.values() for name in names.split())]

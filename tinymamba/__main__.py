@@ -7,7 +7,8 @@ Only the script that is run is imported.
 """
 
 import difflib
-import importlib
+import gc
+import importlib.util
 import sys
 import types
 import typing
@@ -40,13 +41,17 @@ def reject(field: str, problem: str, remedy: str) -> typing.NoReturn:
     sys.exit(2)
 
 
+def module_of(script: str) -> str:
+    """The module of the package that a script is."""
+    return "tinymamba." + script.removesuffix(".py").replace("/", ".")
+
+
 def load(script: str) -> types.ModuleType:
     """Import the module of a script; if a package is missing, exit with its pip line."""
-    module = script.removesuffix(".py").replace("/", ".")
     try:
-        return importlib.import_module(f"tinymamba.{module}")
+        return importlib.import_module(module_of(script))
     except ModuleNotFoundError as e:
-        package = (e.name or module).partition(".")[0]
+        package = (e.name or script).partition(".")[0]
         reject(package, "is not installed", f"pip install {package}")
 
 
@@ -68,7 +73,16 @@ def main() -> None:
         reject(name or "COMMAND", "unknown command" if name else "is missing", hint)
     script, *first = COMMANDS[name][0].split()
     sys.argv = ["tinymamba" if first else f"tinymamba {name}", *first, *words]  # shown by --help
-    load("cli.py").run_cli(lambda: load(script).main([*first, *words]))
+    cli = load("cli.py")
+    cli.begin(script, importlib.util.find_spec(module_of(script)))
+
+    def run() -> int | None:
+        gc.disable()  # as in `begin`, until all is imported
+        start = load(script).main
+        cli.resume_collection()
+        return start([*first, *words])
+
+    cli.run_cli(run)
 
 
 if __name__ == "__main__":

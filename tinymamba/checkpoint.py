@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from tinymamba.cli import UserError, from_launcher, grant_or_choose, require, say
@@ -396,6 +397,28 @@ def move_aside(path: Path, mark: str = "", say: Callable[[str], object] = say) -
         number = next(n for n in range(1, 1 << 30) if not Path(f"{path}{mark}.{n}").exists())
         path.rename(f"{path}{mark}.{number}")
         say(f"{path}{'' if mark else ' of an earlier run'} is now {path}{mark}.{number}")
+
+
+class Unfilled(TorchFunctionMode):
+    """Inside it, tensors keep what is in memory instead of random numbers."""
+
+    METHODS = (Tensor.normal_, Tensor.uniform_)
+    OF_INIT = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        """Call a function of PyTorch, unless it draws random numbers."""
+        kwargs = kwargs or {}
+        if func in self.OF_INIT:
+            return kwargs["tensor"]
+        return args[0] if func in self.METHODS else func(*args, **kwargs)
+
+
+def unfilled(make: Callable[..., Any], config: Any) -> Any:
+    """The model that `make` makes, whose tensors are about to be loaded."""
+    with Unfilled():
+        return make(config)
 
 
 # ----------------------------------------------------------------------------------- folders
