@@ -1322,7 +1322,8 @@ def align_weights(model: nn.Module) -> None:
 CODE = (
     "hf_integration.py", "testv2.py", "attention.py", "checkpoint.py", "cli.py", "data_order.py",
     "dataset.py", "delta_rule.py", "fused.py", "kernels.py", "lock.py", "optimizer.py",
-    "packing.py", "runtime.py", "schedule.py", "token_file.py", "token_shards.py", "tokenizer.py",
+    "packing.py", "profiling.py", "runtime.py", "schedule.py", "token_file.py", "token_shards.py",
+    "tokenizer.py",
 )  # fmt: skip
 OUTPUTS = (
     "model.safetensors", "config.json", "generation_config.json", "README.md", "vocab.txt",

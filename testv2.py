@@ -109,6 +109,7 @@ from tinymamba.kernels import (
 )
 from tinymamba.optimizer import make_optimizer
 from tinymamba.packing import find_documents, keep_last, padding_last, take_tokens
+from tinymamba.profiling import profile_steps
 from tinymamba.runtime import (
     Logger,
     Signals,
@@ -121,7 +122,6 @@ from tinymamba.runtime import (
     open_log_folder,
     pick_amp_dtype,
     pick_device,
-    profile_steps,
     reuse_memory,
     shard_like,
     shard_model,
@@ -2098,7 +2098,7 @@ class Trainer:
         """Time five steps, see profile_steps; saves nothing."""
         batches = self.train_batches(5)
         trace = self.folder / "profile_trace.json" if self.main else None
-        profile_steps(lambda: self.train_step(batches), self.device, trace, self.log.say)
+        profile_steps(self, batches, trace)
         self.close()
         return 0
 

@@ -162,7 +162,7 @@ def place(tmp_path_factory) -> Iterator[Workspace]:
     for name in ("train", "val"):
         write_tokens(folder / "data" / "python" / f"{name}.bin", text * 2)
     (folder / "docs").mkdir()
-    for name in ("ablations.md", "ablations.jsonl"):
+    for name in ("ablations.md", "ablations.jsonl", "benchmarks.md"):
         shutil.copy(ROOT / "docs" / name, folder / "docs")
     save_stand_in_for_gpt2(folder / "gpt2")
     save_folder(folder / "first_form", wide(n_layer=1, **FIRST_FORM))
@@ -319,6 +319,12 @@ RUNS = [  # the first pattern that a command begins with counts
     Run(r"python -m benchmarks.memory", "benchmarks.memory", [*TASK, *flags(read=16)], "accuracy"),
     Run(r"python -m benchmarks.parts .*window", "benchmarks.parts", PARTS, "window_size=512"),
     Run(r"python -m benchmarks.parts", "benchmarks.parts", PARTS, "memory=false"),
+    Run(
+        r"python -m benchmarks.step",
+        "benchmarks.step",
+        flags(d_model=64, n_layer=1, num_heads=1, vocab_size=64, block_size=16, steps=1),
+        "SSM: scan",
+    ),
     Run(
         r"python -m benchmarks.scan",
         "benchmarks.scan",

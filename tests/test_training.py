@@ -810,6 +810,7 @@ def test_profile_prints_a_table_writes_a_trace_and_touches_no_checkpoint(place):
     done = run_script("testv2.py", *brief_flags(max_steps=2), "--profile", cwd=place)
     assert done.returncode == 0, done.stderr
     assert "Self CPU" in done.stdout and "aten::" in done.stdout
+    assert "| SSM: scan " in done.stdout and "the parts account for" in done.stdout
     [trace] = place.rglob("*trace*.json")
     assert len(json.loads(trace.read_text())["traceEvents"]) > 100
     assert [p.name for p in place.rglob("*.pt*")] == [str(LATEST)]

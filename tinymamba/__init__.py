@@ -31,12 +31,12 @@ OF_EXTRAS = {  # not in `import *`: they need more packages
     "onnx_generate": "OnnxModel",
     "hf_integration": "TinyMambaConfig TinyMambaHFModel TinyMambaHFTokenizer",
 }
-MODULES = {*NAMES, *OF_EXTRAS, "archives", "attention", "benchmark", "chat_template", "data"}
-MODULES |= {"data_order", "delta_rule", "documents", "export_model", "fused", "inputs", "kernels"}
-MODULES |= {"lock"}
-MODULES |= {"middleware", "namesake", "openai_api", "openai_responses", "optimizer", "packing"}
-MODULES |= {"prefix_cache", "quick_help", "runtime", "schedule", "serve", "structured"}
-MODULES |= {"token_file", "token_shards", "tool_calls"}
+MODULES = {*NAMES, *OF_EXTRAS}
+MODULES |= {"archives", "attention", "benchmark", "chat_template", "data", "data_order"}
+MODULES |= {"delta_rule", "documents", "export_model", "fused", "inputs", "kernels", "lock"}
+MODULES |= {"middleware", "namesake", "openai_api", "openai_responses", "optimizer"}
+MODULES |= {"packing", "prefix_cache", "profiling", "quick_help", "runtime", "schedule"}
+MODULES |= {"serve", "structured", "token_file", "token_shards", "tool_calls"}
 HOMES = {name: module for module, names in {**NAMES, **OF_EXTRAS}.items() for name in names.split()}
 
 __all__ = ["__version__", *(name for names in NAMES.values() for name in names.split())]

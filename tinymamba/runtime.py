@@ -1,4 +1,4 @@
-"""What a run needs from its environment: launcher, device, other processes, signals, logs, profile.
+"""What a run needs from its environment: launcher, device, other processes, signals, logs.
 
 Nothing here depends on the model.
 """
@@ -468,7 +468,7 @@ def take_batches(loader: Any) -> Iterator:
         raise
 
 
-# -------------------------------------------------------------------------- logs and profile
+# -------------------------------------------------------------------------------------- logs
 
 
 def open_log_folder(parent: Path, name: str, resumed: bool) -> str:
@@ -684,22 +684,3 @@ def plot_losses(history: dict[str, list], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)
-
-
-def profile_steps(
-    step: Callable[[], object],
-    device: torch.device,
-    trace: Path | None,
-    say: Callable[[str], object],
-) -> None:
-    """Run two steps to warm up, then three under torch.profiler: a table, and a trace file."""
-    for _ in range(2):
-        step()
-    with torch.profiler.profile() as profiler:
-        for _ in range(3):
-            step()
-    column = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    say(profiler.key_averages().table(sort_by=column, row_limit=20))
-    if trace:
-        profiler.export_chrome_trace(str(trace))
-        say(f"trace in {trace}: open it in chrome://tracing or ui.perfetto.dev")
