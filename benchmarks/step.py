@@ -5,7 +5,7 @@
     python -m benchmarks.step --table docs/benchmarks.md
 
 Steps of the trainer on random tokens, data and optimizer included: the table of testv2.py
---profile, see tinymamba/profiling.py. Numbers are means over --steps, in ms.
+--profile, see tinymamba/profiling.py. Numbers are of the fastest of --steps, in ms.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ from torch.distributed.run import get_args_parser
 import benchmark
 import export_model
 import hf_integration
-from benchmarks import ladder, quality
+from benchmarks import ladder, ledger, quality
 from data import prepare
 from testv2 import Config, parse_command_line, save_folder
 from tinymamba import __main__ as package
@@ -176,6 +176,7 @@ def place(tmp_path_factory) -> Iterator[Workspace]:
             patch.setitem(quality.TASKS, task, quality.TASKS[task]._replace(block=320, batch=1))
             patch.setitem(quality.OURS, task, small)
         patch.setattr(ladder, "LENGTH", 512)
+        patch.setattr(ledger, "SIZES", ledger.Sizes({**small, "vocab_size": 64}, batch=1))
         workspace.run(PREPARE)
         workspace.run(TRAIN)
         for i in (1, 2, 3):
@@ -319,6 +320,13 @@ RUNS = [  # the first pattern that a command begins with counts
     Run(r"python -m benchmarks.memory", "benchmarks.memory", [*TASK, *flags(read=16)], "accuracy"),
     Run(r"python -m benchmarks.parts .*window", "benchmarks.parts", PARTS, "window_size=512"),
     Run(r"python -m benchmarks.parts", "benchmarks.parts", PARTS, "memory=false"),
+    Run(r"python -m benchmarks.ledger .*--only", "benchmarks.ledger", says="passes "),
+    Run(
+        r"python -m benchmarks.ledger",
+        "benchmarks.ledger",
+        [*flags(only="loss_head", output="ledger.jsonl"), "--dry_run"],
+        "loss_head ",
+    ),
     Run(
         r"python -m benchmarks.step",
         "benchmarks.step",

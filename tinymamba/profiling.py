@@ -71,7 +71,7 @@ COLUMNS = ("forward", "backward", "products", "other", "ms", "%")
 
 @dataclass
 class Cost:
-    """What a part takes, in ms per step."""
+    """What a part takes, in ms."""
 
     forward: float = 0.0
     backward: float = 0.0
@@ -92,7 +92,7 @@ class Cost:
 
 
 class Profile(NamedTuple):
-    """Mean costs of a training step."""
+    """The costs of a training step."""
 
     costs: dict[str, Cost]  # by part, in the order of PARTS
     step: float  # ms of a step
@@ -192,8 +192,8 @@ class Place(NamedTuple):
     product: bool = False
 
 
-def costs_of(events: list[FunctionEvent], device: torch.device, steps: int) -> dict[str, Cost]:
-    """The costs of all parts and of STEP: on a GPU the time of kernels, else of the host."""
+def costs_of(events: list[FunctionEvent], step: FunctionEvent, on_gpu: bool) -> dict[str, Cost]:
+    """The costs of all parts and of STEP in one step: time of the GPU's kernels, or of the host."""
     costs: dict[str, Cost] = {}
     makers: dict[tuple, Place] = {}  # thread and sequence number: the last operator that had it
     on_host = [e for e in events if e.device_type == torch.autograd.DeviceType.CPU]
@@ -205,11 +205,12 @@ def costs_of(events: list[FunctionEvent], device: torch.device, steps: int) -> d
         if event.sequence_nr >= 0 and not event.name.startswith(BACKWARD):
             makers[event.thread, event.sequence_nr] = place
         spent = event.self_cpu_time_total  # in microseconds
-        if device.type == "cuda":
+        if on_gpu:
             spent = sum(kernel.duration for kernel in event.kernels)
-        if place.part is not None:
-            ms = spent / 1000 / steps
-            costs.setdefault(place.part, Cost()).add(ms, place.backward, place.product)
+        inside = step.time_range.start <= event.time_range.start <= step.time_range.end
+        if inside and place.part is not None:
+            cost = costs.setdefault(place.part, Cost())
+            cost.add(spent / 1000, place.backward, place.product)
         pending += [(child, place) for child in reversed(event.cpu_children)]
     return costs
 
@@ -233,7 +234,10 @@ def place_of(event: FunctionEvent, above: Place, makers: dict[tuple, Place]) -> 
 
 
 def profile_parts(trainer: Any, batches: Iterator, steps: int) -> tuple[Profile, Any]:
-    """Run two steps to warm up, then `steps` under the profiler, which is returned as well."""
+    """Run two steps to warm up, then `steps` under the profiler: the costs of the fastest of them.
+
+    The profiler is returned as well.
+    """
     for _ in range(2):
         start = time.perf_counter()
         trainer.train_step(batches)
@@ -242,10 +246,10 @@ def profile_parts(trainer: Any, batches: Iterator, steps: int) -> tuple[Profile,
         for _ in range(steps):
             trainer.train_step(batches)
     events = profiler.events()
-    costs = costs_of(events, trainer.device, steps)
-    whole = sum(e.cpu_time_total for e in events if e.name == PREFIX + STEP)
+    step = min((e for e in events if e.name == PREFIX + STEP), key=lambda e: e.cpu_time_total)
+    costs = costs_of(events, step, on_gpu=trainer.device.type == "cuda")
     ordered = {part: costs[part] for part in PARTS if part in costs}
-    return Profile(ordered, whole / 1000 / steps, 1000 * plain), profiler
+    return Profile(ordered, step.cpu_time_total / 1000, 1000 * plain), profiler
 
 
 def profile_steps(trainer: Any, batches: Iterator, trace: Path | None) -> None:
