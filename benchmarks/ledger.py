@@ -12,7 +12,7 @@ attention and the same autocast. The models have random weights.
 
 A row holds the commit, so files under git's control must be as committed. All rows are drawn into
 docs/ledger.png. --check warns where a number is worse than in the last row of the same machine by
-more than the noise: by more than either spread, and more than 5%. It exits with 0.
+more than the noise: by more than either spread, and more than 5%, twice. It exits with 0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import functools
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -342,20 +342,31 @@ def last_of_machine(rows: list[dict], row: dict) -> dict[str, dict]:
     return found
 
 
-def warnings_of(rows: list[dict], row: dict) -> Iterator[str]:
-    """A line for each number that is worse than the last of this machine by more than noise."""
-    before = last_of_machine(rows, row)
+def worse(rows: list[dict], row: dict) -> dict[str, str]:
+    """A warning for each number that is worse than the last of this machine by more than noise."""
+    before, found = last_of_machine(rows, row), {}
     for name, new in row["numbers"].items():
         if name not in before:
-            yield f"note: {name} was never measured on this machine: there is nothing to compare"
             continue
         old = before[name]
         more, noise = new["ratio"] - old["ratio"], max(new["spread"], old["spread"])
         if more > noise and more > NOISE * old["ratio"]:
-            yield (
+            found[name] = (
                 f"warning: {name} is {more / old['ratio']:.0%} worse than at {old['commit']}: "
                 f"{new['ratio']:.3f} instead of {old['ratio']:.3f}, spread {noise:.3f}"
             )
+    return found
+
+
+def check(rows: list[dict], row: dict) -> None:
+    """Print what is worse, in a second measurement as well."""
+    if unknown := row["numbers"].keys() - last_of_machine(rows, row):
+        print(f"note: this machine has no row with {', '.join(sorted(unknown))}")
+    suspects = list(worse(rows, row))
+    if suspects:
+        print(f"measuring again what seems worse: {', '.join(suspects)}")
+        again = worse(rows, measure_all(suspects, ""))
+        print("\n".join(again.values()) or "not confirmed")
 
 
 # ------------------------------------------------------------------------------------ picture
@@ -410,8 +421,8 @@ def main(argv: list[str] | None = None) -> int:
         need("matplotlib")
     earlier = read_rows(str(o.output)) if o.output.exists() else []
     row = measure_all(o.only or list(NUMBERS), commit)
-    for line in warnings_of(earlier, row) if o.check else ():
-        print(line)
+    if o.check:
+        check(earlier, row)
     if appends:
         append_row(str(o.output), row)
         plot([*earlier, row], o.output.with_suffix(".png"))

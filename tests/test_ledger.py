@@ -8,7 +8,7 @@ import torch
 from helpers import assert_refused, flags, run_main
 
 from benchmarks import ledger
-from benchmarks.ledger import NUMBERS, Sizes, product_run, summarize, warnings_of
+from benchmarks.ledger import NUMBERS, Sizes, product_run, summarize, worse
 
 SMALL = {"d_model": 64, "n_layer": 1, "num_heads": 1, "vocab_size": 64}
 TINY = Sizes(
@@ -99,10 +99,11 @@ def test_check_warns_of_what_is_worse_beyond_the_noise_and_appends_nothing(check
     before = path.read_bytes()
     done = run_ledger("--check", *words, cwd=checkout)
     assert done.returncode == 0, done.stderr
+    assert "measuring again what seems worse: loss_head" in done.stdout
     assert "warning: loss_head is " in done.stdout and f"at {row['commit']}" in done.stdout
     assert path.read_bytes() == before
     done = run_ledger("--check", "--only", "prefill", cwd=checkout)
-    assert done.returncode == 0 and "note: prefill was never measured" in done.stdout
+    assert done.returncode == 0 and "note: this machine has no row with prefill" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -116,33 +117,39 @@ def test_check_warns_of_what_is_worse_beyond_the_noise_and_appends_nothing(check
     ],
 )
 def test_worse_is_beyond_both_spreads_and_five_percent(old, new, warns):
-    found = [*warnings_of([row_of(token=9.0), row_of(token=old, commit="c1")], row_of(token=new))]
-    assert [line.startswith("warning: token is ") and "at c1" in line for line in found] == [
-        True
-    ] * warns
+    rows = [row_of(token=9.0), row_of(token=old, commit="c1")]
+    found = worse(rows, row_of(token=new, scan=9.0))
+    assert [*found] == ["token"] * warns
+    assert all(line.startswith("warning: token is ") and "c1" in line for line in found.values())
 
 
 def test_a_wide_spread_on_either_side_is_noise():
     for wide in (0, 1):
         rows = [row_of(token=1.0), row_of(token=1.2)]
         rows[wide]["numbers"]["token"]["spread"] = 0.3
-        assert not [*warnings_of(rows[:1], rows[1])]
+        assert not worse(rows[:1], rows[1])
 
 
 @pytest.mark.parametrize("field", HERE)
-def test_another_machine_is_not_compared(field):
+def test_another_machine_is_not_compared(field, capsys):
     other = row_of({**HERE, field: "other"}, token=1.0)
-    [line] = warnings_of([other], row_of(token=2.0))
-    assert line.startswith("note: token was never measured on this machine")
-    [line] = warnings_of([row_of(token=1.0), other], row_of(token=2.0))
-    assert line.startswith("warning: token")
+    ledger.check([other], row_of(token=2.0))
+    assert capsys.readouterr().out == "note: this machine has no row with token\n"
+    assert [*worse([row_of(token=1.0), other], row_of(token=2.0))] == ["token"]
 
 
 def test_each_number_is_compared_with_the_last_row_that_has_it():
     rows = [row_of(token=1.0, scan=5.0, commit="c1"), row_of(scan=1.0, commit="c2")]
-    lines = [*warnings_of(rows, row_of(token=2.0, scan=2.0))]
-    assert ["at c1" in line for line in lines] == [True, False]
-    assert ["at c2" in line for line in lines] == [False, True]
+    found = worse(rows, row_of(token=2.0, scan=2.0))
+    assert "at c1" in found["token"] and "at c2" in found["scan"]
+
+
+def test_what_is_worse_once_only_is_no_warning(monkeypatch, capsys):
+    monkeypatch.setattr(
+        ledger, "measure_all", lambda names, commit: row_of(**dict.fromkeys(names, 1.0))
+    )
+    ledger.check([row_of(token=1.0, scan=1.0)], row_of(token=2.0, scan=1.0))
+    assert capsys.readouterr().out == "measuring again what seems worse: token\nnot confirmed\n"
 
 
 def test_ratios_are_of_rounds_and_the_spread_is_their_middle_half():
