@@ -5,10 +5,10 @@
     python -m benchmarks.ledger --check --only scan passes
     python -m benchmarks.ledger --dry_run                # print the row only
 
-Every ratio is of seconds: ours through the reference's, so less is better. NUMBERS below says what
-they are. In every round each side runs once; the ratio is the median of the rounds' ratios, and
-its spread the range of the middle half of them. Llama has as many parameters as TinyMamba, SDPA
-attention and the same autocast. The models have random weights.
+Every ratio is of seconds on the CPU: ours divided by the reference's, so less is better.
+docs/benchmarks.md says what they are. In every round each side runs once; the ratio is the median
+of the rounds' ratios, and its spread the range of the middle half of them. Llama has as many
+parameters as TinyMamba, SDPA attention and the same autocast. The models have random weights.
 
 A row holds the commit, so files under git's control must be as committed. All rows are drawn into
 docs/ledger.png. --check warns where a number is worse than in the last row of the same machine by
@@ -92,7 +92,11 @@ def product_run(multiplications: int, inner: int, repeats: int = 1) -> Run:
 
 
 def against_llama(
-    kind: str, fields: dict[str, Any], case: tuple[int, int], dtype: torch.dtype, compiled: bool
+    kind: str,
+    fields: dict[str, Any],
+    case: tuple[int, int],
+    dtype: torch.dtype = torch.bfloat16,
+    compiled: bool = False,
 ) -> Makers:
     """A benchmark of benchmark.py for TinyMamba and for Llama; case: batch and length."""
     dtype = pick_amp_dtype(dtype, CPU)
@@ -114,22 +118,22 @@ def against_llama(
 
 def training(s: Sizes) -> Makers:
     """A training step of 8 x 512 tokens with AdamW / Llama's."""
-    return against_llama("training", s.model, (s.batch, s.length), torch.bfloat16, False)
+    return against_llama("training", s.model, (s.batch, s.length))
 
 
 def training_compiled(s: Sizes) -> Makers:
     """The same, both compiled."""
-    return against_llama("training", s.model, (s.batch, s.length), torch.bfloat16, True)
+    return against_llama("training", s.model, (s.batch, s.length), compiled=True)
 
 
 def training_long(s: Sizes) -> Makers:
     """A training step of one text of 4,096 tokens / Llama's."""
-    return against_llama("training", s.model, (1, s.long_length), torch.bfloat16, False)
+    return against_llama("training", s.model, (1, s.long_length))
 
 
 def training_demo(s: Sizes) -> Makers:
     """A training step of the preset demo, 8 x 256 tokens / Llama's of its size."""
-    return against_llama("training", s.demo, (s.batch, s.demo_length), torch.bfloat16, False)
+    return against_llama("training", s.demo, (s.batch, s.demo_length))
 
 
 def passes(s: Sizes) -> Makers:
@@ -176,12 +180,12 @@ def loss_head(s: Sizes) -> Makers:
 
 def prefill(s: Sizes) -> Makers:
     """A prompt of 512 tokens / Llama's."""
-    return against_llama("prefill", s.model, (1, s.length), torch.bfloat16, False)
+    return against_llama("prefill", s.model, (1, s.length))
 
 
 def token(s: Sizes) -> Makers:
     """A token after 512, by model.advance in float32 / Llama's with its cache."""
-    return against_llama("decode", s.model, (1, s.length), torch.float32, False)
+    return against_llama("decode", s.model, (1, s.length), torch.float32)
 
 
 def make_server(fields: dict[str, Any], dtype: torch.dtype, bits: int = 0) -> StreamingServer:
@@ -287,7 +291,7 @@ def measure_all(names: list[str], commit: str) -> dict[str, Any]:
         found = numbers[name] = measure(name, SIZES)
         print(
             f"{name:18s} {found['ratio']:8.3f}   middle half {found['low']:.3f} to "
-            f"{found['high']:.3f}   {found['ms']:.2f} through {found['reference_ms']:.2f} ms",
+            f"{found['high']:.3f}   {found['ms']:.2f} / {found['reference_ms']:.2f} ms",
             flush=True,
         )
     seconds = round(time.perf_counter() - start)
@@ -397,7 +401,7 @@ def plot(rows: list[dict], path: Path) -> None:
         axes.tick_params(labelsize=7)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", fontsize=7, frameon=False)
-    figure.supylabel("seconds of TinyMamba through those of the reference (less is better)", size=9)
+    figure.supylabel("seconds of TinyMamba / seconds of the reference (less is better)", size=9)
     atomic_write(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 

@@ -23,7 +23,7 @@ import torch
 from benchmarks.report import around_markers, write_between
 from testv2 import FOLDER_FIELDS, Config, Trainer
 from tinymamba.cli import parse_flags, parse_words, run_cli
-from tinymamba.profiling import Profile, profile_parts
+from tinymamba.profiling import WARMUP, Profile, profile_parts
 
 
 @dataclass
@@ -57,7 +57,7 @@ def make_config(options: Options, folder: Path) -> Config:
     """The run's settings; all of its files lie in `folder`."""
     o, data = options, folder / "tokens.bin"
     words = parse_words(o.variant.split(), Config, FOLDER_FIELDS, "write FIELD=VALUE", "testv2.py")
-    tokens = (o.steps + 2) * o.batch_size * o.block_size + 1
+    tokens = (o.steps + WARMUP) * o.batch_size * o.block_size + 1
     np.random.default_rng(0).integers(o.vocab_size, size=tokens, dtype=np.int32).tofile(data)
     shared = ("d_model", "n_layer", "num_heads", "vocab_size", "batch_size", "block_size")
     config = Config(
@@ -66,7 +66,7 @@ def make_config(options: Options, folder: Path) -> Config:
         bias=False,
         dropout=0.0,
         gradient_accumulation_steps=1,
-        max_steps=o.steps + 2,
+        max_steps=o.steps + WARMUP,
         train_data_path=str(data),
         enable_validation=False,
         checkpoint_path=str(folder / "model.pt"),
@@ -79,12 +79,12 @@ def measure(options: Options) -> Profile:
     """Train on random tokens."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(make_config(options, Path(folder)))
+        batches = trainer.train_batches(options.steps + WARMUP)
         try:
-            return profile_parts(trainer, trainer.train_batches(options.steps + 2), options.steps)[
-                0
-            ]
+            profile, _ = profile_parts(trainer, batches, options.steps)
         finally:
             trainer.close()
+    return profile
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -66,6 +66,7 @@ BY_EVENT = {"Optimizer.": OPTIMIZER, "enumerate(DataLoader)": DATA}  # ranges th
 BACKWARD = "autograd::engine::evaluate_function"  # a node of autograd's graph
 PRODUCT = re.compile(r"\w+::(_?\w*mm|_?(add)?mv|dot|_linear_pointwise|_\w*scaled_dot_product_\w+)$")
 ENOUGH = 0.95  # share of a step that the parts should account for
+WARMUP = 2  # steps before those that are profiled
 COLUMNS = ("forward", "backward", "products", "other", "ms", "%")
 
 
@@ -234,11 +235,8 @@ def place_of(event: FunctionEvent, above: Place, makers: dict[tuple, Place]) -> 
 
 
 def profile_parts(trainer: Any, batches: Iterator, steps: int) -> tuple[Profile, Any]:
-    """Run two steps to warm up, then `steps` under the profiler: the costs of the fastest of them.
-
-    The profiler is returned as well.
-    """
-    for _ in range(2):
+    """Run WARMUP steps, then `steps` in the profiler: the costs of the fastest, and the profiler."""
+    for _ in range(WARMUP):
         start = time.perf_counter()
         trainer.train_step(batches)
     plain = time.perf_counter() - start
