@@ -235,7 +235,7 @@ def place_of(event: FunctionEvent, above: Place, makers: dict[tuple, Place]) -> 
 
 
 def profile_parts(trainer: Any, batches: Iterator, steps: int) -> tuple[Profile, Any]:
-    """Run WARMUP steps, then `steps` in the profiler: the costs of the fastest, and the profiler."""
+    """Run WARMUP steps, then `steps` in the profiler: the costs of the fastest; the profiler."""
     for _ in range(WARMUP):
         start = time.perf_counter()
         trainer.train_step(batches)
