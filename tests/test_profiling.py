@@ -4,12 +4,13 @@ import pytest
 import torch
 from helpers import brief_config, flags, run_main
 from torch import nn
+from torch.autograd.profiler import record_function
 from torch.autograd.profiler_util import FunctionEvent
 
 from benchmarks import step
 from testv2 import Trainer
 from tinymamba import profiling
-from tinymamba.profiling import Cost, Profile, profile_parts, recorded
+from tinymamba.profiling import Cost, Profile, costs_of, profile_parts, recorded
 
 OF_SCAN = {"SSM: scan", "SSM: steps, rotation, gating", "SSM: projections", "SSM: convolution"}
 OF_ATTENTION = {"attention: projections", "attention: convolution", "attention: core"}
@@ -66,6 +67,21 @@ def test_backward_operators_belong_to_the_part_of_their_forward_operator(place, 
     assert found["memory"].forward >= 1  # one block has it
     lacking = ("embedding", "norm and convolution", "optimizer", "clipping", "autograd itself")
     assert not any(found[part].total for part in lacking)
+
+
+def test_a_sequence_number_belongs_to_the_last_operator_that_has_it():
+    x = torch.ones(3, requires_grad=True)
+    with torch.profiler.profile() as profiler, record_function("part: step"):
+        with record_function("part: before"):
+            x.detach() + 1  # makes no node, so the next operator has its number too
+        with record_function("part: of x"):
+            y = (2 * x).sum()
+        y.backward()
+    events = profiler.events()
+    whole = next(event for event in events if event.name == "part: step")
+    costs = costs_of(events, whole, on_gpu=False)
+    assert costs["of x"].backward > 0 == costs["before"].backward < costs["before"].forward
+    assert costs["autograd itself"].total > 0  # the gradient of x is stored
 
 
 def test_compiled_blocks_are_one_part_each_and_are_not_compiled_again(place, monkeypatch):
