@@ -89,6 +89,7 @@ from testv2 import (
 )
 from tinymamba.checkpoint import new_folder, read_all_tensors, replace_files, save_model, write_json
 from tinymamba.cli import CliParser, UserError, add_flags, make_options, require, run_cli
+from tinymamba.decode import PLAIN_MODULES
 from tinymamba.kernels import (
     QuantizedLinear,
     complete_tensors,
@@ -586,6 +587,9 @@ class TinyMambaHFBlock(GradientCheckpointingLayer, TinyMambaBlock):
         if isinstance(context.attend, Recorder):
             x = context.attend.record_hidden(x)
         return TinyMambaBlock.forward(self, x, context, past)
+
+
+PLAIN_MODULES.add(TinyMambaHFBlock)  # a recorder is an argument, for which `run` looks itself
 
 
 class TinyMambaHFBackbone(TinyMambaModel):
@@ -1321,7 +1325,7 @@ def align_weights(model: nn.Module) -> None:
 # The code of a model folder, and all files that `convert` may write.
 CODE = (
     "hf_integration.py", "testv2.py", "attention.py", "checkpoint.py", "cli.py", "data_order.py",
-    "dataset.py", "delta_rule.py", "fused.py", "kernels.py", "lock.py", "optimizer.py",
+    "dataset.py", "decode.py", "delta_rule.py", "fused.py", "kernels.py", "lock.py", "optimizer.py",
     "packing.py", "profiling.py", "runtime.py", "schedule.py", "token_file.py", "token_shards.py",
     "tokenizer.py",
 )  # fmt: skip

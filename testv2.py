@@ -87,6 +87,7 @@ from tinymamba.cli import (
 )
 from tinymamba.data_order import ShardedBatches
 from tinymamba.dataset import StreamingTokenDataset
+from tinymamba.decode import PLAIN_MODULES, step, why_general
 from tinymamba.delta_rule import key_features, run_delta_rule
 from tinymamba.fused import add_scaled, rms_norm, rotate, silu_product, weighted_sum
 from tinymamba.kernels import (
@@ -108,7 +109,7 @@ from tinymamba.kernels import (
     with_tail,
 )
 from tinymamba.optimizer import make_optimizer
-from tinymamba.packing import find_documents, keep_last, padding_last, take_tokens
+from tinymamba.packing import erase_states, find_documents, keep_last, padding_last, take_tokens
 from tinymamba.profiling import profile_steps
 from tinymamba.runtime import (
     Logger,
@@ -1003,6 +1004,9 @@ class TinyMambaModel(nn.Module):
         after which a document begins, besides the eos tokens of document_mask. See
         SequenceContext for `attend`.
         """
+        others = (attention_mask, embedded, ends, attend)
+        if state is not None and not why_general(self, ids, state, others):
+            return step(self, ids, state)
         back, lengths = None, None
         if ids.shape[1] == 0 or (attention_mask is not None and attention_mask.shape != ids.shape):
             shape = tuple(ids.shape)
@@ -1117,6 +1121,12 @@ class TinyMambaModel(nn.Module):
         return digest({"config": shape, "weights": dict(self.state_dict())})
 
 
+PLAIN_MODULES |= {  # what tinymamba/decode.py knows
+    TinyMambaBlock, MambaSSM, LocalAttention, Memory, SwiGLU, TokenAdaptiveGating, ShortConv,
+    RMSNorm, Float32Linear, nn.Linear, nn.Embedding, nn.Dropout, nn.ModuleList,
+}  # fmt: skip
+
+
 def init_weights(model: TinyMambaModel) -> None:
     """All initial weights, in one place; nothing changes them afterwards.
 
@@ -1201,18 +1211,6 @@ def init_conv(conv: ShortConv) -> None:
 
 
 # ------------------------------------------------------------------------------------ state
-
-
-def erase_states(layers: list[LayerState], rows: Tensor) -> list[LayerState]:
-    """The layers with zeros for the states of SSM and memory in the rows (b,) of bool."""
-    rows = rows[:, None, None, None]
-    return [
-        layer._replace(
-            ssm=layer.ssm.masked_fill(rows, 0.0),
-            memory=None if layer.memory is None else layer.memory.masked_fill(rows, 0.0),
-        )
-        for layer in layers
-    ]
 
 
 def map_layers(f: Callable[..., Tensor], *layers: LayerState) -> LayerState:

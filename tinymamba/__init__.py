@@ -33,8 +33,8 @@ OF_EXTRAS = {  # not in `import *`: they need more packages
 }
 MODULES = {*NAMES, *OF_EXTRAS}
 MODULES |= {"archives", "attention", "benchmark", "chat_template", "data", "data_order"}
-MODULES |= {"delta_rule", "documents", "export_model", "fused", "inputs", "kernels", "lock"}
-MODULES |= {"middleware", "namesake", "openai_api", "openai_responses", "optimizer"}
+MODULES |= {"decode", "delta_rule", "documents", "export_model", "fused", "inputs", "kernels"}
+MODULES |= {"lock", "middleware", "namesake", "openai_api", "openai_responses", "optimizer"}
 MODULES |= {"packing", "prefix_cache", "profiling", "quick_help", "runtime", "schedule"}
 MODULES |= {"serve", "structured", "token_file", "token_shards", "tool_calls"}
 HOMES = {name: module for module, names in {**NAMES, **OF_EXTRAS}.items() for name in names.split()}

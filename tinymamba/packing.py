@@ -54,3 +54,15 @@ def find_documents(
     begins = running_max(torch.where(ends, index + 1, first[:, None]))  # (b, l)
     starts = torch.cat((first[:, None], begins), dim=1)[:, : ids.shape[1]]
     return starts, begins[:, -1]
+
+
+def erase_states(layers: list, rows: Tensor) -> list:
+    """The LayerStates with zeros for the states of SSM and memory in the rows (b,) of bool."""
+    rows = rows[:, None, None, None]
+    return [
+        layer._replace(
+            ssm=layer.ssm.masked_fill(rows, 0.0),
+            memory=None if layer.memory is None else layer.memory.masked_fill(rows, 0.0),
+        )
+        for layer in layers
+    ]
