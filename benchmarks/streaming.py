@@ -3,6 +3,7 @@
     python -m benchmarks.streaming                                  # 9.6M parameters, float32
     python -m benchmarks.streaming --dtype bfloat16 --compile
     python -m benchmarks.streaming --tinymamba_checkpoint tinymamba_model_latest.pt
+    python -m benchmarks.streaming --read 1000000                   # one long prompt, and no more
 
 token: one text is continued by --tokens tokens after each length of --contexts: by TinyMamba
 through its server, sampling included, and by transformers' Llama of equal size with its KV cache,
@@ -11,6 +12,8 @@ minutes; TinyMamba has read its context.
 sessions: --sessions answers as one batch, against one after another.
 adapters: no LoRA adapter, one, and two that alternate from token to token.
 prefill: a prompt of 4,096 tokens, against the forward pass of training on 8 x 512 of them.
+read: with --read only: the time per token and the memory of the process over one long prompt, which
+is given in pieces; neither may grow.
 
 In every round each form runs once; rows have medians over --rounds. Every row is appended to
 --output.
@@ -41,6 +44,7 @@ from testv2 import Config, TinyMambaModel, load_model
 from tinymamba.cli import parse_flags, require, run_cli, show
 from tinymamba.runtime import pick_device
 
+PIECE = 8192  # tokens of a prompt that are given at a time
 BATCH, BLOCK = 8, 512  # texts of a training pass, and tokens of each
 CONTEXTS = [100, 512, 32_768, 1_000_000]
 GREEDY = StreamingConfig(temperature=0.0, eos_token_id=-1)
@@ -60,10 +64,14 @@ class Options:
     compile: bool = False  # measure the compiled step as well
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
     threads: int = 0  # CPU threads; 0 means all
+    read: int = 0  # read a prompt of so many tokens, and measure nothing else
     output: str = "streaming.jsonl"  # file of rows
 
     CHOICES: ClassVar = {"dtype": (torch.float32, torch.bfloat16)}
-    LIMITS: ClassVar = dict.fromkeys(("tokens", "sessions", "rounds"), (2, math.inf))
+    LIMITS: ClassVar = {
+        **dict.fromkeys(("tokens", "sessions", "rounds"), (2, math.inf)),
+        "read": (0, math.inf),
+    }
 
 
 # ------------------------------------------------------------------------------------ tokens
@@ -153,6 +161,29 @@ def prefill(server: StreamingServer, ids: list[int]) -> float:
     """Seconds per token of a prompt."""
     answer = server.answer(ids, as_ids=True, max_new_tokens=0)
     return timed(functools.partial(list, answer), server.decoder.device) / len(ids)
+
+
+def reading(server: StreamingServer, tokens: int) -> dict[str, Any]:
+    """A row: microseconds per token and MB of the process, early and late in one long prompt.
+
+    Early is the second eighth, so that what is allocated once is there.
+    """
+    import resource  # Windows has none
+
+    session, random = server.create_session(), torch.Generator().manual_seed(0)
+    seconds, memory, piece = [], [], min(PIECE, tokens // 16)
+    for _ in range(tokens // piece):
+        ids = torch.randint(server.vocab_size, (piece,), generator=random).tolist()
+        answer = server.answer(ids, session, as_ids=True, max_new_tokens=0)
+        seconds.append(timed(functools.partial(list, answer), server.decoder.device) / piece)
+        memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    eighth = len(seconds) // 8
+    early, late = slice(eighth, 2 * eighth), slice(-eighth, None)
+    row: dict[str, Any] = {"kind": f"read {tokens}"}
+    for name, part in (("early", early), ("late", late)):
+        row[f"us {name}"] = round(1e6 * statistics.median(seconds[part]), 3)
+        row[f"MB {name}"] = round(max(memory[part]), 1)
+    return row
 
 
 def training_forward(model: TinyMambaModel, ids: torch.Tensor, dtype: torch.dtype) -> float:
@@ -251,6 +282,13 @@ def main(argv: list[str] | None = None) -> int:
     device = pick_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.read:
+        remedy = "use at least 16, or 0 for the other measurements"
+        require(options.read >= 16, "--read", f"{options.read} is out of range", remedy)
+        server = make_servers(options, device)["tinymamba"]
+        found = reading(server, options.read) | {"threads": torch.get_num_threads()}
+        append_row(options.output, found)
+        return 0
     for kind, runs in kinds(options, device):
         makers = {name: lambda run=run: run for name, run in runs.items()}
         timings = interleave(makers, 2, options.rounds)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import assert_refused, flags, run_main, run_script, tiny_config, write_tokens
+from helpers import LINUX, assert_refused, flags, run_main, run_script, tiny_config, write_tokens
 
 from benchmarks import finetune, quality, scan, streaming
 from benchmarks.peers import MODELS, Shape, count
@@ -197,9 +197,21 @@ def test_streaming_command_times_tokens_sessions_adapters_and_prefill(tmp_path, 
                 assert 0 < low <= value <= high
 
 
-def test_streaming_command_refuses_a_single_token(tmp_path):
-    done = run_script("benchmarks.streaming", "--tokens", 1, cwd=tmp_path)
-    assert_refused(done, "--tokens: 1 is out of range")
+@LINUX
+def test_streaming_command_reads_one_long_prompt(tmp_path, small_checkpoint):
+    words = flags(tinymamba_checkpoint=small_checkpoint, read=800, threads=1)
+    done = run_main(streaming.main, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    [row] = rows_of(tmp_path / "streaming.jsonl")
+    assert row["kind"] == "read 800"
+    assert 0 < row["MB early"] <= row["MB late"] < 1.05 * row["MB early"]
+    assert row["us early"] > 0 and row["us late"] > 0
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--tokens", 1), ("--read", 5)])
+def test_streaming_command_refuses_sizes_that_are_too_small(tmp_path, flag, value):
+    done = run_main(streaming.main, flag, str(value), cwd=tmp_path)
+    assert_refused(done, f"{flag}: {value} is out of range")
 
 
 @pytest.fixture

@@ -143,7 +143,12 @@ def own_class(model):
     model.blocks[0].norm = Norm(model.config.d_model)
 
 
+def plain_function_in_a_slot(model):
+    model.blocks[0].attention.prefix = torch.zeros_like
+
+
 CHANGES = {
+    "slot": plain_function_in_a_slot,
     "blocks.0.norm is a Norm": own_class,
     "hooks": hooked,
     "forward of its own": forward_of_its_own,

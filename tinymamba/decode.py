@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinymamba.delta_rule import key_features
-from tinymamba.kernels import MIN_LOG_DECAY, is_writing_graph
+from tinymamba.delta_rule import rolled_features
+from tinymamba.kernels import is_writing_graph
 from tinymamba.packing import erase_states
 
 PLAIN_MODULES: set[type] = set()  # types of modules whose work `step` does; testv2.py fills it
@@ -106,6 +106,8 @@ class Plan:
             return "a module is in training mode"
         if any("forward" in state for state in self.states):
             return "a module has a forward of its own"
+        if any(b.ssm.offset is not None or b.attention.prefix is not None for b in self.blocks):
+            return "a slot is in use"
         return None
 
 
@@ -118,9 +120,6 @@ def find_problem(model: Any, modules: list[nn.Module]) -> str | None:
     for m in modules:
         if type(m) not in PLAIN_MODULES:
             return f"{names.get(id(m), 'a module')} is a {type(m).__name__}"
-    for block in model.blocks:
-        if block.ssm.offset is not None or block.attention.prefix is not None:
-            return "a slot of an adapter is in use"
     for name, p in model.named_parameters():
         if type(p) is not nn.Parameter:
             return f"{name} is a {type(p).__name__}"
@@ -332,7 +331,7 @@ def step_ssm(
         dt = (F.softplus(raw + shared.dt_bias[i]) - shared.least[i]).relu_()  # (b, h)
     else:
         dt = block.ssm.step_sizes(raw)
-    decay = (dt * shared.A[i]).clamp_(min=MIN_LOG_DECAY).exp_()[..., None, None]  # (b, h, 1, 1)
+    decay = (dt * shared.A[i]).exp_()[..., None, None]  # (b, h, 1, 1)
     inputs = None if block.ssm.conv is None else BC
     BC = BC.float() if inputs is None else torch.addcmul(shared.before[i][1], BC, shared.taps[i][1])
     half_turns = F.hardtanh(F.softshrink(float32_linear(u[0], block.ssm_angle), 0.5))  # (b, r)
@@ -411,15 +410,15 @@ def step_memory(parts: Any, u: Tensor, qk: Tensor, v: Tensor, state: Tensor) -> 
     memory, token_proj, A_log = parts
     write, fade, read = float32_linear(u, token_proj)[..., None, None].chunk(3, dim=1)
     log_decay = -F.softplus(fade) * A_log.float().exp()[:, None, None]
-    decay = log_decay.clamp_(min=MIN_LOG_DECAY).exp_()  # (b, a, 1, 1)
-    q, k = key_features(qk, memory.products, torch.float32).unbind(1)  # (b, a, m)
-    state = state * decay
-    held = (state @ k[..., None]).mT  # (b, a, 1, f)
-    change = (v - held) * write.sigmoid()
-    flat = state.flatten(0, 1)
-    flat.baddbmm_(change.mT.flatten(0, 1), k[:, :, None].flatten(0, 1))
-    found = state @ q[..., None]  # (b, a, f, 1)
-    return found.mT * read.sigmoid(), state
+    decay = log_decay.exp_()  # (b, a, 1, 1)
+    features = rolled_features(qk, memory.products, torch.float32)  # (b, 2, a, m)
+    found, held = (decay * (state @ features.permute(0, 2, 3, 1))).mT.chunk(2, dim=2)  # before it
+    q, k = features[:, :, :, None].unbind(1)  # (b, a, 1, m) each
+    change = (v - held) * write.sigmoid()  # (b, a, 1, f)
+    state = state * decay  # the reads above need no pass over the new one
+    state.flatten(0, 1).baddbmm_(change.mT.flatten(0, 1), k.flatten(0, 1))
+    found = torch.addcmul(found, change, (q * k).sum(-1, keepdim=True))
+    return found * read.sigmoid(), state
 
 
 # ------------------------------------------------------------------------------------ operations
