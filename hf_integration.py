@@ -752,6 +752,9 @@ class TinyMambaPreTrainedModel(PreTrainedModel):
         loaded = super().from_pretrained(None, *args, state_dict=tensors, **settings)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.settle_ties()
+        for layer in quantized_layers(model.model).values():
+            if not hasattr(layer, "_hf_hook"):  # by which accelerate moves buffers between devices
+                layer.tile()
         model.name_or_path = model.config.name_or_path = str(name)
         if model.can_generate():  # a folder of quantize.py has no generation_config.json
             with contextlib.suppress(OSError):
@@ -769,7 +772,7 @@ class TinyMambaPreTrainedModel(PreTrainedModel):
                 "use model.push_to_hub(repo_id)"
             )
         for layer in quantized_layers(self.model).values():
-            if layer.bits == 4 and layer.codes.is_meta:
+            if layer.bits == 4 and not layer.is_tiled and layer.codes.is_meta:
                 raise ValueError(
                     "save_pretrained: cannot pack 4-bit codes that are offloaded; "
                     "load the model without offload_buffers"
@@ -1325,9 +1328,9 @@ def align_weights(model: nn.Module) -> None:
 # The code of a model folder, and all files that `convert` may write.
 CODE = (
     "hf_integration.py", "testv2.py", "attention.py", "checkpoint.py", "cli.py", "data_order.py",
-    "dataset.py", "decode.py", "delta_rule.py", "fused.py", "kernels.py", "lock.py", "optimizer.py",
-    "packing.py", "profiling.py", "runtime.py", "schedule.py", "token_file.py", "token_shards.py",
-    "tokenizer.py",
+    "dataset.py", "decode.py", "delta_rule.py", "four_bit.py", "fused.py", "kernels.py", "lock.py",
+    "optimizer.py", "packing.py", "profiling.py", "runtime.py", "schedule.py", "token_file.py",
+    "token_shards.py", "tokenizer.py",
 )  # fmt: skip
 OUTPUTS = (
     "model.safetensors", "config.json", "generation_config.json", "README.md", "vocab.txt",

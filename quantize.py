@@ -61,6 +61,7 @@ from tinymamba.kernels import (
     QUANTIZATION_MODES,
     quantize_like,
     settle_ties,
+    tile_layers,
     to_bytes,
 )
 from tinymamba.token_shards import open_tokens
@@ -181,9 +182,10 @@ def quantize_model(
         new.embedding.weight = nn.Parameter(rows, requires_grad=False)
     if calibration is not None:
         quantize_blocks(new, old, calibration)
-        return new
-    for name in layers:
-        quantize_layer(new, old, name)
+    else:
+        for name in layers:
+            quantize_layer(new, old, name)
+    tile_layers(new)
     return new
 
 
@@ -194,11 +196,7 @@ def quantize_layer(
     layer: Any = new.get_submodule(name)
     source: Any = old.get_submodule(name)
     size = new.quantization["group_size"]
-    codes, scale, factors = quantize_weight(source.weight, layer.bits, size, hessian)
-    layer.codes.copy_(codes)
-    layer.scale.copy_(scale)
-    if factors is not None:
-        layer.factors.copy_(factors)
+    layer.fill(*quantize_weight(source.weight, layer.bits, size, hessian))
     if source.bias is not None:
         layer.bias.copy_(source.bias)
 

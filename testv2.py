@@ -101,6 +101,7 @@ from tinymamba.kernels import (
     is_writing_graph,
     loss_and_gradients,
     quantize_like,
+    quantized_layers,
     running_phase,
     scan_in_one_tile,
     settle_ties,
@@ -1103,12 +1104,14 @@ class TinyMambaModel(nn.Module):
         """Parameters of each component; a tied head counts as embedding."""
         parts = "embedding conv ssm attention mlp gate norm residual_scale head"
         counts = dict.fromkeys(parts.split(), 0)
-        codes = {name: t for name, t in self.named_buffers() if name.endswith(".codes")}
+        sizes = {name: p.numel() for name, p in self.named_parameters()}
+        for name, layer in quantized_layers(self).items():
+            sizes[f"{name}.codes"] = layer.in_features * layer.out_features
         if self.config.tie_embeddings:
-            codes.pop("head.codes", None)
-        for name, p in (*self.named_parameters(), *codes.items()):
+            sizes.pop("head.codes", None)
+        for name, size in sizes.items():
             part = name.split(".")[2 if name.startswith("blocks.") else 0]
-            counts[part] = counts.get(part, 0) + p.numel()
+            counts[part] = counts.get(part, 0) + size
         return {**counts, "total": sum(counts.values())}
 
     def fingerprint(self) -> str:

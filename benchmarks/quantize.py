@@ -3,11 +3,13 @@
     python testv2.py --preset demo
     python -m benchmarks.quantize --checkpoint tinymamba_model_latest.pt
     python -m benchmarks.quantize --kinds decode products --threads 1  # random weights, no data
+    python -m benchmarks.quantize --kinds decode --threads 1 --d_model 320 --vocab_size 8192
 
 quality: perplexity on --val_tokens of --val_data, in blocks of the model's block_size; bytes of the
 folder's weights; bytes of all layers except embedding and head, as a share of float32; bytes of
-weights in memory. decode: time of one token, of the checkpoint and of random weights of --d_model;
-quantized layers between float32 activations, not compiled. products: time of a single layer.
+weights in memory. decode: time of one token, and the same bytes, of the checkpoint and of random
+weights of --d_model; quantized layers between float32 activations, not compiled. products: time of
+a single layer.
 
 In every round each form runs once; rows have medians over --rounds and their ratio to bfloat16.
 Every row is appended to --output.
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 import statistics
 import tempfile
@@ -35,7 +38,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from benchmark import append_row, interleave, timed
-from quantize import mean_loss, quantize_model, read_blocks
+from quantize import mean_loss, quantize_model, quantize_weight, read_blocks
 from testv2 import PRESETS, Config, TinyMambaModel, load_model, save_folder
 from tinymamba.cli import parse_flags, require, run_cli, show
 from tinymamba.kernels import QuantizedLinear
@@ -73,6 +76,7 @@ class Options:
     group_size: int = 64  # weights that share a scale, for 4 bits
     d_model: int = 768  # width of the model of random weights
     n_layer: int = 4  # layers of the model of random weights
+    vocab_size: int = 50_304  # its tokens
     tokens: int = 16  # tokens over which one decoding run is timed
 
     CHOICES: ClassVar = {"kinds": ("quality", "decode", "products")}
@@ -150,37 +154,49 @@ def time_all(kind: str, makers: dict, rounds: int) -> dict:
 
 def decode(options: Options) -> Iterator[dict]:
     """Rows of the checkpoint, if there is one, and of random weights."""
-    shape = {**PRESETS["base"], "d_model": options.d_model, "n_layer": options.n_layer}
+    own = {name: getattr(options, name) for name in ("d_model", "n_layer", "vocab_size")}
+    shape = {**PRESETS["base"], **own, "num_heads": max(1, options.d_model // 64)}
     models: dict[str, Callable[[], TinyMambaModel]] = {}
     if options.checkpoint:
         models["checkpoint"] = lambda: load_model(str(options.checkpoint))
     models["random weights"] = lambda: TinyMambaModel(Config(**shape)).eval()
     for kind, make in models.items():
+        models_of = dict(forms(make(), options.group_size, None))
         runs = {
             name: functools.partial(decode_run, form, options.tokens)
-            for name, form in forms(make(), options.group_size, None)
+            for name, form in models_of.items()
         }
-        yield time_all(f"decode, {kind}", runs, options.rounds)
+        row = time_all(f"decode, {kind}", runs, options.rounds)
+        yield row | {f"bytes {name}": memory_bytes(form) for name, form in models_of.items()}
 
 
 def products(options: Options) -> Iterator[dict]:
-    """Rows of a single layer, for 1, 8 and 512 tokens."""
+    """Rows of a single layer, for 1, 8, 32 and 512 tokens."""
     for name, (d_out, d_in) in PRODUCTS.items():
         weight, bias = torch.randn(d_out, d_in), torch.randn(d_out)
-        for count in (1, 8, 512):
+        layers: dict[str, Callable] = {
+            f"int{bits} {mode}": random_layer(d_in, d_out, bits, mode, options.group_size)
+            for bits, mode in itertools.product((8, 4), ("dynamic", "weight_only"))
+        }
+        for count in (1, 8, 32, 512):
             x = torch.randn(count, d_in)
             calls: dict[str, Callable] = {}
             for dtype in (torch.float32, torch.bfloat16):
                 inputs = [t.to(dtype) for t in (x, weight, bias)]
                 calls[show(dtype)] = functools.partial(F.linear, *inputs)
-            for mode in ("dynamic", "weight_only"):
-                layer: Any = QuantizedLinear(d_in, d_out, True, 8, mode, options.group_size)
-                layer.codes.random_(-127, 128)
-                for cast in (x, x.bfloat16()):
-                    calls[f"{mode} {show(cast.dtype)}"] = functools.partial(layer, cast)
+                for kind, layer in layers.items():
+                    calls[f"{kind} {show(dtype)}"] = functools.partial(layer, inputs[0])
             repeats = max(2, 100 // count)
             runs = {n: functools.partial(repeated, call, repeats) for n, call in calls.items()}
             yield time_all(f"product {name}, {count} tokens", runs, options.rounds)
+
+
+def random_layer(d_in: int, d_out: int, bits: int, mode: str, size: int) -> QuantizedLinear:
+    """A layer of random weights, rounded to the nearest."""
+    layer = QuantizedLinear(d_in, d_out, True, bits, mode, size)
+    layer.fill(*quantize_weight(torch.randn(d_out, d_in), bits, size))
+    layer.tile()
+    return layer
 
 
 def repeated(call: Callable, times: int) -> Callable[[], float]:

@@ -5,6 +5,10 @@ import errno
 import functools
 import json
 import math
+import os
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,10 +41,11 @@ from peft import apply_lora_to_model, merge_adapter, save_adapter
 from quantize import mean_loss, quantize_model, quantize_weight, read_blocks, report
 from streaming import StreamingServer
 from testv2 import TinyMambaModel, generate, load_model, save_folder
-from tinymamba import kernels
+from tinymamba import four_bit, kernels
 from tinymamba.checkpoint import save_checkpoint
 from tinymamba.cli import UserError
-from tinymamba.kernels import QuantizedLinear, pack, to_bytes, unpack
+from tinymamba.four_bit import from_tiles, tiled_product, to_tiles
+from tinymamba.kernels import QuantizedLinear, pack, quantized_layers, to_bytes, unpack
 
 SIZE = 8  # inputs of a group
 SCHEMES = [(8, "dynamic"), (8, "weight_only"), (4, "dynamic"), (4, "weight_only")]
@@ -50,16 +55,28 @@ def quantized(bits=8, mode="dynamic", calibration=None, **changes) -> TinyMambaM
     return quantize_model(wide(**changes), bits, mode, SIZE, calibration)
 
 
-def some_layer(mode: str, d_in=96, d_out=40, bits=8, bias=True) -> QuantizedLinear:
-    layer = QuantizedLinear(d_in, d_out, bias, bits, mode, SIZE)
-    codes, scale, factors = quantize_weight(torch.randn(d_out, d_in), bits, SIZE)
-    layer.codes.copy_(codes)
-    layer.scale.copy_(scale)
-    if bits == 4:
-        layer.factors.copy_(factors)
+def some_layer(mode: str, d_in=96, d_out=40, bits=8, bias=True, size=SIZE) -> QuantizedLinear:
+    layer = QuantizedLinear(d_in, d_out, bias, bits, mode, size)
+    layer.fill(*quantize_weight(torch.randn(d_out, d_in), bits, size))
     if bias:
         nn.init.normal_(layer.bias)
     return layer
+
+
+def tiled_layer(mode: str, **changes) -> QuantizedLinear:
+    layer = some_layer(mode, bits=4, size=32, **changes)
+    layer.tile()
+    return layer
+
+
+def tiled_model(mode="weight_only", **changes) -> tuple[TinyMambaModel, TinyMambaModel]:
+    """A model of tiled 4-bit layers, and the same one that is not tiled."""
+    model = quantize_model(wide(**changes), 4, mode, 32)
+    other = copy.deepcopy(model)
+    for layer in quantized_layers(other).values():
+        layer.untile()
+    assert all(m.is_tiled == (m.bits == 4) for m in quantized_layers(model).values())
+    return model, other
 
 
 # ------------------------------------------------------------------------------------ numbers
@@ -171,6 +188,158 @@ def test_a_change_of_type_leaves_whole_numbers_and_scales():
         got = model.state_dict()[name]
         assert torch.equal(got, t) and got.dtype == t.dtype
     assert model(some_ids(1, 9)).dtype == torch.bfloat16
+
+
+# ------------------------------------------------------------------------------------ tiles
+
+with_kernel = pytest.mark.skipif(not four_bit.TILE_ROWS, reason="no fast kernel for this CPU")
+
+
+def random_codes(rows: int, groups: int, size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    factors = torch.randint(1, 16, (rows, groups), generator=random, dtype=torch.int8)
+    numbers = torch.randint(-8, 8, (rows, groups, size), generator=random, dtype=torch.int8)
+    return (numbers * factors[..., None]).flatten(1), factors
+
+
+@with_kernel
+@examples(40)
+@given(
+    st.integers(1, 200),
+    st.integers(1, 3),
+    st.sampled_from([32, 64, 128, 256]),
+    st.integers(1, 2 + four_bit.FEW_ROWS),
+    st.integers(0, 2**31),
+)
+def test_the_kernel_multiplies_by_the_very_codes(rows, groups, size, count, seed):
+    codes, factors = random_codes(rows, groups, size, seed)
+    tiles, tile_factors = to_tiles(codes, factors)
+    again = from_tiles(tiles, tile_factors, rows)
+    assert torch.equal(again[0], codes) and torch.equal(again[1], factors)
+    assert tiles.nbytes == (rows + -rows % four_bit.TILE_ROWS) * groups * size // 2
+    x = torch.randn(count, groups * size).bfloat16()
+    got, want = tiled_product(x, tiles, tile_factors, rows), x.double() @ codes.double().T
+    sums = x.double().abs() @ codes.double().abs().T  # in float32
+    assert ((got.double() - want).abs() <= 2**-8 * want.abs() + 2**-21 * sums).all()
+
+
+@with_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("mode", ["dynamic", "weight_only"])
+def test_a_tiled_layer_gives_the_product_with_its_weight(mode, dtype):
+    for bias in (True, False):
+        layer, other = tiled_layer(mode, bias=bias), some_layer(mode, bits=4, bias=bias, size=32)
+        other.load_state_dict(layer.state_dict())
+        other.untile()
+        assert torch.equal(layer.weight, other.weight) and not hasattr(layer, "codes")
+        for shape in ((1, 1, 96), (3, 5, 96), (70, 96), (96,), (0, 96), (2, 0, 96)):
+            x = torch.randn(shape).to(dtype)
+            got, want, whole = layer(x), other(x), layer.weight.double()
+            assert got.dtype == dtype and got.shape == want.shape
+            bound = 2**-8 * (x.double().abs() @ whole.abs().T + want.double().abs() + 1e-3)
+            assert ((got - want).double().abs() <= bound).all()
+
+
+@with_kernel
+@pytest.mark.parametrize("mode", ["dynamic", "weight_only"])
+def test_a_row_of_a_tiled_layer_is_its_own(mode):
+    layer, x = tiled_layer(mode), torch.randn(5, 96) * torch.tensor([[1e-3], [50], [0], [1], [1]])
+    x[3, 7], x[4, 7] = math.inf, math.nan
+    got = layer(x)
+    assert got[:3].isfinite().all() and not got[3:].isfinite().any()
+    for i in range(3):
+        assert torch.equal(got[i], layer(x[i : i + 1])[0])
+
+
+@with_kernel
+def test_tiles_take_half_the_memory_and_nothing_else_shows_them(tmp_path):
+    shape = {"d_model": 128, "ssm_head_dim": 32}
+    model, other = tiled_model("dynamic", **shape)
+
+    def held(model: TinyMambaModel) -> int:
+        layers = [m for m in quantized_layers(model).values() if m.bits == 4]
+        return sum(t.nbytes for m in layers for t in m.buffers())
+
+    assert held(model) < 0.65 * held(other)
+    assert model.fingerprint() == other.fingerprint()
+    assert model.count_parameters() == wide(**shape).count_parameters()
+    for name, form in (("one", model), ("two", other)):
+        (tmp_path / name).mkdir()
+        save_folder(tmp_path / name, form)
+    assert files_below(tmp_path / "one") == files_below(tmp_path / "two")
+    ids, again = some_ids(2, 9), load_model(tmp_path / "two")
+    forms = again, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.to("cpu")
+    for form in forms:
+        assert all(m.is_tiled == (m.bits == 4) for m in quantized_layers(form).values())
+        assert torch.equal(form(ids), model(ids))
+    other.load_state_dict(model.state_dict())
+    assert other.blocks[0].mlp.in_proj.is_tiled and torch.equal(other(ids), model(ids))
+
+
+@with_kernel
+@pytest.mark.parametrize("mode", ["dynamic", "weight_only"])
+def test_a_tiled_model_is_near_the_one_of_whole_bytes(mode):
+    model, other = (form.to(torch.bfloat16) for form in tiled_model(mode))
+    ids = some_ids(2, 40)
+    close(model(ids), other(ids), 0.1 * other(ids).std().item())
+    model, _ = tiled_model(mode)
+    state, parts = model.init_state(2), []
+    for chunk in ids.split([1, 7, 32], dim=1):
+        logits, state = model.advance(chunk, state)
+        parts.append(logits)
+    close(torch.cat(parts, dim=1), model(ids), 0.1 if mode == "dynamic" else 0.02)
+
+
+@with_kernel
+@pytest.mark.parametrize("count", [3, 70])
+def test_the_gradient_through_tiles_is_that_of_the_whole_weight(count):
+    layer, x = tiled_layer("weight_only"), torch.randn(count, 96, requires_grad=True)
+    layer(x).sum().backward()
+    close(x.grad, layer.weight.sum(0).expand(count, 96), 1e-5)
+    adapted = apply_lora_to_model(tiled_model()[0], rank=4)
+    ids = some_ids(2, 33)
+    adapted.loss(ids[:, :-1], ids[:, 1:]).backward()
+    grads = [p.grad for p in adapted.parameters() if p.requires_grad]
+    assert grads and all(grad.isfinite().all() for grad in grads)
+
+
+@with_kernel
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["dynamic", "weight_only"])
+def test_an_exported_tiled_layer_fits_every_length(mode):
+    layer = tiled_layer(mode)
+    exported = export(layer, torch.randn(2, 37, 96))
+    for length in (1, 40):
+        x = torch.randn(2, length, 96)
+        want = F.linear(x, layer.weight, layer.bias)
+        close(exported(x), want, 0.5 if mode == "dynamic" else 1e-4)
+
+
+@pytest.mark.parametrize("reason", ["no fast kernel for this CPU", r"groups of \(.*\), not of 8"])
+def test_where_the_kernel_does_not_fit_bytes_are_held_and_that_is_said(reason, monkeypatch):
+    size = SIZE if "of 8" in reason else 32
+    monkeypatch.setattr(four_bit, "TILE_ROWS", four_bit.TILE_ROWS if size == SIZE else 0)
+    with pytest.warns(UserWarning, match=f"take a whole byte in memory: .*{reason}"):
+        model = quantize_model(wide(), 4, "weight_only", size)
+    assert model.blocks[0].mlp.in_proj.codes.dtype == torch.int8
+    assert model(some_ids(1, 9)).isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(four_bit.TILE_ROWS != 64, reason="this CPU has other tiles anyway")
+def test_tiles_of_older_processors_hold_the_same(tmp_path):
+    """The tiles depend on the instructions that PyTorch uses, which a variable restricts."""
+    tests = [f"{__file__}::{name}" for name in TESTS_OF_TILES]
+    words = [sys.executable, "-m", "pytest", "-q", "-n", "0", *tests]
+    settings = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
+    done = subprocess.run(words, env=settings, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and " skipped" not in done.stdout, done.stdout
+
+
+TESTS_OF_TILES = (
+    "test_the_kernel_multiplies_by_the_very_codes",
+    "test_a_tiled_layer_gives_the_product_with_its_weight",
+)
 
 
 # ------------------------------------------------------------------------------------ models

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tinymamba.cli import UserError, require
+from tinymamba.four_bit import FEW_ROWS as FEW_TILED_ROWS
+from tinymamba.four_bit import from_tiles, tiled_product, to_tiles, why_not_tiled
 
 # ------------------------------------------------------------------------------------ scan
 
@@ -544,14 +546,17 @@ class QuantizedLinear(nn.Module):
     """A linear layer with the weight (out, in) codes * scale: int8 codes, and a scale per row.
 
     With 8 bits a code is from -127 to 127. With 4 bits it is a number from -8 to 7 times the
-    integer factor of its group, which fits a byte again (as in QServe, arXiv 2405.04532): int8
-    products serve both, and files hold the 4 bits. In mode `dynamic` activations are rounded to
-    int8 with a scale per token; in mode `weight_only` they are not.
+    integer factor of its group, which fits a byte again (as in QServe, arXiv 2405.04532). `tile`
+    lets 4-bit codes take half a byte, where PyTorch has a kernel for them; elsewhere int8 products
+    serve both. In mode `dynamic` activations are rounded to int8 with a scale per token; in mode
+    `weight_only` they are not.
     """
 
-    codes: Tensor  # (out, in) int8
+    codes: Tensor  # (out, in) int8, if not tiled
     scale: Tensor  # (out,) float32
-    factors: Tensor  # (out, groups) int8, only with 4 bits
+    factors: Tensor  # (out, groups) int8, only with 4 bits that are not tiled
+    tiles: Tensor  # (rows, in/2) uint8 and
+    tile_factors: Tensor  # (groups, rows, 2) bfloat16: codes and factors as the kernel takes them
 
     def __init__(self, d_in: int, d_out: int, bias: bool, bits: int, mode: str, group_size: int):
         super().__init__()
@@ -564,27 +569,81 @@ class QuantizedLinear(nn.Module):
             self.register_buffer("factors", groups)
         self.bias = nn.Parameter(torch.zeros(d_out), requires_grad=False) if bias else None
 
+    def fill(self, codes: Tensor, scale: Tensor, factors: Tensor | None) -> None:
+        """Take over the numbers of `quantize.quantize_weight`; the layer is not tiled."""
+        self.codes.copy_(codes)
+        self.scale.copy_(scale)
+        if factors is not None:
+            self.factors.copy_(factors)
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether 4-bit codes are in the layout of PyTorch's kernel."""
+        return "tiles" in self._buffers
+
+    def tile(self) -> None:
+        """Hold 4-bit codes as PyTorch's kernel takes them; where it has none, warn once."""
+        if self.bits == 8 or self.is_tiled or self.codes.is_meta:
+            return
+        if reason := why_not_tiled(self.codes, self.factors):
+            warnings.warn(f"4-bit weights take a whole byte in memory: {reason}", stacklevel=1)
+            return
+        tiles, factors = to_tiles(self.codes, self.factors)
+        del self.codes, self.factors
+        self.register_buffer("tiles", tiles, persistent=False)
+        self.register_buffer("tile_factors", factors, persistent=False)
+
+    def untile(self) -> None:
+        """The opposite of `tile`."""
+        if self.is_tiled:
+            codes, factors = from_tiles(self.tiles, self.tile_factors, self.out_features)
+            del self.tiles, self.tile_factors
+            self.register_buffer("codes", codes.contiguous())
+            self.register_buffer("factors", factors.contiguous())
+
+    def codes_and_factors(self) -> tuple[Tensor, Tensor | None]:
+        """Codes (out, in) and factors of their groups (out, groups): int8, None with 8 bits."""
+        if self.is_tiled:
+            return from_tiles(self.tiles, self.tile_factors, self.out_features)
+        return self.codes, self.factors if self.bits == 4 else None
+
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
-        scale = self.scale
+        scale, was_tiled = self.scale, self.is_tiled
+        self.untile()
         super()._apply(fn, recurse)
         if self.scale.dtype != scale.dtype:  # float32 in a model of any dtype
             self.scale = scale.to(self.scale.device)
+        if was_tiled:
+            self.tile()
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.is_tiled:
+            codes, factors = self.codes_and_factors()
+            destination |= {f"{prefix}codes": codes, f"{prefix}factors": factors}
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.untile()
+        super()._load_from_state_dict(*args)
+        self.tile()
 
     @property
     def weight(self) -> Tensor:
         """The dequantized weight (out, in), float32."""
-        return dequantize(self.codes, self.scale)
+        return dequantize(self.codes_and_factors()[0], self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in the dtype of x."""
         learning = torch.is_grad_enabled() and x.requires_grad
-        product = QuantizedProduct.apply if learning else quantized_product
-        return product(x, self.codes, self.scale, self.bias, self.dynamic)
+        product: Any = QuantizedProduct.apply if learning else quantized_product
+        weights = (self.tiles, self.tile_factors) if self.is_tiled else (self.codes, None)
+        return product(x, *weights, self.scale, self.bias, self.dynamic)
 
     def pack(self) -> Tensor:
         """The codes as files hold them: uint8 (out, in/2) for 4 bits, int8 (out, in) for 8."""
-        return self.codes if self.bits == 8 else pack(self.codes, self.factors)
+        codes, factors = self.codes_and_factors()
+        return codes if factors is None else pack(codes, factors)
 
     def unpack(self, packed: Tensor, factors: Tensor | None) -> Tensor:
         """The opposite of `pack`; `factors` (out, groups) are those of the file, with 4 bits."""
@@ -603,19 +662,27 @@ class QuantizedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dynamic: bool
+        ctx: Any,
+        x: Tensor,
+        codes: Tensor,
+        factors: Tensor | None,
+        scale: Tensor,
+        bias: Tensor | None,
+        dynamic: bool,
     ) -> Tensor:
         """The product."""
-        ctx.save_for_backward(codes, scale)
+        ctx.save_for_backward(codes, factors, scale)
         ctx.dtype = x.dtype
-        return quantized_product(x, codes, scale, bias, dynamic)
+        return quantized_product(x, codes, factors, scale, bias, dynamic)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of x, and None for the rest."""
-        dx = dy @ dequantize(*ctx.saved_tensors).to(dy.dtype)
-        return dx.to(ctx.dtype), None, None, None, None
+        codes, factors, scale = ctx.saved_tensors
+        codes = codes if factors is None else from_tiles(codes, factors, len(scale))[0]
+        dx = dy @ dequantize(codes, scale).to(dy.dtype)
+        return dx.to(ctx.dtype), None, None, None, None, None
 
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
@@ -624,31 +691,63 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def quantized_product(
+    x: Tensor,
+    codes: Tensor,
+    factors: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    dynamic: bool,
+) -> Tensor:
+    """x (..., in) times the transpose of codes * scale (out, in), plus bias (out,): (..., out).
+
+    `factors` are there if the codes are in tiles. These multiply no float64.
+    """
+    rows = x.numel() // x.shape[-1]
+    on_cpu = x.device.type == "cpu" and rows > 0 and not is_writing_graph()
+    tiled = factors is not None and on_cpu and x.dtype != torch.float64
+    if factors is not None and not (tiled and (rows <= FEW_TILED_ROWS or not dynamic)):
+        codes, tiled = from_tiles(codes, factors, len(scale))[0], False
+    int8 = MULTIPLIES_BYTES and on_cpu and (dynamic or rows <= FEW_ROWS)
+    if not tiled and not int8:
+        return dequantized_product(x, codes, scale, bias, dynamic)
+    wide = x.reshape(rows, -1).float()
+    steps, step = (wide, None) if tiled and not dynamic else to_bytes(wide)
+    if tiled:
+        y = tiled_product(steps, codes, factors, len(scale))  # (rows, out)
+    elif dynamic:
+        y = torch._int_mm(steps.to(torch.int8), codes.t())
+    else:
+        y = int8_product(wide, steps, step, codes)
+    y = y * scale
+    if step is None:
+        y = y if bias is None else y + bias
+    else:
+        y = y * step if bias is None else torch.addcmul(bias.float(), y, step)
+    return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def dequantized_product(
     x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, dynamic: bool
 ) -> Tensor:
-    """x (..., in) times the transpose of codes * scale (out, in), plus bias (out,): (..., out)."""
-    rows = x.numel() // x.shape[-1]
-    int8 = MULTIPLIES_BYTES and x.device.type == "cpu" and not is_writing_graph()
-    if not int8 or rows == 0 or not (dynamic or rows <= FEW_ROWS):
-        if dynamic:
-            steps, step = to_bytes(x.float())
-            x = (steps * step).to(x.dtype)
-        weight = dequantize(codes, scale).to(x.dtype)
-        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    wide = x.reshape(rows, -1).float()
-    steps, step = to_bytes(wide)
-    first = steps.to(torch.int8)
+    """The same in products of the dtype of x, on every device."""
     if dynamic:
-        y = torch._int_mm(first, codes.t())  # (rows, out)
-    else:  # a second int8 holds the rounding error; the codes are still in the cache
-        rest = (wide / step).sub_(steps).mul_(254).round_().to(torch.int8)
-        parts = codes.t().split(max(1, CACHE // codes.shape[1]), dim=1)
-        y = torch.cat(
-            [torch._int_mm(first, part) + torch._int_mm(rest, part) / 254 for part in parts], dim=1
-        )
-    y = y * scale
-    y = y * step if bias is None else torch.addcmul(bias.float(), y, step)
-    return y.to(x.dtype).view(*x.shape[:-1], -1)
+        steps, step = to_bytes(x.float())
+        x = (steps * step).to(x.dtype)
+    weight = dequantize(codes, scale).to(x.dtype)
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def int8_product(x: Tensor, steps: Tensor, step: Tensor, codes: Tensor) -> Tensor:
+    """x (rows, in) / step times the transpose of codes: (rows, out). `steps` is x / step rounded.
+
+    A second int8 holds the rounding error. Its products find the codes in the cache.
+    """
+    first = steps.to(torch.int8)
+    rest = (x / step).sub_(steps).mul_(254).round_().to(torch.int8)
+    parts = codes.t().split(max(1, CACHE // codes.shape[1]), dim=1)
+    return torch.cat(
+        [torch._int_mm(first, part) + torch._int_mm(rest, part) / 254 for part in parts], dim=1
+    )
 
 
 def to_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -700,6 +799,12 @@ def quantize_like(model: Any, scheme: dict) -> None:
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     """The quantized layers by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+
+
+def tile_layers(model: nn.Module) -> None:
+    """Let all 4-bit codes take half a byte, if PyTorch has a kernel for them."""
+    for layer in quantized_layers(model).values():
+        layer.tile()
 
 
 def matrices_of(tensors: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
