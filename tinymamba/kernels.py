@@ -705,13 +705,17 @@ def quantized_product(
     rows = x.numel() // x.shape[-1]
     on_cpu = x.device.type == "cpu" and rows > 0 and not is_writing_graph()
     tiled = factors is not None and on_cpu and x.dtype != torch.float64
-    if factors is not None and not (tiled and (rows <= FEW_TILED_ROWS or not dynamic)):
+    if tiled and not dynamic:
+        y = tiled_product(x.reshape(rows, -1), codes, factors, len(scale))
+        y = y * scale if bias is None else torch.addcmul(bias.float(), y, scale)
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+    if factors is not None and not (tiled and rows <= FEW_TILED_ROWS):
         codes, tiled = from_tiles(codes, factors, len(scale))[0], False
     int8 = MULTIPLIES_BYTES and on_cpu and (dynamic or rows <= FEW_ROWS)
     if not tiled and not int8:
         return dequantized_product(x, codes, scale, bias, dynamic)
     wide = x.reshape(rows, -1).float()
-    steps, step = (wide, None) if tiled and not dynamic else to_bytes(wide)
+    steps, step = to_bytes(wide)
     if tiled:
         y = tiled_product(steps, codes, factors, len(scale))  # (rows, out)
     elif dynamic:
@@ -719,10 +723,7 @@ def quantized_product(
     else:
         y = int8_product(wide, steps, step, codes)
     y = y * scale
-    if step is None:
-        y = y if bias is None else y + bias
-    else:
-        y = y * step if bias is None else torch.addcmul(bias.float(), y, step)
+    y = y * step if bias is None else torch.addcmul(bias.float(), y, step)
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
@@ -745,9 +746,9 @@ def int8_product(x: Tensor, steps: Tensor, step: Tensor, codes: Tensor) -> Tenso
     first = steps.to(torch.int8)
     rest = (x / step).sub_(steps).mul_(254).round_().to(torch.int8)
     parts = codes.t().split(max(1, CACHE // codes.shape[1]), dim=1)
-    return torch.cat(
-        [torch._int_mm(first, part) + torch._int_mm(rest, part) / 254 for part in parts], dim=1
-    )
+    pairs = [(torch._int_mm(first, part), torch._int_mm(rest, part)) for part in parts]
+    high, low = (torch.cat(products, dim=1) for products in zip(*pairs, strict=True))
+    return high + low / 254
 
 
 def to_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
