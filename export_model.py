@@ -255,11 +255,10 @@ class OnnxLinear(nn.Module):
     def __init__(self, layer: QuantizedLinear, size: int):
         super().__init__()
         out, self.bits = layer.out_features, layer.bits
-        codes, factors = layer.codes_and_factors()
-        if factors is not None:
-            packed, scales = layer.pack(), factors * layer.scale[:, None]
+        if self.bits == 4:
+            packed, scales = layer.pack(), layer.get_factors() * layer.scale[:, None]
         else:
-            packed = (codes.int() + 128).to(torch.uint8)  # (out, in)
+            packed = (layer.codes.int() + 128).to(torch.uint8)  # (out, in)
             packed = nn.functional.pad(packed, (0, -packed.shape[1] % size), value=128)
             scales = layer.scale[:, None].repeat(1, packed.shape[1] // size)
         self.register_buffer("packed", packed.view(out, -1, size * self.bits // 8))

@@ -97,6 +97,7 @@ from tinymamba.kernels import (
     quantized_layers,
     settle_ties,
     stored_tensors,
+    unpack_codes,
 )
 from tinymamba.tokenizer import EOS_NAMES, PAD_TOKEN, SimpleTokenizer, open_tokenizer
 
@@ -1225,6 +1226,7 @@ def read_quantized(config: TinyMambaConfig, name: Any, hub: dict[str, Any]) -> d
         for file in files:
             tensors |= read_all_tensors(file, remedy, unsigned=("model.", "score."))[0]
         tensors = {n.removeprefix("model."): t for n, t in tensors.items()}
+        unpack_codes(native, tensors)
         complete_tensors(native, tensors, str(files[0]))
     except UserError as e:
         raise ValueError(str(e)) from None

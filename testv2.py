@@ -96,12 +96,13 @@ from tinymamba.kernels import (
     ResidualConv,
     bounded_decay,
     count_blocks,
+    count_codes,
     depthwise,
     fill_model,
     is_writing_graph,
+    lazy_state,
     loss_and_gradients,
     quantize_like,
-    quantized_layers,
     running_phase,
     scan_in_one_tile,
     settle_ties,
@@ -124,6 +125,7 @@ from tinymamba.runtime import (
     open_log_folder,
     pick_amp_dtype,
     pick_device,
+    return_memory,
     reuse_memory,
     shard_like,
     shard_model,
@@ -1104,9 +1106,7 @@ class TinyMambaModel(nn.Module):
         """Parameters of each component; a tied head counts as embedding."""
         parts = "embedding conv ssm attention mlp gate norm residual_scale head"
         counts = dict.fromkeys(parts.split(), 0)
-        sizes = {name: p.numel() for name, p in self.named_parameters()}
-        for name, layer in quantized_layers(self).items():
-            sizes[f"{name}.codes"] = layer.in_features * layer.out_features
+        sizes = {name: p.numel() for name, p in self.named_parameters()} | count_codes(self)
         if self.config.tie_embeddings:
             sizes.pop("head.codes", None)
         for name, size in sizes.items():
@@ -1121,7 +1121,7 @@ class TinyMambaModel(nn.Module):
         shape = {name: v for name, v in shape.items() if BEFORE.get(name) != v}
         if self.quantization:
             shape["quantization"] = self.quantization
-        return digest({"config": shape, "weights": dict(self.state_dict())})
+        return digest({"config": shape, "weights": lazy_state(self)})
 
 
 PLAIN_MODULES |= {  # what tinymamba/decode.py knows
@@ -1406,6 +1406,8 @@ def load_folder(folder: Path) -> TinyMambaModel:
     files = [read_all_tensors(file, remedy, unsigned)[0] for file in weight_files(path)]
     tensors = {name.removeprefix("model."): t for file in files for name, t in file.items()}
     fill_model(model, tensors, str(path), "config.json", remedy)
+    del tensors
+    return_memory()
     model.tokenizer = read_folder_tokenizer(folder, config)
     return model
 

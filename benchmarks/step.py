@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
-
 if __name__ == "__main__":
     from tinymamba.cli import begin
 
     begin(__file__, __spec__)
 
+import numpy as np
 import torch
 
 from benchmarks.report import around_markers, write_between

@@ -35,7 +35,7 @@ from tinymamba.lock import hold_lock
 
 
 def digest(value: Any) -> str:
-    """SHA-256 over nested dicts and lists of tensors and plain values."""
+    """SHA-256 over nested dicts and lists of tensors, functions that make one, and plain values."""
     h = hashlib.sha256()
 
     def feed(v: Any) -> None:
@@ -44,6 +44,8 @@ def digest(value: Any) -> str:
             v = v.detach().cpu().contiguous()
             v = v.as_strided((v.numel(),), (1,))  # a lone element may have any stride
             h.update(v.view(torch.uint8).numpy().data)
+        elif callable(v):
+            feed(v())
         elif isinstance(v, dict):
             feed([[str(k), v[k]] for k in sorted(v, key=str)])
         elif isinstance(v, list | tuple):

@@ -37,15 +37,15 @@ def to_tiles(codes: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
     (groups, rows, 2). Rows of zeros complete the last tile.
     """
     pad = -len(codes) % TILE_ROWS
-    numbers = codes.unflatten(1, (factors.shape[1], -1)) // factors[..., None] + 8  # 0 to 15
-    numbers = F.pad(numbers.flatten(1), (0, 0, 0, pad)).int()
+    numbers = codes.unflatten(1, (factors.shape[1], -1)) / factors[..., None]  # exact
+    numbers = F.pad(numbers.add_(8).flatten(1).int(), (0, 0, 0, pad))  # 0 to 15
     tiles = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1)
     factors = F.pad(factors.t(), (0, pad)).to(torch.bfloat16)  # (groups, rows)
     return tiles, torch.stack((factors, torch.zeros_like(factors)), dim=-1)
 
 
-def from_tiles(tiles: Tensor, factors: Tensor, d_out: int) -> tuple[Tensor, Tensor]:
-    """The opposite of `to_tiles`, on every device: codes (out, in) and factors (out, groups).
+def codes_of_tiles(tiles: Tensor, factors: Tensor, d_out: int) -> Tensor:
+    """The codes (out, in) that `to_tiles` was given, int8, in operations of every device.
 
     A byte holds one row of the tile's first half, and above it the same one of the second half.
     """
@@ -53,9 +53,13 @@ def from_tiles(tiles: Tensor, factors: Tensor, d_out: int) -> tuple[Tensor, Tens
     tiles = tiles.view(-1, d_in, half)
     numbers = torch.stack((tiles & 15, tiles >> 4)).to(torch.int8) - 8  # (2, tiles, in, half)
     numbers = numbers.permute(2, 1, 0, 3).reshape(len(factors), -1, factors.shape[1])
-    whole = factors[..., 0].to(torch.int8)  # (groups, rows)
-    codes = numbers * whole[:, None]  # (groups, size, rows)
-    return codes.flatten(0, 1).t()[:d_out], whole.t()[:d_out]
+    codes = numbers * factors[:, None, :, 0].to(torch.int8)  # (groups, size, rows)
+    return codes.flatten(0, 1).t()[:d_out]
+
+
+def factors_of_tiles(factors: Tensor, d_out: int) -> Tensor:
+    """The factors (out, groups) that `to_tiles` was given, int8."""
+    return factors[..., 0].to(torch.int8).t()[:d_out]
 
 
 def tiled_product(x: Tensor, tiles: Tensor, factors: Tensor, d_out: int) -> Tensor:
@@ -65,4 +69,4 @@ def tiled_product(x: Tensor, tiles: Tensor, factors: Tensor, d_out: int) -> Tens
         multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
         return multiply(x.to(torch.bfloat16), tiles, size, factors)[:, :d_out]
     narrow = torch.bfloat16 if MULTIPLIES_BFLOAT16 else torch.float32
-    return F.linear(x.to(narrow), from_tiles(tiles, factors, d_out)[0].to(narrow))
+    return F.linear(x.to(narrow), codes_of_tiles(tiles, factors, d_out).to(narrow))

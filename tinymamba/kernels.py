@@ -28,7 +28,13 @@ from torch.autograd.function import once_differentiable
 
 from tinymamba.cli import UserError, require
 from tinymamba.four_bit import FEW_ROWS as FEW_TILED_ROWS
-from tinymamba.four_bit import from_tiles, tiled_product, to_tiles, why_not_tiled
+from tinymamba.four_bit import (
+    codes_of_tiles,
+    factors_of_tiles,
+    tiled_product,
+    to_tiles,
+    why_not_tiled,
+)
 
 # ------------------------------------------------------------------------------------ scan
 
@@ -582,11 +588,8 @@ class QuantizedLinear(nn.Module):
         return "tiles" in self._buffers
 
     def tile(self) -> None:
-        """Hold 4-bit codes as PyTorch's kernel takes them; where it has none, warn once."""
-        if self.bits == 8 or self.is_tiled or self.codes.is_meta:
-            return
-        if reason := why_not_tiled(self.codes, self.factors):
-            warnings.warn(f"4-bit weights take a whole byte in memory: {reason}", stacklevel=1)
+        """Hold 4-bit codes as PyTorch's kernel takes them, if it has one for them."""
+        if self.bits == 8 or self.is_tiled or why_not_tiled(self.codes, self.factors):
             return
         tiles, factors = to_tiles(self.codes, self.factors)
         del self.codes, self.factors
@@ -596,42 +599,53 @@ class QuantizedLinear(nn.Module):
     def untile(self) -> None:
         """The opposite of `tile`."""
         if self.is_tiled:
-            codes, factors = from_tiles(self.tiles, self.tile_factors, self.out_features)
+            codes, factors = self.get_codes(), self.get_factors()
             del self.tiles, self.tile_factors
             self.register_buffer("codes", codes.contiguous())
             self.register_buffer("factors", factors.contiguous())
 
-    def codes_and_factors(self) -> tuple[Tensor, Tensor | None]:
-        """Codes (out, in) and factors of their groups (out, groups): int8, None with 8 bits."""
-        if self.is_tiled:
-            return from_tiles(self.tiles, self.tile_factors, self.out_features)
-        return self.codes, self.factors if self.bits == 4 else None
+    def get_codes(self) -> Tensor:
+        """The codes (out, in), int8."""
+        if not self.is_tiled:
+            return self.codes
+        return codes_of_tiles(self.tiles, self.tile_factors, self.out_features)
+
+    def get_factors(self) -> Tensor:
+        """The factors (out, groups) of 4-bit codes, int8."""
+        if not self.is_tiled:
+            return self.factors
+        return factors_of_tiles(self.tile_factors, self.out_features)
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
-        scale, was_tiled = self.scale, self.is_tiled
+        scale, tiles = self.scale, {}
+        if self.is_tiled and fn(scale).device.type == "cpu":  # of any dtype, tiles stay as they are
+            tiles = {name: self._buffers.pop(name) for name in ("tiles", "tile_factors")}
         self.untile()
         super()._apply(fn, recurse)
+        self._buffers |= tiles
         if self.scale.dtype != scale.dtype:  # float32 in a model of any dtype
             self.scale = scale.to(self.scale.device)
-        if was_tiled:
-            self.tile()
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.is_tiled:
-            codes, factors = self.codes_and_factors()
-            destination |= {f"{prefix}codes": codes, f"{prefix}factors": factors}
+            destination[f"{prefix}codes"] = self.get_codes()
+            destination[f"{prefix}factors"] = self.get_factors()
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Also of codes that are still packed, so that not all layers' are unpacked at once."""
         self.untile()
-        super()._load_from_state_dict(*args)
+        codes, factors = (state_dict.get(f"{prefix}{name}") for name in ("codes", "factors"))
+        if codes is not None and codes.dtype == torch.uint8 and factors is not None:
+            state_dict = {**state_dict, f"{prefix}codes": self.unpack(codes, factors)}
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self.tile()
 
     @property
     def weight(self) -> Tensor:
         """The dequantized weight (out, in), float32."""
-        return dequantize(self.codes_and_factors()[0], self.scale)
+        return dequantize(self.get_codes(), self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in the dtype of x."""
@@ -642,8 +656,7 @@ class QuantizedLinear(nn.Module):
 
     def pack(self) -> Tensor:
         """The codes as files hold them: uint8 (out, in/2) for 4 bits, int8 (out, in) for 8."""
-        codes, factors = self.codes_and_factors()
-        return codes if factors is None else pack(codes, factors)
+        return self.codes if self.bits == 8 else pack(self.get_codes(), self.get_factors())
 
     def unpack(self, packed: Tensor, factors: Tensor | None) -> Tensor:
         """The opposite of `pack`; `factors` (out, groups) are those of the file, with 4 bits."""
@@ -651,7 +664,8 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """What print(model) shows of the layer."""
-        return f"{self.in_features}, {self.out_features}, bits={self.bits}, dynamic={self.dynamic}"
+        text = f"{self.in_features}, {self.out_features}, bits={self.bits}, dynamic={self.dynamic}"
+        return text if self.bits == 8 else f"{text}, tiled={self.is_tiled}"
 
 
 class QuantizedProduct(torch.autograd.Function):
@@ -680,7 +694,7 @@ class QuantizedProduct(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of x, and None for the rest."""
         codes, factors, scale = ctx.saved_tensors
-        codes = codes if factors is None else from_tiles(codes, factors, len(scale))[0]
+        codes = codes if factors is None else codes_of_tiles(codes, factors, len(scale))
         dx = dy @ dequantize(codes, scale).to(dy.dtype)
         return dx.to(ctx.dtype), None, None, None, None, None
 
@@ -710,7 +724,7 @@ def quantized_product(
         y = y * scale if bias is None else torch.addcmul(bias.float(), y, scale)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
     if factors is not None and not (tiled and rows <= FEW_TILED_ROWS):
-        codes, tiled = from_tiles(codes, factors, len(scale))[0], False
+        codes, tiled = codes_of_tiles(codes, factors, len(scale)), False
     int8 = MULTIPLIES_BYTES and on_cpu and (dynamic or rows <= FEW_ROWS)
     if not tiled and not int8:
         return dequantized_product(x, codes, scale, bias, dynamic)
@@ -802,17 +816,29 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
 
 
+def count_codes(model: nn.Module) -> dict[str, int]:
+    """The number of codes of each quantized layer."""
+    layers = quantized_layers(model).items()
+    return {f"{name}.codes": m.in_features * m.out_features for name, m in layers}
+
+
 def tile_layers(model: nn.Module) -> None:
-    """Let all 4-bit codes take half a byte, if PyTorch has a kernel for them."""
+    """Let all 4-bit codes take half a byte; warn if PyTorch has no kernel for them."""
     for layer in quantized_layers(model).values():
         layer.tile()
+        if layer.bits == 4 and not layer.is_tiled:
+            reason = why_not_tiled(layer.codes, layer.factors)
+            warnings.warn(f"4-bit weights take a whole byte in memory: {reason}", stacklevel=3)
+            return  # which is the same for all
 
 
 def matrices_of(tensors: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
     """The embedding and the matrix of the head among a model's tensors; None for one that lacks."""
     head = tensors.get("head.weight")
     if "head.codes" in tensors:
-        head = dequantize(tensors["head.codes"], tensors["head.scale"])
+        codes, factors = tensors["head.codes"], tensors.get("head.factors")
+        codes = unpack(codes, factors) if codes.dtype == torch.uint8 else codes
+        head = dequantize(codes, tensors["head.scale"])
     return tensors.get("embedding.weight"), head
 
 
@@ -848,9 +874,27 @@ def settle_ties(model: Any, tensors: dict[str, Tensor] | None = None) -> None:
 
     None stands for the model's own. Every writer calls it: a head may have been replaced.
     """
-    tensors = model.state_dict(keep_vars=True) if tensors is None else tensors
+    if tensors is None:
+        parts = {n: m for n, m in model.named_children() if n in ("embedding", "head")}
+        own = {name: part.state_dict(keep_vars=True) for name, part in parts.items()}
+        tensors = {f"{name}.{n}": t for name, part in own.items() for n, t in part.items()}
     if model.config.tie_embeddings and heads_differ(tensors):
         model.config = replace(model.config, tie_embeddings=False)
+
+
+def lazy_state(model: nn.Module) -> dict[str, Any]:
+    """The state_dict, but with functions that give the codes and factors of tiled layers.
+
+    So only one layer's are unpacked at a time.
+    """
+    layers = {n: m for n, m in quantized_layers(model).items() if m.is_tiled}
+    tiles = {f"{name}.{buffer}" for name in layers for buffer in ("tiles", "tile_factors")}
+    buffers = model.named_buffers(remove_duplicate=False)
+    named = (*model.named_parameters(remove_duplicate=False), *buffers)
+    state: dict[str, Any] = {name: t.detach() for name, t in named if name not in tiles}
+    for name, layer in layers.items():
+        state |= {f"{name}.codes": layer.get_codes, f"{name}.factors": layer.get_factors}
+    return state
 
 
 def stored_tensors(model: Any) -> dict[str, Tensor]:
@@ -860,9 +904,11 @@ def stored_tensors(model: Any) -> dict[str, Tensor]:
     quantized, else the embedding.
     """
     settle_ties(model)
-    tensors = model.state_dict()
+    tensors = lazy_state(model)
     for name, layer in quantized_layers(model).items():
         tensors[f"{name}.codes"] = layer.pack()
+        if layer.bits == 4:
+            tensors[f"{name}.factors"] = layer.get_factors()
     if model.config.tie_embeddings and "head.codes" in tensors:
         tensors.pop("embedding.weight")
     elif model.config.tie_embeddings:
@@ -872,14 +918,18 @@ def stored_tensors(model: Any) -> dict[str, Tensor]:
     return tensors
 
 
-def complete_tensors(model: Any, tensors: dict[str, Any], path: str) -> None:
-    """Unpack the codes of a file's tensors, and add the one of tied matrices that it lacks.
-
-    If head and embedding differ, the model is untied. A tensor that is missing is a KeyError.
-    """
+def unpack_codes(model: Any, tensors: dict[str, Any]) -> None:
+    """Unpack the codes of a file's tensors. A tensor that is missing is a KeyError."""
     for name, layer in quantized_layers(model).items():
         factors = tensors[f"{name}.factors"] if layer.bits == 4 else None
         tensors[f"{name}.codes"] = layer.unpack(tensors[f"{name}.codes"], factors)
+
+
+def complete_tensors(model: Any, tensors: dict[str, Any], path: str) -> None:
+    """Add the one of tied matrices that a file's tensors lack.
+
+    If head and embedding differ, the model is untied. A tensor that is missing is a KeyError.
+    """
     if not model.config.tie_embeddings:
         return
     if heads_differ(tensors):

@@ -36,6 +36,13 @@ from tinymamba.cli import UserError, from_launcher, need, print_error, require, 
 # ---------------------------------------------------------------------------------- hardware
 
 
+def return_memory() -> None:
+    """Give memory that is free again back to the system, which glibc does not do by itself."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """The device of that name, or the fastest for "auto"; a UserError if it is not available.
 
