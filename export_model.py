@@ -55,10 +55,20 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor, nn
 
-from testv2 import LayerState, ModelState, TinyMambaModel, describe_model, load_model, save_folder
-from tinymamba.checkpoint import new_folder, require_writable, save_model, write_json
-from tinymamba.cli import need, parse_flags, require, run_cli
+from testv2 import (
+    FOLDER_FIELDS,
+    LayerState,
+    ModelState,
+    TinyMambaModel,
+    describe_model,
+    load_model,
+    save_folder,
+)
+from tinymamba.checkpoint import digest, new_folder, require_writable, save_model, write_json
+from tinymamba.cli import UserError, need, parse_flags, require, run_cli
 from tinymamba.kernels import QuantizedLinear
+from tinymamba.lock import hold_lock
+from tinymamba.onnx_engine import GRAPHS, OUTPUTS, OnnxEngine
 from tinymamba.runtime import pick_device, why_no_compile
 from tinymamba.tokenizer import open_tokenizer, why_no_tokenizer, write_tokenizer
 
@@ -78,6 +88,9 @@ MODEL = "the model"  # its row in the table of --benchmark
 class Graph(nn.Module):
     """The model as functions of tensors: ids and a state -> last logits and the new state."""
 
+    OUTPUTS: tuple[str, ...] = ("logits",)
+    ONE_PROMPT = False  # prefill takes a single text
+
     def __init__(self, model: TinyMambaModel):
         super().__init__()
         self.model = model
@@ -86,18 +99,34 @@ class Graph(nn.Module):
         self.programs: dict[str, torch.export.ExportedProgram] = {}
 
     def prefill(self, ids: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """ids (b, l) and ModelState.tensors() -> logits (b, v) and the new state's tensors."""
+        """ids (b, l) and ModelState.tensors() -> OUTPUTS and the new state's tensors."""
         rest = iter(tensors)  # `size` of them for each block, then two
         layers = [LayerState(*itertools.islice(rest, size)) for size in self.sizes]
-        state = ModelState(layers, *rest)
-        logits, state = self.model.advance(ids, state, last_only=True)  # (b, 1, v)
-        return logits[:, -1], *(t.contiguous() for t in state.tensors().values())
+        *outputs, state = self.advance(ids, ModelState(layers, *rest))
+        return *outputs, *(t.contiguous() for t in state.tensors().values())
 
     step = forward = prefill
+
+    def advance(self, ids: Tensor, state: ModelState) -> tuple[Any, ...]:
+        """ids (b, l) and a state -> logits (b, v) of the last token and the new state."""
+        logits, state = self.model.advance(ids, state, last_only=True)  # (b, 1, v)
+        return logits[:, -1], state
 
     def start(self, batch: int) -> list[Tensor]:
         """The state before any token."""
         return list(self.model.init_state(batch).tensors().values())
+
+
+class EngineGraph(Graph):
+    """What a StreamingServer uses of the model, for OnnxEngine."""
+
+    OUTPUTS = OUTPUTS
+    ONE_PROMPT = True  # the server reads prompts one by one; traced so in half the time
+
+    def advance(self, ids: Tensor, state: ModelState) -> tuple[Any, ...]:
+        """The same, with hidden (b, l, d) before and gates (n_layer, b, 1, 3) after the logits."""
+        hidden, state, gates = self.model.run(ids, state)
+        return hidden, self.model.head(hidden[:, -1]), gates[:, :, -1:], state
 
 
 def load_graph(path: str | Path, device: str) -> Graph:
@@ -118,7 +147,7 @@ def chunked(graph: Graph) -> Iterator[None]:
 
 def random_ids(graph: Graph, batch: int, length: int, seed: int = 0) -> Tensor:
     """Ids (b, l), the same ones for the same arguments."""
-    size, random = graph.model.config.vocab_size, torch.manual_seed(seed)
+    size, random = graph.model.config.vocab_size, torch.Generator().manual_seed(seed)
     ids = torch.randint(0, size, (batch, length), generator=random)
     return ids.to(next(graph.model.parameters()).device)
 
@@ -126,10 +155,10 @@ def random_ids(graph: Graph, batch: int, length: int, seed: int = 0) -> Tensor:
 def examples(graph: Graph, options: Options) -> dict[str, tuple[Tensor, ...]]:
     """Inputs to trace the graphs with; a size of 1 would become a constant."""
     batch, length = max(2, options.batch_size), max(2, options.seq_length)
-    state = graph.start(batch)
+    texts = 1 if graph.ONE_PROMPT else batch
     return {
-        "prefill": (random_ids(graph, batch, length), *state),
-        "step": (random_ids(graph, batch, 1), *state),
+        "prefill": (random_ids(graph, texts, length), *graph.start(texts)),
+        "step": (random_ids(graph, batch, 1), *graph.start(batch)),
     }
 
 
@@ -137,8 +166,9 @@ def programs(graph: Graph, options: Options) -> dict[str, torch.export.ExportedP
     """prefill and step as torch.export makes them, once for all formats."""
     batch, length = (torch.export.Dim(name, min=1) for name in ("batch", "length"))
     for name, inputs in {} if graph.programs else examples(graph, options).items():
-        dims = {0: batch, 1: length} if name == "prefill" else {0: batch}
-        shapes = (dims, tuple({0: batch} for _ in inputs[1:]))
+        rows = {} if name == "prefill" and graph.ONE_PROMPT else {0: batch}
+        dims = {**rows, 1: length} if name == "prefill" else rows
+        shapes = (dims, tuple(rows for _ in inputs[1:]))
         with chunked(graph):
             graph.programs[name] = torch.export.export(
                 graph,
@@ -212,6 +242,12 @@ def show_sizes_to_scans(program: torch.export.ExportedProgram) -> None:
 
 def write_onnx(folder: Path, graph: Graph, options: Options) -> None:
     """prefill.onnx, step.onnx, weights.data and onnx_generate.py."""
+    write_onnx_graphs(folder, graph, options)
+    shutil.copy(Path(__file__).with_name("onnx_generate.py"), folder)
+
+
+def write_onnx_graphs(folder: Path, graph: Graph, options: Options) -> None:
+    """prefill.onnx, step.onnx and weights.data."""
     names, protos = list(graph.model.init_state(1).tensors()), {}
     graph = with_onnx_layers(graph)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is missing
@@ -222,7 +258,7 @@ def write_onnx(folder: Path, graph: Graph, options: Options) -> None:
                 dynamo=True,
                 verbose=False,
                 input_names=["ids", *names],
-                output_names=["logits", *(f"new.{n}" for n in names)],
+                output_names=[*graph.OUTPUTS, *(f"new.{n}" for n in names)],
                 custom_translation_table={torch.ops.aten.cos.default: cosine_as_sine},
             )
         protos[name] = exported.model_proto
@@ -231,7 +267,6 @@ def write_onnx(folder: Path, graph: Graph, options: Options) -> None:
         if options.optimize:
             protos[name] = optimize_onnx(name, protos[name], folder)
     write_onnx_files(protos, folder)
-    shutil.copy(Path(__file__).with_name("onnx_generate.py"), folder)
 
 
 # --------------------------------------------------------------------------------------- onnx
@@ -321,7 +356,7 @@ def with_onnx_layers(graph: Graph) -> Graph:
         model.set_submodule(name, OnnxLinear(layer, size if bits == 4 else 64))
     if model.config.tie_embeddings and isinstance(model.head, OnnxLinear):
         model.embedding = OnnxEmbedding(model.head)
-    converted: Any = Graph(model)
+    converted: Any = type(graph)(model)
     converted.start = graph.start  # init_state needs the weight that OnnxEmbedding lacks
     return converted
 
@@ -538,6 +573,71 @@ def count_same(runner: Runner, graph: Graph, text: list[int], comparison: Compar
         unread = want.argmax(-1, keepdim=True).cpu()
         same += torch.equal(logits.argmax(-1, keepdim=True).cpu(), unread)
     return same
+
+
+# ------------------------------------------------------------------------------------ engine
+
+
+def open_engine(model: TinyMambaModel, cache: Path) -> OnnxEngine:
+    """ONNX Runtime for a StreamingServer, from graphs in `cache`, which are exported if need be.
+
+    They are compared with the model, so that none of another version of this code is used.
+    """
+    require_onnx_layers(model)
+    require_writable(cache, "onnx_folder")
+    graph, remedy = EngineGraph(model), "use the engine torch"
+    config = {name: getattr(model.config, name) for name in FOLDER_FIELDS}
+    folder = cache / digest({"model": model.fingerprint(), "config": config})[:32]
+    with hold_lock(cache / f"{folder.name}.lock", "onnx_folder", remedy, wait=True):
+        with contextlib.suppress(Mismatch):
+            return open_checked(folder, graph)
+        write_engine(folder, graph)
+        try:
+            return open_checked(folder, graph)
+        except Mismatch as e:
+            raise UserError(str(folder), str(e), remedy) from None
+
+
+def write_engine(folder: Path, graph: EngineGraph) -> None:
+    """The graphs of a model, and the hash of each file."""
+    for package in ("onnx", "onnxscript"):
+        need(package)
+    message = f"exporting the model to {folder}: this takes minutes, but only once"
+    print(message, file=sys.stderr, flush=True)
+    with new_folder(folder) as made:
+        write_onnx_graphs(made, graph, Options(batch_size=2))
+        write_json(made / "config.json", {"files": hash_files(made)})
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """SHA-256 of the graphs and their weights."""
+    hashes = {}
+    for name in (*(f"{graph}.onnx" for graph in GRAPHS), "weights.data"):
+        with open(folder / name, "rb") as file:
+            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+@torch.no_grad()
+def open_checked(folder: Path, graph: EngineGraph) -> OnnxEngine:
+    """The engine of a folder; a Mismatch if it is missing or damaged, or differs from the model."""
+    try:
+        whole = json.loads((folder / "config.json").read_bytes())["files"] == hash_files(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise Mismatch("is damaged")
+    engine, state = OnnxEngine(folder, torch.get_num_threads()), graph.model.init_state(1)
+    names = ["hidden", "gates", *state.tensors()]
+    comparison = Comparison(names, ROUNDED if graph.model.quantization else EXACT)
+    for ids in (random_ids(graph, 1, 9), random_ids(graph, 2, 1)):
+        got, want = (
+            [logits, hidden, gates, *after.tensors().values()]
+            for hidden, logits, gates, after in (f(ids, state) for f in (engine.run, graph.advance))
+        )
+        comparison.add(got, want, f"at length {ids.shape[1]}")
+        state = ModelState.join([graph.advance(ids, state)[-1]] * 2)
+    return engine
 
 
 # ------------------------------------------------------------------------------------ timing

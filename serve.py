@@ -64,6 +64,7 @@ import torch
 from streaming import Session, StreamingConfig, StreamingServer, Token
 from tinymamba.checkpoint import require_writable
 from tinymamba.cli import DTYPES, UserError, need, parse_flags, require, require_plain_name, run_cli
+from tinymamba.onnx_engine import ENGINES
 from tinymamba.prefix_cache import count_equal
 from tinymamba.tokenizer import SimpleTokenizer, copy_tokenizer, why_no_tokenizer
 
@@ -142,6 +143,8 @@ class Options:
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
     dtype: torch.dtype = torch.float32  # dtype of the weights
     compile: bool = False  # compile the one-token step: a minute at the start, faster after
+    engine: str = "torch"  # what runs the model; onnx is faster on a CPU
+    onnx_folder: str = ""  # keeps what --engine onnx exports; empty takes ~/.cache/tinymamba/onnx
     model_name: str = ""  # name of the model for clients; empty takes the checkpoint's name
 
     # Network
@@ -171,7 +174,7 @@ class Options:
     max_sessions: int = 1024  # maximum number of open sessions, and of saved ones
     session_timeout: int = 86400  # seconds after which an unused session is deleted
 
-    CHOICES: ClassVar = {"dtype": tuple(DTYPES.values())}
+    CHOICES: ClassVar = {"dtype": tuple(DTYPES.values()), "engine": ENGINES}
     LIMITS: ClassVar = {
         "port": (0, 65535),
         **dict.fromkeys(("max_queue", "grace", "keep_alive", "max_stops"), (0, math.inf)),
@@ -1704,6 +1707,8 @@ def main(argv: list[str] | None = None) -> int:
             {"adapter": options.adapter} if options.adapter else {},
             force=options.force,
             cache_bytes=options.prefix_cache * 2**20,
+            engine=options.engine,
+            onnx_folder=options.onnx_folder,
         )
         api = Api(server, options)
         warn(api)

@@ -67,6 +67,13 @@ from tinymamba.cli import (
     require_plain_name,
     run_cli,
 )
+from tinymamba.onnx_engine import (
+    ENGINES,
+    OnnxEngine,
+    check_engine,
+    default_cache,
+    reject_onnx_folder,
+)
 from tinymamba.prefix_cache import PrefixCache
 from tinymamba.runtime import pick_device, why_no_compile
 from tinymamba.structured import Grammar, GrammarCompiler, Matcher, read_form
@@ -359,9 +366,15 @@ class Decoder:
     """
 
     def __init__(
-        self, model: TinyMambaModel, batch_size: int, compiled: bool = False, cache_bytes: int = 0
+        self,
+        model: TinyMambaModel,
+        batch_size: int,
+        compiled: bool = False,
+        cache_bytes: int = 0,
+        engine: OnnxEngine | None = None,
     ):
         self.model, self.batch_size = model.requires_grad_(False).eval(), batch_size
+        self.engine = engine  # runs the model; None for PyTorch
         self.prefixes = PrefixCache(cache_bytes)
         self.device = model.embedding.weight.device
         self.run_one_token = torch.compile(model.run) if compiled else model.run
@@ -514,15 +527,24 @@ class Decoder:
         `adapters`: one for each row. `scored`: for a single row, the ids (at most l) that follow
         its first, second, ... id, and a number of alternatives; returned last, as tokens.
         """
-        run = self.run_one_token if len(ids[0]) == 1 else self.model.run
         with self.model_lock:
             self.select_adapters(adapters)
-            hidden, state, gates = run(torch.tensor(ids, device=self.device), state)
-            logits = self.model.head(hidden[:, -1]).float()  # (b, v)
+            hidden, logits, gates, state = self.run(torch.tensor(ids, device=self.device), state)
             scores = self.score(hidden[0], *scored) if scored else []
         if len(ids[0]) > 1:
             state = state.clone()  # it is a small view of tensors of length l
         return logits.cpu().numpy(), gates[:, :, -1].float().cpu().numpy(), state, scores
+
+    def run(self, ids: Tensor, state: ModelState) -> tuple[Tensor, Tensor, Tensor, ModelState]:
+        """ids (b, l) -> hidden (b, l, d), last logits (b, v), gates (n_layer, b, _, 3), new state.
+
+        The last column of the gates is that of the last ids.
+        """
+        if self.engine:
+            return self.engine.run(ids, state)
+        run = self.run_one_token if ids.shape[1] == 1 else self.model.run
+        hidden, state, gates = run(ids, state)
+        return hidden, self.model.head(hidden[:, -1]).float(), gates, state
 
     def score(self, hidden: Tensor, ids: list[int], count: int) -> list[Token]:
         """The ids with their logprobs after each of hidden (l, d); 64 at a time, as v is large."""
@@ -547,7 +569,7 @@ class Decoder:
             piece = torch.tensor([ids[at : at + SMALL_PREFILL]], device=self.device)  # (1, l)
             with self.model_lock:
                 self.select_adapters([adapter])
-                hidden, state, _ = self.model.run(piece, state)  # (1, l, d)
+                hidden, *_, state = self.run(piece, state)  # (1, l, d)
             total += hidden[0].float().sum(0).cpu().numpy()
         return total / len(ids)
 
@@ -962,6 +984,9 @@ class StreamingServer:
     adapters     folders written by peft.py, by name; each session and answer may choose one, and
                  all are decoded in one batch
     force        load adapters of another base model, too, with a warning
+    engine       "torch", or "onnx": ONNX Runtime, faster on a CPU. It has no adapters
+    onnx_folder  keeps the graphs that "onnx" exports from each new model, which takes minutes; None
+                 takes ~/.cache/tinymamba/onnx
     cache_bytes  memory of the prefix cache, on the device: a text that begins like an earlier one
                  is read from where they part, if their states are kept there
 
@@ -980,23 +1005,29 @@ class StreamingServer:
         adapters: dict[str, str | Path] | None = None,
         force: bool = False,
         cache_bytes: int = 0,
+        engine: str = "torch",
+        onnx_folder: str | Path | None = None,
     ):
-        target, config = usable_device(str(device)), config or StreamingConfig()
+        device = "cpu" if (engine, str(device)) == ("onnx", "auto") else str(device)
+        target, config = usable_device(device), config or StreamingConfig()
+        check_engine(engine, target, dtype, compiled, adapters)
         problem = why_no_compile(target) if compiled else None
         require(not problem, "compile", f"{problem}", "leave it out")
         if isinstance(model_path, TinyMambaModel):
             self.model, beside = model_path, []
         else:
+            reject_onnx_folder(model_path)
             self.model, beside = load_model(model_path, target), [model_path]
         self.tokenizer = open_tokenizer(tokenizer, self.model, beside)
         self.adapters = self.load_adapters(adapters or {}, compiled, force)
         self.model = self.model.to(target, dtype)
+        runtime = self.open_engine(onnx_folder) if engine == "onnx" else None
         column_major_weights(self.model)
         self.vocab_size = self.model.config.vocab_size
         problem = why_no_tokenizer(self.model)
         self.grammars = GrammarCompiler(self.tokenizer, self.vocab_size, problem)
         self.config = self.checked(config)
-        self.decoder = Decoder(self.model, config.batch_size, compiled, cache_bytes)
+        self.decoder = Decoder(self.model, config.batch_size, compiled, cache_bytes, runtime)
         self.condition = self.decoder.condition
         self.sessions: dict[str, Session] = {}
         self.initial = {name: self.make_initial(name) for name in (None, *self.adapters)}
@@ -1017,6 +1048,15 @@ class StreamingServer:
             for name, folder in folders.items():
                 load_adapter(self.model, folder, name, force)
         return list(folders)
+
+    def open_engine(self, folder: str | Path | None) -> OnnxEngine:
+        """ONNX Runtime for the model, from the graphs in a folder."""
+        from export_model import open_engine
+
+        attached = hasattr(self.model, "adapter_state")
+        remedy = "merge it with peft.py, or use the engine torch"
+        require(not attached, "adapter", "the engine onnx takes none", remedy)
+        return open_engine(self.model.requires_grad_(False).eval(), Path(folder or default_cache()))
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -1594,9 +1634,11 @@ class Options:
     gates: bool = False  # color text by the gates of the branches: SSM, attention, MLP
     stats: bool = False  # print the time to the first text, tokens/s and the size of the state
     compile: bool = False  # compile the model for one token: takes a minute, then runs faster
+    engine: str = "torch"  # what runs the model; onnx is faster on a CPU
+    onnx_folder: str = ""  # keeps what --engine onnx exports; empty takes ~/.cache/tinymamba/onnx
     force: bool = False  # replace the file of --save_session; take an --adapter of another base
 
-    CHOICES: ClassVar = {"dtype": tuple(DTYPES.values())}
+    CHOICES: ClassVar = {"dtype": tuple(DTYPES.values()), "engine": ENGINES}
 
 
 SAMPLING = {"max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
@@ -1636,6 +1678,8 @@ def main(argv: list[str] | None = None) -> int:
         compiled=options.compile,
         adapters={ADAPTER: options.adapter} if options.adapter else {},
         force=options.force,
+        engine=options.engine,
+        onnx_folder=options.onnx_folder,
     )
     problem = why_no_tokenizer(server.model)
     require(server.tokenizer, "tokenizer", problem, "pass --tokenizer")

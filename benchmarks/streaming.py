@@ -2,6 +2,7 @@
 
     python -m benchmarks.streaming                                  # 9.6M parameters, float32
     python -m benchmarks.streaming --dtype bfloat16 --compile
+    python -m benchmarks.streaming --engine onnx                    # ONNX Runtime as well
     python -m benchmarks.streaming --tinymamba_checkpoint tinymamba_model_latest.pt
     python -m benchmarks.streaming --read 1000000                   # one long prompt, and no more
 
@@ -42,6 +43,7 @@ from peft import apply_lora_to_model, set_adapter
 from streaming import StreamingConfig, StreamingServer
 from testv2 import Config, TinyMambaModel, load_model
 from tinymamba.cli import parse_flags, require, run_cli, show
+from tinymamba.onnx_engine import ENGINES
 from tinymamba.runtime import pick_device
 
 PIECE = 8192  # tokens of a prompt that are given at a time
@@ -62,12 +64,14 @@ class Options:
     rounds: int = 7  # rounds that are counted; two more come first
     dtype: torch.dtype = torch.float32  # dtype of the weights
     compile: bool = False  # measure the compiled step as well
+    engine: str = "torch"  # onnx measures ONNX Runtime as well, in float32 on a CPU
+    onnx_folder: str = ""  # keeps what it exports; empty takes ~/.cache/tinymamba/onnx
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
     threads: int = 0  # CPU threads; 0 means all
     read: int = 0  # read a prompt of so many tokens, and measure nothing else
     output: str = "streaming.jsonl"  # file of rows
 
-    CHOICES: ClassVar = {"dtype": (torch.float32, torch.bfloat16)}
+    CHOICES: ClassVar = {"dtype": (torch.float32, torch.bfloat16), "engine": ENGINES}
     LIMITS: ClassVar = {
         **dict.fromkeys(("tokens", "sessions", "rounds"), (2, math.inf)),
         "read": (0, math.inf),
@@ -220,12 +224,15 @@ def make_tinymamba(options: Options) -> TinyMambaModel:
 
 def make_servers(options: Options, device: torch.device) -> dict[str, StreamingServer]:
     """TinyMamba's servers by name."""
-    forms = {"tinymamba": False} | ({"tinymamba compiled": True} if options.compile else {})
+    forms: dict[str, dict] = {"tinymamba": {}}
+    forms |= {"tinymamba compiled": {"compiled": True}} if options.compile else {}
+    if options.engine == "onnx":
+        forms["tinymamba onnx"] = {"engine": "onnx", "onnx_folder": options.onnx_folder}
     return {
         name: StreamingServer(
-            make_tinymamba(options), str(device), GREEDY, dtype=options.dtype, compiled=compiled
+            make_tinymamba(options), str(device), GREEDY, dtype=options.dtype, **form
         )
-        for name, compiled in forms.items()
+        for name, form in forms.items()
     }
 
 
@@ -266,13 +273,15 @@ def kinds(options: Options, device: torch.device) -> Iterator[tuple[str, dict]]:
         },
     )
     ids = torch.randint(config.vocab_size, (BATCH, BLOCK), device=device)
-    yield (
-        "prefill",
-        {
-            "prefill": functools.partial(prefill, servers["tinymamba"], ids.flatten().tolist()),
-            "training": functools.partial(training_forward, trained, ids, options.dtype),
-        },
-    )
+    runs = {
+        name.replace("tinymamba", "prefill"): functools.partial(
+            prefill, server, ids.flatten().tolist()
+        )
+        for name, server in servers.items()
+        if "compiled" not in name  # that compiles the step only
+    }
+    runs["training"] = functools.partial(training_forward, trained, ids, options.dtype)
+    yield "prefill", runs
 
 
 def main(argv: list[str] | None = None) -> int:

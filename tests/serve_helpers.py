@@ -23,8 +23,8 @@ HELLO = {"messages": [{"role": "user", "content": "hi"}]}
 class Running:
     """A server on a free port, in a thread of this process."""
 
-    def __init__(self, adapters=None, tokenizer=BYTES, vocab_size=257, **options):
-        library = StreamingServer(
+    def __init__(self, adapters=None, tokenizer=BYTES, vocab_size=257, library=None, **options):
+        library = library or StreamingServer(
             free_copy(wide(vocab_size=vocab_size)),
             tokenizer=tokenizer,
             adapters=adapters,

@@ -100,8 +100,8 @@ class Workspace:
         assert row, f"no row of RUNS or CHECKS is for this command: {command}"
         words = shlex.split(command)
         script, *argv = words[2:] if words[1] == "-m" else words[1:]
-        if row.module == "benchmarks.streaming":  # tests/test_streaming.py compiles
-            argv = [word for word in argv if word != "--compile"]
+        if row.module == "benchmarks.streaming":  # its tests compile and export
+            argv = [word for word in argv if word not in ("--compile", "--engine", "onnx")]
         argv += row.short
         if script == "testv2.py" and command != TRAIN:
             path = f"run{len(self.printed)}.pt"  # the others' checkpoint stays as it is
@@ -519,7 +519,15 @@ def check_output(command: list[str], cwd: Path) -> str:
     return done.stdout
 
 
+def check_engine(place: Workspace, words: list[str]) -> None:
+    """An export takes seconds; tests/test_onnx_engine.py has one."""
+    parsed = importlib.import_module(words[1].removesuffix(".py")).parse(words[2:])
+    options = parsed[0] if isinstance(parsed, tuple) else parsed
+    assert options.engine == "onnx"
+
+
 CHECKS = [
+    (r"python (streaming|serve).py .*--engine onnx", check_engine),
     (r"python export_model.py .*(--aoti|--quantize|onnx_models)", check_slow_export),
     (r"python data/prepare.py --dataset ", check_dataset),
     (r"python hf_integration.py push ", check_push),

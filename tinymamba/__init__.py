@@ -34,10 +34,10 @@ OF_EXTRAS = {  # not in `import *`: they need more packages
 MODULES = {*NAMES, *OF_EXTRAS}
 MODULES |= {"archives", "attention", "benchmark", "chat_template", "data", "data_order"}
 MODULES |= {"decode", "delta_rule", "documents", "export_model", "four_bit", "fused"}
-MODULES |= {"inputs", "kernels", "lock", "middleware", "namesake", "openai_api"}
-MODULES |= {"openai_responses", "optimizer", "packing", "prefix_cache", "profiling"}
-MODULES |= {"quick_help", "runtime", "schedule", "serve", "structured", "token_file"}
-MODULES |= {"token_shards", "tool_calls"}
+MODULES |= {"inputs", "kernels", "lock", "middleware", "namesake", "onnx_engine"}
+MODULES |= {"openai_api", "openai_responses", "optimizer", "packing", "prefix_cache"}
+MODULES |= {"profiling", "quick_help", "runtime", "schedule", "serve", "structured"}
+MODULES |= {"token_file", "token_shards", "tool_calls"}
 HOMES = {name: module for module, names in {**NAMES, **OF_EXTRAS}.items() for name in names.split()}
 
 __all__ = ["__version__", *(name for names in NAMES.values() for name in names.split())]

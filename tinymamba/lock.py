@@ -15,9 +15,10 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # some network file syst
 
 
 @contextlib.contextmanager
-def hold_lock(file: Path, field: str, remedy: str) -> Iterator[None]:
+def hold_lock(file: Path, field: str, remedy: str, wait: bool = False) -> Iterator[None]:
     """Hold the lock `file`, which names this process; a UserError if another process holds it.
 
+    With `wait`, this process waits for the other one instead.
     The operating system frees the lock when its process ends, however it ends; only the file may
     stay, and is used again. A thread may hold a lock several times over. Without `file`'s folder
     there is nothing to lock.
@@ -27,7 +28,7 @@ def hold_lock(file: Path, field: str, remedy: str) -> Iterator[None]:
     if not file.parent.is_dir():
         yield
         return
-    lock = FileLock(file, timeout=0, is_singleton=True, fallback_to_soft=False)
+    lock = FileLock(file, timeout=-1 if wait else 0, is_singleton=True, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
