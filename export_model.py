@@ -579,9 +579,9 @@ def count_same(runner: Runner, graph: Graph, text: list[int], comparison: Compar
 
 
 def open_engine(model: TinyMambaModel, cache: Path) -> OnnxEngine:
-    """ONNX Runtime for a StreamingServer, from graphs in `cache`, which are exported if need be.
+    """ONNX Runtime for a StreamingServer: graphs that are exported once and kept in `cache`.
 
-    They are compared with the model, so that none of another version of this code is used.
+    They are compared with the model, so that graphs of another version of its code are not used.
     """
     require_onnx_layers(model)
     require_writable(cache, "onnx_folder")
@@ -631,13 +631,15 @@ def open_checked(folder: Path, graph: EngineGraph) -> OnnxEngine:
     names = ["hidden", "gates", *state.tensors()]
     comparison = Comparison(names, ROUNDED if graph.model.quantization else EXACT)
     for ids in (random_ids(graph, 1, 9), random_ids(graph, 2, 1)):
-        got, want = (
-            [logits, hidden, gates, *after.tensors().values()]
-            for hidden, logits, gates, after in (f(ids, state) for f in (engine.run, graph.advance))
-        )
-        comparison.add(got, want, f"at length {ids.shape[1]}")
-        state = ModelState.join([graph.advance(ids, state)[-1]] * 2)
+        got, want = engine.run(ids, state), graph.advance(ids, state)
+        comparison.add(logits_first(*got), logits_first(*want), f"at length {ids.shape[1]}")
+        state = ModelState.join([want[-1]] * 2)
     return engine
+
+
+def logits_first(hidden: Tensor, logits: Tensor, gates: Tensor, state: ModelState) -> list[Tensor]:
+    """What EngineGraph.advance returns, in the order of Comparison."""
+    return [logits, hidden, gates, *state.tensors().values()]
 
 
 # ------------------------------------------------------------------------------------ timing

@@ -5,6 +5,7 @@
     python streaming.py --checkpoint ./tinymamba_model_latest.pt --interactive --gates --stats
     python streaming.py --checkpoint ... --prompt "..." --save_session talk.safetensors
     python streaming.py --checkpoint ... --prompt "..." --load_session talk.safetensors
+    python streaming.py --checkpoint ... --prompt "..." --engine onnx  # faster on a CPU
 
 As a library:
 
@@ -536,9 +537,9 @@ class Decoder:
         return logits.cpu().numpy(), gates[:, :, -1].float().cpu().numpy(), state, scores
 
     def run(self, ids: Tensor, state: ModelState) -> tuple[Tensor, Tensor, Tensor, ModelState]:
-        """ids (b, l) -> hidden (b, l, d), last logits (b, v), gates (n_layer, b, _, 3), new state.
+        """ids (b, l) -> hidden (b, l, d), last logits (b, v), gates, new state.
 
-        The last column of the gates is that of the last ids.
+        The gates are (n_layer, b, l, 3), or (n_layer, b, 1, 3) with the last column only.
         """
         if self.engine:
             return self.engine.run(ids, state)
@@ -984,9 +985,9 @@ class StreamingServer:
     adapters     folders written by peft.py, by name; each session and answer may choose one, and
                  all are decoded in one batch
     force        load adapters of another base model, too, with a warning
-    engine       "torch", or "onnx": ONNX Runtime, faster on a CPU. It has no adapters
-    onnx_folder  keeps the graphs that "onnx" exports from each new model, which takes minutes; None
-                 takes ~/.cache/tinymamba/onnx
+    engine       "torch", or "onnx" for ONNX Runtime, which is faster on a CPU
+    onnx_folder  keeps what "onnx" exports at a model's first start, which takes minutes; None takes
+                 ~/.cache/tinymamba/onnx
     cache_bytes  memory of the prefix cache, on the device: a text that begins like an earlier one
                  is read from where they part, if their states are kept there
 

@@ -18,7 +18,7 @@ import export_model
 import serve
 import streaming
 from benchmarks import streaming as benchmark
-from export_model import EngineGraph, open_engine, with_onnx_layers
+from export_model import EngineGraph, hash_files, open_engine, with_onnx_layers
 from peft import AdapterConfig, attach
 from quantize import quantize_model
 from streaming import StreamingConfig, StreamingServer
@@ -292,6 +292,11 @@ def test_damaged_graphs_and_those_of_another_model_are_not_used(cache, tmp_path,
     with pytest.raises(UserError, match="differs by .* at length 9; use the engine torch"):
         open_engine(model, tmp_path)
     assert len(exports) == 2
+    (exports[0] / "step.onnx").write_text("no graph")
+    (exports[0] / "config.json").write_text(json.dumps({"files": hash_files(exports[0])}))
+    with pytest.raises(UserError, match="ONNX Runtime cannot read it .*delete the folder") as e:
+        open_engine(model, tmp_path)
+    assert "\n" not in str(e.value)
 
 
 def test_a_second_process_waits_for_the_export(tmp_path):

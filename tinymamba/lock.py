@@ -16,12 +16,12 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # some network file syst
 
 @contextlib.contextmanager
 def hold_lock(file: Path, field: str, remedy: str, wait: bool = False) -> Iterator[None]:
-    """Hold the lock `file`, which names this process; a UserError if another process holds it.
+    """Hold the lock `file`, which names this process.
 
-    With `wait`, this process waits for the other one instead.
-    The operating system frees the lock when its process ends, however it ends; only the file may
-    stay, and is used again. A thread may hold a lock several times over. Without `file`'s folder
-    there is nothing to lock.
+    If another process holds it, that is a UserError, or this one waits for it if `wait`. The
+    operating system frees the lock when its process ends, however it ends; only the file may stay,
+    and is used again. A thread may hold a lock several times over. Without `file`'s folder there is
+    nothing to lock.
     """
     from filelock import FileLock, Timeout
 

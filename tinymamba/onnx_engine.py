@@ -32,8 +32,9 @@ class OnnxEngine:
                 runtime.InferenceSession(path, options, ["CPUExecutionProvider"]) for path in paths
             )
         except Exception as e:  # onnxruntime raises no narrower class
+            problem = f"ONNX Runtime cannot read it ({' '.join(str(e).split())})"
             remedy = "delete the folder, or use another version of onnxruntime"
-            raise UserError(str(folder), f"ONNX Runtime cannot read it ({e})", remedy) from None
+            raise UserError(str(folder), problem, remedy) from None
         self.names = [output.name for output in self.step.get_outputs()]
 
     def run(self, ids: Tensor, state: Any) -> tuple[Tensor, Tensor, Tensor, Any]:
