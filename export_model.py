@@ -591,6 +591,8 @@ def open_engine(model: TinyMambaModel, cache: Path) -> OnnxEngine:
     with hold_lock(cache / f"{folder.name}.lock", "onnx_folder", remedy, wait=True):
         with contextlib.suppress(Mismatch):
             return open_checked(folder, graph)
+        for rest in cache.glob(f"{folder.name}.*/"):  # of an export that was killed
+            shutil.rmtree(rest)
         write_engine(folder, graph)
         try:
             return open_checked(folder, graph)

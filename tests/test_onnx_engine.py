@@ -275,6 +275,8 @@ def test_damaged_graphs_and_those_of_another_model_are_not_used(cache, tmp_path,
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     open_engine(model, tmp_path)
     assert not exports
+    rest = tmp_path / f"{folder.name}.half"  # of an export that was killed
+    rest.mkdir()
     good = (folder / "weights.data").read_bytes()
     for content in (good[:-9] + bytes([good[-9] ^ 1]) + good[-8:], good[:-64], None):
         (folder / "weights.data").unlink()
@@ -285,6 +287,7 @@ def test_damaged_graphs_and_those_of_another_model_are_not_used(cache, tmp_path,
         (folder / "weights.data").write_bytes(good)
         assert exports == [folder]
         exports.clear()
+    assert not rest.exists()
     model.blocks[0].residual_scale.mul_(1.5)
     with pytest.raises(UserError, match="damaged"):
         open_engine(model, tmp_path)
