@@ -100,7 +100,7 @@ def test_a_document_that_a_user_begins_is_read_as_by_the_general_path():
 @pytest.mark.parametrize("rows", [1, decode.FEW_ROWS + 1])
 @torch.no_grad()
 def test_bfloat16_is_as_near_to_float32_as_the_general_path(rows):
-    exact = wide()
+    exact = free_copy(wide()).eval()
     model = free_copy(exact).to(torch.bfloat16).eval()
     exact.load_state_dict({n: t.float() for n, t in model.state_dict().items()})
     ids, errors = some_ids(rows, 16), []
@@ -297,3 +297,20 @@ def test_a_model_that_is_gone_leaves_nothing_behind():
     assert model in decode.PLANS
     del model
     assert len(decode.PLANS) == count - 1
+
+
+def test_caches_do_not_depend_on_the_default_dtype_of_their_first_call():
+    decode.turns.cache_clear()
+    decode.root.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert decode.turns(6, 2).dtype == decode.root(3.0).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_batch_of_no_rows_is_read():
+    model = wide()
+    with torch.no_grad():
+        logits, state = model.advance(torch.zeros(0, 1, dtype=torch.int64), model.init_state(0))
+    assert logits.shape == (0, 1, model.config.vocab_size) and len(state.position) == 0

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinymamba.delta_rule import rolled_features
+from tinymamba.delta_rule import key_features
 from tinymamba.kernels import is_writing_graph
 from tinymamba.packing import erase_states
 
@@ -170,6 +170,8 @@ def why_general(model: Any, ids: Tensor, state: Any, others: tuple = ()) -> str 
         return "a graph is recorded"
     if state is None or ids.shape[1] != 1 or any(other is not None for other in others):
         return "it is more than one token after a state"
+    if ids.shape[0] == 0:
+        return "there are no rows"
     if torch.is_grad_enabled():
         return "gradients are on; use torch.no_grad()"
     if ids.device.type != "cpu" or model.embedding.weight.device.type != "cpu":
@@ -243,7 +245,7 @@ def share(model: Any, plan: Plan, state: Any) -> tuple[Shared, Tensor]:
     known, now = conv.float(), taps[:, -1:] + 1.0  # 1: a ShortConv adds its input
     width = known.shape[2]
     if model.config.document_mask and youngest < width:
-        foreign = torch.arange(width, 0, -1) > age[:, None]  # (b, k-1)
+        foreign = torch.arange(width, 0, -1, device=age.device) > age[:, None]  # (b, k-1)
         known = known.masked_fill(foreign[..., None], 0.0)
     before = (known * taps[:, None, :-1]).sum(2)  # (L, b, c)
     vectors = (torch.stack(rows).float() for rows in zip(*plan.vectors, strict=True))
@@ -281,7 +283,7 @@ def visible_keys(age: Tensor, youngest: int, window: int) -> Tensor | None:
     """
     if youngest >= window - 1:
         return None
-    return torch.arange(window - 1, -1, -1) <= age[:, None, None, None]
+    return torch.arange(window - 1, -1, -1, device=age.device) <= age[:, None, None, None]
 
 
 def step_block(
@@ -354,7 +356,7 @@ def rotate(x: Tensor, phase: Tensor) -> Tensor:
 @functools.cache
 def turns(states: int, pairs: int) -> Tensor:
     """What gives each channel its angle (n, r): that of its pair, negative in the first half."""
-    half = torch.eye(states // 2, pairs) * math.pi
+    half = torch.eye(states // 2, pairs, dtype=torch.float32, device="cpu") * math.pi
     return torch.cat((-half, half))
 
 
@@ -411,7 +413,7 @@ def step_memory(parts: Any, u: Tensor, qk: Tensor, v: Tensor, state: Tensor) -> 
     write, fade, read = float32_linear(u, token_proj)[..., None, None].chunk(3, dim=1)
     log_decay = -F.softplus(fade) * A_log.float().exp()[:, None, None]
     decay = log_decay.exp_()  # (b, a, 1, 1)
-    features = rolled_features(qk, memory.products, torch.float32)  # (b, 2, a, m)
+    features = key_features(qk, memory.products, torch.float32)  # (b, 2, a, m)
     found, held = (decay * (state @ features.permute(0, 2, 3, 1))).mT.chunk(2, dim=2)  # before it
     q, k = features[:, :, :, None].unbind(1)  # (b, a, 1, m) each
     change = (v - held) * write.sigmoid()  # (b, a, 1, f)
@@ -437,7 +439,7 @@ def normalize(x: Tensor, eps: float, weight: Tensor) -> Tensor:
 @functools.cache
 def root(x: float) -> Tensor:
     """The square root, as a tensor of no dimension."""
-    return torch.tensor(math.sqrt(x))
+    return torch.tensor(math.sqrt(x), dtype=torch.float32, device="cpu")
 
 
 def linear(x: Tensor, layer: Affine) -> Tensor:

@@ -50,27 +50,27 @@ def key_features(x: Tensor, products: int, dtype: torch.dtype) -> Tensor:
     2102.11174, eq. 37, without its rectifier), or x itself where `products` is 0. Products of
     different vectors overlap less than the vectors do, so a state can tell more keys apart.
     """
-    if products and not is_in_graph():
-        return KeyFeatures.apply(x, products, dtype)
-    return rolled_features(x, products, dtype)
-
-
-def rolled_features(x: Tensor, products: int, dtype: torch.dtype) -> Tensor:
-    """`key_features` without a backward pass of its own: fastest for one token."""
-    x, shifts = x.to(promoted(x)), range(1, products + 1)
     if not products:
-        return F.normalize(x, dim=-1).to(dtype)
+        return F.normalize(x.to(promoted(x)), dim=-1).to(dtype)
+    if x.requires_grad and torch.is_grad_enabled() and not is_in_graph():
+        return KeyFeatures.apply(x, products, dtype)
+    wide = x.to(promoted(x))
+    z = (wide * feature_scale(wide, products)).to(dtype)
+    return torch.cat([z * z.roll(-r, dims=-1) for r in range(1, products + 1)], dim=-1)
+
+
+def feature_scale(x: Tensor, products: int) -> Tensor:
+    """What scales x (..., f) so that all products together have length 1: (..., 1)."""
     square = x * x
-    others = torch.stack([square.roll(-r, dims=-1) for r in shifts]).sum(0)
+    others = torch.stack([square.roll(-r, dims=-1) for r in range(1, products + 1)]).sum(0)
     length = (square * others).sum(-1, keepdim=True).sqrt()  # of all products
-    x = (x * length.clamp(min=1e-12).rsqrt()).to(dtype)
-    return torch.cat([x * x.roll(-r, dims=-1) for r in shifts], dim=-1)
+    return length.clamp(min=1e-12).rsqrt()
 
 
 class KeyFeatures(torch.autograd.Function):
-    """`key_features`. A product with zeros and ones takes the place of calls of `roll`.
+    """`key_features`, where a product with zeros and ones takes the place of calls of `roll`.
 
-    It is as exact: each of its sums has one term that is not 0.
+    It gives the same: each of its sums has one term that is not 0.
     """
 
     @staticmethod
@@ -79,10 +79,7 @@ class KeyFeatures(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             shifts = neighbours(x, products, dtype)  # (f, products * f)
             wide = x.to(promoted(x))
-            square = wide * wide
-            others = square.to(dtype) @ sum_shifts(shifts)  # of the channels' squares
-            squared_length = (square * others).sum(-1, keepdim=True)  # of all products
-            scale = squared_length.clamp(min=1e-24).pow_(-0.25)  # (..., 1)
+            scale = feature_scale(wide, products)  # (..., 1)
             z = (wide * scale).to(dtype)
             ctx.save_for_backward(z, scale, shifts)
             ctx.dtype = x.dtype

@@ -33,7 +33,7 @@ def promoted(x: Tensor) -> torch.dtype:
 
 def sum_tokens(x: Tensor, like: Tensor) -> Tensor:
     """The sum over all tokens of x (..., d), in the shape and dtype of `like` (d,)."""
-    return x.flatten(0, -2).sum(0).to(like.dtype)
+    return x.reshape(-1, x.shape[-1]).sum(0).to(like.dtype)
 
 
 # ------------------------------------------------------------------------------------ norm
