@@ -9,30 +9,25 @@ document, that part of their rules is taken out.
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import signal
-import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from data.processes import Batching, map_in_order
 from data.sides import Text
-from tinymamba.cli import UserError
+from data.words import fast_encoder
 
 CHUNK_CHARS = 1 << 16  # longest string that is encoded at once
 NEAR_CHARS = 1 << 10  # before the end of a chunk, in whose middle the cut is looked for
 TRIES = 64  # places to cut that are tried
-BATCH_CHARS = 1 << 20  # encoded in one call, on all cores; needs up to 350 bytes of memory each
-WORKER_CHARS = 1 << 18  # the same for each worker
+BATCH_CHARS = 1 << 20  # encoded in one call; needs up to 350 bytes of memory each
+WORKER_CHARS = 1 << 20  # the same for each worker
 
 
 class Chunk(NamedTuple):
@@ -59,6 +54,11 @@ class Encoder:
     def __init__(self, path: Path, eos: int, dtype: str):
         self.path, self.eos, self.dtype = path, eos, dtype
         self.tokenizer = plain(Tokenizer.from_str(path.read_text(encoding="utf-8")))
+        self.fast = fast_encoder(self.tokenizer, dtype)  # None: the library encodes
+
+    def __reduce__(self) -> tuple:
+        """Another process reads the tokenizer itself."""
+        return Encoder, (self.path, self.eos, self.dtype)
 
     @cached_property
     def bare(self) -> Tokenizer:
@@ -70,7 +70,9 @@ class Encoder:
 
     def __call__(self, batch: list[Chunk]) -> list[Encoded]:
         """The ids of chunks; the end-of-text id follows the last one of a document."""
-        ids: list[list[int]] = [[]] * len(batch)
+        if self.fast:
+            return [self.encoded(chunk, self.fast(chunk.text)) for chunk in batch]
+        ids: list[bytes] = [b""] * len(batch)
         for continues in (False, True):
             chosen = [i for i, chunk in enumerate(batch) if chunk.continues == continues]
             if chosen:
@@ -78,15 +80,17 @@ class Encoder:
                 texts = [batch[i].text for i in chosen]
                 found = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
                 for i, encoding in zip(chosen, found, strict=True):
-                    ids[i] = encoding.ids
+                    ids[i] = self.as_bytes(encoding.ids)
         return [self.encoded(chunk, each) for chunk, each in zip(batch, ids, strict=True)]
 
-    def encoded(self, chunk: Chunk, ids: list[int]) -> Encoded:
-        """A chunk's ids as bytes."""
-        if chunk.last:
-            ids.append(self.eos)
-        data = np.array(ids, self.dtype).tobytes()
-        return Encoded(chunk.side, data, len(chunk.text.encode()), chunk.last)
+    def as_bytes(self, ids: list[int]) -> bytes:
+        """Ids as they are in the file."""
+        return np.array(ids, self.dtype).tobytes()
+
+    def encoded(self, chunk: Chunk, ids: bytes) -> Encoded:
+        """A chunk with its ids."""
+        end = self.as_bytes([self.eos]) if chunk.last else b""
+        return Encoded(chunk.side, ids + end, len(chunk.text.encode()), chunk.last)
 
     def chunks(self, texts: Iterable[Text]) -> Iterator[Chunk]:
         """Documents in chunks of at most CHUNK_CHARS."""
@@ -111,19 +115,25 @@ class Encoder:
         Between words, judged by the end of the chunk alone; else between tokens of the chunk.
         """
         near, before = text[-NEAR_CHARS:], len(text) - NEAR_CHARS
-        whole = ids_of(self.tokenizer, near)
+        whole = self.ids(near)
         for at in places(near)[:TRIES]:
             for bare in (False, True):
                 if self.fits(near, at, whole, bare):
                     return before + at, bare
         return self.cut_tokens(text, continues)
 
-    def fits(self, near: str, at: int, whole: list[int], bare: bool) -> bool:
+    def ids(self, text: str, bare: bool = False) -> list[int] | bytes:
+        """The ids of a text alone."""
+        if self.fast:
+            return self.fast(text)
+        return ids_of(self.bare if bare else self.tokenizer, text)
+
+    def fits(self, near: str, at: int, whole: list[int] | bytes, bare: bool) -> bool:
         """Whether a text cut at this place has the same ids as the whole."""
-        right = ids_of(self.bare if bare else self.tokenizer, near[at:])
+        right = self.ids(near[at:], bare)
         if right != whole[len(whole) - len(right) :]:
             return False
-        return ids_of(self.tokenizer, near[:at]) == whole[: len(whole) - len(right)]
+        return self.ids(near[:at]) == whole[: len(whole) - len(right)]
 
     def cut_tokens(self, text: str, continues: bool) -> tuple[int, bool]:
         """The same for text without spaces: between two words or tokens of the last ones."""
@@ -200,70 +210,12 @@ def encoding_with(
     encoder: Encoder, workers: int
 ) -> Iterator[Callable[[Iterable[Chunk]], Iterator[Encoded]]]:
     """A function that encodes a stream in order: in this process, or in so many others."""
-    if workers == 1:
-        yield lambda chunks: (e for batch in batches(chunks, BATCH_CHARS) for e in encoder(batch))
-        return
-    before = multiprocessing.active_children()
-    pool = ProcessPoolExecutor(
-        workers,
-        multiprocessing.get_context("spawn"),
-        begin_worker,
-        (encoder.path, encoder.eos, encoder.dtype),
-    )
-    try:
-        yield lambda chunks: encode_in(pool, workers, batches(chunks, WORKER_CHARS))
-    except BrokenProcessPool:
-        for child in multiprocessing.active_children():
-            if child not in before:  # it ignores the signal with which the pool would end it
-                child.kill()
-        problem = "a process that encodes was ended, perhaps for lack of memory"
-        raise UserError("--workers", problem, "pass fewer") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ExitStack() as running:
 
+        def encode(chunks: Iterable[Chunk]) -> Iterator[Encoded]:
+            batching = Batching(lambda chunk: len(chunk.text), BATCH_CHARS, WORKER_CHARS)
+            count = workers if encoder.fast else workers or 1  # the library uses all cores
+            encoded = map_in_order(encoder, chunks, batching, count)
+            return chain.from_iterable(running.enter_context(closing(encoded)))
 
-def encode_in(
-    pool: ProcessPoolExecutor, workers: int, stream: Iterable[list[Chunk]]
-) -> Iterator[Encoded]:
-    """Encode batches in the processes of a pool, in order; a few are on their way at any time."""
-    running: deque[Future] = deque()
-    for batch in stream:
-        running.append(pool.submit(encode_batch, batch))
-        if len(running) > 2 * workers:
-            yield from running.popleft().result()
-    while running:
-        yield from running.popleft().result()
-
-
-def batches(chunks: Iterable[Chunk], longest: int) -> Iterator[list[Chunk]]:
-    """Chunks in lists of about `longest` characters."""
-    batch: list[Chunk] = []
-    chars = 0
-    for chunk in chunks:
-        batch.append(chunk)
-        chars += len(chunk.text) + 100  # of overhead
-        if chars >= longest:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
-
-
-def begin_worker(path: Path, eos: int, dtype: str) -> None:
-    """Make ready a process that encodes; it ends with the one that began it, however that ends."""
-    global encode_batch_with
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # sent to the whole group; the pool ends it
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    parent: Any = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    encode_batch_with = Encoder(path, eos, dtype)
-
-
-def encode_batch(batch: list[Chunk]) -> list[Encoded]:
-    """Encode in a process that `begin_worker` made ready."""
-    return encode_batch_with(batch)
-
-
-encode_batch_with: Callable[[list[Chunk]], list[Encoded]]
+        yield encode

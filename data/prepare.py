@@ -97,11 +97,11 @@ class Options:
     dtype: str = "int32"  # of the tokens in the .bin files
     force: bool = False  # replace files that exist
     resume: bool = False  # go on with a run that was interrupted, if there is one
-    workers: int = 1  # processes that encode; 1 uses threads on all cores
+    workers: int = 0  # processes that count words and encode; 0 means one for each core
 
     CHOICES: ClassVar = {"dtype": ("int32", "uint16"), "encoding_errors": ("strict", "replace")}
     LIMITS: ClassVar = {
-        "workers": (1, 60),
+        "workers": (0, 60),
         "max_tokens": (1, math.inf),
         "bpe_sample_bytes": (1, math.inf),
     }
@@ -262,7 +262,7 @@ class Run:
     def write_tokenizer(self) -> None:
         """Write tokenizer.json and vocab.txt."""
         options, folder = self.options, self.work.folder
-        learning = Learning(options.vocab_size, options.bpe_sample_bytes)
+        learning = Learning(options.vocab_size, options.bpe_sample_bytes, options.workers)
         if options.tokenizer in OWN_TOKENIZERS:
             parts = training_parts(self.sources[0])
             tokenizer, eos = make_tokenizer(options.tokenizer, parts, learning)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from data.merges import learn_merges
+from data.processes import Batching, map_in_order
+from data.words import BOUNDED, Words, WordTable
 from tinymamba.cli import UserError, need, say
 from tinymamba.tokenizer import (
     EOS_TOKEN,
@@ -19,11 +23,7 @@ from tinymamba.tokenizer import (
     byte_tokenizer,
 )
 
-# The words within which bpe merges: those of GPT-2, but no longer than 128 characters.
-SPLIT = (
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}{1,128}| ?\p{N}{1,128}| ?[^\s\p{L}\p{N}]{1,128}"
-    r"|\s{1,128}(?!\S)|\s{1,128}"
-)
+COUNTED_CHARS = 1 << 21  # of text whose words are counted at once
 UNSPACED = re.compile(r"\S{129,}")
 UNSPACED_BYTES = 256  # of text without spaces that bpe learns from, for each token
 LINE_BREAK = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
@@ -35,6 +35,7 @@ class Learning:
 
     vocab_size: int
     sample_bytes: int
+    workers: int = 1
 
 
 # ----------------------------------------------------------------------------------- learned
@@ -42,14 +43,17 @@ class Learning:
 
 def train_bpe(parts: Iterable[str], learning: Learning) -> Tokenizer:
     """A byte-level BPE tokenizer learned from the first text."""
-    trainer = trainers.BpeTrainer(
-        vocab_size=learning.vocab_size,
-        special_tokens=[EOS_TOKEN],
-        initial_alphabet=byte_alphabet(),
-        show_progress=False,
-    )
-    tokenizer = bounded_byte_level(models.BPE())
-    tokenizer.train_from_iterator(sample(parts, learning), trainer)
+    table = WordTable()
+    texts, batching = sample(parts, learning), Batching(len, COUNTED_CHARS, COUNTED_CHARS)
+    count = Words(BOUNDED).count
+    with closing(map_in_order(count, texts, batching, learning.workers)) as counts:
+        for each in counts:
+            table.add(each)
+    if table.has_forgotten:
+        say("bpe forgets the rarest words, as there are too many different ones")
+    vocab, merges = learn_merges(table.counts, [EOS_TOKEN], learning.vocab_size)
+    tokenizer = bounded_byte_level(models.BPE(vocab, merges))
+    tokenizer.add_special_tokens([EOS_TOKEN])
     if tokenizer.get_vocab_size() < learning.vocab_size:
         say(f"the text gives {tokenizer.get_vocab_size()} tokens, not {learning.vocab_size}")
     return tokenizer
@@ -62,7 +66,7 @@ def bounded_byte_level(model: models.BPE) -> Tokenizer:
     of its length.
     """
     tokenizer = Tokenizer(model)
-    split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
+    split = pre_tokenizers.Split(Regex(BOUNDED), "isolated")
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
     tokenizer.decoder = decoders.ByteLevel()
