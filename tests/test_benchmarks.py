@@ -9,7 +9,8 @@ import pytest
 import torch
 from helpers import LINUX, assert_refused, flags, run_main, run_script, tiny_config, write_tokens
 
-from benchmarks import finetune, quality, scan, streaming
+import testv2
+from benchmarks import data, finetune, quality, scan, streaming
 from benchmarks.peers import MODELS, Shape, count
 from testv2 import TinyMambaModel
 from tinymamba.checkpoint import save_checkpoint
@@ -284,3 +285,29 @@ def test_finetune_refuses_bad_words(tmp_path, finetune_words):
     assert_refused(run_main(finetune.main, *finetune_words, cwd=tmp_path), "--text")
     words = flags(checkpoint="x", tasks="format")
     assert_refused(run_main(finetune.main, *words, cwd=tmp_path), "x")
+
+
+def test_data_command_prepares_and_reads(tmp_path, monkeypatch):
+    sizes = {"d_model": 32, "n_layer": 1, "num_heads": 1, "ssm_head_dim": 32, "block_size": 64}
+    monkeypatch.setitem(testv2.PRESETS, "demo", {**testv2.PRESETS["demo"], **sizes})
+    (tmp_path / "text").mkdir()
+    for i in range(30):
+        line = f"Text {i} says: wörter, words and 日本語.\n"
+        (tmp_path / "text" / f"{i}.txt").write_text(line * 100, encoding="utf-8")
+    words = flags(text="text", megabytes=0.25, vocab_size=300, steps=1, workers=1)
+    words += flags(num_workers=0)
+    done = run_main(data.main, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "the text is too short: it is there 2 times" in done.stdout
+    rows = rows_of(tmp_path / "data.jsonl")
+    assert [row["stage"] for row in rows] == ["learn and encode", "encode", "read"]
+    for row in rows[:2]:
+        assert row["mb_per_second"] == pytest.approx(0.25 / row["seconds"], abs=0.01)
+        assert row["cpu_seconds"] > 0 and row["peak_mb"] > 0
+    for row in rows[2:]:
+        assert 0 < row["share"] == pytest.approx(row["wait_seconds"] / row["step_seconds"], rel=0.1)
+    (tmp_path / "empty").mkdir()
+    done = run_main(data.main, "--text", "empty", cwd=tmp_path)
+    assert_refused(done, "--text: has no text; name files of UTF-8 text")
+    done = run_main(data.main, *words, "--vocab_size", 9, cwd=tmp_path)
+    assert_refused(done, "data/prepare.py: --vocab_size: 9 cannot hold the 256 bytes")

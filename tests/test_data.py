@@ -486,6 +486,32 @@ def test_file_of_several_gigabytes_is_opened_and_read_in_constant_memory(tmp_pat
     assert most_memory() - before < 64_000_000
 
 
+def test_a_sample_takes_as_many_calls_for_a_long_block_and_reads_nothing_else(
+    tmp_path, monkeypatch
+):
+    """There is no loop over tokens, and inputs and targets are views of one copy of the block."""
+    write_tokens(tmp_path / "a.bin", np.arange(100_000) % 50)
+    calls, ranges, read = {}, [], TokenFile.read
+    monkeypatch.setattr(
+        TokenFile, "read", lambda file, *ends: (ranges.append(ends), read(file, *ends))[1]
+    )
+    for size in (16, 4096):
+        data = StreamingTokenDataset(tmp_path / "a.bin", size, vocab_size=50)
+        data[0]  # maps the file
+        ranges.clear()
+        counted = Counter()
+        sys.setprofile(lambda frame, event, what, counted=counted: counted.update([event]))
+        try:
+            x, y = data[1]
+        finally:
+            sys.setprofile(None)
+        calls[size] = counted["call"] + counted["c_call"]
+        assert {end - begin for begin, end in ranges} == {size + 1} and len(ranges) == 2
+        assert x.untyped_storage().nbytes() == 8 * (size + 1)
+        assert x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+    assert calls[16] == calls[4096] < 150
+
+
 def test_checking_ids_takes_constant_memory(tmp_path):
     with open(tmp_path / "large.bin", "wb") as f:
         f.truncate(64_000_000)

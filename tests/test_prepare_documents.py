@@ -3,6 +3,7 @@
 import base64
 import json
 import multiprocessing
+import operator
 import os
 import random
 import signal
@@ -16,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from data import encoding, prepare, sides, vocabulary
+from data import encoding, prepare, processes, sides, vocabulary
 from tinymamba.cli import UserError
 from tinymamba.tokenizer import EOS_TOKEN, byte_tokenizer
 
@@ -353,6 +354,7 @@ def test_text_without_spaces_takes_at_most_three_times_as_long(tmp_path, kind):
 def test_any_number_of_processes_writes_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(encoding, "WORKER_CHARS", 5000)
     monkeypatch.setattr(encoding, "CHUNK_CHARS", 3000)
+    monkeypatch.setattr(vocabulary, "COUNTED_CHARS", 9000)
     (tmp_path / "in").mkdir()
     for name, text in TEXTS.items():
         (tmp_path / "in" / name).write_text(text, encoding="utf-8")
@@ -384,6 +386,38 @@ def test_a_process_that_is_killed_is_one_line(tmp_path, monkeypatch):
     problem = "--workers: a process .* was ended, .*; pass fewer"
     with pytest.raises(UserError, match=problem), encoding.encoding_with(encoder, 2) as encode:
         list(encode(chunks()))
+
+
+def children():
+    return {child.pid for child in multiprocessing.active_children()}
+
+
+def test_processes_answer_in_order_and_end_with_the_iterator():
+    before = children()
+    first, items = operator.itemgetter(0), [[i] if i != 9 else [] for i in range(99)]
+    answers = processes.map_in_processes(first, items, 2)
+    assert [next(answers) for _ in range(9)] == [*range(9)]
+    assert len(children() - before) == 2
+    with pytest.raises(IndexError):
+        next(answers)
+    assert children() == before
+    answers = processes.map_in_processes(first, items, 1)
+    assert next(answers) == 0
+    answers.close()
+    assert children() == before
+
+
+def test_a_little_text_starts_no_process(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a process is started")
+
+    monkeypatch.setattr(processes, "process", refuse)
+    monkeypatch.setattr(processes, "available_cores", lambda: 4)
+    batching = processes.Batching(len, 10, 1000)
+    few = ["x" * 900] * (processes.AT_FIRST // 1000)
+    assert sum(map(len, processes.map_in_order(list, few, batching, 0))) == len(few)
+    with pytest.raises(AssertionError, match="a process is started"):
+        list(processes.map_in_order(list, few * 2, batching, 0))
 
 
 # ------------------------------------------------------------------------- datasets and pipes

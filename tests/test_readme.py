@@ -317,6 +317,12 @@ RUNS = [  # the first pattern that a command begins with counts
         flags(steps=1, d_model=32, lr=8e-3),
         "bits_per_byte",
     ),
+    Run(
+        r"python -m benchmarks.data",
+        "benchmarks.data",
+        flags(text="texts", megabytes=0.1, vocab_size=300, steps=0, workers=1),
+        "mb_per_second",
+    ),
     Run(r"python -m benchmarks.memory", "benchmarks.memory", [*TASK, *flags(read=16)], "accuracy"),
     Run(r"python -m benchmarks.parts .*window", "benchmarks.parts", PARTS, "window_size=512"),
     Run(r"python -m benchmarks.parts", "benchmarks.parts", PARTS, "memory=false"),
