@@ -2,8 +2,8 @@
 
 A process has one piece of work at a time, and a pipe to it that closes when it ends, however that
 happens: nothing can wait for one that was killed. The pool of the standard library has a queue and
-a thread in between, and before CPython 3.11.5 they wait for ever if a process is killed while the
-queue is written (python/cpython#94777).
+a thread in between; with it CPython 3.11.2 waits for ever if a process is killed while the queue is
+written (python/cpython#94777).
 """
 
 from __future__ import annotations
