@@ -7,6 +7,7 @@ it in memory. Sennrich et al. 2016, "Neural Machine Translation of Rare Words wi
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -48,9 +49,9 @@ def learn_merges(
         merges.pop(pair, None)  # the last of two equal merges counts
         merges[pair] = tokens[left], tokens[right]
         for changed, change in row.merge(left, right, vocab[merged]):
-            counts[changed] = counts.get(changed, 0) + change
-            if change > 0 and counts[changed] > 0:
-                heapq.heappush(heap, entry(changed, counts[changed]))
+            count = counts[changed] = counts.get(changed, 0) + change
+            if change > 0 and count > 0:
+                heapq.heappush(heap, entry(changed, count))
     return vocab, list(merges.values())
 
 
@@ -110,7 +111,7 @@ class Row:
         begins = np.concatenate([[True], self.following[found[:-1]] != found[1:]])
         return found[(index - np.maximum.accumulate(np.where(begins, index, 0))) % 2 == 0]
 
-    def merge(self, left: int, right: int, merged: int) -> list[tuple[int, int]]:
+    def merge(self, left: int, right: int, merged: int) -> Iterable[tuple[int, int]]:
         """Merge a pair of symbols; the pairs that there are more or fewer of now, with the change.
 
         In "xaby", (x, a) and (b, y) end and (x, ab) and (ab, y) begin. In "abab" two merged pairs
@@ -137,9 +138,12 @@ def pairs(left: np.ndarray | int, right: np.ndarray | int) -> np.ndarray:
     return (np.asarray(left, np.int64) << PAIR_BITS) | right
 
 
-def totals(pairs: list[np.ndarray], changes: list[np.ndarray]) -> list[tuple[int, int]]:
+def totals(pairs: list[np.ndarray], changes: list[np.ndarray]) -> Iterable[tuple[int, int]]:
     """Each pair with the sum of its changes."""
-    keys, inverse = np.unique(np.concatenate(pairs), return_inverse=True)
-    sums = np.bincount(inverse, np.concatenate(changes)).astype(np.int64)
+    keys, sums = np.concatenate(pairs), np.concatenate(changes)
+    order = np.argsort(keys)
+    keys = keys[order]
+    starts = np.flatnonzero(np.diff(keys, prepend=keys[0] - 1))
+    keys, sums = keys[starts], np.add.reduceat(sums[order], starts)
     first = int(np.searchsorted(keys, 0))
-    return list(zip(keys[first:].tolist(), sums[first:].tolist(), strict=True))
+    return zip(keys[first:].tolist(), sums[first:].tolist(), strict=True)

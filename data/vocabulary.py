@@ -80,18 +80,21 @@ def sample(parts: Iterable[str], learning: Learning) -> Iterator[str]:
     from, and a smaller sample of it says as much.
     """
     left, unspaced = learning.sample_bytes, UNSPACED_BYTES * learning.vocab_size
+
+    def begin(run: re.Match) -> str:
+        nonlocal unspaced
+        kept = run[0].encode()[:unspaced]
+        unspaced -= len(kept)
+        return kept.decode(errors="ignore")
+
     for part in parts:
         if left <= 0:
             say(f"bpe learns from the first {learning.sample_bytes:,} bytes only")
             return
-        if unspaced <= 0:
-            part = UNSPACED.sub("", part)
-        else:
-            found = UNSPACED.findall(part)
-            unspaced -= sum(len(run.encode()) for run in found)
-            if unspaced <= 0:
-                say("bpe learns from the first text without spaces only")
-        part = part[:left]
+        before = unspaced
+        part = UNSPACED.sub(begin, part)[:left]
+        if unspaced == 0 < before:
+            say("bpe learns from the first text without spaces only")
         left -= len(part.encode())
         yield part
 

@@ -13,7 +13,7 @@ import re
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import accumulate, groupby, pairwise
 from typing import Any
@@ -183,7 +183,9 @@ class WordIds(dict[str, bytes]):
 
     def encode(self, word: str) -> bytes:
         """The ids of a word."""
-        written = word.encode().decode("latin-1").translate(self.byte_names)
+        written = word
+        if not (word.isascii() and word.isalnum()):
+            written = word.encode().decode("latin-1").translate(self.byte_names)
         return array(self.code, [token.id for token in self.model.tokenize(written)]).tobytes()
 
 
@@ -197,6 +199,11 @@ class WordEncoder:
         """The ids of a text, as they are in a file."""
         return b"".join(map(self.ids.__getitem__, self.words(text)))
 
+    def last_start(self, text: str, low: int, high: int) -> int | None:
+        """Where the last word before `high` starts, if not before `low`."""
+        starts = accumulate(map(len, self.words(text)))
+        return max((at for at in starts if low <= at < high), default=None)
+
 
 class ByteEncoder:
     """Encodes text byte by byte."""
@@ -208,8 +215,12 @@ class ByteEncoder:
         """The ids of a text, as they are in a file."""
         return self.ids[np.frombuffer(text.encode(), np.uint8)].tobytes()
 
+    def last_start(self, text: str, low: int, high: int) -> int | None:
+        """The last place before `high`: each character has its own ids."""
+        return high - 1
 
-def fast_encoder(tokenizer: Tokenizer, dtype: str) -> Callable[[str], bytes] | None:
+
+def fast_encoder(tokenizer: Tokenizer, dtype: str) -> WordEncoder | ByteEncoder | None:
     """What gives a text the ids that a tokenizer gives it; None if its rules are not known."""
     rules = json.loads(tokenizer.to_str())
     model, splits = rules["model"], rules["pre_tokenizer"]

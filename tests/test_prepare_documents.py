@@ -333,6 +333,13 @@ def test_bpe_learns_from_a_part_of_text_without_spaces_only(capsys):
     assert "text without spaces" in capsys.readouterr().out
 
 
+def test_bpe_learns_from_the_same_text_without_spaces_however_it_is_read():
+    run = "".join(RANDOM.choices("abcd", k=100_000))
+    cuts = [[run], [run[:65_000], run[65_000:]]]
+    learning = vocabulary.Learning(300, 10**9)
+    assert {"".join(vocabulary.sample(parts, learning)) for parts in cuts} == {run[: 256 * 300]}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["no spaces", "dna", "base64", "one letter", "only spaces"])
 def test_text_without_spaces_takes_at_most_three_times_as_long(tmp_path, kind):
