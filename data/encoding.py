@@ -121,8 +121,8 @@ class Encoder:
                 if self.fits(near, at, whole, bare):
                     return before + at, bare
         high = before + NEAR_CHARS // 2
-        at = self.fast.last_start(text, before, high) if self.fast else None
-        return (at, True) if at else self.cut_tokens(text, continues)
+        start = self.fast.last_start(text, before, high) if self.fast else None
+        return (start, True) if start else self.cut_tokens(text, continues)
 
     def ids(self, text: str, bare: bool = False) -> list[int] | bytes:
         """The ids of a text alone."""
