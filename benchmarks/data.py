@@ -25,6 +25,12 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
+
+if __name__ == "__main__":
+    from tinymamba.cli import begin
+
+    begin(__file__, __spec__)
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
