@@ -25,15 +25,14 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
 if __name__ == "__main__":
     from tinymamba.cli import begin
 
     begin(__file__, __spec__)
-
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
 
 from data import prepare
 from tinymamba.cli import parse_flags, require, run_cli, say
