@@ -14,6 +14,7 @@ from streaming import StreamingServer, column_major_weights
 from testv2 import RMSNorm, TinyMambaModel, generate
 from tinymamba import decode
 from tinymamba.decode import why_general
+from tinymamba.kernels import QuantizedLinear
 
 FORMS = {
     "plain": {},
@@ -173,13 +174,36 @@ def test_a_change_of_the_model_sends_it_the_general_way_at_once(why, steps):
     assert why in why_general(model, ids, state)
 
 
+def with_quantized_gate():
+    model = free_copy(wide()).eval()
+    model.blocks[0].gate.controller = QuantizedLinear(32, 3, True, 8, "dynamic", 8)
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize(("bits", "mode"), [(8, "weight_only"), (8, "dynamic"), (4, "weight_only")])
+@torch.no_grad()
+def test_quantized_layers_are_multiplied_as_on_the_general_path(bits, mode, steps):
+    """To the rounding of activations, by which a tiny difference before it becomes a step."""
+    model = quantize_model(wide(n_layer=3, d_model=64, num_heads=4), bits, mode, group_size=32)
+    state, ids = begun(model, rows=3, length=9)
+    logits, new = model.advance(ids, state)
+    assert len(steps) == 1 and why_general(model, ids, state) is None
+    with general():
+        want, other = model.advance(ids, state)
+    exact = bits == 8 and mode == "weight_only"
+    assert (logits - want).norm() <= (1e-4 if exact else 0.02) * want.norm()
+    for name, t in other.tensors().items():
+        if t.is_floating_point() and not name.endswith("phase"):
+            assert (new.tensors()[name] - t).norm() <= (1e-4 if exact else 0.02) * t.norm(), name
+
+
 @pytest.mark.parametrize(
     ("make", "why"),
     [
         (lambda: adapted(AdapterConfig("lora", 2, 4.0)), "LoRALinear"),
         (lambda: adapted(AdapterConfig("prefix", prefix_length=2)), "Slot"),
         (lambda: adapted(AdapterConfig("state_offset")), "Slot"),
-        (lambda: quantize_model(wide(), group_size=8), "QuantizedLinear"),
+        (with_quantized_gate, "gate.controller is a QuantizedLinear"),
         (lambda: wide(low_rank=4), "LowRankProjection"),
     ],
 )

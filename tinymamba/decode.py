@@ -32,10 +32,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinymamba.delta_rule import key_features
-from tinymamba.kernels import is_writing_graph
+from tinymamba.kernels import QuantizedLinear, is_writing_graph
 from tinymamba.packing import erase_states
 
 PLAIN_MODULES: set[type] = set()  # types of modules whose work `step` does; testv2.py fills it
+PROJECTIONS = (".in_proj", ".out_proj", ".qkv")  # names of layers that may be quantized
 FEW_ROWS = 4  # up to as many rows, attention in bfloat16 is faster on float32 copies of the keys
 Affine = tuple[Tensor, Any]  # weight (out, in) and bias (out,) or None
 
@@ -51,13 +52,13 @@ class BlockParts(NamedTuple):
     mlp: Any
     norm: nn.Module
     controller: Affine
-    ssm_in: Affine
+    ssm_in: Any
     ssm_angle: Affine
-    ssm_out: Affine
-    qkv: Affine
-    attention_out: Affine
-    mlp_in: Affine
-    mlp_out: Affine
+    ssm_out: Any
+    qkv: Any
+    attention_out: Any
+    mlp_in: Any
+    mlp_out: Any
     residual_scale: Tensor  # (d,)
     memory: Any  # (token_proj, A_log), or None
 
@@ -118,17 +119,19 @@ def find_problem(model: Any, modules: list[nn.Module]) -> str | None:
     """What in the build of a model the short way does not cover."""
     names = {id(m): name for name, m in model.named_modules()}
     for m in modules:
-        if type(m) not in PLAIN_MODULES:
-            return f"{names.get(id(m), 'a module')} is a {type(m).__name__}"
+        name = names.get(id(m), "a module")
+        projects = type(m) is QuantizedLinear and name.endswith(PROJECTIONS)
+        if type(m) not in PLAIN_MODULES and not projects:
+            return f"{name} is a {type(m).__name__}"
     for name, p in model.named_parameters():
         if type(p) is not nn.Parameter:
             return f"{name} is a {type(p).__name__}"
     return None
 
 
-def affine(layer: Any) -> Affine:
-    """The parameters of a linear layer."""
-    return layer.weight, layer.bias
+def affine(layer: Any) -> Any:
+    """The parameters of a linear layer; a quantized one is taken as it is."""
+    return layer if type(layer) is QuantizedLinear else (layer.weight, layer.bias)
 
 
 def block_parts(block: Any) -> BlockParts:
@@ -442,12 +445,14 @@ def root(x: float) -> Tensor:
     return torch.tensor(math.sqrt(x), dtype=torch.float32, device="cpu")
 
 
-def linear(x: Tensor, layer: Affine) -> Tensor:
+def linear(x: Tensor, layer: Affine | QuantizedLinear) -> Tensor:
     """x (b, in) -> (b, out), in the dtype of both.
 
     For one row and a row-major matrix of float32, BLAS takes half as long again as PyTorch's dot
     products.
     """
+    if isinstance(layer, QuantizedLinear):
+        return layer.forward(x)
     weight, bias = layer
     if x.shape[0] > 1 or weight.dtype != torch.float32 or weight.stride(1) != 1:
         return F.linear(x, weight, bias)

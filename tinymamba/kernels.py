@@ -807,7 +807,7 @@ def quantize_like(model: Any, scheme: dict) -> None:
             raise ValueError(f"{name} cannot be quantized to {bits} bits in groups of {size}")
         sizes = layer.in_features, layer.out_features
         quantized = QuantizedLinear(*sizes, layer.bias is not None, bits, mode, size)
-        model.set_submodule(name, quantized)
+        model.set_submodule(name, quantized.train(layer.training))
     model.quantization = scheme
 
 
