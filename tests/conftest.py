@@ -75,3 +75,9 @@ def bpe():
 def tokenizers(tmp_path_factory, bpe):
     """One SimpleTokenizer of every kind: bytes, gpt2, words, byte tokens, json."""
     return make_tokenizers(tmp_path_factory.mktemp("tokenizers"), bpe)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A folder without data/text, whose tokenizer a model without one would take."""
+    monkeypatch.chdir(tmp_path)

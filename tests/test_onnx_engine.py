@@ -359,6 +359,7 @@ def test_what_it_cannot_do_is_refused_before_anything_is_loaded(tmp_path, main, 
     assert_refused(done, fragment)
 
 
+@pytest.mark.usefixtures("elsewhere")
 def test_other_devices_and_attached_adapters_are_refused(cache, monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     with monkeypatch.context() as patch:  # a machine with a GPU, which "auto" takes

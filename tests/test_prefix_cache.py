@@ -18,10 +18,7 @@ from tinymamba.prefix_cache import PrefixCache
 MIB = 2**20
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """A folder without data/text, whose tokenizer a model without one would take."""
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 class PlainCache:

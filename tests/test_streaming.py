@@ -587,6 +587,7 @@ def test_cleanup_deletes_old_sessions_unless_they_are_answering():
         server.create_session("young")
 
 
+@pytest.mark.usefixtures("elsewhere")
 def test_next_tokens_one_at_a_time():
     model = StreamingInference(free_copy(wide()), config=StreamingConfig(temperature=0.0))
     ids = [model.generate_next_token(BYTES.encode("Hello"))]
@@ -840,6 +841,7 @@ def test_prompts_are_text_or_ids(prompt):
         serve().answer(prompt)
 
 
+@pytest.mark.usefixtures("elsewhere")
 def test_arrays_and_tensors_are_ids_too():
     ids = BYTES.encode("Hello")
     outs = [
@@ -1242,6 +1244,7 @@ def test_bad_commands_are_rejected_in_one_line(folder, words, fragments):
     assert_refused(run(folder, *words), *fragments)
 
 
+@pytest.mark.usefixtures("elsewhere")
 def test_a_checkpoint_without_a_tokenizer_takes_ids_only(tmp_path, folder):
     checkpoint = tmp_path / "model.pt"
     checkpoint.write_bytes((folder / "tinymamba_model_latest.pt").read_bytes())

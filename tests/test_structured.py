@@ -350,6 +350,7 @@ def test_a_grammar_that_costs_too_much_ends_its_answer_only(server, monkeypatch,
     assert not server.decoder.answers
 
 
+@pytest.mark.usefixtures("elsewhere")
 def test_the_library_is_needed_for_forms_only(tokenizers, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     server = StreamingServer(free_copy(wide()), tokenizer=BYTES)
