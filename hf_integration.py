@@ -744,14 +744,14 @@ class TinyMambaPreTrainedModel(PreTrainedModel):
             )
         if config.quantization is None:
             loaded = super().from_pretrained(name, *args, **kwargs)
-            align_weights(loaded[0] if isinstance(loaded, tuple) else loaded)
+            align_weights(model_of(loaded))
             return loaded
         require_own_dtypes(kwargs)
         settings = {n: v for n, v in rest.items() if n not in (*HUB_ARGUMENTS, "torch_dtype")}
         settings |= {"config": config, "dtype": torch.float32}
         tensors = read_quantized(config, name, hub)
         loaded = super().from_pretrained(None, *args, state_dict=tensors, **settings)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model = model_of(loaded)
         model.settle_ties()
         for layer in quantized_layers(model.model).values():
             if not hasattr(layer, "_hf_hook"):  # by which accelerate moves buffers between devices
@@ -1098,7 +1098,7 @@ class HeadlessModel(TinyMambaPreTrainedModel):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As for every model."""
         loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).drop_head()
+        model_of(loaded).drop_head()
         return loaded
 
 
@@ -1312,6 +1312,11 @@ def complete_auto_map(written: dict[str, Any]) -> dict[str, Any]:
     """
     other = {n: v for n, v in written.items() if str(v).rpartition("--")[2] != AUTO_MAP.get(n)}
     return {**AUTO_MAP, **other}
+
+
+def model_of(loaded: Any) -> Any:
+    """The model of what from_pretrained returns, with loading information beside it or without."""
+    return loaded[0] if isinstance(loaded, tuple) else loaded
 
 
 def align_weights(model: nn.Module) -> None:

@@ -1011,7 +1011,8 @@ class StreamingServer:
     ):
         device = "cpu" if (engine, str(device)) == ("onnx", "auto") else str(device)
         target, config = usable_device(device), config or StreamingConfig()
-        check_engine(engine, target, dtype, compiled, adapters)
+        attached = hasattr(model_path, "adapter_state")
+        check_engine(engine, target, dtype, compiled, adapters or attached)
         problem = why_no_compile(target) if compiled else None
         require(not problem, "compile", f"{problem}", "leave it out")
         if isinstance(model_path, TinyMambaModel):
@@ -1054,9 +1055,6 @@ class StreamingServer:
         """ONNX Runtime for the model, from the graphs in a folder."""
         from export_model import open_engine
 
-        attached = hasattr(self.model, "adapter_state")
-        remedy = "merge it with peft.py, or use the engine torch"
-        require(not attached, "adapter", "the engine onnx takes none", remedy)
         return open_engine(self.model.requires_grad_(False).eval(), Path(folder or default_cache()))
 
     @functools.cached_property

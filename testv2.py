@@ -99,6 +99,7 @@ from tinymamba.kernels import (
     count_codes,
     depthwise,
     fill_model,
+    is_in_graph,
     is_writing_graph,
     lazy_state,
     loss_and_gradients,
@@ -898,8 +899,7 @@ class TinyMambaBlock(nn.Module):
 
         A GPU would wait to learn how many these are, and a graph has a fixed number.
         """
-        in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if self.gate.form == "softmax" or in_graph or u.device.type != "cpu":
+        if self.gate.form == "softmax" or is_in_graph() or u.device.type != "cpu":
             return self.mlp(u)
         chosen = weight > 0  # (b, l)
         rows = self.mlp(u[chosen])

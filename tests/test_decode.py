@@ -116,6 +116,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_general_path(rows):
     assert errors[0] <= 1.05 * errors[1]
 
 
+@pytest.mark.usefixtures("elsewhere")
 @torch.inference_mode()
 def test_plain_models_take_the_short_way_wherever_they_decode(steps):
     model = free_copy(wide()).eval()
@@ -237,7 +238,7 @@ def test_calls_of_another_kind_go_the_general_way(steps, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(torch.compiler, "is_compiling", lambda: True)
             assert "graph" in why_general(model, ids, state)
-        monkeypatch.setattr(decode, "is_writing_graph", lambda: True)
+        monkeypatch.setattr(decode, "is_in_graph", lambda: True)
         assert "graph" in why_general(model, ids, state)
     assert not steps
 

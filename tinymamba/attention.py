@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tinymamba.fused import is_in_graph
-from tinymamba.kernels import is_writing_graph, lower_triangle
+from tinymamba.kernels import is_in_graph, is_writing_graph, lower_triangle, sum_of_products
 
 
 def to_blocks(t: Tensor, blocks: int, window: int) -> Tensor:
@@ -36,19 +35,24 @@ def attend_to_window(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) ->
 
     hidden (at most n, b or 1, w, w) of bool: what the queries of the first blocks do not see.
     """
-    if not is_in_graph():
-        return WindowAttention.apply(q, keys, values, hidden)
-    weights = window_weights(q, keys, hidden)
-    return weights.tril() @ values[1:] + weights.triu(1) @ values[:-1]
+    if is_in_graph():
+        return sum_of_values(window_weights(q, keys, hidden), values)
+    return WindowAttention.apply(q, keys, values, hidden)
 
 
 def window_weights(q: Tensor, keys: Tensor, hidden: Tensor) -> Tensor:
     """The softmax of scores, (n, b*a, w, w); shapes as in `attend_to_window`."""
-    own = lower_triangle(q[0, 0] @ q[0, 0].mT)
-    scores = torch.where(own, q @ keys[1:].mT, q @ keys[:-1].mT)
+    own = q @ keys[1:].mT
+    scores = torch.where(lower_triangle(own), own, q @ keys[:-1].mT)
     rows = scores.unflatten(1, (hidden.shape[1], -1))  # (n, b or 1, a or b*a, w, w)
     rows[: hidden.shape[0]].masked_fill_(hidden[:, :, None], -math.inf)
     return scores.softmax(-1).to(q.dtype)
+
+
+def sum_of_values(weights: Tensor, values: Tensor) -> Tensor:
+    """What weights (n, b*a, w, w) find in values (n+1, b*a, w, f): (n, b*a, w, f)."""
+    own, before = halves(weights)
+    return sum_of_products((own, values[1:]), (before, values[:-1]))
 
 
 class WindowAttention(torch.autograd.Function):
@@ -59,27 +63,21 @@ class WindowAttention(torch.autograd.Function):
         """The values that each query has found, (n, b*a, w, f)."""
         weights = window_weights(q, keys, hidden)
         ctx.save_for_backward(q, keys, values, weights)
-        own, before = halves(weights.flatten(0, 1))
-        [own_values], [values_before] = pairs(values)
-        return torch.baddbmm(own @ own_values, before, values_before).view(q.shape)
+        return sum_of_values(weights, values)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of q, keys and values."""
         q, keys, values, weights = ctx.saved_tensors
-        shape, dy = q.shape, dy.contiguous().flatten(0, 1)
-        q, weights = q.flatten(0, 1), weights.flatten(0, 1)
-        (own_keys, own_values), (keys_before, values_before) = pairs(keys, values)
-        dweights = dy @ own_values.mT
+        dy = dy.contiguous()
+        dweights = dy @ values[1:].mT
         triangle = lower_triangle(dweights).to(dy.dtype)
-        dweights.mul_(triangle).addcmul_(dy @ values_before.mT, 1 - triangle)
+        dweights.mul_(triangle).addcmul_(dy @ values[:-1].mT, 1 - triangle)
         dscores = torch.ops.aten._softmax_backward_data(dweights, weights, -1, dy.dtype)
-        (own, before), (down, dbefore) = halves(weights), halves(dscores)
-        dq = torch.baddbmm(down @ own_keys, dbefore, keys_before)
-        dkeys = sum_of_pairs(down.mT @ q, dbefore.mT @ q, keys)
-        dvalues = sum_of_pairs(own.mT @ dy, before.mT @ dy, values)
-        return dq.view(shape), dkeys, dvalues, None
+        dkeys = gradient_of_pairs(dscores, q, keys)
+        dvalues = gradient_of_pairs(weights, dy, values)
+        return sum_of_values(dscores, keys), dkeys, dvalues, None
 
 
 def halves(weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,15 +86,11 @@ def halves(weights: Tensor) -> tuple[Tensor, Tensor]:
     return own, weights - own
 
 
-def pairs(*tensors: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Of each tensor (n+1, b*a, w, f) the queries' own blocks and those before (n*b*a, w, f)."""
-    return [t[1:].flatten(0, 1) for t in tensors], [t[:-1].flatten(0, 1) for t in tensors]
-
-
-def sum_of_pairs(own: Tensor, before: Tensor, like: Tensor) -> Tensor:
-    """The gradient of a tensor like (n+1, b*a, w, f) from those of its `pairs`."""
+def gradient_of_pairs(weights: Tensor, dy: Tensor, like: Tensor) -> Tensor:
+    """The gradient of values like (n+1, b*a, w, f) from that of their `sum_of_values`."""
+    own, before = halves(weights)
     total = torch.empty_like(like)
     total[0] = 0
-    total[1:] = own.view_as(like[1:])
-    total[:-1] += before.view_as(like[1:])
+    total[1:] = own.mT @ dy
+    total[:-1] += before.mT @ dy
     return total

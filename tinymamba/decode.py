@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinymamba.delta_rule import key_features
-from tinymamba.kernels import QuantizedLinear, is_writing_graph
+from tinymamba.kernels import QuantizedLinear, is_in_graph
 from tinymamba.packing import erase_states
 
 PLAIN_MODULES: set[type] = set()  # types of modules whose work `step` does; testv2.py fills it
@@ -169,7 +169,7 @@ def why_general(model: Any, ids: Tensor, state: Any, others: tuple = ()) -> str 
 
     `others` are the other arguments of `run`.
     """
-    if torch.compiler.is_compiling() or is_writing_graph():
+    if is_in_graph():
         return "a graph is recorded"
     if state is None or ids.shape[1] != 1 or any(other is not None for other in others):
         return "it is more than one token after a state"

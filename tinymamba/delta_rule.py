@@ -28,13 +28,14 @@ from torch import Tensor
 from torch._higher_order_ops.scan import scan
 from torch.autograd.function import once_differentiable
 
-from tinymamba.fused import is_in_graph, promoted
 from tinymamba.kernels import (
     GPU_TILE,
     Tiles,
     backward_over_tiles,
     forward_over_tiles,
+    is_in_graph,
     is_writing_graph,
+    promoted,
     sum_of_products,
     to_chunks,
 )

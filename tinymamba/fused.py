@@ -18,17 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tinymamba.kernels import is_writing_graph
-
-
-def is_in_graph() -> bool:
-    """Whether a compiler or an exporter records the operations: it takes the plain formulas."""
-    return torch.compiler.is_compiling() or is_writing_graph()
-
-
-def promoted(x: Tensor) -> torch.dtype:
-    """float32, or float64 if x is: the dtype in which sums are exact enough."""
-    return torch.promote_types(x.dtype, torch.float32)
+from tinymamba.kernels import is_in_graph, promoted
 
 
 def sum_tokens(x: Tensor, like: Tensor) -> Tensor:

@@ -154,6 +154,16 @@ def is_writing_graph() -> bool:
     return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
 
 
+def is_in_graph() -> bool:
+    """Whether a compiler or an exporter records the operations: it takes the plain formulas."""
+    return torch.compiler.is_compiling() or is_writing_graph()
+
+
+def promoted(x: Tensor) -> torch.dtype:
+    """float32, or float64 if x is: the dtype in which sums are exact enough."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def count_blocks(length: int, size: int) -> int:
     """How many blocks of a size hold a length; at least two while a graph is recorded.
 
@@ -460,11 +470,10 @@ def taps_gradient(history: Tensor, dy: Tensor, width: int) -> Tensor:
     """
     if dy.device.type != "cpu" or torch.compiler.is_compiling():
         taps = (history[:, k : k + dy.shape[1]] for k in range(width))
-        wide = torch.promote_types(dy.dtype, torch.float32)
-        return torch.stack([(dy * tap).sum((0, 1), dtype=wide) for tap in taps], dim=1)
+        return torch.stack([(dy * tap).sum((0, 1), dtype=promoted(dy)) for tap in taps], dim=1)
     span = min(dy.shape[1], CPU_TILE)
     products = dy.new_empty(width, span, dy.shape[2])
-    total = dy.new_zeros(products.shape[::2], dtype=torch.promote_types(dy.dtype, torch.float32))
+    total = dy.new_zeros(products.shape[::2], dtype=promoted(dy))
     for row, drow in zip(history, dy, strict=True):
         for part in range(0, len(drow), span):
             d = drow[part : part + span]
@@ -502,7 +511,7 @@ class ChunkedLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, step: Callable, chunk: int
     ) -> Tensor:
         """The sum, float32 (float64 if weight is)."""
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        wide = promoted(weight)
         total, narrow = weight.new_zeros((), dtype=wide), weight.to(hidden.dtype)
         dhidden, dweight, learns = [], None, ctx.needs_input_grad[1]
         # Nothing is changed in place: torch.compile of PyTorch 2.11 would lose it.
@@ -530,7 +539,7 @@ def loss_and_gradients(
     hidden: Tensor, weight: Tensor, targets: Tensor, learns: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The summed cross entropy, its gradient by hidden, and by weight (None unless it learns)."""
-    logits = (hidden @ weight.mT).to(torch.promote_types(hidden.dtype, torch.float32))
+    logits = (hidden @ weight.mT).to(promoted(hidden))
     known = (targets != -100)[:, None]
     index = targets[:, None].masked_fill(~known, 0)
     largest, right = logits.amax(-1, keepdim=True), logits.gather(1, index)
