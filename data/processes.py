@@ -24,7 +24,7 @@ Item = TypeVar("Item")
 
 MOST = 16  # more than one process can give work to
 AT_FIRST = 1 << 22  # characters that take no longer than it takes to start processes
-CLOSED = (EOFError, BrokenPipeError, ConnectionError)  # what a pipe to an ended process raises
+CLOSED = (EOFError, OSError)  # of a pipe to an ended process; OSError if it ended in a message
 
 
 def available_cores() -> int:

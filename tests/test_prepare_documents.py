@@ -7,6 +7,7 @@ import operator
 import os
 import random
 import signal
+import struct
 import time
 from pathlib import Path
 
@@ -393,6 +394,15 @@ def test_a_process_that_is_killed_is_one_line(tmp_path, monkeypatch):
     problem = "--workers: a process .* was ended, .*; pass fewer"
     with pytest.raises(UserError, match=problem), encoding.encoding_with(encoder, 2) as encode:
         list(encode(chunks()))
+
+
+@POSIX
+def test_a_process_that_is_killed_while_it_answers_is_one_line():
+    pipe, theirs = multiprocessing.Pipe()
+    os.write(theirs.fileno(), struct.pack("!i", 100) + b"half of it")
+    theirs.close()
+    with pytest.raises(UserError, match="--workers: a process .* was ended"):
+        processes.receive(pipe)
 
 
 def children():
