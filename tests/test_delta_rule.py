@@ -95,6 +95,16 @@ def test_chunks_equal_the_recurrence_in_outputs_states_and_gradients(
         close(one, two, tolerance)
 
 
+def test_gradients_of_the_rest_do_not_need_that_of_x(monkeypatch):
+    monkeypatch.setattr(delta_rule, "CPU_TILE", 32)
+    x, *inputs = rule_inputs(130)
+    inputs = [t.requires_grad_() for t in (*inputs[:-1], inputs[-1].mT.contiguous())]
+    grads = [torch.autograd.grad(GatedDeltaRule.apply(first, *inputs, 8)[0].square().sum(), inputs)
+             for first in (x, x.clone().requires_grad_())]  # fmt: skip
+    for got, want in zip(*grads, strict=True):
+        close(got, want, 1e-12)
+
+
 def test_gradients_are_the_slopes_of_the_outputs(monkeypatch):
     monkeypatch.setattr(delta_rule, "CPU_TILE", 4)
     inputs = rule_inputs(7, batch=3, P=2, N=2)

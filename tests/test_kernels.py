@@ -35,6 +35,12 @@ def random_resets(L, batch=2):
     return resets
 
 
+@pytest.fixture
+def eight_chunks(monkeypatch, chunk_size):
+    """Tiles of eight chunks, of one row or of as many rows as have eight."""
+    monkeypatch.setattr(kernels, "CPU_TILE", 8 * chunk_size)
+
+
 def scan_by_hand(x, dt, A, B, C, D, state, resets):
     """The recurrence as loops over numbers, in numpy float64."""
     x, dt, A, B, C, D, state = (t.double().numpy() for t in (x, dt, A, B, C, D, state))
@@ -62,14 +68,14 @@ def scan_and_gradients(inputs, resets, method, chunk_size):
     return y.detach(), end.detach(), *torch.autograd.grad(loss, inputs)
 
 
-# A CPU takes 8 chunks at a time, of one row or of as many as make 8 chunks: the last four cases
-# have more chunks and more rows than that, and both.
+# The last five cases have more chunks than a tile takes, more rows, or both.
 CASES = [
     (1, 64, 2), (2, 64, 2), (63, 64, 2), (64, 64, 2), (65, 64, 2), (200, 64, 2), (200, 1, 2),
     (17, 100, 2), (200, 2, 2), (5, 8, 19), (21, 8, 7), (70, 8, 3),
 ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("eight_chunks")
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [(torch.float64, 1e-9), (torch.float32, 1e-4)],
@@ -96,6 +102,7 @@ def test_chunked_scan_equals_sequential_and_the_loop_by_hand(
 SLOPES = [(1, 4, 1), (2, 4, 1), (3, 4, 1), (4, 4, 1), (5, 4, 1), (19, 2, 1), (3, 2, 9), (1, 2, 17)]
 
 
+@pytest.mark.usefixtures("eight_chunks")
 @pytest.mark.parametrize("with_resets", [False, True], ids=["plain", "resets"])
 @pytest.mark.parametrize("with_state", [False, True], ids=["fresh", "continued"])
 @pytest.mark.parametrize(("L", "chunk_size", "batch"), SLOPES)
@@ -114,6 +121,7 @@ def test_gradients_of_the_chunked_scan_are_the_slopes_of_its_outputs(
     assert torch.autograd.gradcheck(f, given, eps=1e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("eight_chunks")
 @pytest.mark.parametrize(("L", "chunk_size", "batch"), [(1, 4, 2), (5, 4, 2), (2, 1, 9)])
 def test_gradients_of_the_function_itself_are_its_slopes(L, chunk_size, batch):
     """With decays that do not depend on dt, and with a single token, which the scan steps over."""
@@ -152,12 +160,24 @@ def test_a_second_derivative_is_refused():
         slope.sum().backward()
 
 
-def test_the_tiling_changes_no_result(monkeypatch):
+def test_the_tiling_changes_no_result_nor_does_computing_tiles_again(monkeypatch):
+    monkeypatch.setattr(kernels, "CPU_TILE", 32)
     inputs, resets = scan_inputs(75, batch=11), random_resets(75, 11)
     want = scan_and_gradients(inputs, resets, "chunked", 4)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # tiles of another size
     for got, there in zip(scan_and_gradients(inputs, resets, "chunked", 4), want, strict=True):
         close(got, there, 1e-12)
+
+
+def test_gradients_of_the_rest_do_not_need_that_of_x(monkeypatch):
+    monkeypatch.setattr(kernels, "CPU_TILE", 32)
+    x, dt, A, B, C, D, state = scan_inputs(75, batch=11)
+    inputs = [t.requires_grad_() for t in (dt, dt * A, B, C, D, state.mT.contiguous())]
+    for_x = x.clone().requires_grad_()
+    grads = [torch.autograd.grad(ChunkedScan.apply(first, *inputs, 4)[0].square().sum(), inputs)
+             for first in (x, for_x)]  # fmt: skip
+    for got, want in zip(*grads, strict=True):
+        close(got, want, 1e-12)
 
 
 def test_views_into_larger_tensors_are_scanned_like_copies():
@@ -193,6 +213,7 @@ def test_a_missing_state_is_zero_and_the_state_passes_between_calls(method):
 def test_a_long_memory_crosses_from_tile_to_tile(monkeypatch, everywhere):
     if everywhere:
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(kernels, "CPU_TILE", 8 * 3)
     L = 64 * 3 * 2 + 3 * 3 + 1  # three times the largest tile
     inputs = scan_inputs(L)
     inputs[2] = inputs[2] * 0.01
@@ -325,7 +346,7 @@ def test_scan_loops_over_tiles_and_not_over_tokens_in_memory_linear_in_length(
 ):
     if everywhere:
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    tile = 64 * 32 if everywhere else 512  # tokens
+    tile = 64 * 32 if everywhere else kernels.CPU_TILE  # tokens
     counts, sizes = {}, {}
     for L in (tile // 16, tile, 2 * tile, 8 * tile):
         inputs = [t.requires_grad_() for t in scan_inputs(L, torch.float32, batch=1)]

@@ -18,6 +18,7 @@ Dimension letters in the comments on shapes:
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -32,9 +33,11 @@ from tinymamba.kernels import (
     GPU_TILE,
     Tiles,
     backward_over_tiles,
+    by_tile,
     forward_over_tiles,
     is_in_graph,
     is_writing_graph,
+    keeps_tiles,
     promoted,
     sum_of_products,
     to_chunks,
@@ -158,10 +161,10 @@ def without_autocast(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 class GatedDeltaRule(torch.autograd.Function):
     """`delta_sequential` in matrix products over chunks of q tokens.
 
-    As in ChunkedScan, one tile of chunks goes through all steps before the next tile, and the
-    backward pass computes a tile's intermediate values again. States are (b, n, p). torch.compile
-    sees each pass as one operation: it would unroll the loop over chunks. Otherwise the functions
-    are called, as an operation would import torch._dynamo first: most of a second.
+    As in ChunkedScan, one tile of chunks goes through all steps before the next tile, and is kept
+    for the backward pass. States are (b, n, p). torch.compile sees each pass as one operation that
+    keeps no tile: it would unroll the loop over chunks. Otherwise the functions are called, as an
+    operation would import torch._dynamo first: most of a second.
     """
 
     @staticmethod
@@ -176,34 +179,55 @@ class GatedDeltaRule(torch.autograd.Function):
         chunk_size: int,
     ) -> tuple[Tensor, Tensor]:
         """The y (b, l, p) and the last state (b, n, p)."""
-        run = delta_forward if torch.compiler.is_compiling() else forward_in_tiles
-        y, last, begins = run(x, beta, log_decay, K, C, state, chunk_size)
-        ctx.save_for_backward(x, beta, log_decay, K, C, begins)
-        ctx.chunk_size = chunk_size
+        inputs, ctx.chunk_size = (x, beta, log_decay, K, C), chunk_size
+        if torch.compiler.is_compiling():
+            y, last, begins = delta_forward(*inputs, state, chunk_size)
+            ctx.save_for_backward(*inputs, begins)
+            return y, last
+        y, last, kept = forward_in_tiles(*inputs, state, chunk_size, keeps_tiles(ctx))
+        ctx.save_for_backward(*inputs, *itertools.chain(*kept))
         return y, last
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of the inputs, in their order."""
-        run: Any = delta_backward if torch.compiler.is_compiling() else backward_in_tiles
-        return *run(*ctx.saved_tensors, dy, dlast, ctx.chunk_size), None
+        saved: Any = ctx.saved_tensors
+        if torch.compiler.is_compiling():
+            return *delta_backward(*saved, dy, dlast, ctx.chunk_size), None
+        return *backward_in_tiles(saved[:5], saved[5:], dy, dlast, ctx.chunk_size), None
 
 
 def forward_in_tiles(
+    x: Tensor,
+    beta: Tensor,
+    log_decay: Tensor,
+    K: Tensor,
+    C: Tensor,
+    state: Tensor,
+    chunk_size: int,
+    keeps: bool,
+) -> tuple[Tensor, Tensor, list[Sequence[Tensor]]]:
+    """The y, the last state, and each tile, or [the state before it]."""
+    inputs = to_chunks(chunk_size, x, beta, log_decay, K, C)
+
+    def step(tile: list[Tensor], state: Tensor) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+        t = make_tile(tile, state)
+        return *tile_forward(t), t if keeps else [state]
+
+    over = tiles(inputs[0].shape, x.device)
+    y, last, kept = forward_over_tiles(step, over, inputs, state.contiguous())
+    return y.flatten(1, 2)[:, : x.shape[1]].contiguous(), last, kept
+
+
+@torch.library.custom_op("tinymamba::delta_forward", mutates_args=())
+def delta_forward(
     x: Tensor, beta: Tensor, log_decay: Tensor, K: Tensor, C: Tensor, state: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The y, the last state, and the states (t, b, n, p) before each of t tiles of the text."""
-    inputs = to_chunks(chunk_size, x, beta, log_decay, K, C)
-    over = _, spans = tiles(inputs[0].shape, x.device)
-    y, last, begins = forward_over_tiles(tile_forward, over, inputs, state.contiguous())
-    begins = torch.stack([torch.cat(begins[i :: len(spans)]) for i in range(len(spans))])
-    return y.flatten(1, 2)[:, : x.shape[1]].contiguous(), last, begins
-
-
-delta_forward = torch.library.custom_op(
-    "tinymamba::delta_forward", forward_in_tiles, mutates_args=()
-)
+    y, last, kept = forward_in_tiles(x, beta, log_decay, K, C, state, chunk_size, keeps=False)
+    count, begins = tile_count(x, chunk_size), list(itertools.chain(*kept))
+    return y, last, torch.stack([torch.cat(begins[i::count]) for i in range(count)])
 
 
 @delta_forward.register_fake
@@ -216,6 +240,28 @@ def _(
 
 
 def backward_in_tiles(
+    given: Sequence[Tensor], saved: Sequence[Tensor], dy: Tensor, dlast: Tensor, chunk_size: int
+) -> tuple[Tensor, ...]:
+    """The gradients of x, beta, log_decay, K, C (`given`) and the first state.
+
+    `saved` are the tiles, or the states before them, in one row.
+    """
+    inputs, length = to_chunks(chunk_size, *given), given[0].shape[1]
+    [dy], dlast = to_chunks(chunk_size, dy), dlast.contiguous()
+    over = tiles(inputs[0].shape, dy.device)
+
+    def step(
+        tile: list[Tensor], kept: Sequence[Tensor], dy: Tensor, dlast: Tensor
+    ) -> tuple[Tensor, ...]:
+        return tile_backward(Tile(*kept) if len(kept) > 1 else make_tile(tile, *kept), dy, dlast)
+
+    kept = by_tile(saved, over)
+    grads, dstate = backward_over_tiles(step, over, inputs, kept, dy, dlast)
+    return *(g.flatten(1, 2)[:, :length].contiguous() for g in grads), dstate
+
+
+@torch.library.custom_op("tinymamba::delta_backward", mutates_args=())
+def delta_backward(
     x: Tensor,
     beta: Tensor,
     log_decay: Tensor,
@@ -226,19 +272,12 @@ def backward_in_tiles(
     dlast: Tensor,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, beta, log_decay, K, C and the first state."""
-    inputs = to_chunks(chunk_size, x, beta, log_decay, K, C)
-    [dy], dlast = to_chunks(chunk_size, dy), dlast.contiguous()
-    over = tiles(inputs[0].shape, x.device)
-    states = [state[row] for row in over[0] for state in begins]
-    grads, dstate = backward_over_tiles(tile_backward, over, inputs, states, dy, dlast)
-    dx, dbeta, dlog_decay, dK, dC = (g.flatten(1, 2)[:, : x.shape[1]].contiguous() for g in grads)
+    """`backward_in_tiles`, from the states (t, b, n, p) before each of t tiles of the text."""
+    given = x, beta, log_decay, K, C
+    rows, _ = tiles((len(x), math.ceil(x.shape[1] / chunk_size), chunk_size), x.device)
+    saved = [state[row] for row in rows for state in begins]
+    dx, dbeta, dlog_decay, dK, dC, dstate = backward_in_tiles(given, saved, dy, dlast, chunk_size)
     return dx, dbeta, dlog_decay, dK, dC, dstate
-
-
-delta_backward = torch.library.custom_op(
-    "tinymamba::delta_backward", backward_in_tiles, mutates_args=()
-)
 
 
 @delta_backward.register_fake
@@ -253,7 +292,7 @@ def delta_in_one_tile(
     x: Tensor, beta: Tensor, log_decay: Tensor, K: Tensor, C: Tensor, state: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
     """The forward pass of GatedDeltaRule without a loop over tiles: one graph for every length."""
-    y, last = tile_forward(to_chunks(chunk_size, x, beta, log_decay, K, C), state)
+    y, last = tile_forward(make_tile(to_chunks(chunk_size, x, beta, log_decay, K, C), state))
     return y.flatten(1, 2)[:, : x.shape[1]], last
 
 
@@ -277,11 +316,15 @@ def tile_count(x: Tensor, chunk_size: int) -> int:
 
 
 class Tile(NamedTuple):
-    """Intermediate values of one tile that both passes need.
+    """Values of one tile that both passes need.
 
     Chunks come first, so that each chunk is contiguous: a product would copy it otherwise.
     """
 
+    x: Tensor  # (c, b, q, p)
+    beta: Tensor  # (c, b, q)
+    K: Tensor  # (c, b, q, n), and
+    C: Tensor
     decay: Tensor  # (c, b, q, q) from token j to i; 0 where j > i
     keys: Tensor  # (c, b, q, q) k_i . k_j for j < i
     similarity: Tensor  # (c, b, q, q) c_i . k_j
@@ -297,14 +340,13 @@ class Tile(NamedTuple):
     u: Tensor  # (c, b, q, p) what is written: values less what the keys held
 
 
-def make_tile(
-    x: Tensor, beta: Tensor, log_decay: Tensor, K: Tensor, C: Tensor, state: Tensor
-) -> Tile:
-    """The intermediate values of a tile.
+def make_tile(inputs: list[Tensor], state: Tensor) -> Tile:
+    """The values of a tile, from the state (b, n, p) before it.
 
-    x (c, b, q, p), beta and log_decay (c, b, q), K and C (c, b, q, n), state (b, n, p). Decays are
+    inputs: x (b, c, q, p), beta and log_decay (b, c, q), K and C (b, c, q, n). Decays are
     multiplied to what has q or p columns, never to the n of a key.
     """
+    x, beta, log_decay, K, C = chunks_first(*inputs)
     total = log_decay.cumsum(-1)  # (c, b, q)
     between = total[..., :, None] - total[..., None, :]  # at most 0 where j <= i
     decay = between.clamp(max=0).exp().tril()
@@ -318,8 +360,10 @@ def make_tile(
     carried = carry(state, [whole, from_start, to_end, weighted, x, K])
     decay = decay.to(x.dtype)
     scores = similarity * decay
+    given = (x, beta, K, C)
     return Tile(
-        decay, keys, similarity, overlap, solve, scores, whole, from_start, to_end, *carried,
+        *given, decay, keys, similarity, overlap, solve, scores,
+        whole, from_start, to_end, *carried,
     )  # fmt: skip
 
 
@@ -418,12 +462,13 @@ class Gradients(NamedTuple):
     x: Tensor  # (c, b, q, p) of x, and so of `difference`
 
 
-def carry_back(t: Tile, beta: Tensor, K: Tensor, C: Tensor, dy: Tensor, dlast: Tensor) -> Gradients:
+def carry_back(t: Tile, dy: Tensor, dlast: Tensor) -> Gradients:
     """Gradients that go from chunk to chunk, from the last one on.
 
-    beta (c, b, q, 1), K and C (c, b, q, n), dy (c, b, q, p), dlast (b, n, p).
+    dy (c, b, q, p), dlast (b, n, p).
     """
-    dread, du = C.mT @ (t.from_start * dy), t.scores.mT @ dy
+    beta, K = t.beta[..., None].to(dy.dtype), t.K
+    dread, du = t.C.mT @ (t.from_start * dy), t.scores.mT @ dy
     solve, dstate, state = t.solve.mT.to(dy.dtype), dlast, t.last.to(dy.dtype)
     after, ddecay = torch.empty_like(t.before), t.last.new_empty(dy.shape[:2])
     given, dr, dx = torch.empty_like(dy), torch.empty_like(dy), torch.empty_like(dy)
@@ -443,26 +488,19 @@ def chunks_first(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.transpose(0, 1).contiguous() for t in tensors)
 
 
-def tile_forward(inputs: list[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
-    """The y and the last state of one tile.
-
-    inputs: x (b, c, q, p), beta and log_decay (b, c, q), K and C (b, c, q, n).
-    """
-    x, beta, log_decay, K, C = chunks_first(*inputs)
-    t = make_tile(x, beta, log_decay, K, C, state)
-    y = t.scores @ t.u + t.from_start * (C @ t.before)
+def tile_forward(t: Tile) -> tuple[Tensor, Tensor]:
+    """The y (b, c, q, p) and the last state of one tile."""
+    y = t.scores @ t.u + t.from_start * (t.C @ t.before)
     return y.transpose(0, 1), t.last
 
 
-def tile_backward(
-    inputs: list[Tensor], state: Tensor, dy: Tensor, dlast: Tensor
-) -> tuple[Tensor, ...]:
-    """The gradients of `inputs` and state from those of y and the last state."""
-    x, beta, log_decay, K, C, dy = chunks_first(*inputs, dy)
-    t = make_tile(x, beta, log_decay, K, C, state)
+def tile_backward(t: Tile, dy: Tensor, dlast: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of the inputs of `make_tile`, from those of y and the last state."""
+    x, beta, K, C, *_ = t
+    [dy] = chunks_first(dy)
     wide = beta.dtype
 
-    d = carry_back(t, beta[..., None].to(x.dtype), K, C, dy, dlast)
+    d = carry_back(t, dy, dlast)
     weight = (d.r @ t.u.mT).mul_(t.overlap)  # (c, b, q, q), as `overlap` strictly lower
     dbeta = (d.r * t.difference).sum(-1, dtype=wide) - weight.sum(-1, dtype=wide)
 

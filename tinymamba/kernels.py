@@ -15,9 +15,10 @@ Dimension letters in the comments on shapes:
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ from tinymamba.four_bit import (
 
 # ------------------------------------------------------------------------------------ scan
 
-CPU_TILE, GPU_TILE = 512, 65_536  # tokens whose intermediate values are in memory at a time
+CPU_TILE, GPU_TILE = 2048, 65_536  # tokens whose intermediate values are in memory at a time
 # exp(-30) is 1e-13, which erases the state in float32. With no term below it, differences of a
 # chunk's cumulative sums are exact to 1e-4 even where every token erases the past.
 MIN_LOG_DECAY = -30.0
@@ -52,7 +53,7 @@ class ChunkedScan(torch.autograd.Function):
     """`selective_scan` in matrix products over chunks of q tokens (arXiv 2405.21060, section 6).
 
     One tile of chunks goes through all steps before the next tile, so that the intermediate values
-    stay in the cache; the backward pass recomputes them instead of reading them from memory.
+    stay in the cache. They are kept for the backward pass, but a compiled one computes them again.
     Shapes are those of `selective_scan`, but states are (b, h, n, p).
     """
 
@@ -69,13 +70,16 @@ class ChunkedScan(torch.autograd.Function):
         chunk_size: int,
     ) -> tuple[Tensor, Tensor]:
         """The y (b, l, h, p) and the last state (b, h, n, p)."""
+        keeps = keeps_tiles(ctx)
+        dt = dt.clamp(min=SMALLEST_DT) if ctx.needs_input_grad[1] else dt
         inputs = to_chunks(chunk_size, x, dt, log_decay, B, C)
 
-        def step(tile: list[Tensor], h: Tensor) -> tuple[Tensor, Tensor]:
-            return tile_forward(tile, D, h)
+        def step(tile: list[Tensor], h: Tensor) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+            t = make_tile(tile, D, h)
+            return *tile_forward(t), t if keeps else [h]
 
-        y, last, begins = forward_over_tiles(step, tiles(inputs[0]), inputs, state)
-        ctx.save_for_backward(x, dt, log_decay, B, C, D, *begins)
+        y, last, kept = forward_over_tiles(step, tiles(inputs[0]), inputs, state)
+        ctx.save_for_backward(x, dt, log_decay, B, C, D, *itertools.chain(*kept))
         ctx.chunk_size = chunk_size
         return y.flatten(1, 2)[:, : x.shape[1]], last
 
@@ -83,17 +87,21 @@ class ChunkedScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of the inputs, in their order."""
-        x, dt, log_decay, B, C, D, *begins = ctx.saved_tensors
+        x, dt, log_decay, B, C, D, *kept = ctx.saved_tensors
         inputs = to_chunks(ctx.chunk_size, x, dt, log_decay, B, C)
         [dy] = to_chunks(ctx.chunk_size, dy)
-        dD = torch.zeros_like(D)
+        over, dD = tiles(inputs[0]), torch.zeros_like(D)
 
-        def step(tile: list[Tensor], h: Tensor, dy: Tensor, dh: Tensor) -> tuple[Tensor, ...]:
-            *parts, part_D, dh = tile_backward(tile, D, h, dy, dh)
+        def step(
+            tile: list[Tensor], kept: Sequence[Tensor], dy: Tensor, dh: Tensor
+        ) -> tuple[Tensor, ...]:
+            t = Tile(*kept) if len(kept) > 1 else make_tile(tile, D, *kept)
+            *parts, part_D, dh = tile_backward(t, dy, dh)
             dD.add_(part_D)
             return *parts, dh
 
-        grads, dstate = backward_over_tiles(step, tiles(inputs[0]), inputs, begins, dy, dlast)
+        kept = by_tile(kept, over)
+        grads, dstate = backward_over_tiles(step, over, inputs, kept, dy, dlast)
         grads = [grad.flatten(1, 2)[:, : x.shape[1]] for grad in grads]
         return *grads, dD, dstate, None
 
@@ -110,7 +118,7 @@ def scan_in_one_tile(
 ) -> tuple[Tensor, Tensor]:
     """The forward pass of ChunkedScan without a loop over tiles: one graph for every length."""
     length = x.shape[1]
-    y, last = tile_forward(to_chunks(chunk_size, x, dt, log_decay, B, C), D, state)
+    y, last = tile_forward(make_tile(to_chunks(chunk_size, x, dt, log_decay, B, C), D, state))
     return y.flatten(1, 2)[:, :length], last
 
 
@@ -198,44 +206,58 @@ def tiles(x: Tensor) -> Tiles:
     return rows, [slice(i, i + span) for i in range(0, chunks, span)]
 
 
-def forward_over_tiles(
-    step: Callable[..., tuple[Tensor, ...]], tiles: Tiles, inputs: list[Tensor], state: Tensor
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """`step` for one tile after the other: (its inputs, state before it) -> y, state after it.
+def keeps_tiles(ctx: Any) -> bool:
+    """Whether a forward pass keeps all of its tiles, or only the states before them.
 
-    Returns y (b, c, q, h, p), the last state, and the state before each tile.
+    A compiled graph computes a tile again in less time than it takes to read it.
     """
-    y, last, begins = torch.empty_like(inputs[0]), torch.empty_like(state), []
+    return ctx.needs_input_grad[0] and not is_in_graph()
+
+
+def by_tile(kept: Sequence[Tensor], tiles: Tiles) -> list[Sequence[Tensor]]:
+    """What was kept of each tile, from that of all tiles in one row."""
+    rows, spans = tiles
+    width = len(kept) // (len(rows) * len(spans))
+    return [kept[i : i + width] for i in range(0, len(kept), width)]
+
+
+def forward_over_tiles(
+    step: Callable[..., tuple[Any, ...]], tiles: Tiles, inputs: list[Tensor], state: Tensor
+) -> tuple[Tensor, Tensor, list[Sequence[Tensor]]]:
+    """`step` for one tile after the other: (its inputs, state before) -> y, state after, kept.
+
+    Returns y (b, c, q, h, p), the last state, and what each tile keeps for its backward pass.
+    """
+    y, last, kept = torch.empty_like(inputs[0]), torch.empty_like(state), []
     rows, spans = tiles
     for row in rows:
         h = state[row]
         for span in spans:
-            begins.append(h)
-            y[row, span], h = step([t[row, span] for t in inputs], h)
+            y[row, span], h, part = step([t[row, span] for t in inputs], h)
+            kept.append(part)
         last[row] = h
-    return y, last, begins
+    return y, last, kept
 
 
 def backward_over_tiles(
     step: Callable[..., tuple[Tensor, ...]],
     tiles: Tiles,
     inputs: list[Tensor],
-    begins: Any,
+    kept: list[Sequence[Tensor]],
     dy: Tensor,
     dlast: Tensor,
 ) -> tuple[list[Tensor], Tensor]:
-    """`step` for the tiles in reverse: (inputs, state before, dy, dstate after) -> all gradients.
+    """`step` for the tiles in reverse: (inputs, kept, dy, dstate after) -> all gradients.
 
     Returns the gradients of `inputs` and of the first state.
     """
-    begins = list(begins)  # torch.compile of PyTorch 2.11 has a tuple here
     grads, dstate = [torch.empty_like(t) for t in inputs], torch.empty_like(dlast)
     rows, spans = tiles
     for row in reversed(rows):
         dh = dlast[row]
         for span in reversed(spans):
             tile = [t[row, span] for t in inputs]
-            *parts, dh = step(tile, begins.pop(), dy[row, span], dh)
+            *parts, dh = step(tile, kept.pop(), dy[row, span], dh)
             for grad, part in zip(grads, parts, strict=True):
                 grad[row, span] = part
         dstate[row] = dh
@@ -243,8 +265,13 @@ def backward_over_tiles(
 
 
 class Tile(NamedTuple):
-    """Intermediate values of one tile that both passes need."""
+    """Values of one tile that both passes need."""
 
+    x: Tensor  # (b, h, c, q, p)
+    dt: Tensor  # (b, h, c, q), and
+    log_decay: Tensor
+    B: Tensor  # (b, 1, c, q, n), and
+    C: Tensor
     between: Tensor  # (b, h, c, q, q) decay from token j to i, times dt_j
     similarity: Tensor  # (b, 1, c, q, q) C_i . B_j
     scores: Tensor  # (b, h, c, q, q) factor of x_j in y_i
@@ -255,13 +282,13 @@ class Tile(NamedTuple):
     states: Tensor  # (b, h, c+1, n, p) before each chunk, and after the last
 
 
-def make_tile(
-    x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor
-) -> Tile:
-    """The intermediate values of a tile.
+def make_tile(inputs: list[Tensor], D: Tensor, state: Tensor) -> Tile:
+    """The values of a tile, from the state (b, h, n, p) before it.
 
-    x (b, h, c, q, p), dt and log_decay (b, h, c, q), B and C (b, 1, c, q, n).
+    inputs: x (b, c, q, h, p), dt and log_decay (b, c, q, h), B and C (b, c, q, n).
     """
+    x, dt, log_decay = heads_first(*inputs[:3])
+    B, C = (t[:, None] for t in inputs[3:])
     total = log_decay.cumsum(-1)  # (b, h, c, q)
     between = total[..., :, None] - total[..., None, :]
     future = torch.full_like(between[0, 0, 0], -math.inf).triu(1)
@@ -276,7 +303,8 @@ def make_tile(
     to_end = ((total[..., -1:] - total).clamp(max=0).exp() * dt)[..., None]
     reads, writes = (C * from_start).to(x.dtype), (B * to_end).to(x.dtype)
     states = carry(total[..., -1], (writes.mT @ x).to(state.dtype), state)
-    return Tile(between, similarity, scores, from_start, to_end, reads, writes, states)
+    given = (x, dt, log_decay, B, C)
+    return Tile(*given, between, similarity, scores, from_start, to_end, reads, writes, states)
 
 
 def heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -284,35 +312,24 @@ def heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.movedim(3, 1).contiguous() for t in tensors)
 
 
-def tile_forward(inputs: list[Tensor], D: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The y and the last state of one tile.
-
-    inputs: x (b, c, q, h, p), dt and log_decay (b, c, q, h), B and C (b, c, q, n).
-    """
-    x, dt, log_decay, B, C = inputs
-    x, dt, log_decay = heads_first(x, dt, log_decay)
-    t = make_tile(x, dt, log_decay, B[:, None], C[:, None], D, state)
-    y = sum_of_products((t.scores, x), (t.reads, t.states[:, :, :-1].to(x.dtype)))
+def tile_forward(t: Tile) -> tuple[Tensor, Tensor]:
+    """The y (b, c, q, h, p) and the last state of one tile."""
+    y = sum_of_products((t.scores, t.x), (t.reads, t.states[:, :, :-1].to(t.x.dtype)))
     return y.movedim(1, 3), t.states[:, :, -1]
 
 
-def tile_backward(
-    inputs: list[Tensor], D: Tensor, state: Tensor, dy: Tensor, dlast: Tensor
-) -> tuple[Tensor, ...]:
-    """The gradients of `inputs`, D and state from those of y and the last state."""
-    x, dt, log_decay, B, C = inputs
-    x, dt, log_decay, dy = heads_first(x, dt, log_decay, dy)
-    B, C = B[:, None], C[:, None]
-    dt = dt.clamp(min=SMALLEST_DT)
-    t = make_tile(x, dt, log_decay, B, C, D, state)
+def tile_backward(t: Tile, dy: Tensor, dlast: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of the inputs of `make_tile`, from those of y and the last state."""
+    x, dt, log_decay, B, C, *_ = t
+    [dy] = heads_first(dy)
 
-    dread_states = (t.reads.mT @ dy).to(state.dtype)  # (b, h, c, n, p)
+    dread_states = (t.reads.mT @ dy).to(t.states.dtype)  # (b, h, c, n, p)
     dstates = carry_back(log_decay.sum(-1), dread_states, dlast)  # (b, h, c+1, n, p)
     after = dstates[:, :, 1:].to(x.dtype)
     dx = sum_of_products((t.scores.mT, dy), (t.writes, after))
 
     dscores = dy @ x.mT  # (b, h, c, q, q)
-    dD = dscores.diagonal(dim1=-2, dim2=-1).sum((0, 2, 3), dtype=D.dtype)
+    dD = dscores.diagonal(dim1=-2, dim2=-1).sum((0, 2, 3), dtype=dt.dtype)
     dscores = dscores.mul_(t.between)
     dsimilarity = dscores.sum(1, keepdim=True)  # (b, 1, c, q, q)
     dreads = (dy @ t.states[:, :, :-1].to(x.dtype).mT).to(dt.dtype)  # (b, h, c, q, n)
@@ -327,7 +344,7 @@ def tile_backward(
     dtotal = read - written
     dtotal[..., -1] += (dstates[:, :, 1:] * t.states[:, :, 1:]).sum((-2, -1))
     dlog_decay = dtotal.flip(-1).cumsum(-1).flip(-1)
-    ddt = written / dt
+    ddt = written / dt.clamp(min=SMALLEST_DT)  # to_chunks pads with 0
     dx, ddt, dlog_decay = (g.movedim(1, 3) for g in (dx, ddt, dlog_decay))
     return dx, ddt, dlog_decay, dB[:, 0], dC[:, 0], dD, dstates[:, :, 0]
 
