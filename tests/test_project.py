@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shlex
 import subprocess
 import textwrap
 import tomllib
@@ -16,8 +17,9 @@ from conftest import LONGEST
 from helpers import ROOT
 
 import tinymamba
+from benchmarks import ledger
 from testv2 import Config
-from tinymamba.cli import UserError
+from tinymamba.cli import UserError, parse_flags
 
 SCRIPTS = {path.stem: path for path in ROOT.glob("*.py") if path.name != "setup.py"}
 PACKAGE = sorted((ROOT / "tinymamba").glob("*.py"))
@@ -83,7 +85,7 @@ def test_the_changelog_keeps_its_form_and_ends_with_this_version():
 # ------------------------------------------------------------------- workflow, hooks and forms
 
 WORKFLOW = yaml.safe_load(read(".github/workflows/test.yml"))
-JOB = WORKFLOW["jobs"]["test"]
+JOB, SPEED = WORKFLOW["jobs"]["test"], WORKFLOW["jobs"]["speed"]
 
 
 def make_commands(target: str) -> list[str]:
@@ -136,6 +138,21 @@ def test_the_workflow_runs_make_test_on_every_system():
     assert python["cache"] == "pip"
     assert all((ROOT / name).is_file() for name in python["cache-dependency-path"].split())
     assert (WORKFLOW.keys() - {"name"}) == {True, "permissions", "concurrency", "jobs"}  # on: True
+
+
+def test_the_workflow_compares_speed_with_the_commit_before():
+    checkout, python, make, before, after = SPEED["steps"]
+    assert checkout["with"]["fetch-depth"] == 2
+    [tests_python] = [s["with"] for s in JOB["steps"] if "setup-python" in s.get("uses", "")]
+    assert python["with"].items() >= {n: v for n, v in tests_python.items() if "cache" in n}.items()
+    assert make["run"] == "make .venv/dev"
+    there, measure, back = before["run"].splitlines()
+    assert (there, back) == ("git checkout -q HEAD^", "git checkout -q -")
+    check, warn = after["run"].split(" | ")
+    assert check == measure.replace("ledger --output", "ledger --check --output")
+    options = parse_flags(ledger.Options, shlex.split(check)[3:], "", "")
+    assert options.check and options.output == Path("../ledger.jsonl")
+    assert warn == "sed 's/^warning:/::warning::/'" and after["shell"] == "bash"
 
 
 def test_the_hooks_run_the_ruff_of_the_requirements():
