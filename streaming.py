@@ -68,6 +68,7 @@ from tinymamba.cli import (
     require_plain_name,
     run_cli,
 )
+from tinymamba.live import LiveBatch, LiveModel, why_not_live
 from tinymamba.onnx_engine import (
     ENGINES,
     OnnxEngine,
@@ -360,7 +361,8 @@ class Decoder:
 
     It has no thread of its own: one of the threads that wait for a token runs `step`, which
     advances every answer that has room. Answers join and leave between any two steps. A step does
-    not hold the lock of `condition` while the model runs, which never changes its inputs.
+    not hold the lock of `condition` while the model runs, which never changes its inputs: a
+    LiveBatch, which has the states of a plain model on a CPU, keeps them until `commit`.
 
     Answers that are to read the same tokens after the same state read them once. `prefixes` keeps
     states for prompts to come, of texts that begin with their prompt.
@@ -379,11 +381,13 @@ class Decoder:
         self.prefixes = PrefixCache(cache_bytes)
         self.device = model.embedding.weight.device
         self.run_one_token = torch.compile(model.run) if compiled else model.run
+        self.may_be_live = not compiled and engine is None
+        self.live: LiveModel | None = None  # the model for a LiveBatch
         self.condition, self.model_lock = threading.Condition(), threading.Lock()
         self.stepping = False  # whether a thread is in `step`
         self.answers: list[Answer] = []  # all open ones
         self.batch: list[Answer] = []  # those whose states are the rows of `batch_state`
-        self.batch_state: Any = None  # a ModelState, unless `batch` is empty
+        self.batch_state: Any = None  # a LiveBatch or ModelState, unless `batch` is empty
 
     def wait(self, answer: Answer) -> None:
         """Wait until the answer has a token or is over; take steps unless another thread does."""
@@ -474,26 +478,47 @@ class Decoder:
         if not chosen or chosen == self.batch:
             return chosen
         ids = set(map(id, chosen))
-        row_of: dict[int, int] = {}
+        stay = []  # rows
         for row, answer in enumerate(self.batch):
             if answer.state is None and id(answer) in ids:
-                row_of[id(answer)] = row
+                stay.append(row)
             elif answer.state is None:
                 answer.state = self.state_of(answer)
-        stay = [a for a in chosen if id(a) in row_of]  # one copy for all of their rows
-        join = [a for a in chosen if id(a) not in row_of]
-        parts = [self.batch_state.select([row_of[id(a)] for a in stay])] if stay else []
-        self.batch_state = ModelState.join([*parts, *(a.state for a in join)])
-        self.batch = [*stay, *join]
+        order = fill_gaps(stay)
+        join = [a for a in chosen if a.state is not None]
+        self.batch_state = self.regroup(order, [a.state for a in join])
+        self.batch = [*(self.batch[row] for row in order), *join]
         for answer in self.batch:
             answer.state = None
         return self.batch
 
+    def regroup(self, order: list[int], states: list[ModelState]) -> ModelState | LiveBatch:
+        """The state of some rows of the batch, in this order, and of further states."""
+        live, now = self.find_live(), self.batch_state
+        if isinstance(now, LiveBatch):
+            if live is now.live:
+                return now.regroup(order, states)
+            now = now.select([*range(len(now.positions))])  # the model has changed
+        rows = [now.select(order)] if order else []
+        if live is None:
+            return ModelState.join([*rows, *states])
+        return LiveBatch(live).regroup([], [*(now.select([row]) for row in order), *states])
+
+    def find_live(self) -> LiveModel | None:
+        """The model for a LiveBatch, with its present weights; None if it has to run as it is."""
+        if not self.may_be_live or why_not_live(self.model):
+            return None
+        if self.live is None or not self.live.holds():
+            self.live = LiveModel(self.model)
+        return self.live
+
     def draw_tokens(
-        self, batch: list[Answer], logits: np.ndarray, gates: np.ndarray, state: ModelState
+        self, batch: list[Answer], logits: np.ndarray, gates: np.ndarray, state: Any
     ) -> None:
         """Give each answer its row of the results of a step."""
-        if self.batch:  # otherwise all answers were closed during the step
+        if isinstance(state, LiveBatch):
+            state.commit()
+        elif self.batch:  # otherwise all answers were closed during the step
             self.batch_state = state
         for row, answer in enumerate(batch):
             if answer.open:
@@ -519,10 +544,10 @@ class Decoder:
     def read(
         self,
         ids: list[list[int]],
-        state: ModelState,
+        state: Any,
         adapters: list[str | None],
         scored: tuple[list[int], int] | None = None,
-    ) -> tuple[np.ndarray, np.ndarray, ModelState, list[Token]]:
+    ) -> tuple[np.ndarray, np.ndarray, Any, list[Token]]:
         """ids (b, l) -> logits (b, v) and gates (n_layer, b, 3) of the last column, new state.
 
         `adapters`: one for each row. `scored`: for a single row, the ids (at most l) that follow
@@ -536,11 +561,14 @@ class Decoder:
             state = state.clone()  # it is a small view of tensors of length l
         return logits.cpu().numpy(), gates[:, :, -1].float().cpu().numpy(), state, scores
 
-    def run(self, ids: Tensor, state: ModelState) -> tuple[Tensor, Tensor, Tensor, ModelState]:
+    def run(self, ids: Tensor, state: Any) -> tuple[Tensor, Tensor, Tensor, Any]:
         """ids (b, l) -> hidden (b, l, d), last logits (b, v), gates, new state.
 
-        The gates are (n_layer, b, l, 3), or (n_layer, b, 1, 3) with the last column only.
+        The gates are (n_layer, b, l, 3), or (n_layer, b, 1, 3) with the last column only. A
+        LiveBatch takes ids (b, 1), and is returned itself.
         """
+        if isinstance(state, LiveBatch):
+            return state.step(ids[:, 0])
         if self.engine:
             return self.engine.run(ids, state)
         run = self.run_one_token if ids.shape[1] == 1 else self.model.run
@@ -589,6 +617,15 @@ class Decoder:
             ids = unread[at : at + SMALL_PREFILL]
             (logits,), _, state, _ = self.read([ids], state, [adapter])
         return snapshot._replace(state=state, logits=logits, unread=())
+
+
+def fill_gaps(stay: list[int]) -> list[int]:
+    """An order of rows in which the last ones take the places of those that do not stay."""
+    count = len(stay)
+    gaps = sorted({*range(count)} - {*stay})
+    order = {row: row for row in stay if row < count}
+    order |= dict(zip(gaps, (row for row in stay if row >= count), strict=True))
+    return [order[row] for row in range(count)]
 
 
 def common_ids(readers: list[Answer], most: int) -> list[int]:

@@ -15,6 +15,7 @@ from testv2 import RMSNorm, TinyMambaModel, generate
 from tinymamba import decode
 from tinymamba.decode import why_general
 from tinymamba.kernels import QuantizedLinear
+from tinymamba.live import LiveBatch
 
 FORMS = {
     "plain": {},
@@ -39,13 +40,18 @@ def general():
 @pytest.fixture
 def steps(monkeypatch):
     """How many tokens went the short way: the length of this list."""
-    seen, step = [], decode.step
+    seen, step, live = [], decode.step, LiveBatch.step
 
     def counted(*arguments):
         seen.append(1)
         return step(*arguments)
 
+    def counted_live(*arguments):
+        seen.append(1)
+        return live(*arguments)
+
     monkeypatch.setattr(testv2, "step", counted)
+    monkeypatch.setattr(LiveBatch, "step", counted_live)
     return seen
 
 

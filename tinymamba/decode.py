@@ -241,8 +241,7 @@ def share(model: Any, plan: Plan, state: Any) -> tuple[Shared, Tensor]:
     layers, count = state.layers, len(state.layers)
     age = state.position - state.document_start  # (b,) tokens of the document so far
     youngest = int(age.min())
-    cos, sin = model.rotary(state.position)  # (b, f/2) each
-    cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+    cos, sin = rotary_factors(model, state.position)  # (b, f) each
     conv = torch.stack([layer.conv for layer in layers])
     taps = torch.cat(plan.taps).float().view(count, sum(plan.sizes), -1).mT  # (L, k, c)
     known, now = conv.float(), taps[:, -1:] + 1.0  # 1: a ShortConv adds its input
@@ -272,6 +271,12 @@ def share(model: Any, plan: Plan, state: Any) -> tuple[Shared, Tensor]:
         head_norms.unbind(),
     )
     return shared, conv
+
+
+def rotary_factors(model: Any, position: Tensor) -> tuple[Tensor, Tensor]:
+    """The cos and sin of RoPE at position (b,), (b, f) each; sin is negative in the first half."""
+    cos, sin = model.rotary(position)  # (b, f/2) each
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def parts_of_blocks(x: Tensor, sizes: list[int]) -> list[tuple]:
@@ -332,10 +337,7 @@ def step_ssm(
     sizes = [heads * width, heads * width, 2 * states, heads]
     z, x, BC, raw = linear(u[1], block.ssm_in).split_with_sizes(sizes, -1)
     x = x.reshape(-1, heads, width).float()  # (b, h, p)
-    if block.ssm.config.min_decay:
-        dt = (F.softplus(raw + shared.dt_bias[i]) - shared.least[i]).relu_()  # (b, h)
-    else:
-        dt = block.ssm.step_sizes(raw)
+    dt = step_sizes(block, raw, shared.dt_bias[i], shared.least[i])
     decay = (dt * shared.A[i]).exp_()[..., None, None]  # (b, h, 1, 1)
     inputs = None if block.ssm.conv is None else BC
     BC = BC.float() if inputs is None else torch.addcmul(shared.before[i][1], BC, shared.taps[i][1])
@@ -348,6 +350,13 @@ def step_ssm(
     y = torch.bmm(flat, C.mT).view_as(x)
     y = torch.addcmul(y, x, shared.D[i]).flatten(1)
     return inputs, y * F.silu(z), state, phase
+
+
+def step_sizes(block: BlockParts, raw: Tensor, dt_bias: Tensor, least: Tensor) -> Tensor:
+    """The dt (b, h) of raw (b, h), see MambaSSM.step_sizes; dt_bias and least (h,)."""
+    if not block.ssm.config.min_decay:
+        return block.ssm.step_sizes(raw)
+    return (F.softplus(raw + dt_bias) - least).relu_()
 
 
 def rotate(x: Tensor, phase: Tensor) -> Tensor:
@@ -383,7 +392,8 @@ def step_attention(
     values = torch.cat((past.values, v.to(past.values.dtype)), dim=2)
     y, memory = attend(q, keys, values, shared.visible), past.memory
     if block.memory is not None:
-        found, memory = step_memory(block.memory, u[0], qk, v, memory)
+        raw = float32_linear(u[0], block.memory[1])
+        found, memory = step_memory(block.memory, raw, qk, v, memory)
         y = y + found
     return inputs, y.flatten(1), keys[:, :, 1:], values[:, :, 1:], memory
 
@@ -407,21 +417,24 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None) -> T
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible).float()
 
 
-def step_memory(parts: Any, u: Tensor, qk: Tensor, v: Tensor, state: Tensor) -> tuple:
-    """The memory's part of attention (b, a, 1, f), and its new state.
+def step_memory(
+    parts: Any, raw: Tensor, qk: Tensor, v: Tensor, state: Tensor, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The memory's part of attention (b, a, 1, f), and its new state, which is written to `out`.
 
-    u (b, d), qk (b, 2, a, f) before RoPE, v (b, a, 1, f), state (b, a, f, m).
+    raw (b, 3a) of token_proj, qk (b, 2, a, f) before RoPE, v (b, a, 1, f), state (b, a, f, m).
     """
-    memory, token_proj, A_log = parts
-    write, fade, read = float32_linear(u, token_proj)[..., None, None].chunk(3, dim=1)
+    memory, _, A_log = parts
+    write, fade, read = raw[..., None, None].chunk(3, dim=1)  # (b, a, 1, 1) each
     log_decay = -F.softplus(fade) * A_log.float().exp()[:, None, None]
     decay = log_decay.exp_()  # (b, a, 1, 1)
     features = key_features(qk, memory.products, torch.float32)  # (b, 2, a, m)
-    found, held = (decay * (state @ features.permute(0, 2, 3, 1))).mT.chunk(2, dim=2)  # before it
+    # Products with two rows; those with two columns take seven times as long.
+    found, held = (decay * (features.transpose(1, 2) @ state.mT)).chunk(2, dim=2)  # (b, a, 1, f)
     q, k = features[:, :, :, None].unbind(1)  # (b, a, 1, m) each
     change = (v - held) * write.sigmoid()  # (b, a, 1, f)
-    state = state * decay  # the reads above need no pass over the new one
-    state.flatten(0, 1).baddbmm_(change.mT.flatten(0, 1), k.flatten(0, 1))
+    state = torch.mul(state, decay, out=out)  # the reads above need no pass over the new one
+    state.addcmul_(change.mT, k)
     found = torch.addcmul(found, change, (q * k).sum(-1, keepdim=True))
     return found * read.sigmoid(), state
 
