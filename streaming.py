@@ -131,6 +131,10 @@ class StreamingConfig:
         "seed": (0, 2**63 - 1),
     }
 
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0 or self.top_k == 1
+
     def validate(self, vocab_size: int) -> StreamingConfig:
         """Reject wrong types and impossible values with a UserError; return self."""
         limits: dict = dict.fromkeys(("logprobs", "prompt_logprobs"), (0, vocab_size))
@@ -169,6 +173,31 @@ def probabilities(
     (Nguyen et al., arXiv 2407.01082). OpenAI's penalties come before the temperature, as in vLLM;
     `counts` says how often the answer has each of its ids.
     """
+    x = adjusted(logits, recent, config, counts)
+    best = int(x.argmax())
+    if config.is_greedy():
+        return np.eye(1, len(x), best)[0]
+    x = (x - x[best]) / config.temperature
+    if 0 < config.top_k < len(x):
+        x[x < np.partition(x, -config.top_k)[-config.top_k]] = -np.inf
+    p = np.exp(x)
+    p /= p.sum()
+    if config.top_p < 1.0:
+        alive = p.nonzero()[0]
+        order = alive[np.argsort(-p[alive], kind="stable")]
+        before = np.cumsum(p[order]) - p[order]  # total probability of all more likely tokens
+        p[order[1:][before[1:] >= config.top_p]] = 0.0
+    p[p < config.min_p * p[best]] = 0.0
+    return p / p.sum()
+
+
+def adjusted(
+    logits: np.ndarray,
+    recent: Sequence[int],
+    config: StreamingConfig,
+    counts: Mapping[int, int] | None,
+) -> np.ndarray:
+    """The logits (v,) in float64 after bias and penalties, of which at least one is finite."""
     x = logits.astype(np.float64)
     for i, bias in (config.logit_bias or {}).items():
         x[i] += bias
@@ -184,20 +213,21 @@ def probabilities(
     best = int(x.argmax())
     require(x[best] < np.inf, "logits", "are not finite", "use another checkpoint")
     require(x[best] > -np.inf, "logit_bias", "every token is banned", "allow at least one")
-    if config.temperature == 0 or config.top_k == 1:
-        return np.eye(1, len(x), best)[0]
-    x = (x - x[best]) / config.temperature
-    if 0 < config.top_k < len(x):
-        x[x < np.partition(x, -config.top_k)[-config.top_k]] = -np.inf
-    p = np.exp(x)
-    p /= p.sum()
-    if config.top_p < 1.0:
-        alive = p.nonzero()[0]
-        order = alive[np.argsort(-p[alive], kind="stable")]
-        before = np.cumsum(p[order]) - p[order]  # total probability of all more likely tokens
-        p[order[1:][before[1:] >= config.top_p]] = 0.0
-    p[p < config.min_p * p[best]] = 0.0
-    return p / p.sum()
+    return x
+
+
+def choose(
+    logits: np.ndarray,
+    recent: Sequence[int],
+    config: StreamingConfig,
+    counts: Mapping[int, int],
+    position: int,
+) -> int:
+    """The next token: the most likely one, or one drawn from `probabilities`."""
+    if config.is_greedy():
+        return int(adjusted(logits, recent, config, counts).argmax())
+    assert config.seed is not None, "StreamingServer.answer sets one"
+    return draw(probabilities(logits, recent, config, counts), config.seed, position)
 
 
 def draw(p: np.ndarray, seed: int, position: int) -> int:
@@ -954,9 +984,8 @@ class Answer:
         if self.over:  # it was stopped during the step
             return
         try:
-            assert c.seed is not None, "StreamingServer.answer sets one"
             allowed = self.matcher.mask(logits) if self.matcher else logits
-            token = draw(probabilities(allowed, window, c, self.counts), c.seed, self.position)
+            token = choose(allowed, window, c, self.counts, self.position)
             if self.matcher and token not in self.end_ids:
                 self.matcher.accept(token)
         except Exception as e:  # raised in this answer's reader only, not in the thread that steps

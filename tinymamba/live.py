@@ -17,6 +17,7 @@ Dimension letters in the comments on shapes are those of tinymamba/decode.py, bu
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -316,7 +317,7 @@ class LiveBatch:
         x = F.embedding(ids, model.embedding.weight).float()  # (b, d)
         before, new = self.convolved(), self.conv[:, self.time % len(self.conv[0])]  # (b, L, c)
         cos, sin = rotary_factors(model, torch.tensor(self.positions))  # (b, f) each
-        turn = cos[:, None, None], sin[:, None, None], self.visible()
+        turn = cos[:, None, None], sin[:, None, None], self.hidden()
         gates = []
         for i, block in enumerate(live.blocks):
             inputs = before[:, i], live.newest[i], new[:, i]
@@ -340,14 +341,14 @@ class LiveBatch:
             total.addcmul_(inputs, tap)
         return total
 
-    def visible(self) -> Tensor | None:
-        """Which slots attention sees, of bool (b, 1, 1, w); None if all."""
+    def hidden(self) -> Tensor | None:
+        """Which slots attention does not see, of bool (b, 1, w); None if it sees all."""
         ages = [at - start for at, start in zip(self.positions, self.starts, strict=True)]
         window = self.layers[0].cache[0].shape[2]
         if min(ages) >= window - 1:
             return None
         back = (self.time - torch.arange(window)) % window  # (w,) tokens since the slot was filled
-        return back <= torch.tensor(ages)[:, None, None, None]
+        return back > torch.tensor(ages)[:, None, None]
 
     def step_block(
         self, block: LiveBlock, layer: LiveLayer, x: Tensor, inputs: tuple, turn: tuple
@@ -355,7 +356,7 @@ class LiveBatch:
         """x (b, d) -> new x, gates (b, 3); writes the new states and inputs of convolutions.
 
         inputs: of the convolutions, what they owe to the past (b, c), the factors of the newest
-        (c,), and where to write those (b, c). turn: cos, sin and visible slots.
+        (c,), and where to write those (b, c). turn: cos, sin and hidden slots.
         """
         live, parts, d = self.live, block.parts, x.shape[1]
         before, taps, new = inputs
@@ -405,7 +406,7 @@ class LiveBatch:
     ) -> Tensor:
         """Attention and memory: q, k, v (b, 3d) and what the memory reads (b, r + 3a) -> (b, d)."""
         qkv, exact = inputs
-        cos, sin, visible = turn
+        cos, sin, hidden = turn
         keys, values = layer.cache
         rows, heads, window, width = keys.shape
         qk, v = qkv.view(rows, 3, heads, width).split_with_sizes([2, 1], 1)
@@ -413,9 +414,22 @@ class LiveBatch:
         turned = torch.addcmul(qk * cos, qk.roll(width // 2, -1), sin)
         for ring, fresh in ((keys, turned[:, 1]), (values, v[:, 0])):  # (b, a, f) each
             ring[:, :, self.time % window] = fresh.to(self.live.dtype)
-        q, v = turned[:, 0, :, None], v.transpose(1, 2)  # (b, a, 1, f) each
-        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible)
+        y = attend(turned[:, 0] * width**-0.5, keys, values, hidden)  # (b, a, f)
         if layer.memory:
             old, new = layer.memory[self.time % 2], layer.memory[1 - self.time % 2]
-            y = y + step_memory(block.parts.memory, exact[:, -3 * heads :], qk, v, old, new)[0]
+            raw, v = exact[:, -3 * heads :], v.transpose(1, 2)  # (b, a, 1, f)
+            y = y + step_memory(block.parts.memory, raw, qk, v, old, new)[0][:, :, 0]
         return y.flatten(1)
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None) -> Tensor:
+    """Attention of q (b, a, f), scaled, to keys and values (b, a, w, f): (b, a, f).
+
+    Two products read memory faster here than PyTorch's fused kernel.
+    """
+    keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+    scores = torch.bmm(q.view(-1, 1, q.shape[2]), keys.mT).view(*q.shape[:2], -1)  # (b, a, w)
+    if hidden is not None:
+        scores.masked_fill_(hidden, -math.inf)
+    weights = scores.softmax(-1).view(-1, 1, scores.shape[2])
+    return torch.bmm(weights, values).view_as(q)
