@@ -514,10 +514,13 @@ class Decoder:
                 stay.append(row)
             elif answer.state is None:
                 answer.state = self.state_of(answer)
-        order = fill_gaps(stay)
-        join = [a for a in chosen if a.state is not None]
-        self.batch_state = self.regroup(order, [a.state for a in join])
-        self.batch = [*(self.batch[row] for row in order), *join]
+        order, join = fill_gaps(stay), [a for a in chosen if a.state is not None]
+        if len(order) < len(self.batch):  # first, so that an interrupt leaves no row in two places
+            self.batch_state = self.regroup(order, []) if order else None
+            self.batch = [self.batch[row] for row in order]
+        if join:
+            self.batch_state = self.regroup([*range(len(order))], [a.state for a in join])
+            self.batch = [*self.batch, *join]
         for answer in self.batch:
             answer.state = None
         return self.batch
@@ -529,10 +532,9 @@ class Decoder:
             if live is now.live:
                 return now.regroup(order, states)
             now = now.select([*range(len(now.positions))])  # the model has changed
-        rows = [now.select(order)] if order else []
-        if live is None:
-            return ModelState.join([*rows, *states])
-        return LiveBatch(live).regroup([], [*(now.select([row]) for row in order), *states])
+        if live is not None:
+            return LiveBatch(live).regroup([], [*(now.select([row]) for row in order), *states])
+        return ModelState.join([*([now.select(order)] if order else []), *states])
 
     def find_live(self) -> LiveModel | None:
         """The model for a LiveBatch, with its present weights; None if it has to run as it is."""

@@ -46,6 +46,7 @@ from streaming import (
     StreamingInference,
     StreamingServer,
     TextStream,
+    choose,
     draw,
     probabilities,
 )
@@ -199,6 +200,15 @@ def test_draws_follow_their_probabilities_and_are_a_pure_function():
     assert drawn == [draw(p, 7, position) for position in range(20_000)]
     np.testing.assert_allclose(np.bincount(drawn, minlength=6) / 20_000, p, atol=0.015)
     assert drawn != [draw(p, 8, position) for position in range(20_000)]
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_k": 1}, {"temperature": 1.0}])
+def test_the_chosen_token_is_a_draw_by_the_probabilities(settings):
+    logits = np.random.default_rng(0).normal(size=(40, 30)).astype(np.float32)
+    config, counts = StreamingConfig(**settings, repetition_penalty=1.5, seed=3), Counter([2, 5])
+    for position, row in enumerate(logits):
+        p = probabilities(row, [1, 2], config, counts)
+        assert choose(row, [1, 2], config, counts, position) == draw(p, 3, position)
 
 
 def test_the_penalty_applies_to_the_window_only():

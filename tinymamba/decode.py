@@ -461,15 +461,20 @@ def root(x: float) -> Tensor:
 def linear(x: Tensor, layer: Affine | QuantizedLinear) -> Tensor:
     """x (b, in) -> (b, out), in the dtype of both.
 
-    For one row and a row-major matrix of float32, BLAS takes half as long again as PyTorch's dot
-    products.
+    For one row and a row-major matrix of float32, BLAS takes half the time if it gets the matrix
+    in parts of a few rows. PyTorch's dot products, which serve an odd number of rows, lie between.
     """
     if isinstance(layer, QuantizedLinear):
         return layer.forward(x)
     weight, bias = layer
-    if x.shape[0] > 1 or weight.dtype != torch.float32 or weight.stride(1) != 1:
+    if x.shape[0] > 1 or weight.dtype != torch.float32 or not weight.is_contiguous():
         return F.linear(x, weight, bias)
-    y = torch.linalg.vecdot(weight, x)[None]
+    few = math.gcd(weight.shape[0], 32)
+    if few == 1:
+        y = torch.linalg.vecdot(weight, x)[None]
+    else:
+        parts = weight.view(-1, few, weight.shape[1])  # (out / few, few, in)
+        y = torch.bmm(parts, x.mT.expand(len(parts), -1, -1)).view(1, -1)
     return y if bias is None else y + bias
 
 

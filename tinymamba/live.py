@@ -85,7 +85,8 @@ def why_not_live(model: Any) -> str | None:
     library = torch.backends.mkldnn
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         return "it is not on a CPU, or has weights of another dtype"
-    if not library.is_available() or not library.enabled:
+    known = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if not known or not library.is_available() or not library.enabled:
         return "there is no oneDNN"
     if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "oneDNN has no bfloat16 on this CPU"
@@ -207,8 +208,6 @@ class LiveBatch:
     def regroup(self, order: list[int], states: list[Any]) -> LiveBatch:
         """Row i becomes what row order[i] >= i was; ModelStates of one row follow."""
         rows = len(order) + len(states)
-        self.positions = [self.positions[row] for row in order]
-        self.starts = [self.starts[row] for row in order]
         self.make_room(rows, states)
         for row, old in enumerate(order):
             if row != old:
@@ -216,6 +215,10 @@ class LiveBatch:
                     t[row] = t[old]
         for row, state in enumerate(states, len(order)):
             self.put(row, state)
+        self.positions = [self.positions[row] for row in order]
+        self.positions += [int(state.position) for state in states]
+        self.starts = [self.starts[row] for row in order]
+        self.starts += [int(state.document_start) for state in states]
         conv, layers = self.room
         self.conv, self.layers = conv[:rows], [layer.first(rows) for layer in layers]
         return self
@@ -261,8 +264,6 @@ class LiveBatch:
         padded = torch.zeros_like(conv[row])  # (k, L, c)
         padded[1:, :, self.live.channels] = tails
         conv[row] = padded.roll(self.time, 0)
-        self.positions.append(int(state.position))
-        self.starts.append(int(state.document_start))
 
     @torch.inference_mode()
     def select(self, rows: list[int]) -> Any:
