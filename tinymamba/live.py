@@ -273,7 +273,7 @@ class LiveBatch:
         layers = []
         for i, (own, layer) in enumerate(zip(self.layers, self.empty.layers, strict=True)):
             keys, values = (
-                ring[rows].roll(-self.time, 2)[:, :, 1:].to(dtype, copy=True) for ring in own.cache
+                ring[rows].roll(-self.time, 2)[:, :, 1:].to(dtype) for ring in own.cache
             )
             layers.append(
                 layer._replace(
