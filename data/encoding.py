@@ -12,14 +12,15 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from data.processes import Batching, map_in_order
+from data.merges import KnownWords
+from data.processes import Batching, Crew, map_in_order
 from data.sides import Text
 from data.words import fast_encoder
 
@@ -51,14 +52,14 @@ class Encoded(NamedTuple):
 class Encoder:
     """Encodes chunks; finds where documents may be cut."""
 
-    def __init__(self, path: Path, eos: int, dtype: str):
-        self.path, self.eos, self.dtype = path, eos, dtype
+    def __init__(self, path: Path, eos: int, dtype: str, known: KnownWords | None = None):
+        self.path, self.eos, self.dtype, self.known = path, eos, dtype, known
         self.tokenizer = plain(Tokenizer.from_str(path.read_text(encoding="utf-8")))
-        self.fast = fast_encoder(self.tokenizer, dtype)  # None: the library encodes
+        self.fast = fast_encoder(self.tokenizer, dtype, known)  # None: the library encodes
 
     def __reduce__(self) -> tuple:
         """Another process reads the tokenizer itself."""
-        return Encoder, (self.path, self.eos, self.dtype)
+        return Encoder, (self.path, self.eos, self.dtype, self.known)
 
     @cached_property
     def bare(self) -> Tokenizer:
@@ -71,17 +72,18 @@ class Encoder:
     def __call__(self, batch: list[Chunk]) -> list[Encoded]:
         """The ids of chunks; the end-of-text id follows the last one of a document."""
         if self.fast:
-            return [self.encoded(chunk, self.fast(chunk.text)) for chunk in batch]
-        ids: list[bytes] = [b""] * len(batch)
+            each = self.fast.each(chunk.text for chunk in batch)
+            return [self.encoded(chunk, ids) for chunk, ids in zip(batch, each, strict=True)]
+        found: list[bytes] = [b""] * len(batch)
         for continues in (False, True):
             chosen = [i for i, chunk in enumerate(batch) if chunk.continues == continues]
             if chosen:
                 tokenizer = self.bare if continues else self.tokenizer
                 texts = [batch[i].text for i in chosen]
-                found = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-                for i, encoding in zip(chosen, found, strict=True):
-                    ids[i] = self.as_bytes(encoding.ids)
-        return [self.encoded(chunk, each) for chunk, each in zip(batch, ids, strict=True)]
+                encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+                for i, encoding in zip(chosen, encodings, strict=True):
+                    found[i] = self.as_bytes(encoding.ids)
+        return [self.encoded(chunk, ids) for chunk, ids in zip(batch, found, strict=True)]
 
     def as_bytes(self, ids: list[int]) -> bytes:
         """Ids as they are in the file."""
@@ -115,27 +117,29 @@ class Encoder:
         Between words, judged by the end of the chunk alone; else between tokens of the chunk.
         """
         near, before = text[-NEAR_CHARS:], len(text) - NEAR_CHARS
-        whole = self.ids(near)
-        for at in places(near)[:TRIES]:
-            for bare in (False, True):
+        [whole] = self.ids([near])
+        for at in islice(places(near), TRIES):
+            for bare in (False,) if self.fast else (False, True):
                 if self.fits(near, at, whole, bare):
                     return before + at, bare
         high = before + NEAR_CHARS // 2
         start = self.fast.last_start(text, before, high) if self.fast else None
         return (start, True) if start else self.cut_tokens(text, continues)
 
-    def ids(self, text: str, bare: bool = False) -> list[int] | bytes:
-        """The ids of a text alone."""
+    def ids(self, texts: list[str], bare: bool = False) -> list[Any]:
+        """The ids of each text alone."""
         if self.fast:
-            return self.fast(text)
-        return ids_of(self.bare if bare else self.tokenizer, text)
+            return list(self.fast.each(texts))
+        return [ids_of(self.bare if bare else self.tokenizer, text) for text in texts]
 
     def fits(self, near: str, at: int, whole: list[int] | bytes, bare: bool) -> bool:
         """Whether a text cut at this place has the same ids as the whole."""
-        right = self.ids(near[at:], bare)
+        if self.fast:
+            return b"".join(self.ids([near[:at], near[at:]])) == whole
+        [right] = self.ids([near[at:]], bare)
         if right != whole[len(whole) - len(right) :]:
             return False
-        return self.ids(near[:at]) == whole[: len(whole) - len(right)]
+        return self.ids([near[:at]]) == [whole[: len(whole) - len(right)]]
 
     def cut_tokens(self, text: str, continues: bool) -> tuple[int, bool]:
         """The same for text without spaces: between two words or tokens of the last ones."""
@@ -174,16 +178,15 @@ def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def places(near: str) -> list[int]:
+def places(near: str) -> Iterator[int]:
     """Where a text may be cut between words: at line breaks, before spaces, before other signs.
 
     The last of each kind comes first.
     """
     inside = range(3 * len(near) // 4, len(near) // 4, -1)
-    lines = [i for i in inside if near[i - 1] == "\n" and not near[i].isspace()]
-    spaces = [i for i in inside if near[i].isspace() and not near[i - 1].isspace()]
-    signs = [i for i in inside if near[i].isalpha() != near[i - 1].isalpha()]
-    return [*lines, *spaces, *signs]
+    yield from (i for i in inside if near[i - 1] == "\n" and not near[i].isspace())
+    yield from (i for i in inside if near[i].isspace() and not near[i - 1].isspace())
+    yield from (i for i in inside if near[i].isalpha() != near[i - 1].isalpha())
 
 
 def without_prefix(rules: Any) -> Any:
@@ -209,7 +212,7 @@ def without_prefix(rules: Any) -> Any:
 
 @contextmanager
 def encoding_with(
-    encoder: Encoder, workers: int
+    encoder: Encoder, workers: int, crew: Crew | None = None
 ) -> Iterator[Callable[[Iterable[Chunk]], Iterator[Encoded]]]:
     """A function that encodes a stream in order: in this process, or in so many others."""
     with ExitStack() as running:
@@ -217,7 +220,7 @@ def encoding_with(
         def encode(chunks: Iterable[Chunk]) -> Iterator[Encoded]:
             batching = Batching(lambda chunk: len(chunk.text), BATCH_CHARS, WORKER_CHARS)
             count = workers if encoder.fast else workers or 1  # the library uses all cores
-            encoded = map_in_order(encoder, chunks, batching, count)
+            encoded = map_in_order(encoder, chunks, batching, count, crew)
             return chain.from_iterable(running.enter_context(closing(encoded)))
 
         yield encode

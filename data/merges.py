@@ -8,20 +8,40 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable
+from itertools import compress
+from typing import NamedTuple
 
 import numpy as np
 
 from tinymamba.tokenizer import byte_alphabet
 
 PAIR_BITS = 21  # of a symbol in the number of a pair
+SYMBOL_MASK = (1 << PAIR_BITS) - 1
 PAIR_MASK = (1 << 2 * PAIR_BITS) - 1
 BORDER, DEAD = -1, -2  # in place of a symbol: between words, and where one was merged away
+
+
+class KnownWords(NamedTuple):
+    """Words with their ids."""
+
+    words: list[bytes]
+    counts: np.ndarray  # (n,) of the ids of each word
+    ids: np.ndarray  # of all words
 
 
 def learn_merges(
     words: dict[str, int], specials: list[str], vocab_size: int
 ) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """The vocabulary and the merges of words with their counts.
+    """The vocabulary and the merges of words with their counts."""
+    return learn(words, specials, vocab_size)[:2]
+
+
+def learn(
+    words: dict[str, int], specials: list[str], vocab_size: int, known_bytes: int = 0
+) -> tuple[dict[str, int], list[tuple[str, str]], KnownWords | None]:
+    """The same, with the ids of the most frequent words, `known_bytes` in all.
+
+    There are none if two merges give one token: words are then encoded with both.
 
     The first ids are those of `specials`, then come bytes. The most frequent pair of tokens is
     merged; of equally frequent ones that with the lower ids.
@@ -41,7 +61,7 @@ def learn_merges(
             if count > 0:
                 heapq.heappush(heap, entry(pair, count))
             continue
-        left, right = pair >> PAIR_BITS, pair & ((1 << PAIR_BITS) - 1)
+        left, right = pair >> PAIR_BITS, pair & SYMBOL_MASK
         merged = tokens[left] + tokens[right]
         if merged not in vocab:
             vocab[merged] = len(tokens)
@@ -52,7 +72,9 @@ def learn_merges(
             count = counts[changed] = counts.get(changed, 0) + change
             if change > 0 and count > 0:
                 heapq.heappush(heap, entry(changed, count))
-    return vocab, list(merges.values())
+    each_adds_one = len(vocab) == len(specials) + len(alphabet) + len(merges)
+    known = row.known_words(known_bytes) if each_adds_one else None
+    return vocab, list(merges.values()), known
 
 
 def entry(pair: int, count: int) -> int:
@@ -65,46 +87,43 @@ class Row:
 
     def __init__(self, words: dict[str, int], byte_ids: np.ndarray):
         """`byte_ids` (256,) has the symbol of each byte."""
-        encoded = [word.encode() for word in words]
+        self.words = encoded = [word.encode() for word in words]
         lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
-        text = np.frombuffer(b" ".join([b"", *encoded, b""]), np.uint8)
-        self.symbols = byte_ids[text]  # (n,)
+        self.text = np.frombuffer(b" ".join([b"", *encoded, b""]), np.uint8)
+        self.symbols = byte_ids[self.text]  # (n,)
         self.symbols[0] = self.symbols[np.cumsum(lengths + 1)] = BORDER
-        self.weights = np.ones(len(text), np.int64)  # (n,) how often the word occurs
+        self.weights = np.ones(len(self.text), np.int64)  # (n,) how often the word occurs
         self.weights[1:] = np.repeat(np.fromiter(words.values(), np.int64), lengths + 1)
-        self.following = np.arange(1, len(text) + 1, dtype=np.int32)
-        self.before = np.arange(-1, len(text) - 1, dtype=np.int32)
-        order = np.argsort(self.symbols.astype(np.int16), kind="stable").astype(np.int32)
-        starts = np.flatnonzero(np.diff(self.symbols[order])) + 1
-        groups = np.split(order, starts)
-        self.places = {int(self.symbols[group[0]]): group for group in groups}
+        self.following = np.arange(1, len(self.text) + 1, dtype=np.int32)
+        self.before = np.arange(-1, len(self.text) - 1, dtype=np.int32)
+        self.places: dict[int, list[np.ndarray]] = {}  # where each pair began, in any order
 
     def count_pairs(self) -> dict[int, int]:
         """How often each pair of neighbours occurs."""
-        left, right = self.symbols[:-1].astype(np.int64), self.symbols[1:]
-        inside = (left >= 0) & (right >= 0)
-        pairs = (left[inside] << 9) | right[inside]  # the symbols are bytes yet
-        counts = np.bincount(pairs, self.weights[:-1][inside])
-        found = np.flatnonzero(counts).tolist()
-        return {(p >> 9) << PAIR_BITS | p & 511: int(counts[p]) for p in found}
+        inside = (self.symbols[:-1] >= 0) & (self.symbols[1:] >= 0)
+        places = np.flatnonzero(inside).astype(np.int32)
+        codes = self.text[places].astype(np.uint16) << 8 | self.text[places + 1]
+        places = places[np.argsort(codes, kind="stable")]
+        keys = pairs(self.symbols[places], self.symbols[places + 1])
+        starts = group_starts(keys)
+        self.keep(keys, places, starts, starts)
+        return dict(zip(keys[starts].tolist(), sums(self.weights[places], starts), strict=True))
 
-    def places_of(self, symbol: int) -> np.ndarray:
-        """Where a symbol is, in order."""
-        places = self.places.get(symbol)
-        if places is None:
-            return np.empty(0, np.int32)
-        places = self.places[symbol] = places[self.symbols[places] == symbol]
-        return places
+    def keep(
+        self, keys: np.ndarray, places: np.ndarray, starts: np.ndarray, chosen: np.ndarray
+    ) -> None:
+        """Keep where pairs begin: those of sorted keys (n,) whose groups are chosen."""
+        ends = np.append(starts[1:], len(keys))[np.searchsorted(starts, chosen)]
+        found = zip(keys[chosen].tolist(), chosen.tolist(), ends.tolist(), strict=True)
+        for pair, begin, end in found:
+            self.places.setdefault(pair, []).append(places[begin:end])
 
     def find(self, left: int, right: int) -> np.ndarray:
         """Where a pair begins, in order; of two that overlap, the first."""
-        symbols = self.symbols
-        if len(self.places[left]) <= len(self.places[right]):
-            found = self.places_of(left)
-            found = found[symbols[self.following[found]] == right]
-        else:
-            found = self.before[self.places_of(right)]
-            found = found[symbols[found] == left]
+        kept = self.places.pop(left << PAIR_BITS | right)
+        found = np.unique(np.concatenate(kept)) if len(kept) > 1 else np.sort(kept[0])
+        found = found[self.symbols[found] == left]
+        found = found[self.symbols[self.following[found]] == right]
         if left != right or len(found) < 2:
             return found
         index = np.arange(len(found))
@@ -123,14 +142,34 @@ class Row:
         gone = self.following[at]
         after, weights = self.following[gone], self.weights[at]
         no_pair_follows = np.concatenate([after[:-1] != at[1:], [True]])
-        end, end_weights = after[no_pair_follows], weights[no_pair_follows]
+        last, end = at[no_pair_follows], after[no_pair_follows]
+        end_weights = weights[no_pair_follows]
         ended = [pairs(symbols[self.before[at]], left), pairs(right, symbols[end])]
         symbols[at], symbols[gone] = merged, DEAD
         self.following[at], self.before[after] = after, at
-        begun = [pairs(symbols[self.before[at]], merged), pairs(merged, symbols[end])]
-        earlier = self.places.get(merged)
-        self.places[merged] = at if earlier is None else np.sort(np.concatenate([earlier, at]))
-        return totals([*ended, *begun], [-weights, -end_weights, weights, end_weights])
+        before = self.before[at]
+        begun = [pairs(symbols[before], merged), pairs(merged, symbols[end])]
+        keys = np.concatenate([*ended, *begun])
+        order = np.argsort(keys)
+        order = order[np.searchsorted(keys, 0, sorter=order) :]  # without the ends of words
+        keys, places = keys[order], np.concatenate([before, last, before, last])[order]
+        changes = np.concatenate([-weights, -end_weights, weights, end_weights])[order]
+        starts = group_starts(keys)
+        found = keys[starts]
+        is_new = (found >> PAIR_BITS == merged) | (found & SYMBOL_MASK == merged)
+        self.keep(keys, places, starts, starts[is_new])
+        return zip(found.tolist(), sums(changes, starts), strict=True)
+
+    def known_words(self, most: int) -> KnownWords:
+        """The most frequent words, `most` bytes in all, as they are after all merges."""
+        borders = np.flatnonzero(self.symbols == BORDER)
+        order = np.argsort(-self.weights[borders[1:]], kind="stable")
+        chosen = np.zeros(len(order), bool)
+        chosen[order[np.cumsum(np.diff(borders)[order]) <= most]] = True
+        is_id = self.symbols >= 0
+        counts = np.add.reduceat(is_id, borders)[:-1]
+        ids = self.symbols[is_id][np.repeat(chosen, counts)]
+        return KnownWords([*compress(self.words, chosen)], counts[chosen], ids)
 
 
 def pairs(left: np.ndarray | int, right: np.ndarray | int) -> np.ndarray:
@@ -138,12 +177,11 @@ def pairs(left: np.ndarray | int, right: np.ndarray | int) -> np.ndarray:
     return (np.asarray(left, np.int64) << PAIR_BITS) | right
 
 
-def totals(pairs: list[np.ndarray], changes: list[np.ndarray]) -> Iterable[tuple[int, int]]:
-    """Each pair with the sum of its changes."""
-    keys, sums = np.concatenate(pairs), np.concatenate(changes)
-    order = np.argsort(keys)
-    keys = keys[order]
-    starts = np.flatnonzero(np.diff(keys, prepend=keys[0] - 1))
-    keys, sums = keys[starts], np.add.reduceat(sums[order], starts)
-    first = int(np.searchsorted(keys, 0))
-    return zip(keys[first:].tolist(), sums[first:].tolist(), strict=True)
+def group_starts(keys: np.ndarray) -> np.ndarray:
+    """Where equal keys begin, of sorted ones (n,)."""
+    return np.flatnonzero(np.diff(keys, prepend=-1))
+
+
+def sums(changes: np.ndarray, starts: np.ndarray) -> list[int]:
+    """The sum of the changes of each group."""
+    return np.add.reduceat(changes, starts).tolist() if len(starts) else []

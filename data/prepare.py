@@ -49,6 +49,8 @@ if not __package__:  # run as a script: the package is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.console import progress_bar
 from data.encoding import Encoded, Encoder, encoding_with
+from data.merges import KnownWords
+from data.processes import Crew
 from data.sides import Split, Text
 from data.unfinished import TOKENIZER, Progress, Unfinished, file_hash, sync
 from data.vocabulary import Learning, local_tokenizer, make_tokenizer, tokenizer_text, vocab_text
@@ -237,17 +239,19 @@ class Run:
         prints = [source.corpus.fingerprint() for source in self.sources]
         self.progress = progress or Progress(options.deciding(), prints)
         require(self.progress.inputs == prints, "--input", CHANGED, RESTORE)
+        self.known: KnownWords | None = None  # words that the tokenizer was learned from
         self.itemsize = np.dtype(options.dtype).itemsize
 
     def write(self) -> None:
         """Write all files into the folder of the work."""
         for source in self.sources:
             source.split.survey(source.corpus)
-        if self.work.check_tokenizer(self.progress):
-            self.check_given_tokenizer()
-        else:
-            self.write_tokenizer()
-        self.encode()
+        with Crew() as crew:
+            if self.work.check_tokenizer(self.progress):
+                self.check_given_tokenizer()
+            else:
+                self.write_tokenizer(crew)
+            self.encode(crew)
         report_input(self.progress, self.options)
         self.write_facts()
 
@@ -259,13 +263,14 @@ class Run:
             same = hashlib.sha256(text.encode()).hexdigest() == self.progress.tokenizer
             require(same, "--tokenizer", CHANGED, RESTORE)
 
-    def write_tokenizer(self) -> None:
+    def write_tokenizer(self, crew: Crew) -> None:
         """Write tokenizer.json and vocab.txt."""
         options, folder = self.options, self.work.folder
-        learning = Learning(options.vocab_size, options.bpe_sample_bytes, options.workers)
+        size, sample = options.vocab_size, options.bpe_sample_bytes
+        learning = Learning(size, sample, options.workers, crew)
         if options.tokenizer in OWN_TOKENIZERS:
             parts = training_parts(self.sources[0])
-            tokenizer, eos = make_tokenizer(options.tokenizer, parts, learning)
+            tokenizer, eos, self.known = make_tokenizer(options.tokenizer, parts, learning)
         else:
             tokenizer, eos = local_tokenizer(options.tokenizer, options.eos_token)
             for path in templates(options.tokenizer):
@@ -283,11 +288,12 @@ class Run:
         self.progress.tokenizer, self.progress.eos_id = file_hash(folder / TOKENIZER), eos
         self.work.save(self.progress)
 
-    def encode(self) -> None:
+    def encode(self, crew: Crew) -> None:
         """Write the .bin files, from where the progress says."""
-        encoder = Encoder(self.work.folder / TOKENIZER, self.progress.eos_id, self.options.dtype)
+        path, eos = self.work.folder / TOKENIZER, self.progress.eos_id
+        encoder = Encoder(path, eos, self.options.dtype, self.known)
         with contextlib.ExitStack() as stack:
-            encode = stack.enter_context(encoding_with(encoder, self.options.workers))
+            encode = stack.enter_context(encoding_with(encoder, self.options.workers, crew))
             files = {side: stack.enter_context(self.open_bin(side)) for side in SIDES}
             while self.progress.source < len(self.sources):
                 source = self.sources[self.progress.source]

@@ -61,43 +61,83 @@ class Batching(NamedTuple):
             yield item
 
 
+class Crew:
+    """Processes that work for one function after another, and end with the crew."""
+
+    def __init__(self) -> None:
+        self.idle: list[tuple[Connection, contextlib.ExitStack]] = []
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for _, stack in self.idle:
+            stack.close()
+
+    def map(
+        self, function: Callable[[Any], Any], stream: Iterable[Any], count: int
+    ) -> Iterator[Any]:
+        """What a function returns for each item, in order, from `count` processes."""
+        busy: deque[Connection] = deque()
+        stacks: dict[Connection, contextlib.ExitStack] = {}
+        with contextlib.ExitStack() as unfinished:
+            for item in stream:
+                if len(busy) < count:
+                    free, stack = self.idle.pop() if self.idle else started()
+                    stacks[free] = unfinished.enter_context(stack)
+                    send(free, (function, item))
+                    busy.append(free)
+                else:
+                    yield receive(busy[0])
+                    send(busy[0], (None, item))
+                    busy.rotate(-1)
+            while busy:
+                yield receive(busy.popleft())
+            unfinished.pop_all()
+            self.idle += stacks.items()
+
+
+def started() -> tuple[Connection, contextlib.ExitStack]:
+    """A pipe to a new process, and what ends it."""
+    stack = contextlib.ExitStack()
+    return stack.enter_context(process()), stack
+
+
 def map_in_order(
-    function: Callable[[list], Any], items: Iterable[Any], batching: Batching, workers: int
+    function: Callable[[list], Any],
+    items: Iterable[Any],
+    batching: Batching,
+    workers: int,
+    crew: Crew | None = None,
 ) -> Generator[Any]:
     """What a function returns for each list of items, in this process, or in so many others.
 
-    With 0 `workers` there is one for each core, but none for the first AT_FIRST characters.
+    With 0 `workers` there is one for each core, but none for the first AT_FIRST characters. They
+    are of the crew, or end with the iterator.
     """
     count, rest = workers or available_cores(), iter(items)
     first = batching.first(rest, math.inf if count == 1 else 0 if workers else AT_FIRST)
     yield from map(function, batching.lists(first, batching.here))
-    yield from map_in_processes(function, batching.lists(rest, batching.there), count)
+    lists = batching.lists(rest, batching.there)
+    yield from (
+        crew.map(function, lists, count) if crew else map_in_processes(function, lists, count)
+    )
 
 
 def map_in_processes(
     function: Callable[[Any], Any], stream: Iterable[Any], count: int
 ) -> Iterator[Any]:
     """The same in `count` processes, which start for the first items and end with the iterator."""
-    busy: deque[Connection] = deque()
-    with contextlib.ExitStack() as processes:
-        for item in stream:
-            if len(busy) < count:
-                pipe = processes.enter_context(process(function))
-            else:
-                pipe = busy.popleft()
-                yield receive(pipe)
-            send(pipe, item)
-            busy.append(pipe)
-        while busy:
-            yield receive(busy.popleft())
+    with Crew() as crew:
+        yield from crew.map(function, stream, count)
 
 
 @contextlib.contextmanager
-def process(function: Callable[[Any], Any]) -> Iterator[Connection]:
+def process() -> Iterator[Connection]:
     """A process that works, as a pipe to it."""
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
-    child = context.Process(target=work, args=(theirs, function), daemon=True)
+    child = context.Process(target=work, args=(theirs,), daemon=True)
     try:
         child.start()
         theirs.close()
@@ -109,15 +149,20 @@ def process(function: Callable[[Any], Any]) -> Iterator[Connection]:
             child.join()
 
 
-def work(pipe: Connection, function: Callable[[Any], Any]) -> None:
-    """Answer what comes through a pipe, until the other end is closed."""
+def work(pipe: Connection) -> None:
+    """Answer what comes through a pipe, until the other end is closed.
+
+    A message is an item for the function that came last, or also a new function.
+    """
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # sent to the whole group; the other process ends
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    function: Any = None
     with contextlib.suppress(*CLOSED):
         while True:
-            item = pipe.recv()
+            new, item = pipe.recv()
+            function = function if new is None else new
             answer: Any = None
             error: Exception | None = None
             try:

@@ -11,9 +11,9 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from data.merges import learn_merges
-from data.processes import Batching, map_in_order
-from data.words import BOUNDED, Words, WordTable
+from data.merges import KnownWords, learn
+from data.processes import Batching, Crew, map_in_order
+from data.words import BOUNDED, KEPT_BYTES, Words, WordTable
 from tinymamba.cli import UserError, need, say
 from tinymamba.tokenizer import (
     EOS_TOKEN,
@@ -25,6 +25,7 @@ from tinymamba.tokenizer import (
 
 COUNTED_CHARS = 1 << 21  # of text whose words are counted at once
 UNSPACED = re.compile(r"\S{129,}")
+MARKS = bytes(b" x"[byte not in b"\t\n\v\f\r "] for byte in range(256))  # x: no space
 UNSPACED_BYTES = 256  # of text without spaces that bpe learns from, for each token
 LINE_BREAK = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 
@@ -36,6 +37,7 @@ class Learning:
     vocab_size: int
     sample_bytes: int
     workers: int = 1
+    crew: Crew | None = None
 
 
 # ----------------------------------------------------------------------------------- learned
@@ -43,20 +45,27 @@ class Learning:
 
 def train_bpe(parts: Iterable[str], learning: Learning) -> Tokenizer:
     """A byte-level BPE tokenizer learned from the first text."""
+    return learn_bpe(parts, learning)[0]
+
+
+def learn_bpe(parts: Iterable[str], learning: Learning) -> tuple[Tokenizer, KnownWords | None]:
+    """The same, with the ids of the most frequent words."""
     table = WordTable()
     texts, batching = sample(parts, learning), Batching(len, COUNTED_CHARS, COUNTED_CHARS)
     count = Words(BOUNDED).count
-    with closing(map_in_order(count, texts, batching, learning.workers)) as counts:
+    counting = map_in_order(count, texts, batching, learning.workers, learning.crew)
+    with closing(counting) as counts:
         for each in counts:
             table.add(each)
     if table.has_forgotten:
         say("bpe forgets the rarest words, as there are too many different ones")
-    vocab, merges = learn_merges(table.counts, [EOS_TOKEN], learning.vocab_size)
+    size = learning.vocab_size
+    vocab, merges, known = learn(table.counts, [EOS_TOKEN], size, KEPT_BYTES // 2)
     tokenizer = bounded_byte_level(models.BPE(vocab, merges))
     tokenizer.add_special_tokens([EOS_TOKEN])
-    if tokenizer.get_vocab_size() < learning.vocab_size:
-        say(f"the text gives {tokenizer.get_vocab_size()} tokens, not {learning.vocab_size}")
-    return tokenizer
+    if tokenizer.get_vocab_size() < size:
+        say(f"the text gives {tokenizer.get_vocab_size()} tokens, not {size}")
+    return tokenizer, known
 
 
 def bounded_byte_level(model: models.BPE) -> Tokenizer:
@@ -92,7 +101,9 @@ def sample(parts: Iterable[str], learning: Learning) -> Iterator[str]:
             say(f"bpe learns from the first {learning.sample_bytes:,} bytes only")
             return
         before = unspaced
-        part = UNSPACED.sub(begin, part)[:left]
+        if b"x" * 129 in part.encode().translate(MARKS):  # the expression takes 20 times as long
+            part = UNSPACED.sub(begin, part)
+        part = part[:left]
         if unspaced == 0 < before:
             say("bpe learns from the first text without spaces only")
         left -= len(part.encode())
@@ -156,14 +167,19 @@ def local_tokenizer(name: str, eos_token: str | None) -> tuple[Tokenizer, int]:
     return tokenizer, eos
 
 
-def make_tokenizer(name: str, parts: Iterable[str], learning: Learning) -> tuple[Tokenizer, int]:
-    """The tokenizer "byte", "bpe" or "gpt2", and its end-of-text id."""
-    if name == "byte":
-        tokenizer = byte_tokenizer()
+def make_tokenizer(
+    name: str, parts: Iterable[str], learning: Learning
+) -> tuple[Tokenizer, int, KnownWords | None]:
+    """The tokenizer "byte", "bpe" or "gpt2", its end-of-text id, and the ids of some words."""
+    known = None
+    if name == "bpe":
+        tokenizer, known = learn_bpe(parts, learning)
     else:
-        tokenizer = train_bpe(parts, learning) if name == "bpe" else gpt2_tokenizer()
+        tokenizer = byte_tokenizer() if name == "byte" else gpt2_tokenizer()
     tokenizer.add_special_tokens([EOS_TOKEN])
-    return tokenizer, tokenizer.token_to_id(EOS_TOKEN)
+    eos = tokenizer.token_to_id(EOS_TOKEN)
+    assert eos is not None
+    return tokenizer, eos, known
 
 
 # ---------------------------------------------------------------------------------- as a file

@@ -1,26 +1,25 @@
 """Text in the words within which BPE merges, found as a byte-level tokenizer finds them.
 
-Words repeat: most text consists of words that came before. So words are counted to learn from, and
-the ids of a word are kept for the next time. The words are those of the library's regular
-expression, but Python's `re` finds them in ASCII several times as fast. Other characters are
-replaced by ASCII of the same class first, by the library's own classes.
+The words are those of the library's regular expression. A new word begins where the class of
+characters changes, with few exceptions, so that array operations find the words of a whole block.
+Most of them came before: each different word has a number, by which it is counted, and its ids are
+kept.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import sys
-from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, normalizers
 
+from data.merges import KnownWords
+from data.numbering import END, PADDING, WordNumbers
 from tinymamba.tokenizer import byte_alphabet
 
 # The words of GPT-2, and the same with at most 128 characters each.
@@ -29,11 +28,15 @@ BOUNDED = (
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}{1,128}| ?\p{N}{1,128}| ?[^\s\p{L}\p{N}]{1,128}"
     r"|\s{1,128}(?!\S)|\s{1,128}"
 )
-REPEATS = {GPT2: "+", BOUNDED: "{1,128}"}
-CLASSES = {r"\p{L}": "Z", r"\p{N}": "0", r"\s": "\v"}  # with a character that no rule names
-OTHER = "~"
-ASSIGNED = 0x40000  # beyond are no letters, numbers or spaces
-KEPT_CHARS = 1 << 20  # of words whose ids are kept, some 60 MB in all
+LONGEST = {GPT2: sys.maxsize, BOUNDED: 128}  # characters of a word, without the space before it
+UNKNOWN, OTHER, LETTER, NUMBER, WHITE = range(5)  # classes of characters
+MARK = "\0"  # of class OTHER
+CLASSES = {r"\p{L}": LETTER, r"\p{N}": NUMBER, r"\s": WHITE}
+SPACE, QUOTE = ord(" "), ord("'")
+SUFFIXES = np.isin(np.arange(256), [*b"sdmt"])  # (256,) that may follow a quote
+LONG_SUFFIXES = np.isin(np.arange(1 << 16), np.frombuffer(b"llvere", ">u2"))  # (65536,)
+BLOCK_CHARS = 1 << 19  # of text whose words are found at once
+KEPT_BYTES = 1 << 22  # of words whose ids are kept, some 60 MB in all
 LEARNED_BYTES = 1 << 24  # of the different words that are counted, up to 1 GB in all
 
 
@@ -41,81 +44,145 @@ class Words:
     """A function that finds the words of a text, which together are the text."""
 
     def __init__(self, rule: str):
-        """`rule` is a regular expression of REPEATS."""
-        self.rule, self.find = rule, re.compile(ascii_rule(REPEATS[rule]), re.ASCII).findall
-
-    def __call__(self, text: str) -> list[str]:
-        """The words of a text."""
-        if text.isascii():
-            return self.find(text)
-        words: list[str] = []
-        for piece in pieces(text):
-            words += self.find(piece) if piece.isascii() else self.find_any(piece)
-        return words
-
-    def find_any(self, text: str) -> list[str]:
-        """The words of a text with any characters."""
-        ends = accumulate(map(len, self.find(as_ascii(text))), initial=0)
-        return [text[begin:end] for begin, end in pairwise(ends)]
+        """`rule` is a regular expression of LONGEST."""
+        self.rule, self.longest = rule, LONGEST[rule]
+        self.numbers = WordNumbers()  # of those that were counted
 
     def __reduce__(self) -> tuple:
         return Words, (self.rule,)
 
+    def __call__(self, text: str) -> list[str]:
+        """The words of a text."""
+        block = block_of([text])
+        places = self.places(block).tolist()[:-1]
+        return [block[begin:end].decode() for begin, end in pairwise(places)]
+
     def count(self, parts: Iterable[str]) -> dict[str, int]:
         """How often each word occurs in some parts of a text."""
-        counts = Counter[str]()
-        for part in parts:
-            counts.update(self(part))
-        return dict(counts)
+        if self.numbers.size > KEPT_BYTES:
+            self.numbers = WordNumbers()
+        counts = np.zeros(0, np.int64)
+        for block in blocks(parts):
+            found = np.bincount(self.numbers(block, self.places(block)), minlength=len(counts))
+            found[: len(counts)] += counts
+            counts = found
+        there = np.flatnonzero(counts[1:]) + 1  # 0 is END
+        words = (self.numbers.words[number].decode() for number in there.tolist())
+        return dict(zip(words, counts[there].tolist(), strict=True))
+
+    def places(self, block: bytes) -> np.ndarray:
+        """Where each word of a block begins, and where the last ends, int64 (n + 1,).
+
+        After each text, END is a word.
+        """
+        text, kinds = np.frombuffer(block, np.uint8)[:-PADDING], kinds_of(block)[:-PADDING]
+        begins = changes(text, kinds)
+        part_suffixes(text, begins)
+        places = np.flatnonzero(begins)
+        if np.diff(places).max() <= self.longest:
+            return places
+        for cut in (kinds == OTHER, kinds != OTHER):  # a quote at a cut may have a suffix
+            self.cut_long(text, kinds, begins, cut)
+            part_suffixes(text, begins)
+        return np.flatnonzero(begins)
+
+    def cut_long(
+        self, text: np.ndarray, kinds: np.ndarray, begins: np.ndarray, of: np.ndarray
+    ) -> None:
+        """Let new words begin in long ones that end with a character `of` some kind (n,)."""
+        places = np.flatnonzero(begins)
+        long = np.flatnonzero((np.diff(places) > self.longest) & of[places[1:] - 1])
+        for begin, end in zip(places[long].tolist(), places[long + 1].tolist(), strict=True):
+            begin += text[begin] == SPACE and kinds[begin + 1] != WHITE
+            characters = begin + np.flatnonzero((text[begin:end] & 0xC0) != 0x80)
+            begins[characters[self.longest :: self.longest]] = True
 
 
-def ascii_rule(repeat: str) -> str:
-    """The rules of REPEATS for ASCII, in the order in which they are found most quickly."""
-    letters, numbers, others = (f"[{s}]{repeat}" for s in ("A-Za-z", "0-9", r"^\sA-Za-z0-9"))
-    after_space = f" (?:{letters}|{others}|{numbers})"
-    spaces = rf"\s{repeat}(?!\S)|\s{repeat}"
-    return f"{letters}|{after_space}|'(?:[sdmt]|ll|ve|re)|{others}|{spaces}|{numbers}"
+def block_of(texts: list[str]) -> bytes:
+    """Texts as UTF-8, an END after each."""
+    return bytes([END]).join([*(text.encode() for text in texts), bytes([END]) * PADDING])
 
 
-def pieces(text: str) -> Iterator[str]:
-    """A text in pieces, most of which are only ASCII if most lines are.
+def blocks(texts: Iterable[str]) -> Iterator[bytes]:
+    """Texts in blocks of about BLOCK_CHARS."""
+    batch: list[str] = []
+    chars = 0
+    for text in texts:
+        batch.append(text)
+        chars += len(text)
+        if chars >= BLOCK_CHARS:
+            yield block_of(batch)
+            batch, chars = [], 0
+    if batch:
+        yield block_of(batch)
 
-    They begin with white space after something else, where there is always a new word.
+
+def changes(text: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+    """Where words begin as the kind of characters changes, bool (n + 1,), True at the end.
+
+    White space gives its last character to what follows: a space is its beginning, and any other
+    character is a word.
     """
-    rest = ""
-    for _, lines in groupby(text.split("\n"), str.isascii):
-        rest += "\n".join(lines)
-        end = len(rest.rstrip(spaces()))
-        if end:
-            yield rest[:end]
-        rest = rest[end:] + "\n"
-    if len(rest) > 1:
-        yield rest[:-1]
+    begins = np.ones(len(text) + 1, bool)
+    inner = np.not_equal(kinds[1:], kinds[:-1], out=begins[1:-1])
+    is_last = inner & (kinds[:-1] == WHITE) & (kinds[1:] != END)
+    inner &= (text[:-1] != SPACE) | (kinds[1:] == END)
+    wide = np.flatnonzero(is_last & (text[:-1] >= 0x80))
+    is_last[wide] = False
+    begins[:-2] |= is_last
+    for _ in range(2):  # white space has at most three bytes
+        wide -= (text[wide] & 0xC0) == 0x80
+    begins[wide] = True
+    begins[1:][kinds == END] = True
+    return begins
+
+
+def part_suffixes(text: np.ndarray, begins: np.ndarray) -> None:
+    """Let 's, 'll and the like be words where a quote begins a word."""
+    quotes = np.flatnonzero((text == QUOTE) & begins[:-1])
+    first, second = text[quotes + 1].astype(np.int64), text.take(quotes + 2, mode="clip")
+    short, long = quotes[SUFFIXES[first]], quotes[LONG_SUFFIXES[first << 8 | second]]
+    for found, length in ((short, 2), (long, 3)):
+        begins[found + 1] = False
+        begins[found + length] = True
+
+
+def kinds_of(block: bytes) -> np.ndarray:
+    """For each byte the class of its character, or END, uint8 (n,)."""
+    text = np.frombuffer(block, np.uint8)
+    kinds = np.frombuffer(block.translate(kinds_of_bytes()), np.uint8)
+    wide = np.flatnonzero(kinds == UNKNOWN)
+    if not len(wide):
+        return kinds
+    points = code_points(text[wide].tobytes().decode())
+    kinds = kinds.copy()
+    kinds[wide] = np.repeat(classes_of(points), 2 + (points >= 0x800) + (points >= 0x10000))
+    return kinds
 
 
 @cache
-def spaces() -> str:
-    """All white space."""
-    ascii_spaces = np.frombuffer(b"\t\n\v\f\r ", np.uint8)
-    return "".join(map(chr, np.flatnonzero(np.isin(ascii_classes(), ascii_spaces))))
+def kinds_of_bytes() -> bytes:
+    """The class of each byte: UNKNOWN if it is a part of a character."""
+    return bytes([*classes_of(np.arange(128)), *[UNKNOWN] * 127, END])
 
 
-def as_ascii(text: str) -> str:
-    """A text of the same length, whose words have the same lengths."""
-    return ascii_classes()[code_points(text)].tobytes().decode("ascii")
+def classes_of(points: np.ndarray) -> np.ndarray:
+    """The class that the library gives to each code point, uint8 (n,)."""
+    known = known_classes()
+    new = np.unique(points[known[points] == UNKNOWN])
+    if len(new):
+        known[new] = OTHER
+        text = new.astype("<u4").tobytes().decode("utf-32-le")
+        for rule, kind in CLASSES.items():
+            marked = normalizers.Replace(Regex(rule), MARK).normalize_str(text)
+            known[new[(code_points(marked) == ord(MARK)) & (new != ord(MARK))]] = kind
+    return known[points]
 
 
 @cache
-def ascii_classes() -> np.ndarray:
-    """For each code point an ASCII character of the same class, uint8 (0x110000,)."""
-    classes = np.full(sys.maxunicode + 1, ord(OTHER), np.uint8)
-    classes[:128] = np.arange(128)
-    asked = np.concatenate([np.arange(128, 0xD800), np.arange(0xE000, ASSIGNED)])
-    text = asked.astype("<u4").tobytes().decode("utf-32-le")
-    for rule, character in CLASSES.items():
-        marked = normalizers.Replace(Regex(rule), character).normalize_str(text)
-        classes[asked[code_points(marked) < 128]] = ord(character)
-    return classes
+def known_classes() -> np.ndarray:
+    """The class of each code point, if it came before, uint8 (0x110000,)."""
+    return np.full(sys.maxunicode + 1, UNKNOWN, np.uint8)
 
 
 def code_points(text: str) -> np.ndarray:
@@ -159,45 +226,89 @@ class WordTable:
 # ----------------------------------------------------------------------------------- to encode
 
 
-class WordIds(dict[str, bytes]):
-    """The ids of each word that is asked for, kept for the next time.
+class Column:
+    """An array that grows at its end."""
 
-    Once KEPT_CHARS are kept, those not asked for since as many were kept before are forgotten.
-    """
+    def __init__(self, dtype: str):
+        self.size, self.values = 0, np.zeros(1 << 10, dtype)
 
-    def __init__(self, tokenizer: Tokenizer, dtype: str):
-        super().__init__()
-        self.model, self.code = tokenizer.model, np.dtype(dtype).char
+    def extend(self, values: np.ndarray) -> None:
+        """Add values."""
+        size = self.size + len(values)
+        if size > len(self.values):
+            self.values = np.concatenate([self.values, np.zeros(size, self.values.dtype)])
+        self.values[self.size : size] = values
+        self.size = size
+
+
+class WordIds:
+    """The ids of each word that came before; once there are more than KEPT_BYTES, of the known."""
+
+    def __init__(self, tokenizer: Tokenizer, dtype: str, known: KnownWords | None):
+        self.model, self.dtype, self.known = tokenizer.model, dtype, known
         self.byte_names = dict(enumerate(byte_alphabet()))
-        self.older: dict[str, bytes] = {}
-        self.room = KEPT_CHARS
+        self.forget()
 
-    def __missing__(self, word: str) -> bytes:
-        self.room -= len(word)
-        if self.room < 0:
-            self.older = dict(self)
-            self.clear()
-            self.room = KEPT_CHARS - len(word)
-        ids = self[word] = self.older.get(word) or self.encode(word)
-        return ids
+    def forget(self) -> None:
+        """Forget all words that were not known at first."""
+        self.numbers = WordNumbers()
+        self.ids = Column(self.dtype)  # of all words
+        self.counts = Column("int64")  # (n,) how many a word has
+        self.begins = Column("int64")  # (n,) where they begin
+        self.add(np.zeros(1), np.zeros(1), np.zeros(0))  # END
+        if self.known:
+            block = block_of([b"".join(self.known.words).decode()])
+            places = np.cumsum([0, *map(len, self.known.words)])
+            order = np.argsort(self.numbers(block, places))
+            begins = np.cumsum(self.known.counts) - self.known.counts
+            self.add(self.known.counts[order], begins[order], self.known.ids)
 
-    def encode(self, word: str) -> bytes:
-        """The ids of a word."""
-        written = word
-        if not (word.isascii() and word.isalnum()):
-            written = word.encode().decode("latin-1").translate(self.byte_names)
-        return array(self.code, [token.id for token in self.model.tokenize(written)]).tobytes()
+    def __call__(self, block: bytes, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all words of a block, and how many there are up to the end of each text."""
+        if self.numbers.size > KEPT_BYTES:
+            self.forget()
+        numbers = self.numbers(block, places)
+        self.learn(self.numbers.words[self.counts.size :])
+        counts = self.counts.values[numbers]  # (n,)
+        totals = np.cumsum(counts)
+        index = np.arange(totals[-1]) + np.repeat(
+            self.begins.values[numbers] + counts - totals, counts
+        )
+        return self.ids.values[index], totals[numbers == 0]
+
+    def learn(self, words: list[bytes]) -> None:
+        """Encode words that are new."""
+        if not words:
+            return
+        written = (word.decode("latin-1").translate(self.byte_names) for word in words)
+        ids = [[token.id for token in self.model.tokenize(word)] for word in written]
+        counts = np.array([*map(len, ids)])
+        self.add(counts, np.cumsum(counts) - counts, np.array([*chain(*ids)]))
+
+    def add(self, counts: np.ndarray, begins: np.ndarray, ids: np.ndarray) -> None:
+        """Add the ids of words in the order of their numbers, of which each begins somewhere."""
+        self.counts.extend(counts)
+        self.begins.extend(self.ids.size + begins)
+        self.ids.extend(ids)
 
 
 class WordEncoder:
     """Encodes text word by word."""
 
-    def __init__(self, tokenizer: Tokenizer, words: Words, dtype: str):
-        self.words, self.ids = words, WordIds(tokenizer, dtype)
+    def __init__(self, words: Words, ids: WordIds):
+        self.words, self.ids = words, ids
 
     def __call__(self, text: str) -> bytes:
         """The ids of a text, as they are in a file."""
-        return b"".join(map(self.ids.__getitem__, self.words(text)))
+        return b"".join(self.each([text]))
+
+    def each(self, texts: Iterable[str]) -> Iterator[bytes]:
+        """The ids of each text."""
+        for block in blocks(texts):
+            ids, ends = self.ids(block, self.words.places(block))
+            ends *= ids.itemsize
+            data = ids.tobytes()
+            yield from (data[begin:end] for begin, end in pairwise([0, *ends.tolist()]))
 
     def last_start(self, text: str, low: int, high: int) -> int | None:
         """Where the last word before `high` starts, if not before `low`."""
@@ -215,12 +326,18 @@ class ByteEncoder:
         """The ids of a text, as they are in a file."""
         return self.ids[np.frombuffer(text.encode(), np.uint8)].tobytes()
 
+    def each(self, texts: Iterable[str]) -> Iterator[bytes]:
+        """The ids of each text."""
+        return map(self, texts)
+
     def last_start(self, text: str, low: int, high: int) -> int | None:
         """The last place before `high`: each character has its own ids."""
         return high - 1
 
 
-def fast_encoder(tokenizer: Tokenizer, dtype: str) -> WordEncoder | ByteEncoder | None:
+def fast_encoder(
+    tokenizer: Tokenizer, dtype: str, known: KnownWords | None = None
+) -> WordEncoder | ByteEncoder | None:
     """What gives a text the ids that a tokenizer gives it; None if its rules are not known."""
     rules = json.loads(tokenizer.to_str())
     model, splits = rules["model"], rules["pre_tokenizer"]
@@ -233,7 +350,9 @@ def fast_encoder(tokenizer: Tokenizer, dtype: str) -> WordEncoder | ByteEncoder 
         vocab = tokenizer.get_vocab()
         return ByteEncoder(vocab, dtype) if vocab.keys() >= set(byte_alphabet()) else None
     rule = rule_of(splits)
-    return WordEncoder(tokenizer, Words(rule), dtype) if rule in REPEATS else None
+    if rule not in LONGEST:
+        return None
+    return WordEncoder(Words(rule), WordIds(tokenizer, dtype, known))
 
 
 def rule_of(splits: Any) -> str:

@@ -424,6 +424,21 @@ def test_processes_answer_in_order_and_end_with_the_iterator():
     assert children() == before
 
 
+def test_a_crew_works_for_one_function_after_another_and_ends():
+    before, items = children(), [[i, -i] for i in range(9)]
+    with processes.Crew() as crew:
+        assert list(crew.map(operator.itemgetter(0), items, 2)) == [*range(9)]
+        working = children() - before
+        assert list(crew.map(operator.itemgetter(1), items, 2)) == [-i for i in range(9)]
+        assert len(working) == 2 and children() - before == working
+        unfinished = crew.map(operator.itemgetter(0), items, 2)
+        next(unfinished)
+        unfinished.close()
+        assert children() == before
+        assert list(crew.map(operator.itemgetter(1), items, 1)) == [-i for i in range(9)]
+    assert children() == before
+
+
 def test_a_little_text_starts_no_process(monkeypatch):
     def refuse(*_):
         raise AssertionError("a process is started")

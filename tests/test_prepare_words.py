@@ -1,7 +1,6 @@
 """The words of data/prepare.py and their ids are those of the library `tokenizers`."""
 
 import random
-import string
 import sys
 from collections import Counter
 from pathlib import Path
@@ -12,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from data import encoding, vocabulary, words
-from data.merges import learn_merges
+from data import encoding, numbering, vocabulary, words
+from data.merges import learn, learn_merges
 from tinymamba.tokenizer import EOS_TOKEN, byte_alphabet, byte_level, byte_tokenizer
 
 CODE = Path(random.__file__).read_text(encoding="utf-8")[:20_000]
@@ -65,6 +64,9 @@ for name, kind in KINDS.items():
 @example("")
 @example("".join(PARTS) * 2)
 @example("a \n" * 40 + "é\n\n x" + CODE[:500])
+@example("we've they're I'll 'vex 'rex 'l 'v 'ev 'er 'd'm't's")
+@example("!" * 128 + "'s " + "'" * 129 + "ve" + "'s" + "a" * 300 + "\u3000" * 129 + "'" * 128 + "s")
+@example("!" * 128 + "'s" + "é" * 200 + " " + "日" * 300)
 @often
 def test_words_are_those_of_the_library(text):
     for name, rule in (("gpt2", words.GPT2), ("bounded", words.BOUNDED)):
@@ -84,22 +86,53 @@ def test_ids_are_those_of_the_library(name, text):
 
 def test_every_character_has_the_class_that_the_library_gives_it():
     points = np.array([*range(0xD800), *range(0xE000, sys.maxunicode + 1)])
-    text, own = "".join(map(chr, points)), words.ascii_classes()[points]
-    classes = {r"\p{L}": string.ascii_letters, r"\p{N}": string.digits, r"\s": "\t\n\v\f\r "}
-    for rule, members in classes.items():
+    text, own = "".join(map(chr, points)), words.classes_of(points)
+    for rule, kind in {r"\p{L}": words.LETTER, r"\p{N}": words.NUMBER, r"\s": words.WHITE}.items():
         marked = normalizers.Replace(Regex(rule), "\ue000").normalize_str(text)
         is_member = (words.code_points(marked) == 0xE000) & (points != 0xE000)
-        assert (is_member == np.isin(own, [*members.encode()])).all()
+        assert (is_member == (own == kind)).all()
+
+
+@given(st.lists(hostile, min_size=1, max_size=5))
+@example(["", "a ", "", " b", "'", "s", " \u3000", "\u3000x", "!" * 128 + "'s"])
+@often
+def test_texts_of_one_block_do_not_touch_each_other(texts):
+    for name in ("gpt2", "bounded"):
+        assert list(ENCODERS[name].each(texts)) == [ENCODERS[name](text) for text in texts]
+    counted = words.Words(words.BOUNDED)
+    each = Counter(word for text in texts for word in counted(text))
+    assert counted.count(texts) == counted.count(texts) == each
+
+
+@pytest.mark.parametrize("factors", [(1, 0), (1 << 63, 1 << 63), None])
+def test_words_with_equal_keys_or_slots_keep_their_numbers(monkeypatch, factors):
+    if factors:
+        monkeypatch.setattr(numbering, "FACTORS", np.array(factors, np.uint64))
+    monkeypatch.setattr(numbering, "FIRST_SLOTS", 4)
+    drawn = random.Random(0)
+    made = ["".join(drawn.choices("ab\0é", k=drawn.randrange(1, 25))) for _ in range(300)]
+    numbers, known = numbering.WordNumbers(), {}
+    for _ in range(20):
+        chosen = [word.encode() for word in drawn.choices(made, k=100)]
+        places = np.cumsum([0, *map(len, chosen)])
+        block = b"".join(chosen) + bytes([numbering.END] * numbering.PADDING)
+        for word, number in zip(chosen, numbers(block, places).tolist(), strict=True):
+            assert known.setdefault(word, number) == number
+            assert numbers.words[number] == word
+    assert len(set(known.values())) == len(known) == len(numbers.words) - 1
 
 
 def test_words_are_forgotten_and_found_again(monkeypatch):
-    monkeypatch.setattr(words, "KEPT_CHARS", 300)
+    monkeypatch.setattr(words, "KEPT_BYTES", 300)
     encoder = words.fast_encoder(KINDS["bounded"], "int32")
     ids = KINDS["bounded"].encode(CODE, add_special_tokens=False).ids
     for _ in range(2):
         assert np.frombuffer(encoder(CODE), np.int32).tolist() == ids
-        kept = [*encoder.ids, *encoder.ids.older]
-        assert sum(map(len, kept)) <= 600
+    for line in CODE.splitlines():
+        expected = KINDS["bounded"].encode(line, add_special_tokens=False).ids
+        assert np.frombuffer(encoder(line), np.int32).tolist() == expected
+        kept = encoder.ids.numbers.words
+        assert sum(map(len, kept)) == encoder.ids.numbers.size <= 300 + len(line)
 
 
 def test_tokenizers_with_other_rules_are_left_to_the_library():
@@ -141,6 +174,35 @@ def test_merges_are_those_of_the_library(letters):
 
 def test_merges_of_code_are_those_of_the_library():
     check_merges(CODE + "日本語 " * 9, 1500)
+
+
+@pytest.mark.parametrize("most", [10**9, 2000])
+def test_known_words_have_the_ids_that_the_tokenizer_gives_them(most):
+    counts = words.Words(words.BOUNDED).count([CODE, "日本語 wörter's aaaaaaa " * 9, "A" * 300])
+    vocab, merges, known = learn(counts, [EOS_TOKEN], 900, most)
+    model, names = models.BPE(vocab, merges), byte_alphabet()
+    ids = iter(known.ids.tolist())
+    for word, count in zip(known.words, known.counts.tolist(), strict=True):
+        written = "".join(names[byte] for byte in word)
+        assert [next(ids) for _ in range(count)] == [t.id for t in model.tokenize(written)]
+    assert next(ids, None) is None
+    left = counts.keys() - {word.decode() for word in known.words}
+    assert bool(left) == (most == 2000) and sum(map(len, known.words)) <= most
+    rarest = min(counts[word.decode()] for word in known.words)
+    assert all(counts[word] <= rarest for word in left)
+
+
+def test_no_word_is_known_where_two_merges_give_one_token():
+    assert learn({"ab": 9, "c": 1}, ["ab"], 300, 10**9)[2] is None
+
+
+def test_known_words_are_encoded_as_others_are():
+    tokenizer, known = vocabulary.learn_bpe([CODE], vocabulary.Learning(600, 10**9))
+    assert len(known.words) > 500
+    encoder = words.fast_encoder(encoding.plain(tokenizer), "uint16", known)
+    encoder.ids.model = None  # nothing is left for it
+    ids = tokenizer.encode(CODE, add_special_tokens=False).ids
+    assert np.frombuffer(encoder(CODE), np.uint16).tolist() == ids
 
 
 def check_merges(text, size):
