@@ -11,6 +11,9 @@ from streaming import StreamingServer, fill_gaps
 from testv2 import ModelState, TinyMambaModel
 from tinymamba.live import LiveBatch, LiveModel, why_not_live
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
 FORMS = {
     "plain": {},
     "biases": {"bias": True, "tie_embeddings": False},
