@@ -91,37 +91,34 @@ class Row:
         lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
         self.text = np.frombuffer(b" ".join([b"", *encoded, b""]), np.uint8)
         self.symbols = byte_ids[self.text]  # (n,)
+        self.ranks = np.argsort(np.argsort(byte_ids)).astype(np.uint16)  # of bytes, by symbol
         self.symbols[0] = self.symbols[np.cumsum(lengths + 1)] = BORDER
         self.weights = np.ones(len(self.text), np.int64)  # (n,) how often the word occurs
         self.weights[1:] = np.repeat(np.fromiter(words.values(), np.int64), lengths + 1)
         self.following = np.arange(1, len(self.text) + 1, dtype=np.int32)
         self.before = np.arange(-1, len(self.text) - 1, dtype=np.int32)
-        self.places: dict[int, list[np.ndarray]] = {}  # where each pair began, in any order
+        # Where pairs began, by the symbol whose merge made them: sorted pairs, and their places.
+        self.made: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
 
     def count_pairs(self) -> dict[int, int]:
         """How often each pair of neighbours occurs."""
         inside = (self.symbols[:-1] >= 0) & (self.symbols[1:] >= 0)
         places = np.flatnonzero(inside).astype(np.int32)
-        codes = self.text[places].astype(np.uint16) << 8 | self.text[places + 1]
-        places = places[np.argsort(codes, kind="stable")]
+        ranks = self.ranks[self.text]  # two of them fit 16 bits, which are sorted fastest
+        places = places[np.argsort(ranks[places] << 8 | ranks[places + 1], kind="stable")]
         keys = pairs(self.symbols[places], self.symbols[places + 1])
         starts = group_starts(keys)
-        self.keep(keys, places, starts, starts)
+        self.made[BORDER] = [(keys, places)]
         return dict(zip(keys[starts].tolist(), sums(self.weights[places], starts), strict=True))
-
-    def keep(
-        self, keys: np.ndarray, places: np.ndarray, starts: np.ndarray, chosen: np.ndarray
-    ) -> None:
-        """Keep where pairs begin: those of sorted keys (n,) whose groups are chosen."""
-        ends = np.append(starts[1:], len(keys))[np.searchsorted(starts, chosen)]
-        found = zip(keys[chosen].tolist(), chosen.tolist(), ends.tolist(), strict=True)
-        for pair, begin, end in found:
-            self.places.setdefault(pair, []).append(places[begin:end])
 
     def find(self, left: int, right: int) -> np.ndarray:
         """Where a pair begins, in order; of two that overlap, the first."""
-        kept = self.places.pop(left << PAIR_BITS | right)
-        found = np.unique(np.concatenate(kept)) if len(kept) > 1 else np.sort(kept[0])
+        pair, kept = left << PAIR_BITS | right, []
+        for symbol in {BORDER, left, right}:
+            for keys, places in self.made.get(symbol, ()):
+                begin, end = np.searchsorted(keys, (pair, pair + 1)).tolist()
+                kept.append(places[begin:end])
+        found = np.unique(np.concatenate(kept))
         found = found[self.symbols[found] == left]
         found = found[self.symbols[self.following[found]] == right]
         if left != right or len(found) < 2:
@@ -154,11 +151,10 @@ class Row:
         order = order[np.searchsorted(keys, 0, sorter=order) :]  # without the ends of words
         keys, places = keys[order], np.concatenate([before, last, before, last])[order]
         changes = np.concatenate([-weights, -end_weights, weights, end_weights])[order]
+        is_new = (keys >> PAIR_BITS == merged) | (keys & SYMBOL_MASK == merged)
+        self.made.setdefault(merged, []).append((keys[is_new], places[is_new]))
         starts = group_starts(keys)
-        found = keys[starts]
-        is_new = (found >> PAIR_BITS == merged) | (found & SYMBOL_MASK == merged)
-        self.keep(keys, places, starts, starts[is_new])
-        return zip(found.tolist(), sums(changes, starts), strict=True)
+        return zip(keys[starts].tolist(), sums(changes, starts), strict=True)
 
     def known_words(self, most: int) -> KnownWords:
         """The most frequent words, `most` bytes in all, as they are after all merges."""
