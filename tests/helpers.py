@@ -5,6 +5,7 @@ import copy
 import functools
 import io
 import itertools
+import json
 import math
 import os
 import re
@@ -292,11 +293,11 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def two_ranks(*words):
+def two_ranks(*words, script="testv2.py"):
     """Two processes that train together, without a launcher, which would end them itself."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, str(ROOT / "testv2.py"), *map(str, words)]
+    command = [sys.executable, str(ROOT / script), *map(str, words)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     both = [subprocess.Popen(command, env={**env, "RANK": str(rank)}, **pipes) for rank in (0, 1)]
     try:
@@ -307,9 +308,9 @@ def two_ranks(*words):
             process.communicate()
 
 
-def run_two_ranks(*words) -> None:
+def run_two_ranks(*words, script="testv2.py") -> None:
     """Let them train to the end."""
-    with two_ranks(*words) as both:
+    with two_ranks(*words, script=script) as both:
         done = [process.communicate(timeout=200) for process in both]
     assert [process.returncode for process in both] == [0, 0], done
 
@@ -366,6 +367,23 @@ def write_tokens(path: Path, text_or_ids, dtype=np.int32) -> Path:
         ids = SimpleTokenizer().encode(ids)
     np.asarray(ids, dtype=dtype).tofile(path)
     return path
+
+
+def write_conversations(folder: Path, side: str, conversations: list, facts: dict) -> Path:
+    """The files of `data/prepare.py --chat` for (ids, mask) of each conversation; the .bin.
+
+    `facts` are added to the .json, or take the place of what it says.
+    """
+    ids = np.concatenate([np.asarray(each, np.int64) for each, _ in conversations])
+    mask = np.concatenate([np.asarray(each, bool) for _, each in conversations])
+    ends = np.cumsum([len(each) for each, _ in conversations])
+    known = {"dtype": "int32", "kind": "chat", "tokens": len(ids), "bytes": len(ids)}
+    known |= {"conversations": len(conversations), "counted": int(mask.sum()), **facts}
+    ids.astype(known["dtype"]).tofile(folder / f"{side}.bin")
+    np.packbits(mask, bitorder="little").tofile(folder / f"{side}.mask.bin")
+    np.array([0, *ends], np.int64).tofile(folder / f"{side}.index.bin")
+    (folder / f"{side}.json").write_text(json.dumps(known))
+    return folder / f"{side}.bin"
 
 
 # --------------------------------------------------------------------- the package and its image

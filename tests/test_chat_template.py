@@ -10,7 +10,7 @@ import pytest
 from helpers import train_bpe
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from tinymamba.chat_template import ChatTemplate
+from tinymamba.chat_template import Chat, ChatTemplate
 from tinymamba.cli import UserError
 from tinymamba.openai_api import ApiError, Message
 from tinymamba.prefix_cache import count_equal
@@ -502,3 +502,111 @@ def test_prompts_of_one_system_message_have_their_beginning_in_common(name):
         shared = count_equal(np.array(ids), np.array(other))
         least = count_equal(*map(np.array, prompts)) - 1  # a merge may reach back
         assert shared >= least and template.with_other_user(asked("")[0]) is other
+
+
+# -------------------------------------------------------------------------- answers to learn from
+
+REFUSED = {
+    "DeepSeek": "writes the prompt of messages.1 in another way",  # <think> in the prompt alone
+    "parts": "writes the prompt of messages.1 in another way",  # no header of an answer
+    "tojson": "cuts or changes it",
+    "in and length": "cuts or changes it",
+    "macro": "cuts or changes it",  # everything twice
+}
+ENDS = {"Falcon": None, "split": None, "tojson": None, "Zephyr": "</s>", "Llama 3": "<|eot_id|>"}
+TALK = [
+    ("user", "Hi <|im_end|></s>"),
+    ("assistant", "a <|end|>"),
+    ("user", "b"),
+    ("assistant", "c"),
+]
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "spaced_bpe"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_answer_begins_where_the_prompt_ends_and_stops_at_the_end_of_the_turn(shape, kind):
+    template = template_of(SHAPES[shape], KINDS[kind])
+    end, messages = template.turn_end, messages_of(TALK)
+    if shape in ENDS:
+        assert end == template.special.get(ENDS[shape])
+    if shape in REFUSED:
+        with pytest.raises(ApiError, match=REFUSED[shape]):
+            template.encode_answers(messages)
+        return
+    ids, spans = template.encode_answers(messages)
+    assert ids == template.encode(messages, reply=False) and len(spans) == 2
+    for before, (begin, stop) in zip((1, 3), spans, strict=True):
+        assert ids[:begin] == template.encode(messages[:before])
+        answer = template.tokenizer.decode(ids[begin:stop], skip_special_tokens=False)
+        assert TALK[before][1] in answer
+        assert end is None or [i for i in ids[begin:stop] if i in template.reserved] == [end]
+
+
+BARE = """{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}
+{%- endgeneration %}{% else %}{{ '<|user|>' + m.content }}{% endif %}{% endfor %}"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_that_a_template_marks(kind):
+    """Also where transformers counts all that follows: an answer at the first token, a space."""
+    template = template_of(BARE, KINDS[kind])
+    talk = [("assistant", "a "), ("user", "in in"), ("assistant", "c"), ("user", "b")]
+    ids, spans = template.encode_answers(messages_of(talk))
+    answers = [template.tokenizer.decode(ids[a:b], False).strip(" #") for a, b in spans]
+    assert answers == ["a", "c"] and spans[0][0] == 0
+    assert template.turn_end is None
+
+
+def test_equal_turns_are_told_apart():
+    template = template_of(SHAPES["ChatML"])
+    roles = ("user", "assistant") * 3
+    ids, spans = template.encode_answers(messages_of([(role, "in the") for role in roles]))
+    header = template.tokenizer.encode("<|im_start|>assistant\n", allow_special=True)
+    assert all(ids[begin - len(header) : begin] == header for begin, _ in spans)
+    assert len({end - begin for begin, end in spans}) == 1 and len(spans) == 3
+
+
+@pytest.mark.parametrize("answer", ["a ", " a", "a\n"])
+def test_a_space_that_is_stripped_is_missed_even_where_the_template_writes_one(answer):
+    """Llama 2's template strips contents, and puts a space before and behind."""
+    template = template_of(SHAPES["Llama 2"])
+    with pytest.raises(ApiError, match="messages.1.content: the chat template cuts or changes it"):
+        template.encode_answers(messages_of([("user", "q"), ("assistant", answer)]))
+
+
+def test_a_count_from_the_nearest_special_token_is_that_of_the_whole_text():
+    """For any two ends: the ids up to there, or an error, are those of reading from the start."""
+    rng = random.Random(0)
+    pieces = [
+        "Hi",
+        "\n",
+        "\n\n",
+        " ",
+        "  ",
+        "<|im_end|>",
+        "</s>",
+        "é",
+        "in",
+        "[INST]",
+        ".",
+        "<|end|>",
+    ]
+    refused = 0
+    for kind, shape in [(k, s) for k in KINDS for s in ("ChatML", "Mistral", "Falcon", "Phi-3")]:
+        template = template_of(SHAPES[shape], KINDS[kind])
+        for _ in range(10):
+            said = ["".join(rng.choices(pieces, k=4)) for _ in range(4)]
+            turns = [(("user", "assistant")[i % 2], text) for i, text in enumerate(said)]
+            messages = [m.for_template() for m in messages_of(turns)]
+            rendered = template.render(Chat(messages, reply=False))
+            ids = template.ids_of(rendered)
+            count = template.id_counter(rendered, ids)
+            for end in rng.sample(range(len(rendered.text)), 3):
+                alone = template.ids_of(rendered.between(0, end))
+                if ids[: len(alone)] == alone:
+                    assert count(end) == len(alone)
+                    continue
+                refused += 1
+                with pytest.raises(ApiError, match="the tokenizer joins"):
+                    count(end)
+    assert refused > 9

@@ -2,13 +2,16 @@
 
 template = ChatTemplate(SimpleTokenizer("model/tokenizer.json"))
 ids = template.encode([Message(role="user", content="Hello")])
+ids, spans = template.encode_answers(messages)  # where in the ids the assistant's answers are
 """
 
 from __future__ import annotations
 
+import bisect
 import collections
 import contextlib
 import functools
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -16,9 +19,10 @@ from typing import Any, NamedTuple
 
 from tinymamba.cli import need
 from tinymamba.openai_api import ApiError, Message
-from tinymamba.tokenizer import SimpleTokenizer, copy_tokenizer
+from tinymamba.tokenizer import SimpleTokenizer, copy_tokenizer, find_turn_end
 
 STAND_INS, SIGNS = 0xF0000, 0x100000  # private use: for the characters of messages, and for tokens
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 TOOL_ROLES = ("tool", "function")
 NO_TEMPLATE, UNSUPPORTED = "the model has no chat template", "unsupported_parameter"
 CALL_KEYS = ("id", "type", "index", "function", "name", "arguments")  # of tool calls
@@ -31,6 +35,18 @@ class Chat(NamedTuple):
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None  # as the client sent them
     reply: bool = True
+
+
+class Rendered(NamedTuple):
+    """The text of a chat, and the same with stand-ins for special tokens of clients."""
+
+    text: str
+    marked: str  # as long as the text
+    back: dict[int, int]  # turns the stand-ins back
+
+    def between(self, begin: int, end: int) -> Rendered:
+        """A part of it."""
+        return self._replace(text=self.text[begin:end], marked=self.marked[begin:end])
 
 
 def either(texts: Iterable[str]) -> re.Pattern:
@@ -171,6 +187,17 @@ class ChatTemplate:
         """The strings that end an answer."""
         return [] if self.template else [self.USER]
 
+    @functools.cached_property
+    def turn_end(self) -> int | None:
+        """The id of the special token that ends an answer, beside the end of the text."""
+
+        def write(messages: list[dict[str, str]]) -> str:
+            return self.fill(Chat(messages, reply=False))
+
+        with contextlib.suppress(ApiError):  # a template may reject such a chat
+            return find_turn_end(write, self.special) if self.template else None
+        return None
+
     def encode(
         self, messages: list[Message], reply: bool = True, tools: list[dict[str, Any]] | None = None
     ) -> list[int]:
@@ -185,11 +212,16 @@ class ChatTemplate:
             return self.tokenizer.encode("\n\n".join(lines))
         chat = Chat([m.for_template() for m in messages], tools, reply)
         try:
-            text, marked, back = self.render(chat)
+            rendered = self.render(chat)
         except RecursionError:
             problem = "messages: tool_calls or tools are nested too deeply; send flat ones"
             raise ApiError(400, problem, "messages") from None
-        self.require_written(chat, text)
+        self.require_written(chat, rendered.text)
+        return self.ids_of(rendered)
+
+    def ids_of(self, rendered: Rendered) -> list[int]:
+        """The ids of a text, in which special tokens of clients are plain text."""
+        text, marked, back = rendered
         written = self.tokens.findall(marked)  # by the template, not by a message
         ids = self.tokenizer.encode(text, allow_special=True)
         if self.tokens.findall(text) != written or self.has_more(ids, written):
@@ -200,6 +232,109 @@ class ChatTemplate:
             problem = "messages: the tokenizer reads a special token in them; leave it out"
             raise ApiError(400, problem, "messages")
         return ids
+
+    # ------------------------------------------------------------------- answers, to learn from
+
+    def encode_answers(self, messages: list[Message]) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode(messages, reply=False)`, and where in the ids the answers begin and end.
+
+        An answer is all that the model itself writes: what follows the prompt of the server, up to
+        the token that ends the turn. A template with {% generation %} says where it begins. The
+        ids up to either end must be those that they have alone: so the server feeds them.
+        """
+        if not self.template:
+            problem = self.problem or NO_TEMPLATE
+            raise ApiError(400, f"messages: {problem}; pass another template", "messages")
+        chat = Chat([m.for_template() for m in messages], reply=False)
+        rendered = self.render(chat)
+        contents = self.find_contents(chat, rendered.text)
+        if GENERATION.search(self.template):
+            spans = [self.to_turn_end(rendered, *span) for span in self.fill_spans(chat)]
+        else:
+            spans = [
+                self.to_turn_end(rendered, self.prompt_length(chat, i, rendered.text), end)
+                for i, (_, end) in enumerate(contents)
+                if chat.messages[i]["role"] == "assistant"
+            ]
+        ids = self.ids_of(rendered)
+        count = self.id_counter(rendered, ids)
+        return ids, [(count(begin), count(end)) for begin, end in spans]
+
+    def find_contents(self, chat: Chat, text: str) -> list[tuple[int, int]]:
+        """Where in the text each content is; an ApiError if the template changes one.
+
+        The template writes them once more, between two characters that no message has.
+        """
+        contents = [m["content"] for m in chat.messages]
+        used = {*text}.union(*contents)
+        free = (c for c in map(chr, range(SIGNS, SIGNS + 0xFFFE)) if c not in used)
+        begin, end = itertools.islice(free, 2)
+        between = [{**m, "content": begin + m["content"] + end} for m in chat.messages]
+        parts = re.split(f"([{begin}{end}])", self.fill(chat._replace(messages=between)))
+        whole = "".join(parts[::2]) == text
+        places = list(itertools.accumulate(map(len, parts[::2])))  # of the characters between
+        spans = list(zip(places[0:-1:2], places[1:-1:2], strict=False))
+        found = [text[a:b] for a, b in spans]
+        if not whole or found != contents or parts[1::2] != [begin, end] * len(contents):
+            same = [a == b for a, b in itertools.zip_longest(contents, found)]
+            i = min([*same, False].index(False), len(contents) - 1)
+            field = f"messages.{i}.content"
+            problem = "the chat template cuts or changes it"
+            raise ApiError(400, f"{field}: {problem}; strip it or pass another template", field)
+        return spans
+
+    def prompt_length(self, chat: Chat, answer: int, text: str) -> int:
+        """The length of the prompt before an answer, with which the text must begin."""
+        prompt = self.fill(Chat(chat.messages[:answer]))
+        if not text.startswith(prompt):
+            problem = f"the chat template writes the prompt of messages.{answer} in another way"
+            remedy = "pass a template with {% generation %}"
+            raise ApiError(400, f"messages: {problem} than the same turns later; {remedy}")
+        return len(prompt)
+
+    def fill_spans(self, chat: Chat) -> list[tuple[int, int]]:
+        """What a template puts between {% generation %} and {% endgeneration %}."""
+        names: dict[str, Any] = {**self.tokenizer.special_tokens, "chat_template": self.template}
+        names |= {"tools": None, "return_assistant_tokens_mask": True}
+        return self.library.render_jinja_template([chat.messages], **names)[1][0]
+
+    def to_turn_end(self, rendered: Rendered, begin: int, end: int) -> tuple[int, int]:
+        """An answer in the text, from its beginning to the token that ends the turn, if any.
+
+        That is in it, or follows it, perhaps after white space.
+        """
+        names = [re.escape(name) for name, i in self.special.items() if i == self.turn_end]
+        token = "|".join(names) or "(?!)"
+        inside = re.compile(token).search(rendered.marked, begin, end)
+        found = inside or re.compile(rf"\s*(?:{token})").match(rendered.marked, end)
+        return begin, found.end() if found else end
+
+    def id_counter(self, rendered: Rendered, ids: list[int]) -> Callable[[int], int]:
+        """What gives the number of ids up to a place in the text.
+
+        It raises an ApiError if the text up to there has other ids alone. That is seen from the
+        last special token on: what is before such a token does not change what is behind.
+        """
+        found = self.tokens.finditer(rendered.marked)
+        places = [each.start() for each in found if self.special[each[0]] in self.reserved]
+        indices = [i for i, each in enumerate(ids) if each in self.reserved]
+        if len(places) != len(indices):  # one that the tokenizer has read as text
+            places, indices = [], []
+
+        def count(end: int) -> int:
+            nearest = bisect.bisect_left(places, end) - 1
+            begin, first = (places[nearest], indices[nearest]) if nearest >= 0 else (0, 0)
+            alone = self.ids_of(rendered.between(begin, end))
+            if ids[first : first + len(alone)] != alone:
+                both = f"{rendered.text[:end][-12:]!r} and {rendered.text[end:][:12]!r}"
+                problem = f"the tokenizer joins {both}, where an answer begins or ends"
+                remedy = "strip the answer, or pass a template with a special token there"
+                raise ApiError(400, f"messages: {problem}; {remedy}", "messages")
+            return first + len(alone)
+
+        return count
+
+    # ----------------------------------------------------------------------------- the prompt
 
     @staticmethod
     def line(message: Message) -> str:
@@ -263,8 +398,8 @@ class ChatTemplate:
         counts = collections.Counter(i for i in ids if i in self.reserved)
         return not counts <= collections.Counter(self.special[token] for token in written)
 
-    def render(self, chat: Chat) -> tuple[str, str, dict[int, int]]:
-        """The prompt; the same with stand-ins for special tokens of clients; what turns them back.
+    def render(self, chat: Chat) -> Rendered:
+        """The prompt, with stand-ins for special tokens of clients.
 
         A template may join parts to a token, so all characters of tokens have stand-ins. If it
         looks for them and so writes another text, only those like < have, or else whole tokens.
@@ -280,7 +415,7 @@ class ChatTemplate:
             with contextlib.suppress(ApiError):  # the template may reject what stands in
                 marked = text if changed == chat else self.fill(changed)
                 if marked.translate(back) == text:
-                    return text, marked, back
+                    return Rendered(text, marked, back)
         problem = "messages: the chat template looks for a special token in them; leave it out"
         raise ApiError(400, problem, "messages")
 

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -244,6 +244,19 @@ class SimpleTokenizer:
     def __len__(self) -> int:
         """Number of ids, special ones included."""
         return len(self.pieces) if self.library is None else self.library.get_vocab_size()
+
+
+def find_turn_end(
+    write: Callable[[list[dict[str, str]]], str], special: Mapping[str, int]
+) -> int | None:
+    """The id of the special token that a chat template writes after an assistant's content.
+
+    `write` gives the text of messages, `special` the ids of the special tokens.
+    """
+    asked, said = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Said 1"}
+    _, found, after = write([asked, said]).rpartition(said["content"])
+    ends = [token for token in special if found and after.lstrip().startswith(token)]
+    return special[max(ends, key=len)] if ends else None
 
 
 def copy_tokenizer(tokenizer: Any) -> Any:
