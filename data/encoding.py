@@ -96,7 +96,7 @@ class Encoder:
 
     def chunks(self, texts: Iterable[Text]) -> Iterator[Chunk]:
         """Documents in chunks of at most CHUNK_CHARS."""
-        for side, parts in texts:
+        for side, parts, _ in texts:
             rest, continues = "", False
             for part in parts:
                 rest += part

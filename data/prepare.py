@@ -7,11 +7,17 @@
     python data/prepare.py --input train.txt --val_input val.txt
     python data/prepare.py --dataset roneneldan/TinyStories --val_split validation
     python data/prepare.py --input texts/ --tokenizer gpt2    # needs tiktoken, and once the network
+    python data/prepare.py --chat chats.jsonl                 # conversations or preferences
 
 Documents. A text file is one document, and so is each row of .jsonl, .json and .parquet files. In a
 text file, <|endoftext|> (--document_separator) ends a document wherever it stands; it is not kept,
 nor is a line break directly behind it. In rows it is text, as other special tokens are everywhere.
 An end-of-text token follows every document.
+
+Conversations. With --chat each row is a conversation, or a chosen and a rejected one. The chat
+template (--chat_template, else the tokenizer's own, else ChatML) writes them, as in the server.
+.mask.bin says which tokens are targets: what the assistant says (--train_on), and .index.bin where
+conversations begin.
 
 Validation. Whole documents go to training or validation, by a hash of the row, of the beginning of
 the document in a file, or of the file's path. With fewer than 20 text files without separators,
@@ -47,20 +53,22 @@ from tokenizers import Tokenizer
 
 if not __package__:  # run as a script: the package is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data.chat import ConversationEncoder, ConversationRows, Marks, add_template, contents
 from data.console import progress_bar
-from data.encoding import Encoded, Encoder, encoding_with
+from data.encoding import Encoder, encoding_with
 from data.merges import KnownWords
 from data.processes import Crew
 from data.sides import Split, Text
-from data.unfinished import TOKENIZER, Progress, Unfinished, file_hash, sync
+from data.unfinished import TOKENIZER, Progress, Unfinished, file_hash, open_at, sync
 from data.vocabulary import Learning, local_tokenizer, make_tokenizer, tokenizer_text, vocab_text
 from tinymamba.archives import LeftOut
 from tinymamba.cli import UserError, parse_flags, require, run_cli, say
 from tinymamba.documents import Corpus, Reading
 from tinymamba.lock import hold_lock
-from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer
+from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer, read_utf8
 
 OUTPUTS = ("val.bin", "val.json", "vocab.txt", "tokenizer.json", "train.json", "train.bin")
+MARKS = ("val.mask.bin", "val.index.bin", "train.mask.bin", "train.index.bin")  # of conversations
 TEMPLATES = ("chat_template.jinja", "tokenizer_config.json")  # copied if beside a tokenizer.json
 OWN_TOKENIZERS = ("byte", "bpe", "gpt2")
 LOCK = ".prepare.lock"
@@ -80,6 +88,10 @@ class Options:
     document_separator: str = EOS_TOKEN  # ends a document within a text file; "" is nothing
     encoding_errors: str = "strict"  # what to do about invalid UTF-8
     strict: bool = False  # reject input of which anything is left out
+    # Conversations
+    chat: list[str] | None = None  # tables of conversations or preferences, instead of --input
+    chat_template: str | None = None  # Jinja file [the tokenizer's own, else ChatML]
+    train_on: str = "assistant"  # whose tokens are targets
     # Input from the library `datasets`
     dataset: str | None = None  # name on the Hugging Face Hub, or a local folder
     config: str | None = None  # its configuration
@@ -101,18 +113,36 @@ class Options:
     resume: bool = False  # go on with a run that was interrupted, if there is one
     workers: int = 0  # processes that count words and encode; 0 means one for each core
 
-    CHOICES: ClassVar = {"dtype": ("int32", "uint16"), "encoding_errors": ("strict", "replace")}
+    CHOICES: ClassVar = {
+        "dtype": ("int32", "uint16"),
+        "encoding_errors": ("strict", "replace"),
+        "train_on": ("assistant", "all"),
+    }
     LIMITS: ClassVar = {
         "workers": (0, 60),
         "max_tokens": (1, math.inf),
         "bpe_sample_bytes": (1, math.inf),
     }
     NOT_RESULT: ClassVar = ("strict", "output_dir", "force", "resume", "workers")
+    OF_CHATS: ClassVar = ("chat_template", "train_on")
 
     def deciding(self) -> dict[str, Any]:
         """Those that decide what is written: a run goes on with the same ones only."""
+        others = {*self.NOT_RESULT, *(() if self.chat else ("chat", *self.OF_CHATS))}
         facts = dataclasses.asdict(self)
-        return {name: value for name, value in facts.items() if name not in self.NOT_RESULT}
+        return {name: value for name, value in facts.items() if name not in others}
+
+    @property
+    def input_flag(self) -> str:
+        """The flag that names the inputs."""
+        return "--input" if self.chat is None else "--chat"
+
+    def tokenizer_folder(self) -> Path | None:
+        """The folder with the tokenizer, unless it is one of our own."""
+        if self.tokenizer in OWN_TOKENIZERS:
+            return None
+        path = Path(self.tokenizer)
+        return path if path.is_dir() else path.parent
 
     def sides(self) -> tuple[str, ...]:
         """The sides that are written."""
@@ -133,8 +163,16 @@ def check(options: Options) -> None:
         for name in ("config", "val_split", "max_tokens"):
             given = getattr(options, name) is not None
             require(not given, f"--{name}", "is of a dataset", "pass --dataset NAME too")
-    both = options.dataset is not None and options.input is not None
-    require(not both, "--dataset", "is given beside --input", "leave one out")
+    flags = [n for n in ("dataset", "chat", "input") if getattr(options, n) is not None]
+    if len(flags) > 1:
+        raise UserError(f"--{flags[0]}", f"is given beside --{flags[1]}", "leave one out")
+    is_chat = options.chat is not None
+    for name in ("text_key", "document_separator") if is_chat else Options.OF_CHATS:
+        is_default = getattr(options, name) == getattr(Options, name)
+        problem = "is of text, not of conversations" if is_chat else "is of conversations"
+        require(is_default, f"--{name}", problem, "leave it out" if is_chat else "pass --chat too")
+    if (file := options.chat_template) is not None:
+        require(Path(file).is_file(), "--chat_template", f"no file {file}", "pass a Jinja file")
     both = options.val_input is not None and options.val_split is not None
     require(not both, "--val_split", "is given beside --val_input", "leave one out")
     same = options.val_split == options.split
@@ -149,17 +187,15 @@ def check_fits(vocab_size: int, dtype: str) -> None:
 
 def check_outputs(options: Options) -> None:
     """Reject a folder that has the files already, or a template of another tokenizer."""
-    for path in (Path(options.output_dir, name) for name in (*OUTPUTS, *TEMPLATES)):
+    for path in (Path(options.output_dir, name) for name in (*OUTPUTS, *MARKS, *TEMPLATES)):
         if path.exists() and not options.force:
             raise UserError(str(path), "exists", "pass --force or another --output_dir")
 
 
-def templates(tokenizer: str) -> list[Path]:
+def templates(folder: Path | None) -> list[Path]:
     """The files of a chat template that stand beside a tokenizer.json."""
-    if tokenizer in OWN_TOKENIZERS:
-        return []
-    folder = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
-    return [folder / name for name in TEMPLATES if (folder / name).is_file()]
+    paths = [folder / name for name in TEMPLATES] if folder else []
+    return [path for path in paths if path.is_file()]
 
 
 # ------------------------------------------------------------------------------------- input
@@ -181,13 +217,13 @@ class Source(NamedTuple):
         return {**dataclasses.asdict(self.corpus.left_out), "separators": self.split.found}
 
 
-def open_sources(options: Options, work: Unfinished) -> list[Source]:
+def open_sources(options: Options, work: Unfinished, rows: ConversationRows | None) -> list[Source]:
     """What is read: one corpus for both sides, or one for each."""
-    reading = Reading(options.text_key, options.encoding_errors)
+    reading = Reading(options.text_key, options.encoding_errors, rows=rows)
     of_dataset = dataclasses.replace(
         reading, dataset=options.dataset, config=options.config, split=options.split
     )
-    outputs = [*(work.target / name for name in (*OUTPUTS, LOCK)), work.folder]
+    outputs = [*(work.target / name for name in (*OUTPUTS, *MARKS, *TEMPLATES, LOCK)), work.folder]
     spool = work.folder / "copies"
     shutil.rmtree(spool, ignore_errors=True)
     fraction, rest = options.val_fraction, []
@@ -196,7 +232,7 @@ def open_sources(options: Options, work: Unfinished) -> list[Source]:
     elif options.val_split:
         val = dataclasses.replace(of_dataset, split=options.val_split)
         fraction, rest = 0, [Corpus(None, val, outputs, spool)]
-    corpora = [Corpus(options.input, of_dataset, outputs, spool), *rest]
+    corpora = [Corpus(options.chat or options.input, of_dataset, outputs, spool), *rest]
     if options.val_input:
         corpora[0].leave_to(corpora[1])
     if options.strict:
@@ -206,12 +242,12 @@ def open_sources(options: Options, work: Unfinished) -> list[Source]:
     return [Source(corpus, split) for corpus, split in zip(corpora, splits, strict=False)]
 
 
-def training_parts(source: Source) -> Iterator[str]:
-    """The training text that bpe learns from."""
-    for side, parts in source.texts("learning bpe"):
+def training_parts(source: Source, of_chats: bool) -> Iterator[str]:
+    """The training text that bpe learns from; of conversations, what the messages say."""
+    for side, parts, _ in source.texts("learning bpe"):
         for part in parts:
             if side == "train":
-                yield part
+                yield from contents(part) if of_chats else (part,)
 
 
 def report_input(progress: Progress, options: Options) -> None:
@@ -230,15 +266,44 @@ def report_input(progress: Progress, options: Options) -> None:
 # ------------------------------------------------------------------------------------ output
 
 
+@dataclass
+class Side:
+    """The files of a side while they are written."""
+
+    tokens: IO[bytes]
+    marks: Marks | None  # of conversations
+
+    def __enter__(self) -> Side:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.tokens.close()
+        if self.marks:
+            self.marks.close()
+
+    def write(self, encoded: Any) -> None:
+        """Write what an encoder gives."""
+        self.tokens.write(encoded.ids)
+        if self.marks:
+            self.marks.add(encoded)
+
+    def sync(self) -> None:
+        """See to it that all is on disk."""
+        sync(self.tokens)
+        if self.marks:
+            self.marks.sync()
+
+
 class Run:
     """One preparation, from its beginning or from where an earlier one was interrupted."""
 
     def __init__(self, options: Options, work: Unfinished, progress: Progress | None):
         self.options, self.work = options, work
-        self.sources = open_sources(options, work)
+        self.rows = ConversationRows(progress.kind if progress else "") if options.chat else None
+        self.sources = open_sources(options, work, self.rows)
         prints = [source.corpus.fingerprint() for source in self.sources]
         self.progress = progress or Progress(options.deciding(), prints)
-        require(self.progress.inputs == prints, "--input", CHANGED, RESTORE)
+        require(self.progress.inputs == prints, options.input_flag, CHANGED, RESTORE)
         self.known: KnownWords | None = None  # words that the tokenizer was learned from
         self.itemsize = np.dtype(options.dtype).itemsize
 
@@ -256,12 +321,26 @@ class Run:
         self.write_facts()
 
     def check_given_tokenizer(self) -> None:
-        """Reject a file of --tokenizer that is not what it was."""
-        name = self.options.tokenizer
+        """Reject a file of --tokenizer or --chat_template that is not what it was."""
+        name, folder = self.options.tokenizer, self.work.folder
+        tokenizer = Tokenizer.from_str((folder / TOKENIZER).read_text(encoding="utf-8"))
         if name not in OWN_TOKENIZERS:
-            text = tokenizer_text(local_tokenizer(name, self.options.eos_token)[0])
+            tokenizer = local_tokenizer(name, self.options.eos_token)[0]
+        files = self.add_template(tokenizer, self.progress.eos_id)
+        if name not in OWN_TOKENIZERS:
+            text = tokenizer_text(tokenizer)
             same = hashlib.sha256(text.encode()).hexdigest() == self.progress.tokenizer
             require(same, "--tokenizer", CHANGED, RESTORE)
+        for file, text in files.items():
+            same = (folder / file).is_file() and read_utf8(folder / file) == text
+            require(same, "--chat_template", CHANGED, RESTORE)
+
+    def add_template(self, tokenizer: Tokenizer, eos: int) -> dict[str, str]:
+        """Give a tokenizer the chat template, if it is for conversations; its files."""
+        options = self.options
+        if not self.rows:
+            return {}
+        return add_template(tokenizer, eos, options.chat_template, options.tokenizer_folder())
 
     def write_tokenizer(self, crew: Crew) -> None:
         """Write tokenizer.json and vocab.txt."""
@@ -269,18 +348,20 @@ class Run:
         size, sample = options.vocab_size, options.bpe_sample_bytes
         learning = Learning(size, sample, options.workers, crew)
         if options.tokenizer in OWN_TOKENIZERS:
-            parts = training_parts(self.sources[0])
+            parts = training_parts(self.sources[0], of_chats=bool(self.rows))
             tokenizer, eos, self.known = make_tokenizer(options.tokenizer, parts, learning)
         else:
             tokenizer, eos = local_tokenizer(options.tokenizer, options.eos_token)
-            for path in templates(options.tokenizer):
+            for path in () if self.rows else templates(options.tokenizer_folder()):
                 shutil.copyfile(path, folder / path.name)
                 with open(folder / path.name, "rb+") as file:
                     sync(file)
                 self.progress.templates.append(path.name)
+        texts = self.add_template(tokenizer, eos)
+        self.progress.templates += texts
         tokens = {i: token for token, i in tokenizer.get_vocab().items()}
         check_fits(max(tokens) + 1, options.dtype)
-        texts = {TOKENIZER: tokenizer_text(tokenizer), "vocab.txt": vocab_text(tokens)}
+        texts |= {TOKENIZER: tokenizer_text(tokenizer), "vocab.txt": vocab_text(tokens)}
         for name, text in texts.items():
             with open(folder / name, "w", encoding="utf-8", newline="\n") as output:
                 output.write(text)
@@ -290,11 +371,14 @@ class Run:
 
     def encode(self, crew: Crew) -> None:
         """Write the .bin files, from where the progress says."""
-        path, eos = self.work.folder / TOKENIZER, self.progress.eos_id
-        encoder = Encoder(path, eos, self.options.dtype, self.known)
+        folder, eos, dtype = self.work.folder, self.progress.eos_id, self.options.dtype
+        if self.rows:
+            encoder: Any = ConversationEncoder(folder, eos, dtype, self.options.train_on)
+        else:
+            encoder = Encoder(folder / TOKENIZER, eos, dtype, self.known)
         with contextlib.ExitStack() as stack:
             encode = stack.enter_context(encoding_with(encoder, self.options.workers, crew))
-            files = {side: stack.enter_context(self.open_bin(side)) for side in SIDES}
+            files = {side: stack.enter_context(self.open_side(side)) for side in SIDES}
             while self.progress.source < len(self.sources):
                 source = self.sources[self.progress.source]
                 chunks = encoder.chunks(source.texts("encoding"))
@@ -305,39 +389,37 @@ class Run:
                 self.progress.chunks = self.progress.taken = 0
                 self.save(files)
 
-    def open_bin(self, side: str) -> IO[bytes]:
-        """The .bin file of a side, with what the progress knows of."""
-        path, size = self.work.folder / f"{side}.bin", self.progress.tokens[side] * self.itemsize
-        there = path.stat().st_size if path.exists() else 0
-        require(there >= size, str(path), "has lost what was written", "start again with --force")
-        file = open(path, "rb+" if there else "wb")  # noqa: SIM115
-        file.truncate(size)
-        file.seek(size)
-        return file
+    def open_side(self, side: str) -> Side:
+        """The files of a side, with what the progress knows of."""
+        size = self.progress.tokens[side] * self.itemsize
+        tokens = open_at(self.work.folder / f"{side}.bin", size)
+        return Side(tokens, Marks(self.work.folder, side, self.progress) if self.rows else None)
 
-    def write_ids(self, stream: Iterable[Encoded], files: dict[str, IO[bytes]]) -> None:
+    def write_ids(self, stream: Iterable[Any], files: dict[str, Side]) -> None:
         """Write the ids of one source, and save the progress every few seconds."""
         progress, limit = self.progress, self.options.max_tokens or math.inf
         if progress.taken >= limit:
             return
         saved = time.monotonic()
-        for side, ids, text_bytes, last in stream:
-            files[side].write(ids)
-            count = len(ids) // self.itemsize
+        for encoded in stream:
+            side = encoded.side
+            files[side].write(encoded)
+            count = len(encoded.ids) // self.itemsize
             progress.tokens[side] += count
-            progress.bytes[side] += text_bytes
+            progress.bytes[side] += encoded.text_bytes
             progress.taken += count
             progress.chunks += 1
-            if last and progress.taken >= limit:
+            if encoded.last and progress.taken >= limit:
                 return
             if time.monotonic() - saved >= SAVE_SECONDS:
                 self.save(files)
                 saved = time.monotonic()
 
-    def save(self, files: dict[str, IO[bytes]]) -> None:
+    def save(self, files: dict[str, Side]) -> None:
         """Save the progress, after the ids."""
         for file in files.values():
-            sync(file)
+            file.sync()
+        self.progress.kind = self.rows.kind if self.rows else ""
         self.work.save(self.progress)
 
     def write_facts(self) -> None:
@@ -354,7 +436,12 @@ class Run:
         for side in self.options.sides():
             counts = {"tokens": progress.tokens[side], "bytes": progress.bytes[side]}
             remedy = "give more text, --val_input, or --val_fraction 0 for no validation"
-            require(counts["tokens"], "--input", f"nothing is left for {side}.bin", remedy)
+            flag = self.options.input_flag
+            require(counts["tokens"], flag, f"nothing is left for {side}.bin", remedy)
+            if self.rows:
+                of_chats: dict[str, Any] = {"kind": progress.kind}
+                of_chats |= {"conversations": progress.conversations[side]}
+                counts |= {**of_chats, "counted": progress.counted[side]}
             facts[side] = {**shared, **counts}
             with open(folder / f"{side}.json", "w", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps(facts[side]) + "\n")
@@ -373,8 +460,9 @@ def prepare_locked(options: Options, work: Unfinished) -> dict[str, dict]:
     else:
         report_input(progress, options)
     stems = (*progress.facts, "vocab", "tokenizer")
-    written = [*progress.templates, *(name for name in OUTPUTS if Path(name).stem in stems)]
-    work.publish(written, {*OUTPUTS, *TEMPLATES} - set(written))
+    outputs = (*(MARKS if options.chat else ()), *OUTPUTS)
+    written = [*progress.templates, *(n for n in outputs if n.partition(".")[0] in stems)]
+    work.publish(written, {*OUTPUTS, *MARKS, *TEMPLATES} - set(written))
     return progress.facts
 
 
@@ -428,8 +516,10 @@ def prepare(options: Options) -> dict[str, dict]:
         raise UserError(where, problem, "check its permissions and the free space") from None
     for side, fact in facts.items():
         tokens, count = fact["tokens"], fact["bytes"]
-        ratio = f"{count / tokens:.2f} bytes per token"
-        say(f"{target / side}.bin: {tokens:,} tokens, {count:,} bytes, {ratio}")
+        said = f"{count:,} bytes, {count / tokens:.2f} bytes per token"
+        if options.chat:
+            said = f"{fact['conversations']:,} conversations, {fact['counted']:,} tokens count"
+        say(f"{target / side}.bin: {tokens:,} tokens, {said}")
     if "val" not in facts:
         say("no val.bin was asked for: train with --enable_validation false")
     return facts

@@ -33,6 +33,7 @@ class Text(NamedTuple):
 
     side: str  # "train" or "val"
     parts: Iterable[str]
+    place: str = ""  # of a row, for messages
 
 
 @dataclass
@@ -87,7 +88,7 @@ class Split:
         self.found = 0
         for document in documents:
             if document.is_row:
-                yield Text(self.side(document.key), document.parts)
+                yield Text(self.side(document.key), document.parts, document.place)
                 continue
             head, parts = peek(document.parts, HEAD_CHARS)
             if self.separates(head):

@@ -14,9 +14,9 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from tinymamba.cli import UserError
+from tinymamba.cli import UserError, require
 
 FORMAT = 2
 PREFIX = ".prepare-"  # of the folder's name; those of the first release ended at random
@@ -36,6 +36,9 @@ class Progress:
     taken: int = 0  # tokens of the source that are written
     tokens: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})
     bytes: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})
+    kind: str = ""  # of the rows of --chat, "chat" or "preferences"
+    conversations: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})
+    counted: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})  # targets
     templates: list[str] = field(default_factory=list)  # files that came with the tokenizer
     reports: list[dict[str, Any]] = field(default_factory=list)  # on each source that is written
     facts: dict[str, dict] = field(default_factory=dict)  # of each side, once all is written
@@ -133,6 +136,16 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_at(path: Path, size: int) -> IO[bytes]:
+    """A file of which so many bytes are known, to go on behind them."""
+    there = path.stat().st_size if path.exists() else 0
+    require(there >= size, str(path), "has lost what was written", "start again with --force")
+    file = open(path, "rb+" if there else "wb+")  # noqa: SIM115
+    file.truncate(size)
+    file.seek(size)
+    return file
 
 
 def sync(file: Any) -> None:

@@ -32,7 +32,7 @@ import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from tinymamba.archives import (
     AS_TEXT,
@@ -77,6 +77,22 @@ class Document(NamedTuple):
     parts: Iterable[str]  # the text in pieces, without a byte order mark
 
 
+class Rows(Protocol):
+    """What reads the text of a row. `TextKey` is one."""
+
+    def columns(self, names: Collection[str], place: str) -> list[str]:
+        """The columns of a table that are wanted."""
+
+    def is_in(self, row: Any) -> bool:
+        """Whether a row has what is wanted."""
+
+    def not_there(self, place: str, names: Iterable[str]) -> UserError:
+        """The error for a table in which no row has it."""
+
+    def text(self, where: str, row: Any, errors: str) -> tuple[str, str]:
+        """The text of a row, or why it is left out."""
+
+
 @dataclass
 class Reading:
     """How inputs are read."""
@@ -86,6 +102,7 @@ class Reading:
     dataset: str | None = None  # name or folder that the library `datasets` opens
     config: str | None = None  # one of its configurations
     split: str = "train"  # one of its splits
+    rows: Rows | None = None  # reads rows in another way than by text_key; only tables are read
 
 
 class Corpus:
@@ -99,7 +116,7 @@ class Corpus:
         spool: Path | None = None,
     ):
         self.reading, self.spool = reading, spool
-        self.text_key = TextKey(reading.text_key)
+        self.text_key: Rows = reading.rows or TextKey(reading.text_key)
         self.files: list[Found] = []
         self.files_left_out = LeftOut()
         self.left_out = self.files_left_out  # by the last whole pass, else by the longest
@@ -182,11 +199,16 @@ class Corpus:
                 yield from self.rows(json_rows(text), place, left_out)
                 return
             parts = text.from_start()
+        if self.reading.rows:
+            left_out.add("text, not a table", place)
+            return
         yield Document(place, item.key, False, size, parts)
 
     def has_rows(self, text: JsonText, suffix: str, left_out: LeftOut) -> bool:
         """Whether a text is rows, judged by its content; reports JSON that is not."""
         form = text.form()
+        if self.reading.rows and (suffix == ".json" or form != "text"):
+            form = "objects"  # what is wrong with it is an error of a row
         if form == "object" and self.text_key.is_in(text.parse()[0]):
             form = "objects"
         if form == "objects":
@@ -553,7 +575,7 @@ def not_json(where: str, error: Exception, column: int, remedy: str) -> UserErro
 # ---------------------------------------------------------------------- Parquet and `datasets`
 
 
-def parquet_rows(item: Item, spool: Path | None, text_key: TextKey) -> Iterator[tuple[str, Any]]:
+def parquet_rows(item: Item, spool: Path | None, text_key: Rows) -> Iterator[tuple[str, Any]]:
     """The place of each row, and the columns with its text."""
     parquet: Any = need("pyarrow.parquet")
     damage = (*DAMAGE, need("pyarrow").lib.ArrowException)
@@ -594,7 +616,7 @@ def dataset_builder(reading: Reading) -> Any:
         raise not_a_dataset(reading, error) from None
 
 
-def dataset_rows(builder: Any, reading: Reading, text_key: TextKey) -> Iterator[tuple[str, Any]]:
+def dataset_rows(builder: Any, reading: Reading, text_key: Rows) -> Iterator[tuple[str, Any]]:
     """The place and the text columns of each row of a dataset, which is read as a stream."""
     name = shown(reading.dataset)
     try:
