@@ -8,6 +8,7 @@ same normalized input side by side, and a learned gate mixes them for each token
     python testv2.py --resume                         # continue from the checkpoint
     python testv2.py --resume auto                    # continue if there is one, else begin
     python testv2.py --init_from FILE                 # a new run, from trained weights
+    python testv2.py --init_from FILE --train_data_path chat/train.bin    # on conversations
     python testv2.py --train_data_path a.bin b.bin --train_data_weights 0.7 0.3
     torchrun --nproc_per_node=2 testv2.py             # several GPUs or processes
     python -m torch.distributed.launch --nproc_per_node=2 testv2.py
@@ -85,6 +86,7 @@ from tinymamba.cli import (
     say,
     show,
 )
+from tinymamba.conversations import open_training_data, start_answer
 from tinymamba.data_order import ShardedBatches
 from tinymamba.dataset import StreamingTokenDataset
 from tinymamba.decode import PLAIN_MODULES, step, why_general
@@ -111,9 +113,10 @@ from tinymamba.kernels import (
     stored_tensors,
     with_tail,
 )
-from tinymamba.optimizer import make_optimizer
+from tinymamba.optimizer import judge_step, load_optimizer, make_optimizer
 from tinymamba.packing import erase_states, find_documents, keep_last, padding_last, take_tokens
 from tinymamba.profiling import profile_steps
+from tinymamba.progress import check_gradient, describe_start, report_step, report_validation
 from tinymamba.runtime import (
     Logger,
     Signals,
@@ -144,6 +147,7 @@ from tinymamba.tokenizer import (  # noqa: F401
     read_folder_tokenizer,
     write_tokenizer,
 )
+from tinymamba.vocabulary import data_vocabulary, inherited_weights
 
 # ------------------------------------------------------------------------------------ config
 
@@ -245,7 +249,7 @@ class Config:
     generation_interval: int = 1000  # steps between samples
     generation_length: int = 200  # tokens in a sample
     generation_temperature: float = 0.8  # 0 takes the likeliest token every time
-    generation_prompt: str = ""  # text that a sample continues; empty starts a new document
+    generation_prompt: str = ""  # what a sample continues, or answers; empty: a new document
 
     # Logging
     log_interval: int = 20  # steps between console lines
@@ -941,13 +945,16 @@ class TinyMambaModel(nn.Module):
         targets: Tensor | None = None,
         attention_mask: Tensor | None = None,
         return_gates: bool = False,
+        ends: Tensor | None = None,
     ) -> Any:
         """ids (b, l) of int64 -> logits (b, l, v); with targets (b, l), their mean loss in nats.
 
         attention_mask (b, l) is 0 at padding, which has no effect on the other tokens.
-        `return_gates` adds the branch weights, (n_layer, b, l, 3).
+        `return_gates` adds the branch weights, (n_layer, b, l, 3). ends (b, l) of bool are tokens
+        after which all begins anew, as between packed conversations; they replace document_mask.
         """
-        hidden, _, gates = self.run(ids, attention_mask=attention_mask)
+        marked = ends is not None
+        hidden, _, gates = self.run(ids, None, attention_mask, ends=ends, marked=marked)
         out = self.head(hidden) if targets is None else self.cross_entropy(hidden, targets)
         return (out, gates) if return_gates else out
 
@@ -1000,12 +1007,13 @@ class TinyMambaModel(nn.Module):
         embedded: Tensor | None = None,
         ends: Tensor | None = None,
         attend: Callable | None = None,
+        marked: bool = False,
     ) -> tuple[Tensor, Any, Tensor]:
         """Embedding to last norm: hidden (b, l, d), new state (None if none was given), gates.
 
         embedded (b, l, d) replaces the embeddings of ids (b, l). ends (b, l) of bool are tokens
-        after which a document begins, besides the eos tokens of document_mask. See
-        SequenceContext for `attend`.
+        after which a document begins, besides the eos tokens of document_mask, or with `marked`
+        instead of these. See SequenceContext for `attend`.
         """
         others = (attention_mask, embedded, ends, attend)
         if state is not None and not why_general(self, ids, state, others):
@@ -1015,7 +1023,7 @@ class TinyMambaModel(nn.Module):
             shape = tuple(ids.shape)
             raise ValueError(f"ids {shape} need a token, and attention_mask the same shape")
         x = self.embedding(ids) if embedded is None else embedded
-        found, given = self.find_ends(ids), ends is not None
+        found, given = None if marked else self.find_ends(ids), ends is not None
         if found is not None:
             ends = found if ends is None else found | ends
         if attention_mask is not None:  # move padding to the end, where causality hides it
@@ -1347,10 +1355,14 @@ def resumed_config(saved: dict, named: dict) -> Config:
 
 
 def begun_config(config: Config, named: dict) -> Config:
-    """The settings of a run that begins with the weights of init_from, which give its shape."""
+    """The settings of a run that begins with the weights of init_from, which give its shape.
+
+    The vocabulary grows with that of the data.
+    """
     base = load_model(config.init_from).config
-    shape = {name: getattr(base, name) for name in SHAPE_FIELDS if name not in named}
-    return replace(config, **shape)
+    shape = {name: getattr(base, name) for name in SHAPE_FIELDS}
+    shape["vocab_size"] = max(base.vocab_size, data_vocabulary(config.train_data_path))
+    return replace(config, **{n: value for n, value in shape.items() if n not in named})
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> TinyMambaModel:
@@ -1422,15 +1434,16 @@ def generate(
     max_new_tokens: int,
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
-    eos_id: int | None = None,
+    eos_id: int | list[int] | None = None,
     until: Callable[[], object] = lambda: False,
 ) -> Tensor:
     """Continue ids (b, l), l >= 1, by up to max_new_tokens: (b, l + new). Temperature 0 is greedy.
 
-    It ends early when every row has reached eos_id, or when `until()` is true; finished rows are
-    filled with eos_id. Put the model in eval mode first, or dropout stays on.
+    It ends early when every row has reached eos_id, or one of several, or when `until()` is true;
+    finished rows are filled with the first. Put the model in eval mode first, or dropout stays on.
     """
     state = model.init_state(ids.shape[0])
+    last = torch.tensor([] if eos_id is None else eos_id, device=ids.device).flatten()
     unread, ended = ids, torch.zeros_like(ids[:, :1], dtype=torch.bool)
     for _ in range(max_new_tokens):
         logits, state = model.advance(unread, state, last_only=True)
@@ -1438,9 +1451,9 @@ def generate(
         if temperature > 0:
             weights = (upcast(logits[:, -1]).cpu() / temperature).softmax(-1)
             unread = torch.multinomial(weights, 1, generator=generator).to(ids.device)
-        if eos_id is not None:
-            unread = unread.masked_fill(ended, eos_id)
-            ended = ended | (unread == eos_id)
+        if len(last):
+            unread = unread.masked_fill(ended, last[0])
+            ended = ended | torch.isin(unread, last)
         ids = torch.cat((ids, unread), dim=1)
         if ended.all() or until():
             break
@@ -1449,12 +1462,11 @@ def generate(
 
 # ------------------------------------------------------------------------------------ training
 
-SPIKE_RATE = 0.01  # weight of one step in the running mean of the gradient norm
-SPIKE_WARMUP = 20  # steps that the mean must have seen
-
 
 class Trainer:
     """One training run, from the first batch to the last checkpoint."""
+
+    open_source: Any = staticmethod(open_training_data)
 
     def __init__(self, config: Config, tokenizer: Any = None, saved: dict | None = None):
         """`tokenizer`: any object with encode and decode. `saved`: a checkpoint to resume."""
@@ -1549,9 +1561,10 @@ class Trainer:
         if source:
             base, remedy = load_model(source), "begin with the model that it was made from"
             require(not base.quantization, source, "is quantized", remedy)
-            require_same(SHAPE_FIELDS, base.config.to_dict(), self.config.to_dict())
-            model.load_state_dict(base.state_dict())
-            self.run_tokenizer.inherit(base.tokenizer, source)
+            size = max(self.config.vocab_size, base.config.vocab_size)
+            same = {**base.config.to_dict(), "vocab_size": size}
+            require_same(SHAPE_FIELDS, same, self.config.to_dict())
+            model.load_state_dict(inherited_weights(base, self.run_tokenizer, size, source))
         model.tokenizer = self.run_tokenizer.record
         return model
 
@@ -1565,7 +1578,7 @@ class Trainer:
         sources = [c.train_data_path, *([c.val_data_path] if c.enable_validation else [])]
         self.run_tokenizer = RunTokenizer(tokenizer, sources, c.vocab_size)
         kind: Any = {"vocab_size": c.vocab_size, "data_dtype": c.data_dtype, "seed": c.seed}
-        self.train_data = StreamingTokenDataset(
+        self.train_data = self.open_source(
             c.train_data_path, c.block_size, c.train_data_weights, shuffle=True, **kind
         )
         self.fingerprint = self.train_data.fingerprint()
@@ -1573,9 +1586,13 @@ class Trainer:
         self.val_loader: Any = None
         self.bytes_per_token: float | None = None
         if c.enable_validation:
-            self.val_data = StreamingTokenDataset(c.val_data_path, c.block_size, **kind)
+            self.val_data = self.open_source(c.val_data_path, c.block_size, **kind)
+            problem, remedy = "are conversations, or else the training data", "prepare both alike"
+            same = self.val_data.masked == self.train_data.masked
+            require(same, "val_data_path", problem, remedy)
             facts = [read_facts(f.path) for f in self.val_data.files]
-            if all(f.get("tokens") and f.get("bytes") for f in facts):
+            whole = not self.val_data.masked  # else those bytes are not what the loss is about
+            if whole and all(f.get("tokens") and f.get("bytes") for f in facts):
                 tokens = sum(f["tokens"] for f in facts)
                 self.bytes_per_token = sum(f["bytes"] for f in facts) / tokens
         if c.eos_id < 0:
@@ -1617,8 +1634,8 @@ class Trainer:
 
     def batches(self, loader: Any) -> Iterator:
         """All batches of a loader, on the device."""
-        for x, y in take_batches(loader):
-            yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        for batch in take_batches(loader):
+            yield tuple(part.to(self.device, non_blocking=True) for part in batch)
 
     def train_step(self, batches: Iterator) -> tuple[float, float]:
         """Update once, from `gradient_accumulation_steps` batches: (mean loss, gradient norm).
@@ -1682,39 +1699,52 @@ class Trainer:
 
     def is_good(self, loss: float, norm: float) -> bool:
         """Whether a step may change the weights: loss and gradient are finite, and not a spike."""
-        p, limit = self.progress, self.config.skip_spikes
-        if not math.isfinite(loss + norm):
-            p["bad_steps"], p["skipped"] = p["bad_steps"] + 1, p["skipped"] + 1
-            return False
-        p["bad_steps"] = 0
-        (mean, variance, steps), deviation = p["norm"], p["norm"][1] ** 0.5
-        spike = limit > 0 and steps >= SPIKE_WARMUP and norm > mean + limit * deviation
-        # Spikes count too, so that the mean follows norms that stay high.
-        seen = min(norm, mean + limit * deviation) if spike else norm
-        rate = max(SPIKE_RATE, 1 / (steps + 1))
-        change = seen - mean
-        p["norm"] = [mean + rate * change, (1 - rate) * (variance + rate * change**2), steps + 1]
-        p["skipped"] += spike
-        if spike:
-            self.log.say(
-                f"step {self.step + 1}: gradient norm {norm:.2f} is a spike (mean "
-                f"{mean:.2f}, deviation {deviation:.2f}); the weights do not change"
-            )
-        return not spike
+        good, line = judge_step(self.progress, loss, norm, self.config.skip_spikes)
+        if line:
+            self.log.say(f"step {self.step + 1}: {line}; the weights do not change")
+        return good
 
     def accumulate(self, micro_batches: list) -> Tensor:
-        """Accumulate gradients, all-reduced once; return the mean loss of this process."""
-        c, count = self.config, len(micro_batches)
+        """Accumulate gradients, all-reduced once; return this process's part of the mean loss."""
+        c, last = self.config, len(micro_batches) - 1
         # Dropout is a function of (seed, step, rank): a resumed run needs no generator state.
         torch.manual_seed(((c.seed * 1_000_003 + self.step) * 65_537 + self.rank) % (1 << 63))
         total, self.last_ids = torch.zeros((), device=self.device), micro_batches[-1][0]
-        for i, (x, y) in enumerate(micro_batches):
-            with self.synchronized(i == count - 1):
+        shares = self.shares(micro_batches)
+        for i, (batch, (above, below)) in enumerate(zip(micro_batches, shares, strict=True)):
+            with self.synchronized(i == last):
                 with self.autocast():
-                    loss = self.forward(x, y) / count
+                    loss = self.micro_loss(batch) * above / below
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         return total
+
+    def micro_loss(self, batch: Any) -> Tensor:
+        """The mean loss of a micro-batch."""
+        return self.call(self.forward, batch)
+
+    @staticmethod
+    def call(model: Any, batch: Any, **settings: Any) -> Any:
+        """The model on a batch: ids and targets, of conversations also where they end."""
+        ids, targets, *ends = batch
+        return model(ids, targets, ends=ends[0] if ends else None, **settings)
+
+    def count(self, batch: Any) -> Any:
+        """How many losses the mean of a micro-batch is over; a tensor if batches may differ."""
+        return (batch[1] != -100).sum() if self.train_data.masked else batch[1].numel()
+
+    def shares(self, micro_batches: list) -> list[tuple]:
+        """The share of each micro-batch in the mean loss of a step, as a fraction (above, below).
+
+        Gradients and losses are averaged over the processes later, hence `world`.
+        """
+        counts = [self.count(batch) for batch in micro_batches]
+        if not isinstance(counts[0], Tensor):
+            return [(1, len(counts))] * len(counts)
+        total = torch.stack(counts).sum()
+        if self.world > 1:
+            dist.all_reduce(total)
+        return [(count * self.world, total.clamp(min=1)) for count in counts]
 
     def synchronized(self, last: bool) -> Any:
         """All-reduce gradients only on the last micro-batch."""
@@ -1743,7 +1773,7 @@ class Trainer:
         if self.val_loader is None:
             self.val_loader = self.loader(self.val_data, 0, last)
         batches = self.batches(self.val_loader)
-        total, count = torch.zeros((), device=self.device), 0
+        total, count = torch.zeros((), device=self.device), 0  # type: Any, Any
         with self.evaluating():
             for _ in range(math.ceil(last / (c.batch_size * self.world))):
                 if self.check_signals():
@@ -1753,22 +1783,12 @@ class Trainer:
                     self.model(torch.zeros(1, 1, dtype=torch.int64, device=self.device))
                     continue
                 with self.autocast():
-                    loss, gates = self.model(*batch, return_gates=True)
-                total, count = total + loss * batch[1].numel(), count + batch[1].numel()
+                    loss, gates = self.call(self.model, batch, return_gates=True)
+                tokens = self.count(batch)
+                total, count = total + loss * tokens, count + tokens
                 values = values or gate_statistics(gates, TokenAdaptiveGating.BRANCHES)
-        nats, tokens = all_reduce([total, count], self.device)
-        values["val/loss"] = loss = nats / tokens
-        line = f"validation at step {self.step}: {loss:.4f} nats"
-        if self.bytes_per_token:
-            values["val/bits_per_byte"] = loss / math.log(2) / self.bytes_per_token
-            line += f", {values['val/bits_per_byte']:.4f} bits per byte"
-        if self.main:
-            names = (*TokenAdaptiveGating.BRANCHES, "entropy")
-            line += " | gate " + " ".join(f"{n} {values[f'gate/{n}']:.2f}" for n in names)
-        self.log.say(line)
-        self.log.record(values, self.step)
-        self.progress["history"]["val"].append([self.step, loss])
-        return loss
+        nats, counted = all_reduce([total, count], self.device)
+        return report_validation(self, nats / counted, values)
 
     def record_validation(self, loss: float) -> bool:
         """Keep the checkpoint if it is among the best; return whether to stop early."""
@@ -1803,27 +1823,39 @@ class Trainer:
                 Path(path).with_name(old).unlink(missing_ok=True)
 
     def sample(self) -> None:
-        """Print a continuation of generation_prompt, or a new document."""
+        """Print a continuation of generation_prompt, or a new document; an answer in a chat."""
         c = self.config
         if not self.main and not self.fsdp:
             return
         if self.tokenizer is None:
             self.log.say("no sample: there is no tokenizer.json or vocab.txt beside the data")
             return
-        ids = list(self.tokenizer.encode(c.generation_prompt)) if c.generation_prompt else []
+        try:
+            ids, ends = self.prompt()
+        except UserError as e:
+            self.log.say(f"no sample: {e}")
+            return
         if max(ids, default=0) >= c.vocab_size:
             self.log.say("no sample: generation_prompt has ids outside of vocab_size")
             return
         prompt = torch.tensor([ids or [max(c.eos_id, 0)]], device=self.device)
         generator = torch.Generator().manual_seed(c.seed)
         with self.evaluating(), self.autocast():
-            settings = (c.generation_length, c.generation_temperature, generator)
+            settings = (c.generation_length, c.generation_temperature, generator, ends)
             out = generate(
                 self.model, prompt, *settings, until=lambda: self.signals.stop and not self.fsdp
             )
         text = self.tokenizer.decode(out[0].tolist())
         self.log.say(f"sample at step {self.step}:\n{text}\n")
         self.log.record_text("sample", text, self.step)
+
+    def prompt(self) -> tuple[list[int], list[int] | None]:
+        """The ids that a sample continues, and those that end it."""
+        said, data = self.config.generation_prompt, self.train_data
+        if data.masked:
+            data = data if self.val_data is None else self.val_data
+            return start_answer(self.tokenizer, said, data)
+        return list(self.tokenizer.encode(said)) if said else [], None
 
     def state(self, val_loss: float | None = None) -> dict:
         """The whole run as tensors and plain values, for `save_checkpoint`."""
@@ -1874,14 +1906,7 @@ class Trainer:
             for name, value in self.weights().items()
         }
         self.model.load_state_dict(shards, strict=False)
-        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(saved["optimizer"])
-        for p, kept in self.optimizer.state.items():
-            kept |= {name: shard_like(t, p) for name, t in kept.items() if isinstance(t, Tensor)}
-        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
-            group["weight_decay"] = decay
-            if "betas" in group:
-                group["betas"] = (self.config.beta1, self.config.beta2)
+        load_optimizer(self.optimizer, saved["optimizer"], self.config)
         self.scaler.load_state_dict(saved["scaler"])
         self.step, self.tokens = saved["global_step"], saved["tokens_seen"]
         self.restore_position(saved["data"], saved["epoch"])
@@ -1925,34 +1950,8 @@ class Trainer:
 
     def announce(self) -> None:
         """Say what is trained, where, and for how long."""
-        c, counts = self.config, self.model.count_parameters()
-        parts = ", ".join(f"{name} {n:,}" for name, n in counts.items() if n and name != "total")
-        self.log.say(f"{counts['total']:,} parameters: {parts}")
-        self.log.say(f"{self.world} x {self.device}, {show(self.amp)}; logs in {self.folder}")
-        samples = self.samples + (self.total_steps - self.step) * self.samples_per_step
-        epochs = self.first_epoch + (samples - self.first_sample) / len(self.train_data)
-        steps = f"steps {self.step} to {self.total_steps}, {epochs:.2f} epochs in all"
-        self.log.say(f"{steps}; a step is {self.samples_per_step * c.block_size:,} tokens")
-        self.announce_rate()
-        known = len(self.tokenizer) if hasattr(self.tokenizer, "__len__") else c.vocab_size
-        if known < c.vocab_size // 2:
-            self.log.say(f"hint: this data needs no more than --vocab_size {known}")
-
-    def announce_rate(self) -> None:
-        """Say if warm-up is short, or if the learning rate is another than it was to be."""
-        c, end = self.config, self.rate(self.total_steps - 1)
-        if self.resumed and self.samples == self.first_sample > 0:
-            self.log.say("the training data have changed: a new epoch begins")
-        if not self.resumed:
-            if self.warmup < c.warmup_steps:
-                self.log.say(f"warm-up: {self.warmup} steps, as this run is short")
-            return
-        total, last, planned = self.planned
-        if (self.total_steps, self.rate(self.step)) != (total, planned):
-            self.log.say(
-                f"the learning rate was {last:.2e} at step {self.step}, continues with "
-                f"{self.rate(self.step):.2e}, and ends with {end:.2e} at step {self.total_steps}"
-            )
+        for line in describe_start(self):
+            self.log.say(line)
 
     def run(self) -> int:
         """Train to the end; the exit code is 0, or 128 and the signal that stopped it.
@@ -2022,7 +2021,7 @@ class Trainer:
             spent = time.perf_counter() - begin
             seconds += spent
             self.log.draw("update")
-            self.check_gradient(loss, norm)
+            check_gradient(self, loss, norm)
             if self.step % c.log_interval == 0 or self.step == self.total_steps:
                 self.report(loss, norm, seconds / (self.step - since))
                 since, seconds = self.step, 0.0
@@ -2030,18 +2029,6 @@ class Trainer:
                 self.log.say(f"the first step took {spent:.0f} s, compilation included")
                 since, seconds = self.step, 0.0
             done = self.between_steps()
-
-    def check_gradient(self, loss: float, norm: float) -> None:
-        """Report a step that was skipped; end the run after max_bad_steps in a row."""
-        if not (bad := self.progress["bad_steps"]):
-            return
-        self.log.say(
-            f"step {self.step}: gradient norm {norm}, loss {loss:.4f}; the weights do not change "
-            f"({self.progress['skipped']} steps skipped so far)"
-        )
-        problem = f"{bad} steps in a row had no finite gradient"
-        remedy = "lower it, or look at the data; the last checkpoint is intact"
-        require(bad < self.config.max_bad_steps, "lr", problem, remedy)
 
     def between_steps(self) -> bool:
         """Validation, samples, saves and signals, when they are due; True ends the run."""
@@ -2084,18 +2071,7 @@ class Trainer:
 
     def report(self, loss: float, norm: float, seconds_per_step: float) -> None:
         """One line on the console, and the same numbers to the logs."""
-        speed = self.samples_per_step * self.config.block_size / seconds_per_step
-        rate = self.rate(self.step - 1)
-        left = int((self.total_steps - self.step) * seconds_per_step)
-        self.log.say(
-            f"step {self.step}/{self.total_steps} | loss {loss:.4f} | lr {rate:.2e} | "
-            f"grad norm {norm:.2f} | {speed:,.0f} tokens/s | "
-            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
-        )
-        values = {"loss": loss, "lr": rate, "grad_norm": norm, "tokens_per_second": speed}
-        values["skipped_steps"] = self.progress["skipped"]
-        self.log.record({f"train/{name}": value for name, value in values.items()}, self.step)
-        self.progress["history"]["train"].append([self.step, loss])
+        report_step(self, loss, norm, seconds_per_step)
 
     def profile(self) -> int:
         """Time five steps, see profile_steps; saves nothing."""

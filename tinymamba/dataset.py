@@ -8,6 +8,7 @@ import operator
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ class StreamingTokenDataset(torch.utils.data.Dataset):
     (default: their sizes, which reads everything once).
     """
 
+    masked = False  # every target counts in the loss
+
     def __init__(
         self,
         data_sources: str | Path | list,
@@ -41,18 +44,28 @@ class StreamingTokenDataset(torch.utils.data.Dataset):
         paths = [data_sources] if isinstance(data_sources, str | Path) else data_sources
         self.block_size, self.shuffle, self.seed = block_size, shuffle, seed
         self.vocab_size = vocab_size
-        self.files = [open_tokens(path, data_dtype) for path in paths]
+        self.files = [self.open_file(path, data_dtype) for path in paths]
         require(self.files, "data_sources", "is empty", "name at least one .bin file")
+        self.blocks = []
         for file in self.files:
-            problem = f"{file.length} tokens are too few for block_size={block_size}"
-            require(file.length > block_size, file.path, problem, f"it needs {block_size + 1}")
+            self.blocks.append(self.count_blocks(file))
             if vocab_size is not None:
                 file.check(vocab_size, 0, file.length)
-        self.blocks = [(file.length - 1) // block_size for file in self.files]
         integers = self.blocks if weights is None else self._integer_weights(weights)
         self.schedule = MixtureSchedule(integers)
         self.length = sum(self.blocks) if weights is None else self._epoch_length()
         self.epoch, self.before_epoch = 0, self.schedule.counts(0)  # samples before the epoch
+
+    def open_file(self, path: str | Path, data_dtype: str) -> Any:
+        """One source."""
+        return open_tokens(path, data_dtype)
+
+    def count_blocks(self, file: Any) -> int:
+        """How many samples a source has."""
+        size = self.block_size
+        problem = f"{file.length} tokens are too few for block_size={size}"
+        require(file.length > size, file.path, problem, f"it needs {size + 1}")
+        return (file.length - 1) // size
 
     def _integer_weights(self, given: list[float]) -> list[int]:
         weights, field = [float(w) for w in given], "train_data_weights"
@@ -91,7 +104,7 @@ class StreamingTokenDataset(torch.utils.data.Dataset):
         key = hashlib.sha256(b"%d %d %d" % (self.seed, source, epoch)).digest()
         return source, permute(nth, self.blocks[source], key)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, i: int) -> tuple[Tensor, ...]:
         source, block = self.locate(i)
         begin, end = block * self.block_size, (block + 1) * self.block_size + 1
         if self.vocab_size is not None:  # again, in case the file has changed since
@@ -99,7 +112,7 @@ class StreamingTokenDataset(torch.utils.data.Dataset):
         ids = torch.from_numpy(self.files[source].read(begin, end).astype(np.int64))
         return ids[:-1], ids[1:]
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         """One epoch, in order."""
         return map(self.__getitem__, range(len(self)))
 

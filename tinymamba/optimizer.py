@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tinymamba.runtime import full_tensor, shard_like
+
+SPIKE_RATE = 0.01  # weight of one step in the running mean of the gradient norm
+SPIKE_WARMUP = 20  # steps that the mean must have seen
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -98,3 +102,38 @@ def make_optimizer(model: nn.Module, config: Any) -> torch.optim.Optimizer:
         {"params": others, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, config.lr, (config.beta1, config.beta2), fused=True)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, config: Any) -> None:
+    """Continue with a saved state; weight decay and betas are those of now."""
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for p, kept in optimizer.state.items():
+        kept |= {name: shard_like(t, p) for name, t in kept.items() if isinstance(t, Tensor)}
+    for group, decay in zip(optimizer.param_groups, decays, strict=True):
+        group["weight_decay"] = decay
+        if "betas" in group:
+            group["betas"] = (config.beta1, config.beta2)
+
+
+def judge_step(progress: dict, loss: float, norm: float, limit: float) -> tuple[bool, str]:
+    """Whether a step may change the weights, and what to say of a spike.
+
+    Loss and gradient norm must be finite, and the norm no more than `limit` deviations above its
+    running mean in `progress`, which takes it in. A `limit` of 0 is none.
+    """
+    p = progress
+    if not math.isfinite(loss + norm):
+        p["bad_steps"], p["skipped"] = p["bad_steps"] + 1, p["skipped"] + 1
+        return False, ""
+    p["bad_steps"] = 0
+    (mean, variance, steps), deviation = p["norm"], p["norm"][1] ** 0.5
+    spike = limit > 0 and steps >= SPIKE_WARMUP and norm > mean + limit * deviation
+    # Spikes count too, so that the mean follows norms that stay high.
+    seen = min(norm, mean + limit * deviation) if spike else norm
+    rate = max(SPIKE_RATE, 1 / (steps + 1))
+    change = seen - mean
+    p["norm"] = [mean + rate * change, (1 - rate) * (variance + rate * change**2), steps + 1]
+    p["skipped"] += spike
+    line = f"gradient norm {norm:.2f} is a spike (mean {mean:.2f}, deviation {deviation:.2f})"
+    return not spike, line if spike else ""

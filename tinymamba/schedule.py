@@ -27,7 +27,7 @@ def learning_rate(step: int, total_steps: int, config: Any, warmup: int | None =
     """
     warmup = warmup_length(total_steps, config) if warmup is None else warmup
     if step < warmup:
-        return config.lr * (step + 1) / warmup
+        return config.lr * (step + 1) / max(1, warmup)  # -1 is before the first step
     if config.schedule == "constant":
         return config.lr
     decay = config.decay_steps or (total_steps // 10 if config.schedule == "wsd" else total_steps)

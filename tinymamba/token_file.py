@@ -15,7 +15,8 @@ from tinymamba.cli import UserError, require
 def read_sidecar(path: str) -> dict:
     """The .json beside a .bin, or {}: dtype, vocab_size, eos_id, tokens, bytes, tokenizer.
 
-    `tokenizer` is the hash of the tokenizer that the ids were made with.
+    `tokenizer` is the hash of the tokenizer that the ids were made with. Conversations have a kind,
+    and how many they are, and how many of their tokens count.
     """
     sidecar = Path(path).with_suffix(".json")
     if not sidecar.is_file():
@@ -31,7 +32,9 @@ def read_sidecar(path: str) -> dict:
         "must be an object whose dtype is int32 or uint16",
         "fix it or delete it",
     )
-    for name, kind in (("vocab_size", int), ("eos_id", int), ("tokenizer", str)):
+    kinds = {"vocab_size": int, "eos_id": int, "tokenizer": str}
+    kinds |= {"kind": str, "conversations": int, "counted": int}
+    for name, kind in kinds.items():
         problem = f"says {name} {facts.get(name)!r}"
         valid = facts.get(name) is None or type(facts[name]) is kind
         require(valid, str(sidecar), problem, "fix it or delete it")

@@ -77,13 +77,20 @@ def find_shards(path: str | Path) -> list[str]:
     is_folder, remedy = Path(path).is_dir(), "make them with python data/prepare.py"
     names = glob.glob("*.bin", root_dir=path) if is_folder else glob.glob(str(path), recursive=True)
     found = [str(Path(path, name)) if is_folder else name for name in names]
-    found = sorted((name for name in found if Path(name).is_file()), key=by_number)
+    found = [name for name in found if Path(name).is_file() and not is_mark(name)]
+    found.sort(key=by_number)
     require(found, str(path), "no .bin file is there", remedy)
     sides = {side[1][0] for name in found if (side := SIDE.search(Path(name).stem.lower()))}
     example = Path(path, "train*.bin") if is_folder else "train*.bin"
     problem = "holds files for training and for validation"
     require(len(sides) < 2, str(path), problem, f"pass a pattern such as '{example}'")
     return found
+
+
+def is_mark(name: str) -> bool:
+    """Whether a file is the mask or the index of the conversations in the .bin beside it."""
+    mark = re.fullmatch(r"(.+)\.(mask|index)\.bin", name)
+    return mark is not None and Path(f"{mark[1]}.bin").is_file()
 
 
 def by_number(name: str) -> list[tuple[int, str]]:
