@@ -8,6 +8,7 @@
     python peft.py --checkpoint ... --output_dir ./lora_model --resume
     python peft.py --checkpoint ... --adapter ./lora_model --merge --output_dir ./merged_model
     python peft.py --checkpoint ... --method full --output_dir ./full_model  # every weight
+    python peft.py --checkpoint ... --objective dpo --beta 0.1 --train_data pairs.bin
 
 An adapter is a folder with adapter_model.safetensors and adapter_config.json. LoRA adapters have
 the format of Hugging Face's package `peft`, and can be read from it and written for it.
@@ -24,7 +25,9 @@ This file has the name of Hugging Face's package. tinymamba/namesake.py lets bot
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -32,6 +35,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,6 +45,7 @@ if __name__ == "__main__":
     begin(__file__, __spec__)
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -49,10 +54,12 @@ from testv2 import (
     Config,
     LayerState,
     TinyMambaModel,
+    TokenAdaptiveGating,
     Trainer,
     load_model,
     prepare_default_data,
     resumed_config,
+    to_autocast,
 )
 from tinymamba.checkpoint import (
     find_saved,
@@ -76,9 +83,22 @@ from tinymamba.cli import (
     require_plain_name,
     run_cli,
 )
+from tinymamba.conversations import open_training_data
+from tinymamba.data_order import ShardedBatches
 from tinymamba.kernels import QuantizedLinear, quantize_like
 from tinymamba.namesake import share_name
+from tinymamba.preferences import (
+    IGNORED,
+    EveryPair,
+    Objective,
+    PairDataset,
+    flatten_pairs,
+    score_rows,
+)
+from tinymamba.progress import report_validation
+from tinymamba.runtime import all_reduce, gate_statistics, make_loader, take_batches
 from tinymamba.tokenizer import open_tokenizer
+from tinymamba.vocabulary import count_before, data_vocabulary, inherited_weights
 
 METHODS = ("lora", "prefix", "state_offset", "full")
 # The linear layers of the branches: the default of target_modules.
@@ -706,6 +726,8 @@ NOT_FLAGS = [*SHAPE_FIELDS, "deepnet", "checkpoint_path", "init_from", "parallel
 class FineTuner(Trainer):
     """A training run of an adapter. Its checkpoints hold the adapter's weights only."""
 
+    MODEL = TinyMambaModel
+
     def __init__(
         self,
         config: Config,
@@ -718,19 +740,33 @@ class FineTuner(Trainer):
         self.base, self.adapter = base, adapter
         super().__init__(config, tokenizer, saved)
 
+    def open_source(self, *args: Any, **settings: Any) -> Any:
+        """As Trainer.open_source; a learned initial state is that of one conversation alone."""
+        packed = self.adapter.method != "prefix"
+        return open_training_data(*args, **settings, packed=packed)
+
     def open_data(self, tokenizer: Any) -> None:
-        """As Trainer.open_data; the data must have the tokenizer of the base model."""
+        """As Trainer.open_data; an adapter needs data with the tokenizer of the base model."""
         super().open_data(tokenizer)
+        if self.adapter.method == "full":
+            return
+        added = count_before(self.tokenizer, self.base.tokenizer)
+        if added is not None:
+            reject_larger(self.adapter.method, len(self.tokenizer), added)
         self.run_tokenizer.inherit(self.base.tokenizer, "the base model")
 
     def build(self) -> TinyMambaModel:
         """A copy of the base model, with a new adapter."""
-        model = TinyMambaModel(self.config)
+        model = self.MODEL(self.config)
         if self.base.quantization:
             quantize_like(model, self.base.quantization)
-        model.load_state_dict(self.base.state_dict())
+        is_full, weights = self.adapter.method == "full", self.base.state_dict()
+        if is_full:
+            named = (self.config.vocab_size, "the base model")
+            weights = inherited_weights(self.base, self.run_tokenizer, *named)
+        model.load_state_dict(weights)
         model.tokenizer = self.run_tokenizer.record
-        return model if self.adapter.method == "full" else attach(model, self.adapter)
+        return model if is_full else attach(model, self.adapter)
 
     def weights(self) -> dict[str, Tensor]:
         """The weights that a checkpoint holds."""
@@ -746,14 +782,19 @@ class FineTuner(Trainer):
         fields = dataclasses.asdict(self.adapter)
         return {"adapter": {**fields, "base": adapter_state(self.model).base}}
 
+    def describe_objective(self) -> dict[str, Any]:
+        """What a checkpoint says about the loss; empty for the usual one."""
+        return {}
+
     def state(self, val_loss: float | None = None) -> dict[str, Any]:
-        """As Trainer.state, with the adapter."""
-        return {**super().state(val_loss), **self.describe_adapter()}
+        """As Trainer.state, with the adapter and the objective."""
+        return {**super().state(val_loss), **self.describe_adapter(), **self.describe_objective()}
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """As Trainer.restore; a changed adapter is a UserError."""
+        """As Trainer.restore; a changed adapter or objective is a UserError."""
+        runs = saved, {**self.describe_adapter(), **self.describe_objective()}
         plain = {"method": "full"}
-        old, new = saved.get("adapter", plain), self.describe_adapter().get("adapter", plain)
+        old, new = ({**run.get("adapter", plain), **run.get("objective", {})} for run in runs)
         changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
         problem = f"changed since {self.config.checkpoint_path} was saved"
         remedy = "leave the flags out, or start a new run"
@@ -772,6 +813,198 @@ class FineTuner(Trainer):
         best = sibling(self.config.checkpoint_path, "best")
         if self.val_data is not None and best.is_file():
             self.model.load_state_dict(load_checkpoint(best)["model"], strict=False)
+
+
+# -------------------------------------------------------------------------------- preferences
+
+# Defaults of --objective dpo and simpo. Noise would be in the model and not in its reference.
+PAIR_DEFAULTS = {"state_noise": 0.0}
+PAIR_RATES = {"lora": 1e-3, "prefix": 1e-2, "state_offset": 1e-2, "full": 2e-4}
+
+
+class ScoringModel(TinyMambaModel):
+    """A model whose `forward` with targets (r, l) gives their log-probability in each row, (r,)."""
+
+    def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """In place of the mean loss: the scores (r,)."""
+        return score_rows(to_autocast(hidden), targets, self.head, self.LOSS_CHUNK)
+
+
+class PreferenceTuner(FineTuner):
+    """A training run on pairs of answers, with the loss of an Objective.
+
+    The reference of DPO is the base: the model without its adapter. With method full no base is
+    left after the first step, so the scores of all pairs are computed before it, and kept.
+    """
+
+    MODEL = ScoringModel
+    open_source = PairDataset
+
+    def __init__(self, objective: Objective, *args: Any, **settings: Any):
+        """The other arguments are those of FineTuner."""
+        self.objective = objective
+        self.references: dict[str, dict[str, Any]] = {}  # of train and val: "data" and "scores"
+        super().__init__(*args, **settings)
+        self.seen = torch.zeros(3, device=self.device)  # pairs, right ones, sum of the margins
+
+    @functools.cached_property
+    def base_hash(self) -> str:
+        """The fingerprint of the base."""
+        return self.base.fingerprint()
+
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether the scores of the reference are computed before the first step."""
+        return self.objective.objective == "dpo" and self.adapter.method == "full"
+
+    def batches(self, loader: Any) -> Iterator:
+        """Of each batch inputs, targets and ends (r, l), and the numbers of its pairs (b,)."""
+        for batch in take_batches(loader):
+            rows = flatten_pairs(batch, self.config.block_size if self.config.use_compile else 64)
+            yield [t.to(self.device, non_blocking=True) for t in rows]
+
+    def count(self, batch: list[Tensor]) -> int:
+        """How many losses the mean of a micro-batch is over: its pairs."""
+        return len(batch[-1])
+
+    def score(self, model: nn.Module, batch: list[Tensor]) -> Tensor:
+        """The log-probabilities of both answers of each pair, (b, 2)."""
+        ids, targets, ends, _ = batch
+        learned_start = self.adapter.method == "prefix"  # which `ends` would erase
+        return model(ids, targets, ends=None if learned_start else ends).view(-1, 2)
+
+    def score_reference(self, batch: list[Tensor]) -> Tensor | None:
+        """The same under the reference; None if the objective has none."""
+        if self.objective.objective == "simpo":
+            return None
+        if self.keeps_scores:
+            data = "train" if self.model.training else "val"
+            return self.references[data]["scores"][batch[-1]]
+        with self.without_adapter():
+            return self.score(self.model, batch)
+
+    @contextlib.contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """The base model as it is: in eval mode, not compiled, no adapter is active."""
+        state, training = adapter_state(self.model), self.model.training
+        active, state.active = state.active, None
+        self.model.eval()
+        try:
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            state.active = active
+            self.model.train(training)
+
+    def pair_losses(self, model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The losses of all pairs (b,); the sums of pairs, of right ones, and of margins (3,)."""
+        lengths = (batch[1] != IGNORED).sum(-1).view(-1, 2)  # (b, 2)
+        reference = self.score_reference(batch)
+        rewards = self.objective.rewards(self.score(model, batch), lengths, reference)
+        margins = (rewards[:, 0] - rewards[:, 1]).detach()
+        pairs = torch.ones_like(margins)
+        counts = torch.stack([pairs.sum(), (margins > 0).sum(), margins.sum()])
+        return self.objective.losses(rewards), counts
+
+    def micro_loss(self, batch: list[Tensor]) -> Tensor:
+        """The mean loss of the pairs of a micro-batch."""
+        losses, counts = self.pair_losses(self.forward, batch)
+        self.seen += counts
+        return losses.mean()
+
+    def report_rewards(self, counts: Tensor, name: str) -> None:
+        """Log how often the chosen answer has the higher reward, and by how much."""
+        pairs, right, margin = all_reduce(list(counts), self.device)
+        values = {"reward_accuracy": right / pairs, "reward_margin": margin / pairs}
+        self.log.say(f"{name}: reward accuracy {right / pairs:.3f}, margin {margin / pairs:.4f}")
+        self.log.record({f"{name}/{key}": value for key, value in values.items()}, self.step)
+
+    def report(self, loss: float, norm: float, seconds_per_step: float) -> None:
+        """As Trainer.report, with the rewards since the last report."""
+        super().report(loss, norm, seconds_per_step)
+        self.report_rewards(self.seen, "train")
+        self.seen.zero_()
+
+    def validate(self) -> float | None:
+        """The mean loss on the first `validation_steps` batches; None if a signal ended it."""
+        c, last = self.config, len(self.val_data)
+        if c.validation_steps:
+            last = min(last, c.validation_steps * c.batch_size * self.world)
+        if self.val_loader is None:
+            self.val_loader = self.loader(self.val_data, 0, last)
+        total, counts = torch.zeros((), device=self.device), torch.zeros(3, device=self.device)
+        gates: dict[str, float] = {}
+        with self.evaluating(), self.autocast():
+            for batch in self.evaluation_batches(self.val_loader, last):
+                losses, seen = self.pair_losses(self.model, batch)
+                total, counts = total + losses.sum(), counts + seen
+                shares = None if gates else self.model(batch[0][:1], return_gates=True)[1]
+                gates = gates or gate_statistics(shares, TokenAdaptiveGating.BRANCHES)
+        if self.stopped_by:
+            return None
+        loss, pairs = all_reduce([total, counts[0]], self.device)
+        report_validation(self, loss / pairs, gates)
+        self.report_rewards(counts, "val")
+        return loss / pairs
+
+    def evaluation_batches(self, loader: Any, count: int) -> Iterator[list[Tensor]]:
+        """This process's batches of `count` pairs; fewer if a signal ends the run."""
+        batches = self.batches(loader)
+        for _ in range(math.ceil(count / (self.config.batch_size * self.world))):
+            if self.check_signals():
+                return
+            yield from islice(batches, 1)
+
+    def loop(self) -> None:
+        """As Trainer.loop; the reference comes first."""
+        if self.keeps_scores and "train" not in self.references:
+            self.log.say("computing the log-probabilities of all pairs under the base")
+        self.keep_scores()
+        if not self.stopped_by:
+            super().loop()
+
+    def keep_scores(self) -> None:
+        """Compute the scores of the reference that are due. The model must still be the base."""
+        sources = {"train": self.train_data, "val": self.val_data}
+        for name, data in sources.items() if self.keeps_scores else ():
+            if data is None or name in self.references:
+                continue
+            scores = self.score_all(data)
+            if self.stopped_by:
+                return
+            self.references[name] = {"data": data.fingerprint(), "scores": scores}
+
+    def score_all(self, data: PairDataset) -> Tensor:
+        """The scores of all pairs of a dataset, by number (pairs, 2)."""
+        pairs, pinned = EveryPair(data), self.device.type == "cuda"
+        plan = ShardedBatches(0, len(pairs), self.config.batch_size, self.rank, self.world)
+        scores = torch.zeros(len(pairs), 2, device=self.device)
+        with self.evaluating(), self.autocast():
+            loader = make_loader(pairs, plan, 0, pinned)
+            for batch in self.evaluation_batches(loader, len(pairs)):
+                scores[batch[-1]] = self.score(self.model, batch)
+        if self.world > 1:
+            dist.all_reduce(scores)
+        return scores
+
+    def describe_objective(self) -> dict[str, Any]:
+        """What a checkpoint says about the loss."""
+        return {"objective": {**dataclasses.asdict(self.objective), "base": self.base_hash}}
+
+    def state(self, val_loss: float | None = None) -> dict[str, Any]:
+        """As FineTuner.state, with the scores of the reference."""
+        kept = {"references": self.references} if self.references else {}
+        return {**super().state(val_loss), **kept}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """As FineTuner.restore; scores of data that have changed are computed anew."""
+        for name, data in (("train", self.train_data), ("val", self.val_data)):
+            kept = saved.get("references", {}).get(name)
+            if kept and data is not None and kept["data"] == data.fingerprint():
+                scores = kept["scores"].to(self.device)
+                self.references[name] = {**kept, "scores": scores}
+        self.keep_scores()  # before the weights are no longer the base's
+        super().restore(saved)
 
 
 # ------------------------------------------------------------------------------- command line
@@ -795,18 +1028,20 @@ SPELLING: dict[str, tuple[str, ...]] = {  # fields with a shorter flag
 }
 
 
-def parse(argv: list[str] | None) -> tuple[Options, dict[str, Any], dict[str, Any]]:
-    """The Options of a command line, and the fields of AdapterConfig and Config that it gives."""
+def parse(argv: list[str] | None) -> tuple[Options, list[dict[str, Any]]]:
+    """The Options of a command line; the fields of AdapterConfig, Objective, Config it gives."""
     usage = "python peft.py --checkpoint FILE [--FLAG VALUE ...]"
     parser = CliParser(usage=usage, description=str(__doc__).split("As a library")[0])
     add_flags(parser, Options)
     add_flags(parser, AdapterConfig)
+    add_flags(parser, Objective)
     defaults = {**DEFAULTS, "lr": "by method", "optimizer": "adamw"}
     add_flags(parser, Config, defaults, NOT_FLAGS, SPELLING)
     args = parser.parse_args(argv)
     options = make_options(Options, args)
-    make_options(AdapterConfig, args)  # an invalid flag is rejected by name
-    return options, given_fields(AdapterConfig, args), given_fields(Config, args)
+    for cls in (AdapterConfig, Objective):
+        make_options(cls, args)  # an invalid flag is rejected by name
+    return options, [given_fields(cls, args) for cls in (AdapterConfig, Objective, Config)]
 
 
 def settings(options: Options, method: str, fields: dict[str, Any], base: TinyMambaModel) -> Config:
@@ -814,6 +1049,11 @@ def settings(options: Options, method: str, fields: dict[str, Any], base: TinyMa
     full, folder = method == "full", Path(options.output_dir)
     values = {name: getattr(base.config, name) for name in BASE_FIELDS}
     values |= {**DEFAULTS, "optimizer": base.config.optimizer if full else "adamw"}
+    size = data_vocabulary(fields.get("train_data_path", Config.train_data_path))
+    if full:
+        values["vocab_size"] = max(base.config.vocab_size, size)
+    else:
+        reject_larger(method, size, base.config.vocab_size)
     values |= {"lr": LEARNING_RATES[method], "log_dir": str(folder / "logs")}
     values |= {"checkpoint_path": str(folder / checkpoint_name(method)), **fields}
     adamw, remedy = values["optimizer"] == "adamw", "leave it out, or use --method full"
@@ -821,27 +1061,37 @@ def settings(options: Options, method: str, fields: dict[str, Any], base: TinyMa
     return Config(**values).validate()
 
 
+def reject_larger(method: str, wanted: int, have: int) -> None:
+    """Reject an adapter for data with more tokens than its base has: it has no rows for them."""
+    problem = f"{method} cannot learn new tokens: the data have {wanted} ids, the base {have}"
+    require(wanted <= have, "method", problem, "pass --method full")
+
+
 def checkpoint_name(method: str) -> str:
     """The file of a run's newest state."""
     return "tinymamba_model_latest.pt" if method == "full" else "adapter_latest.pt"
 
 
-def train(options: Options, adapter_fields: dict[str, Any], config_fields: dict[str, Any]) -> int:
+def train(options: Options, fields: list[dict[str, Any]]) -> int:
     """Start a run, or resume one; returns the exit code."""
+    adapter_fields, objective_fields, config_fields = fields
     folder, adapter = Path(options.output_dir), AdapterConfig(**adapter_fields).validate()
+    objective = Objective(**objective_fields).validate()
     base = load_model(options.checkpoint)
     open_tokenizer(None, base, [options.checkpoint])  # which an old checkpoint does not hold
     if adapter.method == "full":
         require_unquantized(base, "only adapters can be trained on it", "use --method lora")
     if options.merge:
         require_unquantized(base)
-    config = settings(options, adapter.method, config_fields, base)
+    own_defaults = {**PAIR_DEFAULTS, "lr": PAIR_RATES[adapter.method]} if objective.of_pairs else {}
+    config = settings(options, adapter.method, {**own_defaults, **config_fields}, base)
     saved, source = find_saved(config)
     if saved is not None:
         own = {"checkpoint_path": config.checkpoint_path, "resume_from": source}
         own |= {"log_dir": config.log_dir} if source else {}
         config = resumed_config(saved, {**config_fields, **own})
-        adapter = resumed_adapter(saved, adapter_fields)
+        adapter = resumed_fields(AdapterConfig, saved.get("adapter", {}), adapter_fields)
+        objective = resumed_objective(saved.get("objective", {}), objective_fields)
     lora = adapter.method == "lora"
     if lora:
         find_targets(base, adapter.target_modules)  # rejects unknown layers before any file changes
@@ -850,8 +1100,9 @@ def train(options: Options, adapter_fields: dict[str, Any], config_fields: dict[
     free, remedy = not found, "pass --force, --resume or another --output_dir"
     allowed = options.force or saved is not None or free
     require(allowed, str(folder), f"holds {', '.join(found)}", remedy)
-    prepare_default_data(config, config_fields)
-    tuner = FineTuner(config, base, adapter, saved=saved)
+    if not objective.of_pairs:
+        prepare_default_data(config, config_fields)
+    tuner = make_tuner(objective, config, base, adapter, saved=saved)
     code = tuner.run()
     if code or not tuner.main or adapter.method == "full":
         return code
@@ -864,10 +1115,23 @@ def train(options: Options, adapter_fields: dict[str, Any], config_fields: dict[
     return 0
 
 
-def resumed_adapter(saved: dict[str, Any], fields: dict[str, Any]) -> AdapterConfig:
-    """The adapter of a saved run, with the fields of the command line."""
-    kept = {name: value for name, value in saved.get("adapter", {}).items() if name != "base"}
-    return AdapterConfig(**{**kept, **fields}).validate()
+def resumed_fields(cls: type, saved: dict[str, Any], fields: dict[str, Any]) -> Any:
+    """The settings of a saved run in a dataclass, with the fields of the command line."""
+    kept = {name: value for name, value in saved.items() if name != "base"}
+    return cls(**{**kept, **fields}).validate()
+
+
+def resumed_objective(saved: dict[str, Any], fields: dict[str, Any]) -> Objective:
+    """The objective of a saved run; another one has settings of its own."""
+    same = fields.get("objective") in (None, saved.get("objective"))
+    return resumed_fields(Objective, saved if same else {}, fields)
+
+
+def make_tuner(objective: Objective, *run: Any, **settings: Any) -> FineTuner:
+    """The training run for an objective."""
+    if objective.of_pairs:
+        return PreferenceTuner(objective, *run, **settings)
+    return FineTuner(*run, **settings)
 
 
 def write_merged(model: TinyMambaModel, path: Path) -> None:
@@ -895,12 +1159,12 @@ def merge(options: Options) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    options, adapter_fields, config_fields = parse(argv)
+    options, fields = parse(argv)
     if options.adapter:
         return merge(options)
-    name = checkpoint_name(AdapterConfig(**adapter_fields).method)
+    name = checkpoint_name(AdapterConfig(**fields[0]).method)
     with run_lock(Path(options.output_dir) / name):
-        return train(options, adapter_fields, config_fields)
+        return train(options, fields)
 
 
 if __name__ == "peft":  # imported in place of Hugging Face's package; see tinymamba/namesake.py
