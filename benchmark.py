@@ -6,6 +6,7 @@
     python benchmark.py --benchmark_type perplexity --tinymamba_checkpoint model.pt \\
         --eval_dataset ./data/text/val.bin
     python benchmark.py --benchmark_type lm_eval --tinymamba_checkpoint model.pt --tasks piqa
+    python benchmark.py --benchmark_type chat --tinymamba_checkpoint model.pt --data held_out.jsonl
     python benchmark.py --tinymamba_checkpoint model.pt --force    # everything
     python benchmark.py --help
 
@@ -22,6 +23,8 @@ whole and TinyMamba block by block, as in training.
                 Linux and CUDA, up to one set of gradients too low on macOS; never compiled
     perplexity  of the checkpoint only: the peers are untrained
     lm_eval     the checkpoint's scores on tasks of lm-evaluation-harness, if installed
+    chat        the checkpoint's answers in the chats of --data: their loss, how many it writes
+                exactly by itself (greedily), and how many of those that it writes come to an end
 
 Results go to results.json and results.md in --output_dir, and plots beside them.
 """
@@ -32,6 +35,7 @@ import contextlib
 import copy
 import functools
 import importlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -58,6 +62,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from testv2 import PRESETS, Config, StreamingTokenDataset, TinyMambaModel, load_model
+from tinymamba.chat_eval import (
+    Question,
+    answer_loss,
+    find_questions,
+    read_conversations,
+    write_answers,
+)
 from tinymamba.checkpoint import atomic_write, load_checkpoint, require_writable
 from tinymamba.cli import (
     CliParser,
@@ -72,6 +83,7 @@ from tinymamba.cli import (
 from tinymamba.runtime import pick_amp_dtype, pick_device, reuse_memory, why_no_compile
 from tinymamba.token_shards import read_facts
 from tinymamba.tokenizer import (
+    SimpleTokenizer,
     open_tokenizer,
     read_tokenizer_facts,
     require_data_of,
@@ -95,8 +107,10 @@ MEASURES = {  # benchmark: the key of its main number in a row, its title
     "memory": ("bytes_per_token", "Peak memory of a training step, bytes per token"),
     "perplexity": ("nats_per_token", "Loss, nats per token"),
     "lm_eval": ("value", "Tasks of lm-evaluation-harness"),
+    "chat": ("nats_per_token", "Answers in chats"),
 }
-OF_CHECKPOINT = {"perplexity", "lm_eval"}  # meaningless for untrained peers
+OF_CHECKPOINT = {"perplexity", "lm_eval", "chat"}  # meaningless for untrained peers
+LISTED = {"lm_eval", "chat"}  # rows without a table and a plot
 OUTPUTS = ("results.json", "results.md", *(f"{name}.png" for name in MEASURES))
 
 
@@ -695,21 +709,65 @@ def scores(values: dict) -> Iterator[dict]:
         yield {"metric": metric, "filter": kind, "value": value, "stderr": error}
 
 
-def open_for_harness(setup: Setup) -> dict:
-    """The checkpoint and its tokenizer as objects of transformers."""
-    need("transformers")
-    from hf_integration import TinyMambaHFModel, TinyMambaHFTokenizer
-
+def open_checkpoint(setup: Setup) -> tuple[TinyMambaModel, SimpleTokenizer]:
+    """The checkpoint's model and tokenizer."""
     path = str(setup.options.tinymamba_checkpoint)
     model = load_model(path, setup.device)
     tokenizer = open_tokenizer(None, model, [path])
     problem = why_no_tokenizer(model, "has no tokenizer, and there is none beside it or its data")
     remedy = "convert it with hf_integration.py --tokenizer_file, and pass the folder"
     require(tokenizer, "--tinymamba_checkpoint", problem, remedy)
+    return model, tokenizer
+
+
+def open_for_harness(setup: Setup) -> dict:
+    """The checkpoint and its tokenizer as objects of transformers."""
+    need("transformers")
+    from hf_integration import TinyMambaHFModel, TinyMambaHFTokenizer
+
+    model, tokenizer = open_checkpoint(setup)
     return {
         "pretrained": TinyMambaHFModel.of(model),
         "tokenizer": TinyMambaHFTokenizer.of(tokenizer),
     }
+
+
+def open_questions(setup: Setup, tokenizer: SimpleTokenizer) -> tuple[list[Question], int | None]:
+    """All answers in the first --limit chats of --data, and the id that ends a turn."""
+    need("fastapi")  # of the chat template
+    from tinymamba.chat_template import ChatTemplate
+
+    template, remedy = ChatTemplate(tokenizer), "use one that was trained on chats"
+    problem = template.problem or "the model has no chat template"
+    require(template.template, "--tinymamba_checkpoint", problem, remedy)
+    rows = (row for path in setup.options.data or () for row in read_conversations(path))
+    first = itertools.islice(rows, setup.options.limit)
+    found = [q for where, said in first for q in find_questions(template, said, where)]
+    require(found, "--data", "has no chats", "pass files with some")
+    return found, template.turn_end
+
+
+def chat(setup: Setup, runners: dict[str, Runner]) -> Iterator[dict]:
+    """A row of how well the checkpoint answers in the chats of --data."""
+    (model, tokenizer), options = open_checkpoint(setup), setup.options
+    questions, turn_end = open_questions(setup, tokenizer)
+    eos = model.config.eos_id if model.config.eos_id >= 0 else tokenizer.eos_token_id
+    ends = [i for i in (turn_end, eos) if i is not None]
+    batch = (options.batch_sizes or [8])[0]
+    with autocast(setup):
+        nats, tokens = answer_loss(model.eval(), questions, batch)
+        written = write_answers(model, questions, batch, options.answer_tokens, ends)
+    texts = [tokenizer.decode(answer.ids).strip() for answer in written]
+    same = [text == q.text.strip() for text, q in zip(texts, questions, strict=True)]
+    values = {
+        "nats_per_token": nats,
+        "tokens": tokens,
+        "answers": len(questions),
+        "exact_match": statistics.fmean(same),
+        "ended": statistics.fmean(answer.ended for answer in written),
+    }
+    longest = max(len(q.prompt) + len(q.answer) for q in questions)
+    yield make_row("chat", "tinymamba", (batch, longest), False, None, **values)
 
 
 BENCHMARKS: dict[str, list[Callable[[Setup, dict], Iterator[dict]]]] = {
@@ -718,6 +776,7 @@ BENCHMARKS: dict[str, list[Callable[[Setup, dict], Iterator[dict]]]] = {
     "inference": [functools.partial(speed, "prefill"), functools.partial(speed, "decode")],
     "perplexity": [perplexity],
     "lm_eval": [lm_eval],
+    "chat": [chat],
 }
 
 # ------------------------------------------------------------------------------------ results
@@ -752,6 +811,11 @@ def cell(row: dict) -> str:
     if row["benchmark"] == "lm_eval":
         error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
         return f"{row['task']}, {row['metric']} ({row['filter']}): {row['value']:.4f}{error}"
+    if row["benchmark"] == "chat":
+        return (
+            f"{row['answers']} answers: {row['nats_per_token']:.4f} nats per token that counts, "
+            f"{row['exact_match']:.1%} written exactly, {row['ended']:.1%} ended by the model"
+        )
     value = f"{row[MEASURES[row['benchmark']][0]]:,.0f}"
     if row["benchmark"] == "decode":
         value += f", {1000 * row['median_seconds']:.2f} ms"
@@ -790,7 +854,7 @@ def markdown(results: dict) -> str:
         text.append("In brackets: the ratio to Llama's number.\n")
     for benchmark, (_, title) in MEASURES.items():
         rows = [row for row in results["rows"] if row["benchmark"] == benchmark]
-        if benchmark == "lm_eval" and rows:
+        if benchmark in LISTED and rows:
             text.append(f"## {title}\n\n" + "".join(f"- {cell(row)}\n" for row in rows))
             continue
         columns = sorted({(row["length"], row["batch"]) for row in rows})
@@ -844,7 +908,7 @@ def write_results(results: dict, options: Options) -> None:
     for benchmark in MEASURES:
         path, rows = options.output_dir / f"{benchmark}.png", results["rows"]
         rows = [row for row in rows if row["benchmark"] == benchmark and row["status"] == "ok"]
-        if rows and options.generate_plots and benchmark != "lm_eval":
+        if rows and options.generate_plots and benchmark not in LISTED:
             plot(rows, path)
         else:
             path.unlink(missing_ok=True)
@@ -879,7 +943,7 @@ class Options:
     """The command line."""
 
     # Models
-    tinymamba_checkpoint: str | None = None  # model to measure
+    tinymamba_checkpoint: str | None = None  # model to measure: a checkpoint or a folder
     preset: str | None = None  # size of the random model
     d_model: int | None = None  # width of the random model, a multiple of 32
     n_layer: int | None = None  # layers of the random model
@@ -901,7 +965,9 @@ class Options:
     eval_dataset: str = str(Config.val_data_path)  # .bin of tokens for perplexity
     tasks: list[str] | None = None  # tasks of lm-evaluation-harness, for lm_eval
     include_path: str | None = None  # folder of tasks' .yaml files, in place of the harness's own
-    limit: int | None = None  # examples of each task
+    limit: int | None = None  # examples of each task, or chats of --data
+    data: list[str] | None = None  # JSONL files of chats, for chat: each row has messages
+    answer_tokens: int = 256  # tokens after which an answer of the model is cut
 
     # Output
     output_dir: Path = Path("./benchmark_results")  # folder for the results
@@ -917,7 +983,7 @@ class Options:
     }
     LIMITS: ClassVar = {
         **dict.fromkeys(("d_model", "n_layer", "vocab_size", "limit"), (1, math.inf)),
-        **dict.fromkeys(("tokens_per_step", "test_iterations"), (1, math.inf)),
+        **dict.fromkeys(("tokens_per_step", "test_iterations", "answer_tokens"), (1, math.inf)),
         **dict.fromkeys(("sequence_lengths", "batch_sizes"), (1, math.inf)),
         "warmup_iterations": (0, math.inf),
     }
@@ -949,6 +1015,8 @@ def choose_config(options: Options) -> Config:
     if options.tinymamba_checkpoint:
         remedy = "leave out this flag or --tinymamba_checkpoint"
         require(not given, f"--{next(iter(given), '')}", "is set by the checkpoint", remedy)
+        if Path(options.tinymamba_checkpoint).is_dir():
+            return load_model(options.tinymamba_checkpoint).config
         return Config.from_dict(load_checkpoint(options.tinymamba_checkpoint)["config"])
     values = PRESETS[given.pop("preset")] if options.preset else DEFAULT
     if width := options.d_model:
@@ -961,10 +1029,12 @@ def choose_config(options: Options) -> Config:
 
 def choose_benchmarks(options: Options, device: torch.device) -> list[str]:
     """What to measure, in order; `all` leaves out what is not possible."""
-    of_checkpoint = () if options.tinymamba_checkpoint else ("perplexity", "lm_eval")
+    of_checkpoint = () if options.tinymamba_checkpoint else OF_CHECKPOINT
     unable = dict.fromkeys(of_checkpoint, "needs --tinymamba_checkpoint")
     if not options.tasks:
         unable.setdefault("lm_eval", "needs --tasks")
+    if not options.data:
+        unable.setdefault("chat", "needs --data")
     if device.type == "mps":
         unable["memory"] = "needs a device that reports peak memory: cpu or cuda"
     asked = set(options.benchmark_type or ["all"])
@@ -997,6 +1067,8 @@ def resolve(options: Options) -> Setup:
         open_eval(setup, max(options.sequence_lengths or [setup.config.block_size]))
     if "lm_eval" in benchmarks:
         open_tasks(tuple(options.tasks or ()), options.include_path)
+    if "chat" in benchmarks:
+        open_questions(setup, open_checkpoint(setup)[1])
     if options.generate_plots:
         need("matplotlib")
     old = [name for name in OUTPUTS if (options.output_dir / name).exists()]

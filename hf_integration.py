@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import importlib
 import inspect
 import json
@@ -99,7 +100,7 @@ from tinymamba.kernels import (
     stored_tensors,
     unpack_codes,
 )
-from tinymamba.tokenizer import EOS_NAMES, PAD_TOKEN, SimpleTokenizer, open_tokenizer
+from tinymamba.tokenizer import EOS_NAMES, PAD_TOKEN, SimpleTokenizer, find_turn_end, open_tokenizer
 
 # ------------------------------------------------------------------------------ configuration
 
@@ -1271,11 +1272,28 @@ class TinyMambaHFTokenizer(PreTrainedTokenizerFast):
         source, record = str(tokenizer.path or tokenizer.name), tokenizer.to_dict()
         require(record["name"] == "tokenizer.json", source, problem, remedy)
         fast = TinyMambaHFTokenizer(tokenizer_object=Tokenizer.from_str(record["content"]))
-        fast.chat_template = record["chat_template"]
+        fast.add_template(record["chat_template"], record.get("special_tokens") or {})
         spare = max(fast.get_vocab().values()) + 1 < vocab_size
         if spare and fast.pad_token_id in (None, fast.eos_token_id):
             fast.add_special_tokens({"pad_token": PAD_TOKEN})
         return fast
+
+    def add_template(self, template: str | None, tokens: dict[str, str]) -> None:
+        """Take over a chat template, for which bos_token and so on are these tokens."""
+        other = {n: t for n, t in tokens.items() if self.special_tokens_map.get(n) != t}
+        used = [n for n in other if template and re.search(rf"\b{re.escape(n)}\b", template)]
+        begin = "".join(f"{{% set {name} = {json.dumps(other[name])} %}}\n" for name in used)
+        self.chat_template = template and begin + template
+
+    @property
+    def turn_end(self) -> int | None:
+        """The id of the special token that ends an answer of a chat, if there is one."""
+        special = {str(t): i for i, t in self.added_tokens_decoder.items() if t.special}
+        write = functools.partial(self.apply_chat_template, tokenize=False)
+        try:
+            return find_turn_end(write, special) if self.chat_template else None
+        except Exception:  # a template may raise anything, for example on roles it rejects
+            return None
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict:
@@ -1334,10 +1352,11 @@ def align_weights(model: nn.Module) -> None:
 
 # The code of a model folder, and all files that `convert` may write.
 CODE = (
-    "hf_integration.py", "testv2.py", "attention.py", "checkpoint.py", "cli.py", "data_order.py",
-    "dataset.py", "decode.py", "delta_rule.py", "four_bit.py", "fused.py", "kernels.py", "lock.py",
-    "optimizer.py", "packing.py", "profiling.py", "runtime.py", "schedule.py", "token_file.py",
-    "token_shards.py", "tokenizer.py",
+    "hf_integration.py", "testv2.py", "attention.py", "checkpoint.py", "cli.py", "conversations.py",
+    "data_order.py", "dataset.py", "decode.py", "delta_rule.py", "four_bit.py", "fused.py",
+    "kernels.py", "lock.py", "optimizer.py", "packing.py", "profiling.py", "progress.py",
+    "runtime.py", "schedule.py", "token_file.py", "token_shards.py", "tokenizer.py",
+    "vocabulary.py",
 )  # fmt: skip
 OUTPUTS = (
     "model.safetensors", "config.json", "generation_config.json", "README.md", "vocab.txt",
@@ -1418,8 +1437,14 @@ def prepare_folder(
     config = config_of(model, **special, dtype="float32")
     config.architectures = ["AutoModelForCausalLM"]  # a name that `transformers serve` can look up
     config.auto_map = dict(AUTO_MAP)
+    before = generation.eos_token_id
     for name in SPECIAL_IDS:
         setattr(generation, name, getattr(config, name))
+    ends = [config.eos_token_id, fast.turn_end if fast is not None else None]
+    ends += before if isinstance(before, list) else []
+    known = [*dict.fromkeys(i for i in ends if i is not None)]
+    if len(known) > 1:
+        generation.eos_token_id = known
     return fast, config, generation
 
 
@@ -1433,6 +1458,21 @@ def require_same_ids(model: TinyMambaModel, tokenizer: TinyMambaHFTokenizer) -> 
     require(eos in (-1, tokenizer.eos_token_id), "--tokenizer_file", problem, remedy)
 
 
+def encode_prompt(tokenizer: TinyMambaHFTokenizer | None) -> str:
+    """The lines of a model card that make a prompt's ids."""
+    if tokenizer is None:
+        return "inputs = {'input_ids': torch.tensor([[0]])}"
+    call = 'tokenizer("Once", return_tensors="pt")'
+    if tokenizer.chat_template:
+        call = """tokenizer.apply_chat_template(
+    [{"role": "user", "content": "Hello"}],
+    add_generation_prompt=True,
+    return_dict=True,
+    return_tensors="pt",
+)"""
+    return f"tokenizer = AutoTokenizer.from_pretrained(name)\ninputs = {call}"
+
+
 def model_card(model: TinyMambaModel, name: str, tokenizer: TinyMambaHFTokenizer | None) -> str:
     """README.md of a converted model: what it is and how to use it."""
     c, count = model.config, model.count_parameters()["total"]
@@ -1444,13 +1484,7 @@ def model_card(model: TinyMambaModel, name: str, tokenizer: TinyMambaHFTokenizer
         f"by a learned gate ({c.gate}). {c.vocab_size:,} ids; trained on sequences of "
         f"{c.block_size} tokens, without a limit on length."
     )
-    prompt = '"Once"' if tokenizer is not None else "[[0]]"
-    encode = (
-        "tokenizer = AutoTokenizer.from_pretrained(name)\n"
-        f'inputs = tokenizer({prompt}, return_tensors="pt")'
-        if tokenizer is not None
-        else f"inputs = {{'input_ids': torch.tensor({prompt})}}"
-    )
+    encode = encode_prompt(tokenizer)
     decode = "tokenizer.decode(ids[0])" if tokenizer is not None else "ids[0].tolist()"
     return f"""---
 library_name: transformers

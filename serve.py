@@ -1062,11 +1062,12 @@ class Api:
             raise ApiError(404, problem, "model", "model_not_found")
         return name, self.models[name]
 
-    def settings(self, body: Generation, max_tokens: int, stops: Sequence[str] = ()) -> dict:
+    def settings(self, body: Generation, max_tokens: int, chat: bool = False) -> dict:
         """The body's fields as fields of StreamingConfig, checked.
 
-        `max_tokens` is the default; `stops` end an answer besides those in the body.
+        `max_tokens` is the default. Answers of a `chat` end where the template ends a turn, too.
         """
+        stops, turn_end = (self.template.stops, self.template.turn_end) if chat else ([], None)
         limit, most = self.options.max_tokens, self.options.max_stops
         names = ("max_completion_tokens", "max_output_tokens", "max_tokens")
         given = {n: value for n in names if (value := getattr(body, n, None)) is not None}
@@ -1087,6 +1088,7 @@ class Api:
             "seed": drawn(body.seed),
             "logit_bias": {int(i): b for i, b in (body.logit_bias or {}).items()} or None,
             "stop": [*stop, *(() if body.form() else stops)],  # a form ends by itself
+            "stop_ids": None if turn_end is None else [turn_end],
             "structured_outputs": None,  # see compile_form
             "logprobs": body.alternatives(),
             "adapter": self.find_model(body.model)[1],
@@ -1252,7 +1254,7 @@ class Api:
 
     async def create_chat_completion(self, request: Request, body: ChatBody) -> Response:
         """Answer a chat; see the head of serve.py for how it becomes a prompt."""
-        settings, n = self.settings(body, 256, self.template.stops), body.n or 1
+        settings, n = self.settings(body, 256, chat=True), body.n or 1
         allowed = body.logprobs or not body.top_logprobs
         require(allowed, "top_logprobs", "needs logprobs", "set logprobs")
         self.check_choices(n)
@@ -1270,7 +1272,7 @@ class Api:
 
     async def create_response(self, request: Request, body: ResponseBody) -> Response:
         """Answer instructions and messages: the Responses API with text only."""
-        settings = self.settings(body, 256, self.template.stops)
+        settings = self.settings(body, 256, chat=True)
         call = ResponseCall(self, request, body, settings)
         with call.close_on_error():
             messages = body.messages()
@@ -1343,7 +1345,8 @@ class Api:
 
     def model_info(self, name: str) -> dict:
         """A model as OpenAI describes it."""
-        return {"id": name, "object": "model", "created": self.started, "owned_by": "tinymamba"}
+        info = {"id": name, "object": "model", "created": self.started, "owned_by": "tinymamba"}
+        return {**info, "chat_template": self.template.template is not None}
 
     async def get_health(self) -> Response:
         """Whether the server accepts requests."""

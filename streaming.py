@@ -3,6 +3,7 @@
     python streaming.py --checkpoint ./tinymamba_model_latest.pt --prompt "Once upon a time" \\
         --max_tokens 100 --streaming
     python streaming.py --checkpoint ./tinymamba_model_latest.pt --interactive --gates --stats
+    python streaming.py --checkpoint ... --chat --system "You are kind."  # with a chat template
     python streaming.py --checkpoint ... --prompt "..." --save_session talk.safetensors
     python streaming.py --checkpoint ... --prompt "..." --load_session talk.safetensors
     python streaming.py --checkpoint ... --prompt "..." --engine onnx  # faster on a CPU
@@ -54,6 +55,7 @@ import torch
 from torch import Tensor
 
 from testv2 import ModelState, TinyMambaModel, load_model
+from tinymamba.chat_session import ChatHistory, ChatSessions, Turn
 from tinymamba.checkpoint import read_tensors, write_tensors
 from tinymamba.cli import (
     DTYPES,
@@ -1035,6 +1037,8 @@ class Session:
     config: StreamingConfig
     seed: int  # random seed of its answers
     before: Snapshot | None = None  # what a rollback returns to
+    chat: ChatHistory | None = None  # its messages, if all of its text is theirs
+    chat_before: ChatHistory | None = None
     answer: Answer | None = None  # the one that is being generated
     turns: int = 0
     created: float = dataclasses.field(default_factory=time.time)
@@ -1219,6 +1223,7 @@ class StreamingServer:
         if answer.error or answer.abandoned:
             return
         session.before, session.turns = answer.origin, session.turns + 1
+        session.chat, session.chat_before = None, session.chat  # ChatSessions sets the new one
         if answer.config.reset_on_eos and answer.ended_by == self.eos_id(answer.config):
             session.now = self.initial[session.config.adapter]
 
@@ -1352,7 +1357,7 @@ class StreamingServer:
             old = self.find(session_id)
             seed = old.seed if seed is None else seed
             fork = self.add(new_id, old.now, old.config, seed, old.turns)
-            fork.before = old.before
+            fork.before, fork.chat, fork.chat_before = old.before, old.chat, old.chat_before
             return fork.id
 
     def rollback(self, session_id: str) -> None:
@@ -1363,6 +1368,7 @@ class StreamingServer:
                 problem = f"{session_id} has no turn to undo"
                 raise UserError("session_id", problem, "only the last turn can be undone, once")
             session.now, session.before = session.before, None
+            session.chat = session.chat_before
             session.turns -= 1
 
     def reset_session(self, session_id: str) -> None:
@@ -1370,7 +1376,7 @@ class StreamingServer:
         with self.condition:
             session = self.find(session_id)
             session.now, session.before = self.initial[session.config.adapter], None
-            session.turns, session.used = 0, time.time()
+            session.turns, session.chat, session.used = 0, None, time.time()
 
     def delete_session(self, session_id: str) -> None:
         """Delete the session, and stop its answer."""
@@ -1407,6 +1413,7 @@ class StreamingServer:
     def save_session(self, session_id: str, path: str | Path) -> None:
         """Write the session to a safetensors file, whose size does not depend on its length.
 
+        Only that of a chat does: it has the messages.
         The file may replace a saved session, but no other file.
         """
         replaceable = not os.path.lexists(path) or is_session_file(path)
@@ -1419,6 +1426,8 @@ class StreamingServer:
             config = dataclasses.asdict(session.config)
             about = {"seed": session.seed, "turns": session.turns, "config": config}
             about["tokenizer"] = getattr(self.tokenizer, "sha256", None)
+            if session.chat:
+                about["chat"] = session.chat._asdict()
             notes = {"model": self.fingerprint, "session": json.dumps(about)}
         write_tensors(path, self.tensors(now), notes)
 
@@ -1437,6 +1446,7 @@ class StreamingServer:
             config.logit_bias = bias and {int(i): b for i, b in bias.items()}
             self.checked(config)
             seed, turns, made_with = about["seed"], about["turns"], about.get("tokenizer")
+            chat = about.get("chat") and ChatHistory.from_dict(about["chat"], recent, position)
             valid = (
                 max(recent, default=0) < self.vocab_size
                 and has_type(turns, int)
@@ -1453,7 +1463,9 @@ class StreamingServer:
         same = own == made_with or None in (own, made_with)
         require(same, str(path), problem, "start with the tokenizer of the session")
         now = Snapshot(state, logits if position else None, recent, ())
-        return self.add(session_id, now, config, seed, turns).id
+        session = self.add(session_id, now, config, seed, turns)
+        session.chat = chat
+        return session.id
 
 
 def is_session_file(path: str | Path) -> bool:
@@ -1545,6 +1557,12 @@ def paint_chunk(chunk: Chunk) -> str:
     return paint(chunk.text, np.mean(gates, axis=0)[GATE_ORDER]) if gates else chunk.text
 
 
+def describe_commands(commands: Mapping[str, str]) -> str:
+    """One line about the commands of a console and their arguments."""
+    listed = ", ".join(f"/{name} {argument}".strip() for name, argument in commands.items())
+    return f"{listed}; Ctrl-C stops an answer, Ctrl-D quits"
+
+
 class Console:
     """Answers prompts on a terminal: one, or many with commands between them."""
 
@@ -1555,14 +1573,11 @@ class Console:
         "use": "NAME",
         **dict.fromkeys(("sessions", "undo", "reset", "gates", "stats", "help"), ""),
     }
-    HELP: ClassVar = (
-        ", ".join(f"/{name} {argument}".strip() for name, argument in COMMANDS.items())
-        + "; Ctrl-C stops an answer, Ctrl-D quits"
-    )
+    HELP: ClassVar = describe_commands(COMMANDS)
 
     def __init__(self, server: StreamingServer, options: Options, settings: dict[str, Any]):
-        self.server, self.interactive = server, options.interactive
-        self.streaming = options.streaming or options.interactive
+        self.server, self.interactive = server, options.interactive or options.chat
+        self.streaming = options.streaming or self.interactive
         self.gates, self.stats, self.settings = options.gates, options.stats, settings
         config = server.configured(server.config, settings)
         if options.load_session:
@@ -1575,7 +1590,7 @@ class Console:
         begin, first, count, shown = time.perf_counter(), 0.0, 0, []
         if self.gates:
             print("  ".join(map(paint, BRANCHES, np.eye(3))))
-        answer = self.server.answer(prompt, self.session, **self.settings)
+        answer = self.start(prompt)
         with self.on_ctrl_c(answer.stop), contextlib.closing(answer):
             for chunk in answer:
                 first = first or time.perf_counter() - begin
@@ -1586,6 +1601,10 @@ class Console:
         print("" if self.streaming else "".join(shown))
         if self.stats:
             self.print_stats(time.perf_counter() - begin, first, count)
+
+    def start(self, prompt: str) -> Answer | Turn:
+        """Begin to answer a prompt."""
+        return self.server.answer(prompt, self.session, **self.settings)
 
     def print_stats(self, seconds: float, first: float, count: int) -> None:
         """Print the speed of an answer of `count` tokens, and the size of the session."""
@@ -1612,22 +1631,32 @@ class Console:
     def interact(self) -> None:
         """Read prompts and commands, line by line, until the input ends."""
         print(self.HELP)
+        self.read_lines("> ")
+        print()
+
+    def read_lines(self, sign: str) -> None:
+        """Answer all lines of the input; `sign` asks for each."""
         while True:
             try:
-                line = input("> ")
+                line = input(sign)
             except EOFError:
-                print()
                 return
             except KeyboardInterrupt:
                 print("\n(Ctrl-D quits)")
                 continue
             try:
-                if line.startswith("/"):
-                    self.run_command(*line[1:].split())
-                else:
-                    self.say(line)
+                self.obey(line)
             except UserError as e:
                 print(f"error: {e}", file=sys.stderr)
+
+    def obey(self, line: str) -> None:
+        """Run a command, or answer a prompt."""
+        if not line.startswith("/"):
+            self.say(line)
+            return
+        name = line[1:].split(maxsplit=1)[:1]
+        takes_text = name and self.COMMANDS.get(name[0]) == "[TEXT]"
+        self.run_command(*line[1:].split(maxsplit=1 if takes_text else -1))
 
     def run_command(self, name: str = "help", *words: str) -> None:
         """Run the method of a command."""
@@ -1684,6 +1713,57 @@ class Console:
         print(self.HELP)
 
 
+class ChatConsole(Console):
+    """Answers the turns of a chat. Input that is no terminal has one turn in each line."""
+
+    COMMANDS: ClassVar = {"system": "[TEXT]", **Console.COMMANDS}
+    HELP: ClassVar = describe_commands(COMMANDS)
+
+    def __init__(self, server: StreamingServer, options: Options, settings: dict[str, Any]):
+        settings = {"max_new_tokens": CHAT_TOKENS, **settings}
+        self.chats, self.noted = ChatSessions(server, settings), False
+        super().__init__(server, options, settings)
+        self.chats.history(self.session)  # rejects a loaded session without one
+        if options.system is not None:
+            self.do_system(options.system)
+
+    def interact(self) -> None:
+        """Read turns and commands until the input ends."""
+        if sys.stdin.isatty():
+            super().interact()
+            return
+        for line in sys.stdin:  # a turn that failed would change what the next ones mean
+            if line.strip():
+                self.obey(line.rstrip("\r\n"))
+
+    def start(self, prompt: str) -> Turn:
+        """Begin the turn of a user."""
+        turn = self.chats.ask(self.session, prompt.strip())
+        if turn.repeated and not self.noted:
+            note = f"the last {turn.repeated} tokens of the chat are different now, and read again"
+            print(f"note: {note} (said once)", file=sys.stderr)
+            self.noted = True
+        return turn
+
+    def do_load(self, file: str) -> None:
+        """Continue a saved chat."""
+        loaded = self.server.load_session(file)
+        self.chats.history(loaded)
+        self.session = loaded
+
+    def do_system(self, text: str = "") -> None:
+        """Set the system message, or remove it."""
+        self.chats.set_system(self.session, text.strip())
+
+    def do_undo(self) -> None:
+        """Take back the last message of the user and its answer."""
+        self.chats.undo(self.session)
+
+    def do_reset(self) -> None:
+        """Forget all but the system message."""
+        self.chats.reset(self.session)
+
+
 @dataclass
 class Options:
     """The command line, besides the fields of StreamingConfig in SAMPLING."""
@@ -1698,6 +1778,8 @@ class Options:
     save_session: str | None = None  # write the session to this file at the end
     streaming: bool = False  # print text as it is generated
     interactive: bool = False  # read prompts line by line, with commands: /help lists them
+    chat: bool = False  # the same for the turns of a chat, by the model's chat template
+    system: str | None = None  # system message of --chat
     gates: bool = False  # color text by the gates of the branches: SSM, attention, MLP
     stats: bool = False  # print the time to the first text, tokens/s and the size of the state
     compile: bool = False  # compile the model for one token: takes a minute, then runs faster
@@ -1711,6 +1793,7 @@ class Options:
 SAMPLING = {"max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
 SAMPLING |= {"presence_penalty", "frequency_penalty", "seed", "stop"}
 ADAPTER = "default"  # the name of --adapter in the server
+CHAT_TOKENS = 512  # --max_tokens of --chat, if it is not given
 
 
 def parse(argv: list[str] | None) -> tuple[Options, dict[str, Any]]:
@@ -1728,6 +1811,7 @@ def parse(argv: list[str] | None) -> tuple[Options, dict[str, Any]]:
     if options.adapter:
         settings["adapter"] = ADAPTER
     pick_device(options.device)
+    require(options.chat or options.system is None, "--system", "needs a chat", "pass --chat")
     exists = options.save_session and os.path.lexists(options.save_session)
     problem, remedy = f"{options.save_session} exists", "pass --force or choose another"
     require(options.force or not exists, "--save_session", problem, remedy)
@@ -1750,10 +1834,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     problem = why_no_tokenizer(server.model)
     require(server.tokenizer, "tokenizer", problem, "pass --tokenizer")
-    console = Console(server, options, settings)
-    if options.prompt or not options.interactive:
+    console = (ChatConsole if options.chat else Console)(server, options, settings)
+    if options.prompt or not console.interactive:
         console.say(options.prompt)
-    if options.interactive:
+    if console.interactive:
         console.interact()
     if options.save_session:
         server.save_session(console.session, options.save_session)
