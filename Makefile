@@ -7,10 +7,20 @@ OLDEST := model branches kernels training artifacts export_model hf_integration 
 # pip need not compile what nobody imports: the first import writes the bytecode.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-slow test-gpu test-oldest container base-image chaos clean
+.PHONY: demo assistant test test-slow test-gpu test-oldest container base-image chaos clean
 
 demo: .venv/core data/text/train.bin  ## train a small model on the built-in corpus
 	$(BIN)/python testv2.py --preset demo
+
+assistant: .venv/dev data/text/train.bin tinymamba_model_latest.pt  ## teach the demo to answer
+	$(BIN)/python -m data.instructions --force
+	$(BIN)/python data/prepare.py --chat data/assistant/train.jsonl --val_input data/assistant/val.jsonl \
+	    --tokenizer data/text/tokenizer.json --output_dir data/assistant --force
+	$(BIN)/python peft.py --method full --train_data data/assistant/train.bin \
+	    --val_data data/assistant/val.bin --steps 300 --lr 2e-3 --output_dir assistant_model
+	$(BIN)/python -m benchmarks.assistant \
+	    --checkpoints tinymamba_model_latest.pt assistant_model/tinymamba_model_latest.pt
+	@echo "to chat: $(BIN)/python streaming.py --checkpoint assistant_model/tinymamba_model_latest.pt --chat"
 
 test: .venv/dev  ## style, types and tests
 	$(BIN)/ruff check .
@@ -38,6 +48,9 @@ chaos: .venv/dev  ## break runs on purpose a hundred times: half an hour
 
 clean:  ## remove the environments, caches, builds and prepared data
 	rm -rf .venv .venv-oldest data/text build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+
+tinymamba_model_latest.pt: | .venv/dev data/text/train.bin
+	$(BIN)/python testv2.py --preset demo
 
 data/text/train.bin: | .venv/core
 	$(BIN)/python data/prepare.py

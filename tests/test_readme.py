@@ -31,7 +31,9 @@ from helpers import (
     flags,
     run_main,
     run_script,
+    train_bpe,
     wide,
+    write_conversations,
     write_tokens,
 )
 from torch.distributed.run import get_args_parser
@@ -46,8 +48,11 @@ from tinymamba import __main__ as package
 from tinymamba import documents
 from tinymamba.cli import parse_flags
 from tinymamba.documents import Corpus, Reading
-from tinymamba.tokenizer import byte_tokenizer
+from tinymamba.tokenizer import EOS_TOKEN, byte_tokenizer
 
+CHATML = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}
+{{- '<|im_end|>' + '\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 README = ROOT / "README.md"
 DOCS = sorted(ROOT.glob("docs/*.md"))
 PAGES = {path: path.read_text(encoding="utf-8") for path in (README, *DOCS)}
@@ -113,7 +118,7 @@ class Workspace:
             main = importlib.import_module(row.module).main
             done = run_main(main, *argv, cwd=self.folder, input="Hello\n/reset\n")
         else:
-            done = run_script(script, *argv, cwd=self.folder)
+            done = run_script(script, *argv, cwd=self.folder, input="Hello\n")
         assert done.returncode in (None, 0), done.stderr
         assert row.says in done.stdout + done.stderr
         return done.stdout
@@ -151,8 +156,16 @@ def place(tmp_path_factory) -> Iterator[Workspace]:
         (folder / name).write_text(f"Text {i}. " + text)
     rows = [json.dumps({"text": f"Row {i}. {text}"}) for i in range(20)]
     (folder / "rows.jsonl").write_text("\n".join(rows))
+    said = [{"prompt": f"Say {i}.", "completion": f"It is {i}."} for i in range(40)]
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, said)))
+    pairs = [{"prompt": f"Say {i}.", "chosen": f"{i}.", "rejected": "No."} for i in range(40)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     for name in ("a", "b"):
         write_tokens(folder / f"{name}.bin", text)
+    (folder / "preferences").mkdir()
+    pair = [([5, 6, answer, 0], [0, 0, 1, 0]) for answer in (7, 8)]
+    for name in ("train", "val"):
+        write_conversations(folder / "preferences", name, pair * 4, {"kind": "preferences"})
     (folder / "random").mkdir()
     for name in ("train", "val"):
         write_tokens(folder / "random" / f"{name}.bin", [7 * i % 4096 for i in range(16385)])
@@ -167,6 +180,12 @@ def place(tmp_path_factory) -> Iterator[Workspace]:
     save_stand_in_for_gpt2(folder / "gpt2")
     save_folder(folder / "first_form", wide(n_layer=1, **FIRST_FORM))
     byte_tokenizer().save(str(folder / "first_form" / "tokenizer.json"))
+    tokenizer = train_bpe(EOS_TOKEN, "<|im_start|>", "<|im_end|>")
+    save_folder(folder / "chat_model", wide(n_layer=1, vocab_size=320))
+    tokenizer.save(str(folder / "chat_model" / "tokenizer.json"))
+    (folder / "chat_model" / "chat_template.jinja").write_text(CHATML)
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+    (folder / "held_out.jsonl").write_text(json.dumps({"messages": said}))
     workspace, sample = Workspace(folder), Corpus(None, Reading(), []).files
     with pytest.MonkeyPatch.context() as patch, workspace.closing:
         patch.setenv("WANDB_MODE", "offline")
@@ -232,10 +251,13 @@ RUNS = [  # the first pattern that a command begins with counts
     Run(r"python testv2.py --help", "testv2", says="--d_model"),
     Run(r"python testv2.py --resume", "testv2", flags(max_steps=3), "validation at step 3"),
     Run(r"python testv2.py", "testv2", TINY),
+    Run(r"python data/prepare.py --chat", "data.prepare", flags(vocab_size=300), "tokens count"),
     Run(r"python data/prepare.py", "data.prepare", flags(vocab_size=300), "bytes per token"),
+    Run(r"python -m data.instructions", "data.instructions", says="rows ("),
     Run(r"python streaming.py --help", "streaming", says="--prompt"),
     Run(r"python streaming.py", "streaming", flags(max_tokens=8)),
     Run(r"python peft.py .*--merge", "peft", says="merged.pt"),
+    Run(r"python peft.py .*--objective", "peft", [*BRIEF, "--block_size", "32"], "reward accuracy"),
     Run(r"python peft.py", "peft", BRIEF, "validation at step 2"),
     Run(r"python quantize.py .*--report", "quantize", CALIBRATION, "ssm state"),
     Run(r"python quantize.py .*--bits 4", "quantize", CALIBRATION, "of float32"),
@@ -249,6 +271,7 @@ RUNS = [  # the first pattern that a command begins with counts
     Run(r"python export_model.py", "export_model", flags(format="pytorch"), "MB"),
     Run(r"python hf_integration.py", "hf_integration", says="made of"),
     Run(r"python benchmark.py --help", "benchmark", says="--tasks"),
+    Run(r"python benchmark.py .*chat", "benchmark", flags(answer_tokens=4), "1 answers: "),
     Run(r"python benchmark.py .*perplexity", "benchmark", flags(sequence_lengths=16), "perplexity"),
     Run(
         r"python benchmark.py --preset",
@@ -298,6 +321,12 @@ RUNS = [  # the first pattern that a command begins with counts
         "benchmarks.finetune",
         flags(steps=2, methods="lora", tasks="style"),
         "style",
+    ),
+    Run(
+        r"python -m benchmarks.assistant",
+        "benchmarks.assistant",
+        flags(rows=1, max_tokens=4),
+        "name right",
     ),
     Run(
         r"python -m benchmarks.memory recall",
@@ -545,7 +574,7 @@ CHECKS = [
     (r"/usr/bin/time ", check_timed_training),
     (r"tinymamba ", check_tinymamba),
     (r"pip install ", check_pip),
-    (r"make (demo|test|chaos)$", check_make),
+    (r"make (demo|assistant|test|chaos)$", check_make),
     (r"ruff ", check_style),
     (r"python -m pytest|mypy$", check_pytest),
     (r"tensorboard ", check_tensorboard),
