@@ -1130,6 +1130,8 @@ def resumed_objective(saved: dict[str, Any], fields: dict[str, Any]) -> Objectiv
 def make_tuner(objective: Objective, *run: Any, **settings: Any) -> FineTuner:
     """The training run for an objective."""
     if objective.of_pairs:
+        problem, remedy = f"has no meaning with --objective {objective.objective}", "leave it out"
+        require(not run[0].teacher, "teacher", problem, remedy)
         return PreferenceTuner(objective, *run, **settings)
     return FineTuner(*run, **settings)
 

@@ -91,6 +91,7 @@ from tinymamba.data_order import ShardedBatches
 from tinymamba.dataset import StreamingTokenDataset
 from tinymamba.decode import PLAIN_MODULES, step, why_general
 from tinymamba.delta_rule import key_features, run_delta_rule
+from tinymamba.distillation import Lesson, lesson_loss, open_lessons
 from tinymamba.fused import add_scaled, rms_norm, rotate, silu_product, weighted_sum
 from tinymamba.kernels import (
     ChunkedLoss,
@@ -209,6 +210,9 @@ class Config:
     beta2: float = 0.95  # AdamW
     max_bad_steps: int = 10  # steps in a row without a finite gradient before the run ends
     skip_spikes: float = 0.0  # skip steps whose gradient norm is so many deviations high; 0 is off
+    teacher: str = ""  # model to learn from as well, or an X.teacher.bin: see docs/training.md
+    distill_alpha: float = 0.5  # share of the teacher in the loss
+    temperature: float = 2.0  # at which student and teacher are compared
     seed: int = 1337  # initial weights, data order, dropout, samples
 
     # Hardware
@@ -276,9 +280,9 @@ class Config:
         **dict.fromkeys(AT_LEAST_ONE.split(), (1, math.inf)),
         **dict.fromkeys(AT_LEAST_ZERO.split(), (0, math.inf)),
         **dict.fromkeys(("dropout", "beta1", "beta2"), (0, 0.9999)),
-        **dict.fromkeys(("min_lr_ratio", "min_decay", "state_noise"), (0, 1)),
-        "rotating": (0.001, 1), "gate_top_k": (1, 3), "eos_id": (-1, math.inf),
-        "seed": (0, 2**63 - 1),
+        **dict.fromkeys(("min_lr_ratio", "min_decay", "state_noise", "distill_alpha"), (0, 1)),
+        "rotating": (0.001, 1), "temperature": (0.01, math.inf), "gate_top_k": (1, 3),
+        "eos_id": (-1, math.inf), "seed": (0, 2**63 - 1),
     }  # fmt: skip
 
     def validate(self) -> Config:
@@ -946,16 +950,21 @@ class TinyMambaModel(nn.Module):
         attention_mask: Tensor | None = None,
         return_gates: bool = False,
         ends: Tensor | None = None,
+        teacher: Lesson | None = None,
     ) -> Any:
         """ids (b, l) of int64 -> logits (b, l, v); with targets (b, l), their mean loss in nats.
 
         attention_mask (b, l) is 0 at padding, which has no effect on the other tokens.
         `return_gates` adds the branch weights, (n_layer, b, l, 3). ends (b, l) of bool are tokens
         after which all begins anew, as between packed conversations; they replace document_mask.
+        With a `teacher` the loss is also that of its lesson.
         """
         marked = ends is not None
         hidden, _, gates = self.run(ids, None, attention_mask, ends=ends, marked=marked)
-        out = self.head(hidden) if targets is None else self.cross_entropy(hidden, targets)
+        if teacher is not None:
+            out = lesson_loss(self.head, to_autocast(hidden), targets, teacher, self.LOSS_CHUNK)
+        else:
+            out = self.head(hidden) if targets is None else self.cross_entropy(hidden, targets)
         return (out, gates) if return_gates else out
 
     def compile_blocks(self, on: bool = True) -> None:
@@ -1600,6 +1609,9 @@ class Trainer:
             eos = self.run_tokenizer.facts.get("eos_id", eos)
             c.eos_id = -1 if eos is None else eos
             c.validate()
+        self.teacher: Any = None
+        if c.teacher:
+            self.teacher = open_lessons(c, load_model, self.train_data, self.run_tokenizer)
         self.samples_per_step = c.batch_size * c.gradient_accumulation_steps * self.world
 
     @property
@@ -1721,7 +1733,10 @@ class Trainer:
 
     def micro_loss(self, batch: Any) -> Tensor:
         """The mean loss of a micro-batch."""
-        return self.call(self.forward, batch)
+        if self.teacher is None:
+            return self.call(self.forward, batch)
+        batch, lesson = self.teacher.split(batch)
+        return self.call(self.forward, batch, teacher=lesson)
 
     @staticmethod
     def call(model: Any, batch: Any, **settings: Any) -> Any:

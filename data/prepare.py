@@ -8,6 +8,7 @@
     python data/prepare.py --dataset roneneldan/TinyStories --val_split validation
     python data/prepare.py --input texts/ --tokenizer gpt2    # needs tiktoken, and once the network
     python data/prepare.py --chat chats.jsonl                 # conversations or preferences
+    python data/prepare.py --teacher tinymamba_model_best.pt  # adds train.teacher.bin to the data
 
 Documents. A text file is one document, and so is each row of .jsonl, .json and .parquet files. In a
 text file, <|endoftext|> (--document_separator) ends a document wherever it stands; it is not kept,
@@ -106,6 +107,11 @@ class Options:
     vocab_size: int = 4096  # number of tokens that bpe learns
     bpe_sample_bytes: int = 200_000_000  # bytes of text that bpe learns from
     eos_token: str | None = None  # end-of-text token, if the tokenizer.json names none
+    # Teacher, for distillation
+    teacher: str | None = None  # model that reads output_dir's train.bin: writes train.teacher.bin
+    top_k: int = 32  # likeliest next ids that are kept of each token
+    temperature: float = 2.0  # of their probabilities
+    block_size: int = 512  # tokens that it reads at once, as the training will
     # Output
     output_dir: str = "./data/text"  # folder for the files written
     dtype: str = "int32"  # of the tokens in the .bin files
@@ -122,9 +128,13 @@ class Options:
         "workers": (0, 60),
         "max_tokens": (1, math.inf),
         "bpe_sample_bytes": (1, math.inf),
+        "top_k": (1, math.inf),
+        "temperature": (0.01, math.inf),
+        "block_size": (1, math.inf),
     }
-    NOT_RESULT: ClassVar = ("strict", "output_dir", "force", "resume", "workers")
     OF_CHATS: ClassVar = ("chat_template", "train_on")
+    TEACHER: ClassVar = ("teacher", "top_k", "temperature", "block_size")
+    NOT_RESULT: ClassVar = ("strict", "output_dir", "force", "resume", "workers", *TEACHER)
 
     def deciding(self) -> dict[str, Any]:
         """Those that decide what is written: a run goes on with the same ones only."""
@@ -530,7 +540,12 @@ def main(argv: list[str] | None = None) -> int:
     usage = "python data/prepare.py [--FLAG VALUE ...]"
     options = parse_flags(Options, argv, usage, __doc__)
     with signals_as_exits():
-        prepare(options)
+        if options.teacher:
+            from data.teacher import prepare_lessons  # it needs PyTorch
+
+            prepare_lessons(options)
+        else:
+            prepare(options)
     return 0
 
 

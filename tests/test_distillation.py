@@ -1,13 +1,33 @@
 """tinymamba/distillation.py: losses against plain formulas, teachers, and stored lessons."""
 
+import itertools
 import json
+import signal
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import close, some_ids, wide, write_tokens
+from helpers import (
+    LATEST,
+    after_step,
+    assert_refused,
+    assert_refuses,
+    brief_config,
+    brief_flags,
+    close,
+    go_on,
+    run_main,
+    some_ids,
+    tiny_config,
+    wide,
+    write_conversations,
+    write_tokens,
+)
 
+from data import prepare
+from testv2 import TinyMambaModel, Trainer
+from tinymamba.checkpoint import load_checkpoint, save_model
 from tinymamba.cli import UserError
 from tinymamba.distillation import (
     Lesson,
@@ -159,3 +179,106 @@ def test_an_interrupted_pass_leaves_the_old_lessons_or_none(stored, monkeypatch)
     with pytest.raises(ZeroDivisionError):
         write_lessons(source, teacher, 16, 8, {})
     assert path.read_bytes() == before and not list(path.parent.glob("*.part"))
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+@pytest.fixture
+def teacher_path(place):
+    """A model with the vocabulary of the data, in a file of the folder that is worked in."""
+    torch.manual_seed(5)
+    save_model("teacher.pt", TinyMambaModel(tiny_config(d_model=32)))
+    (place / "data" / "text" / "train.json").write_text(json.dumps({"vocab_size": 257}))
+    return "teacher.pt"
+
+
+def losses_of(**settings):
+    """The loss of a step, and the gradients, with and without accumulation over two batches."""
+    found = []
+    for batch_size, parts in ((4, 1), (2, 2)):
+        sizes = {"batch_size": batch_size, "gradient_accumulation_steps": parts, "dropout": 0.0}
+        trainer = Trainer(brief_config(**{**sizes, "state_noise": 0.0, **settings}))
+        loss = trainer.accumulate([*itertools.islice(trainer.train_batches(1), parts)])
+        found.append((loss, [p.grad.clone() for p in trainer.model.parameters()]))
+        trainer.close()
+    return trainer, found
+
+
+def test_a_run_learns_from_the_tokens_and_from_its_teacher(teacher_path):
+    trainer, found = losses_of(teacher=teacher_path, distill_alpha=0.25, temperature=3.0)
+    (loss, gradients), (parts, of_parts) = found
+    close(loss, parts, 1e-5)
+    for one, two in zip(gradients, of_parts, strict=True):
+        close(one, two, 1e-3)
+    plain = losses_of()[1][0][0]
+    alone = losses_of(teacher=teacher_path, distill_alpha=1.0, temperature=3.0)[1][0][0]
+    close(loss, 0.75 * plain + 0.25 * alone, 1e-5)
+    assert losses_of(teacher=teacher_path, distill_alpha=0.0)[1][0][0] == pytest.approx(plain)
+
+
+def test_stored_lessons_of_all_ids_train_as_the_teacher_does(teacher_path):
+    size = brief_config().block_size
+    flags = ("--teacher", teacher_path, "--top_k", 257, "--temperature", 2, "--block_size", size)
+    done = run_main(prepare.main, *flags, "--output_dir", "data/text")
+    assert done.returncode == 0, done.stderr
+    paths = teacher_path, "data/text/train.teacher.bin"
+    live, stored = (losses_of(teacher=path)[1][0] for path in paths)
+    close(stored[0], live[0], 1e-3)
+    for one, two in zip(stored[1], live[1], strict=True):
+        close(one, two, 2e-2)
+
+
+def test_a_run_with_a_teacher_resumes_bitwise_and_its_checkpoint_holds_no_teacher(teacher_path):
+    settings = {"teacher": teacher_path, "max_steps": 4}
+    assert Trainer(brief_config(**settings, checkpoint_path="straight.pt")).run() == 0
+    trainer = Trainer(brief_config(**settings))
+    after_step(trainer, 2, lambda: signal.raise_signal(signal.SIGINT))
+    assert trainer.run() == 130
+    go_on()
+    want, got = (load_checkpoint(path)["model"] for path in ("straight.pt", LATEST))
+    assert got.keys() == want.keys() == TinyMambaModel(brief_config()).state_dict().keys()
+    assert all(torch.equal(got[name], weight) for name, weight in want.items())
+
+
+def refuse(teacher, *naming, **settings):
+    assert_refuses(*brief_flags(teacher=teacher, **settings), naming=naming)
+
+
+def test_what_cannot_teach_is_one_line(teacher_path, tmp_path):
+    refuse("nowhere.pt", "nowhere.pt: no such checkpoint")
+    save_model("small.pt", TinyMambaModel(tiny_config(vocab_size=100)))
+    refuse("small.pt", "small.pt: the teacher knows 100 ids, the student 257")
+    tiny_llama().save_pretrained("llama")
+    (tmp_path / "llama" / "model.safetensors").unlink()
+    refuse("llama", "llama: transformers cannot load it")
+    refuse("none.teacher.bin", "none.teacher.bin: no such file; make it with")
+    facts = {"vocab_size": 257, "tokenizer": "1" * 64}
+    (tmp_path / "data" / "text" / "train.json").write_text(json.dumps(facts))
+    other = TinyMambaModel(tiny_config())
+    other.tokenizer = {"sha256": "0" * 64}
+    save_model("other.pt", other)
+    refuse("other.pt", "has another tokenizer (111111111111) than other.pt (000000000000)")
+
+
+def test_lessons_are_stored_once_and_of_plain_text_only(teacher_path, tmp_path):
+    words = ("--teacher", teacher_path, "--output_dir", "data/text", "--block_size", 16)
+    assert run_main(prepare.main, *words).returncode == 0
+    folder = tmp_path / "data" / "text"
+    stored = (folder / "train.teacher.bin").read_bytes()
+    assert len(stored) == (folder / "train.bin").stat().st_size // 4 // 16 * 16 * 32 * 6
+    assert_refused(run_main(prepare.main, *words), "train.teacher.bin: exists; pass --force")
+    assert_refused(run_main(prepare.main, *words, "--force", "--top_k", 258), "--top_k: 258 of 257")
+    assert_refused(run_main(prepare.main, *words, "--input", "x"), "--teacher: reads the train.bin")
+    refuse(str(folder / "train.teacher.bin"), "pass --temperature 2", block_size=16, temperature=1)
+    write_conversations(folder, "train", [([*range(9)], [True] * 9)] * 40, {"vocab_size": 257})
+    assert_refused(run_main(prepare.main, *words, "--force"), "holds conversations; train with")
+    assert (folder / "train.teacher.bin").read_bytes() == stored
+
+
+def test_conversations_have_a_teacher_that_reads_each_alone(teacher_path, tmp_path):
+    talks = [([i % 250, *range(7)], [False] * 3 + [True] * 5) for i in range(60)]
+    for side in ("train", "val"):
+        write_conversations(tmp_path / "data" / "text", side, talks, {"vocab_size": 257})
+    _, found = losses_of(teacher=teacher_path, block_size=20)
+    close(found[0][0], found[1][0], 1e-5)

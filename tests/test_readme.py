@@ -252,6 +252,7 @@ RUNS = [  # the first pattern that a command begins with counts
     Run(r"python testv2.py --resume", "testv2", flags(max_steps=3), "validation at step 3"),
     Run(r"python testv2.py", "testv2", TINY),
     Run(r"python data/prepare.py --chat", "data.prepare", flags(vocab_size=300), "tokens count"),
+    Run(r"python data/prepare.py --teacher", "data.prepare", says="ids for each"),
     Run(r"python data/prepare.py", "data.prepare", flags(vocab_size=300), "bytes per token"),
     Run(r"python -m data.instructions", "data.instructions", says="rows ("),
     Run(r"python streaming.py --help", "streaming", says="--prompt"),

@@ -34,11 +34,11 @@ OF_EXTRAS = {  # not in `import *`: they need more packages
 MODULES = {*NAMES, *OF_EXTRAS}
 MODULES |= {"archives", "attention", "benchmark", "chat_eval", "chat_session"}
 MODULES |= {"chat_template", "conversations", "data", "data_order", "decode", "delta_rule"}
-MODULES |= {"documents", "export_model", "four_bit", "fused", "inputs", "kernels", "live"}
-MODULES |= {"lock", "middleware", "namesake", "onnx_engine", "openai_api", "openai_responses"}
-MODULES |= {"optimizer", "packing", "preferences", "prefix_cache", "profiling", "progress"}
-MODULES |= {"quick_help", "runtime", "schedule", "serve", "structured", "token_file"}
-MODULES |= {"token_shards", "tool_calls", "vocabulary"}
+MODULES |= {"distillation", "documents", "export_model", "four_bit", "fused", "inputs"}
+MODULES |= {"kernels", "live", "lock", "middleware", "namesake", "onnx_engine", "openai_api"}
+MODULES |= {"openai_responses", "optimizer", "packing", "preferences", "prefix_cache"}
+MODULES |= {"profiling", "progress", "quick_help", "runtime", "schedule", "serve"}
+MODULES |= {"structured", "token_file", "token_shards", "tool_calls", "vocabulary"}
 HOMES = {name: module for module, names in {**NAMES, **OF_EXTRAS}.items() for name in names.split()}
 
 __all__ = ["__version__", *(name for names in NAMES.values() for name in names.split())]

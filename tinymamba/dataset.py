@@ -30,6 +30,7 @@ class StreamingTokenDataset(torch.utils.data.Dataset):
     """
 
     masked = False  # every target counts in the loss
+    lessons: Any = None  # StoredLessons of a teacher: a sample has its ids and logprobs as well
 
     def __init__(
         self,
@@ -110,7 +111,8 @@ class StreamingTokenDataset(torch.utils.data.Dataset):
         if self.vocab_size is not None:  # again, in case the file has changed since
             self.files[source].check(self.vocab_size, begin, end)
         ids = torch.from_numpy(self.files[source].read(begin, end).astype(np.int64))
-        return ids[:-1], ids[1:]
+        lesson = () if self.lessons is None else self.lessons.read(begin, end - 1)
+        return ids[:-1], ids[1:], *lesson
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         """One epoch, in order."""

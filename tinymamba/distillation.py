@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,9 +91,16 @@ class Teacher:
 
     def __init__(self, model: nn.Module, vocab_size: int, alpha: float, temperature: float):
         """A TinyMamba model, or any causal model of `transformers`; the student's `vocab_size`."""
-        self.model, self.vocab_size = model.eval().requires_grad_(False), vocab_size
+        self.model: Any = model.eval().requires_grad_(False)
+        self.vocab_size = vocab_size
         self.alpha, self.temperature = alpha, temperature
         self.is_ours = hasattr(model, "find_ends")
+
+    def split(self, batch: Any) -> tuple[Any, Lesson]:
+        """A batch of the trainer, and the lesson on it."""
+        ids, _, *ends = batch
+        self.model.to(ids.device)
+        return batch, self.lesson(ids, ends[0] if ends else None)
 
     @torch.no_grad()
     def lesson(self, ids: Tensor, ends: Tensor | None = None) -> Lesson:
@@ -171,12 +178,17 @@ def record_type(top_k: int) -> np.dtype:
 
 
 def write_lessons(
-    source: TokenFile, teacher: Teacher, block_size: int, top_k: int, about: dict
+    source: TokenFile,
+    teacher: Teacher,
+    block_size: int,
+    top_k: int,
+    about: dict,
+    show: Callable[[range], Iterable[int]] = iter,
 ) -> Path:
     """Write the lessons on each block of a file; nothing is left of it if that is interrupted.
 
     Every block is read alone, as a training with that `block_size` does. `about` goes into the
-    .json.
+    .json; `show` may draw a progress bar.
     """
     path = Path(source.path).with_suffix(SUFFIX)
     part, device = path.with_name(path.name + ".part"), next(teacher.model.parameters()).device
@@ -186,7 +198,7 @@ def write_lessons(
     batch = max(1, 4096 // block_size)
     try:
         with open(part, "wb") as file:
-            for first in range(0, blocks, batch):
+            for first in show(range(0, blocks, batch)):
                 last = min(blocks, first + batch)
                 ids = source.read(first * block_size, last * block_size).astype(np.int64)
                 rows = torch.from_numpy(ids).view(-1, block_size).to(device)
@@ -215,6 +227,7 @@ class StoredLessons:
         require(Path(path).is_file(), self.path, "no such file", remedy)
         facts = read_facts_of(Path(path).with_suffix(".json"), remedy)
         self.temperature, self.records = facts["temperature"], None  # type: float, Any
+        self.alpha = 0.0
         self.dtype = record_type(facts["top_k"])
         size = facts["tokens"] * self.dtype.itemsize
         require(os.path.getsize(path) == size, self.path, f"should have {size} bytes", remedy)
@@ -223,6 +236,11 @@ class StoredLessons:
         problem = f"was made in blocks of {facts['block_size']} tokens"
         same, remedy = facts["block_size"] == block_size, f"pass --block_size {facts['block_size']}"
         require(same, self.path, problem, remedy)
+
+    def split(self, batch: Any) -> tuple[Any, Lesson]:
+        """A batch of the trainer, and the lesson on it."""
+        *batch, ids, logprobs = batch
+        return batch, Lesson(logprobs, ids, self.alpha, self.temperature)
 
     def read(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """The likeliest ids (end - begin, k) after tokens begin .. end-1, and their logprobs."""
@@ -248,16 +266,20 @@ def read_facts_of(path: Path, remedy: str) -> dict:
     return facts
 
 
-class WithLessons(torch.utils.data.Dataset):
-    """A dataset of blocks whose samples have the stored lesson as well: ids and logprobs."""
+def open_lessons(config: Any, load: Callable[[str], Any], data: Any, tokenizer: Any) -> Any:
+    """What gives a run its lessons: a Teacher, or StoredLessons, which `data` then reads.
 
-    def __init__(self, data: Any, lessons: StoredLessons):
-        self.data, self.lessons = data, lessons
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, ...]:
-        _, block = self.data.locate(i)
-        begin, end = (n * self.data.block_size for n in (block, block + 1))
-        return *self.data[i], *self.lessons.read(begin, end)
+    `config` is a Config, `load` opens a TinyMamba model, `tokenizer` is the RunTokenizer of data.
+    """
+    path, alpha, temperature = config.teacher, config.distill_alpha, config.temperature
+    if not path.endswith(SUFFIX):
+        model = open_teacher(path, load, tokenizer, config.vocab_size)
+        return Teacher(model, config.vocab_size, alpha, temperature)
+    alone = len(data.files) == 1 and not data.masked and isinstance(data.files[0], TokenFile)
+    problem, remedy = "is of one .bin file of plain text", "pass the teacher itself as --teacher"
+    require(alone, path, problem, remedy)
+    lessons = StoredLessons(path, data.files[0], data.block_size)
+    stored, remedy = lessons.temperature, f"pass --temperature {lessons.temperature:g}"
+    require(stored == temperature, path, f"was made at temperature {stored:g}", remedy)
+    lessons.alpha, data.lessons = alpha, lessons
+    return lessons
