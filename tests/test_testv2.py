@@ -78,7 +78,7 @@ NUMBERS = [name for name, kind in TYPES.items() if kind in (int, float)]
 LEGAL = {  # another legal value beside the other defaults, where default + 1 is not one
     "d_model": 384, "d_state": 18, "num_heads": 4, "ssm_head_dim": 32, "gate_top_k": 3, "eos_id": 7,
     "dropout": 0.25, "beta1": 0.5, "beta2": 0.5, "min_lr_ratio": 0.5, "min_decay": 0.5,
-    "state_noise": 0.5, "activation": "gelu",
+    "state_noise": 0.5, "distill_alpha": 0.25, "activation": "gelu",
     "scan": "sequential", "gate": "sparsemax", "amp_dtype": torch.float16, "device": "cpu",
     "data_dtype": "uint16", "train_data_path": ["a.bin", "b.bin"], "val_data_path": "v.bin",
     "train_data_weights": [0.7, 0.3], "optimizer": "adamw", "parallel": "fsdp",
@@ -174,7 +174,7 @@ ILLEGAL = {
     "--num_heads 1 --d_model 33": "even", "--d_state 7": "even", "--optimizer sgd": "muon, adamw",
     "--gate_top_k 4": "1 to 3", "--dropout 1.0": "0 to 0.99",
     "--beta1 1": "0 to 0.99", "--beta2 1": "0 to 0.99", "--min_lr_ratio 1.5": "0 to 1",
-    "--min_decay 2": "0 to 1", "--state_noise -1": "0 to 1",
+    "--min_decay 2": "0 to 1", "--state_noise -1": "0 to 1", "--distill_alpha 2": "0 to 1",
     "--eos_id 50304": "-1 to 50303", "--ssm_head_dim 100": "48, 64, 96", "--low_rank 768": "767",
     "--max_bad_steps 0": "1", "--d_model": "argument", "--preset huge": "demo, small, base",
     "--train_data_weights 1 x": "float", "--vocab_size 1_0_x": "int",
