@@ -102,6 +102,7 @@ from tinymamba.kernels import (
     count_codes,
     depthwise,
     fill_model,
+    in_chunks,
     is_in_graph,
     is_writing_graph,
     lazy_state,
@@ -1093,10 +1094,8 @@ class TinyMambaModel(nn.Module):
         def sum_losses(h: Tensor, t: Tensor) -> Tensor:
             return F.cross_entropy(upcast(self.head(h)), t, reduction="sum")
 
-        total = torch.zeros((), device=hidden.device)
-        for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            total = total + recompute_in_backward(sum_losses, h, t, use_reentrant=False)
-        return total / count
+        parts = in_chunks(sum_losses, chunk, hidden, targets)
+        return sum(parts, torch.zeros((), device=hidden.device)) / count
 
     def init_state(self, batch: int, device: torch.device | None = None) -> ModelState:
         """The state before any token, for `batch` rows, by default on the embedding's device."""
@@ -1611,7 +1610,8 @@ class Trainer:
             c.validate()
         self.teacher: Any = None
         if c.teacher:
-            self.teacher = open_lessons(c, load_model, self.train_data, self.run_tokenizer)
+            source = self.train_data, self.run_tokenizer
+            self.teacher = open_lessons(c, load_model, *source, self.device)
         self.samples_per_step = c.batch_size * c.gradient_accumulation_steps * self.world
 
     @property

@@ -283,6 +283,36 @@ def heed_signals() -> None:
 PORTS = itertools.cycle(range(100 * os.getpid() % 20_000 + 10_000, 30_000))
 
 
+def killed_before(run, after: int, places: list[tuple[object, str]]) -> bool:
+    """Run in a child that kills itself with -9 before one of its calls of the places, which are
+    (object, name); False if it ended first. The calls are then counted in the file "writes"."""
+    pid = os.fork()
+    if pid == 0:
+        done = []
+
+        def killing(call):
+            def act(*args, **kwargs):
+                if len(done) == after:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                done.append(call)
+                return call(*args, **kwargs)
+
+            return act
+
+        for owner, name in places:
+            setattr(owner, name, killing(getattr(owner, name)))
+        try:
+            run()
+            Path("writes").write_text(str(len(done)))
+        except BaseException as error:
+            os.write(2, f"child: {error!r}\n".encode())
+            os._exit(1)
+        os._exit(0)
+    status = os.waitpid(pid, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
 def free_port() -> int:
     """A port that stays free until a slow process binds it: seconds pass while it imports torch."""
     while True:

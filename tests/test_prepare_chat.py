@@ -5,14 +5,13 @@ import io
 import json
 import os
 import re
-import signal
 import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import POSIX, assert_refused, examples, run_main, run_script, train_bpe
+from helpers import POSIX, assert_refused, examples, killed_before, run_main, run_script, train_bpe
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -576,34 +575,16 @@ def options(name="a.jsonl", **changes):
     return prepare.Options(**{**values, "workers": 1, **changes})
 
 
+WRITES = [
+    (prepare, "sync"), (unfinished, "sync"), (chat, "sync"), (os, "replace"), (Path, "unlink"),
+    (ConversationEncoder, "encoded"),
+]  # fmt: skip
+
+
 def run_and_kill(chosen, after):
-    """Run in a child that kills itself with -9 before one of its writes; the writes, if none."""
-    pid = os.fork()
-    if pid == 0:
-        done = []
-
-        def killing(call):
-            def act(*args, **kwargs):
-                if len(done) == after:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                done.append(call)
-                return call(*args, **kwargs)
-
-            return act
-
-        prepare.sync = unfinished.sync = chat.sync = killing(unfinished.sync)
-        os.replace, Path.unlink = map(killing, (os.replace, Path.unlink))
-        ConversationEncoder.encoded = killing(ConversationEncoder.encoded)
-        try:
-            prepare.prepare(chosen)
-            Path("writes").write_text(str(len(done)))
-        except BaseException as error:
-            os.write(2, f"child: {error!r}\n".encode())
-            os._exit(1)
-        os._exit(0)
-    status = os.waitpid(pid, 0)[1]
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return None if os.WIFSIGNALED(status) else int(Path("writes").read_text())
+    """Run until one of its writes, with `killed_before`; the writes, if it ended first."""
+    killed = killed_before(lambda: prepare.prepare(chosen), after, WRITES)
+    return None if killed else int(Path("writes").read_text())
 
 
 @POSIX

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import POSIX, assert_refused, run_main
+from helpers import POSIX, assert_refused, killed_before, run_main
 
 from data import encoding, prepare, unfinished
 from tinymamba.cli import UserError
@@ -46,37 +46,15 @@ def options(**changes):
     return prepare.Options(**{**values, **changes})
 
 
+WRITES = [
+    (prepare, "sync"), (unfinished, "sync"), (os, "replace"), (Path, "unlink"), (os, "rmdir"),
+    (encoding.Encoder, "encoded"),
+]  # fmt: skip
+
+
 def run_and_kill(chosen, after):
-    """Run in a child that kills itself with -9 before one of its writes; False if it ended first.
-
-    The writes are counted in the file "writes".
-    """
-    pid = os.fork()
-    if pid == 0:
-        done = []
-
-        def killing(call):
-            def act(*args, **kwargs):
-                if len(done) == after:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                done.append(call)
-                return call(*args, **kwargs)
-
-            return act
-
-        prepare.sync = unfinished.sync = killing(unfinished.sync)
-        os.replace, Path.unlink, os.rmdir = map(killing, (os.replace, Path.unlink, os.rmdir))
-        encoding.Encoder.encoded = killing(encoding.Encoder.encoded)
-        try:
-            prepare.prepare(chosen)
-            Path("writes").write_text(str(len(done)))
-        except BaseException as error:
-            os.write(2, f"child: {error!r}\n".encode())
-            os._exit(1)
-        os._exit(0)
-    status = os.waitpid(pid, 0)[1]
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status)
+    """Run until one of its writes, with `killed_before`."""
+    return killed_before(lambda: prepare.prepare(chosen), after, WRITES)
 
 
 @pytest.fixture

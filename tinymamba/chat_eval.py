@@ -20,8 +20,7 @@ from torch import Tensor
 
 from tinymamba.chat_session import ROLES, encode_messages
 from tinymamba.cli import UserError, require
-
-IGNORED = -100  # target of a token that does not count
+from tinymamba.conversations import IGNORED
 
 
 class Question(NamedTuple):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -209,19 +209,14 @@ class ConversationDataset(StreamingTokenDataset):
     def __getitem__(self, i: int) -> tuple[Tensor, ...]:
         source, row = self.locate(i)
         file, at = self.files[source], 0
-        inputs = torch.zeros(self.block_size, dtype=torch.int64)
-        targets, ends = torch.full_like(inputs, IGNORED), torch.ones_like(inputs, dtype=torch.bool)
+        parts = empty_rows(self.block_size)
         for number in file.row(row):
             ids, counts = file.read(number, self.block_size)
             if self.vocab_size is not None:  # again, in case the file has changed since
                 begin, end = file.offsets[number : number + 2].tolist()
                 file.check(self.vocab_size, begin, end)
-            last = at + len(ids) - 1
-            inputs[at : last + 1] = torch.from_numpy(ids)
-            targets[at:last] = torch.from_numpy(np.where(counts, ids, IGNORED)[1:])
-            ends[at:last] = False
-            at = last + 1
-        return (inputs, targets, ends) if self.packed else (inputs, targets)
+            at = put(parts, at, ids, counts)
+        return tuple(parts if self.packed else parts[:2])
 
     def describe(self) -> Iterator[str]:
         """What to say of the data before they are used."""
@@ -238,6 +233,22 @@ class ConversationDataset(StreamingTokenDataset):
         """The ids of the first conversation up to its first answer."""
         ids, counts = self.files[0].read(int(self.files[0].numbers[0]))
         return ids[: max(1, int(counts.argmax()))].tolist()
+
+
+def empty_rows(*shape: int) -> list[Tensor]:
+    """Inputs, targets and ends that are all padding."""
+    inputs = torch.zeros(shape, dtype=torch.int64)
+    return [inputs, torch.full_like(inputs, IGNORED), torch.ones_like(inputs, dtype=torch.bool)]
+
+
+def put(parts: Sequence[Tensor], at: int, ids: np.ndarray, counts: np.ndarray) -> int:
+    """Put a conversation into inputs, targets and ends (l,), from `at` on; the place after it."""
+    inputs, targets, ends = parts
+    last = at + len(ids) - 1
+    inputs[at : last + 1] = torch.from_numpy(ids)
+    targets[at:last] = torch.from_numpy(np.where(counts, ids, IGNORED)[1:])
+    ends[at:last] = False
+    return last + 1
 
 
 def start_answer(tokenizer: Any, message: str, data: Any) -> tuple[list[int], list[int]]:

@@ -23,10 +23,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from tinymamba.checkpoint import write_json
 from tinymamba.cli import UserError, need, require
+from tinymamba.conversations import IGNORED
+from tinymamba.kernels import in_chunks, promoted
 from tinymamba.token_file import TokenFile
 from tinymamba.tokenizer import find_tokenizer, require_data_of
 
@@ -50,22 +51,20 @@ def lesson_loss(
 
     The logits of `chunk` tokens are in memory at a time; the backward pass computes them again.
     """
-    count = (targets != -100).sum().clamp(min=1)
+    count = (targets != IGNORED).sum().clamp(min=1)
     parts = [hidden.flatten(0, 1), targets.flatten(), lesson.logprobs.flatten(0, 1)]
     if lesson.ids is not None:
         parts.append(lesson.ids.flatten(0, 1))
 
     def chunk_loss(h: Tensor, t: Tensor, logprobs: Tensor, ids: Tensor | None = None) -> Tensor:
         logits = head(h)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (n, v)
+        logits = logits.to(promoted(logits))  # (n, v)
         hard = F.cross_entropy(logits, t, reduction="sum")
-        soft = (divergence(logits, logprobs, ids, lesson.temperature) * (t != -100)).sum()
+        soft = (divergence(logits, logprobs, ids, lesson.temperature) * (t != IGNORED)).sum()
         return (1 - lesson.alpha) * hard + lesson.alpha * lesson.temperature**2 * soft
 
-    total = torch.zeros((), device=hidden.device)
-    for pieces in zip(*(part.split(chunk) for part in parts), strict=True):
-        total = total + checkpoint(chunk_loss, *pieces, use_reentrant=False)
-    return total / count
+    losses = in_chunks(chunk_loss, chunk, *parts)
+    return sum(losses, torch.zeros((), device=hidden.device)) / count
 
 
 def divergence(logits: Tensor, logprobs: Tensor, ids: Tensor | None, temperature: float) -> Tensor:
@@ -99,7 +98,6 @@ class Teacher:
     def split(self, batch: Any) -> tuple[Any, Lesson]:
         """A batch of the trainer, and the lesson on it."""
         ids, _, *ends = batch
-        self.model.to(ids.device)
         return batch, self.lesson(ids, ends[0] if ends else None)
 
     @torch.no_grad()
@@ -221,13 +219,13 @@ def write_lessons(
 class StoredLessons:
     """The lessons of an X.teacher.bin, memory-mapped."""
 
-    def __init__(self, path: str | Path, source: TokenFile, block_size: int):
+    def __init__(self, path: str | Path, source: TokenFile, block_size: int, alpha: float = 0.0):
         """`source`: the X.bin that is trained on, in blocks of `block_size`."""
         self.path, remedy = str(path), "make it with python data/prepare.py --teacher FOLDER"
         require(Path(path).is_file(), self.path, "no such file", remedy)
         facts = read_facts_of(Path(path).with_suffix(".json"), remedy)
         self.temperature, self.records = facts["temperature"], None  # type: float, Any
-        self.alpha = 0.0
+        self.alpha = alpha
         self.dtype = record_type(facts["top_k"])
         size = facts["tokens"] * self.dtype.itemsize
         require(os.path.getsize(path) == size, self.path, f"should have {size} bytes", remedy)
@@ -266,7 +264,9 @@ def read_facts_of(path: Path, remedy: str) -> dict:
     return facts
 
 
-def open_lessons(config: Any, load: Callable[[str], Any], data: Any, tokenizer: Any) -> Any:
+def open_lessons(
+    config: Any, load: Callable[[str], Any], data: Any, tokenizer: Any, device: torch.device
+) -> Any:
     """What gives a run its lessons: a Teacher, or StoredLessons, which `data` then reads.
 
     `config` is a Config, `load` opens a TinyMamba model, `tokenizer` is the RunTokenizer of data.
@@ -274,12 +274,12 @@ def open_lessons(config: Any, load: Callable[[str], Any], data: Any, tokenizer: 
     path, alpha, temperature = config.teacher, config.distill_alpha, config.temperature
     if not path.endswith(SUFFIX):
         model = open_teacher(path, load, tokenizer, config.vocab_size)
-        return Teacher(model, config.vocab_size, alpha, temperature)
+        return Teacher(model.to(device), config.vocab_size, alpha, temperature)
     alone = len(data.files) == 1 and not data.masked and isinstance(data.files[0], TokenFile)
     problem, remedy = "is of one .bin file of plain text", "pass the teacher itself as --teacher"
     require(alone, path, problem, remedy)
-    lessons = StoredLessons(path, data.files[0], data.block_size)
+    lessons = StoredLessons(path, data.files[0], data.block_size, alpha)
     stored, remedy = lessons.temperature, f"pass --temperature {lessons.temperature:g}"
     require(stored == temperature, path, f"was made at temperature {stored:g}", remedy)
-    lessons.alpha, data.lessons = alpha, lessons
+    data.lessons = lessons
     return lessons

@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from tinymamba.cli import UserError, require
 from tinymamba.four_bit import FEW_ROWS as FEW_TILED_ROWS
@@ -550,6 +551,12 @@ class ChunkedLoss(torch.autograd.Function):
         dhidden = (dhidden * dtotal).to(dhidden.dtype)
         dweight = None if dweight is None else (dweight * dtotal).to(ctx.dtype)
         return dhidden, dweight, None, None, None
+
+
+def in_chunks(f: Callable[..., Tensor], size: int, *parts: Tensor) -> Iterator[Tensor]:
+    """f of `size` rows of all parts (tokens, ...) at a time, computed again in a backward pass."""
+    for pieces in zip(*(part.split(size) for part in parts), strict=True):
+        yield recompute_in_backward(f, *pieces, use_reentrant=False)
 
 
 def loss_and_gradients(

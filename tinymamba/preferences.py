@@ -17,18 +17,25 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from tinymamba.cli import check_fields, require
-from tinymamba.conversations import IGNORED, PREFERENCES, REMEDY, ConversationFile, find_kind
+from tinymamba.conversations import (
+    IGNORED,
+    PREFERENCES,
+    REMEDY,
+    ConversationFile,
+    empty_rows,
+    find_kind,
+    put,
+)
 from tinymamba.dataset import StreamingTokenDataset
-from tinymamba.kernels import promoted
+from tinymamba.kernels import in_chunks, promoted
 from tinymamba.token_shards import files_of
 
 # ------------------------------------------------------------------------------------- losses
@@ -95,9 +102,7 @@ def score_rows(hidden: Tensor, targets: Tensor, head: Callable, chunk: int) -> T
         return -F.cross_entropy(logits.to(promoted(logits)), t, reduction="none")
 
     counted = targets != IGNORED
-    chunks = zip(hidden[counted].split(chunk), targets[counted].split(chunk), strict=True)
-    parts = [recompute_in_backward(score_tokens, *pair, use_reentrant=False) for pair in chunks]
-    scores: Any = torch.cat(parts)
+    scores = torch.cat([*in_chunks(score_tokens, chunk, hidden[counted], targets[counted])])
     table = scores.new_zeros(targets.shape).masked_scatter(counted, scores)  # (r, l)
     return table.sum(-1)
 
@@ -185,14 +190,10 @@ class PairDataset(StreamingTokenDataset):
         pair = number - self.first[source]
         both, _ = self.files[source].read_pair(pair)
         excess = max(0, *(len(ids) - self.block_size for ids, _ in both))
-        inputs = torch.zeros(2, self.block_size, dtype=torch.int64)
-        targets, ends = torch.full_like(inputs, IGNORED), torch.ones_like(inputs, dtype=torch.bool)
+        pair_rows = empty_rows(2, self.block_size)
         for row, (ids, counts) in enumerate(both):
-            last = len(ids) - excess - 1
-            inputs[row, : last + 1] = torch.from_numpy(ids[excess:])
-            due = np.where(counts, ids, IGNORED)[excess + 1 :]
-            targets[row, :last], ends[row, :last] = torch.from_numpy(due), False
-        return inputs, targets, ends, torch.tensor(number)
+            put([part[row] for part in pair_rows], 0, ids[excess:], counts[excess:])
+        return *pair_rows, torch.tensor(number)
 
     def describe(self) -> Iterator[str]:
         """What to say of the data before they are used."""
