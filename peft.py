@@ -85,6 +85,7 @@ from tinymamba.cli import (
 )
 from tinymamba.conversations import open_training_data
 from tinymamba.data_order import ShardedBatches
+from tinymamba.distributed import all_reduce
 from tinymamba.kernels import QuantizedLinear, quantize_like
 from tinymamba.namesake import share_name
 from tinymamba.preferences import (
@@ -96,7 +97,7 @@ from tinymamba.preferences import (
     score_rows,
 )
 from tinymamba.progress import report_validation
-from tinymamba.runtime import all_reduce, gate_statistics, make_loader, take_batches
+from tinymamba.runtime import gate_statistics, make_loader, take_batches
 from tinymamba.tokenizer import open_tokenizer
 from tinymamba.vocabulary import count_before, data_vocabulary, inherited_weights
 

@@ -92,6 +92,13 @@ from tinymamba.dataset import StreamingTokenDataset
 from tinymamba.decode import PLAIN_MODULES, step, why_general
 from tinymamba.delta_rule import key_features, run_delta_rule
 from tinymamba.distillation import Lesson, lesson_loss, open_lessons
+from tinymamba.distributed import (
+    all_reduce,
+    full_tensor,
+    join_process_group,
+    shard_like,
+    shard_model,
+)
 from tinymamba.fused import add_scaled, rms_norm, rotate, silu_product, weighted_sum
 from tinymamba.kernels import (
     ChunkedLoss,
@@ -122,19 +129,14 @@ from tinymamba.progress import check_gradient, describe_start, report_step, repo
 from tinymamba.runtime import (
     Logger,
     Signals,
-    all_reduce,
     from_launcher,
-    full_tensor,
     gate_statistics,
-    join_process_group,
     make_loader,
     open_log_folder,
     pick_amp_dtype,
     pick_device,
     return_memory,
     reuse_memory,
-    shard_like,
-    shard_model,
     take_batches,
     why_no_compile,
 )

@@ -34,7 +34,15 @@ OF_EXTRAS = {  # not in `import *`: they need more packages
 MODULES = {*NAMES, *OF_EXTRAS}
 MODULES |= {"archives", "attention", "benchmark", "chat_eval", "chat_session"}
 MODULES |= {"chat_template", "conversations", "data", "data_order", "decode", "delta_rule"}
-MODULES |= {"distillation", "documents", "export_model", "four_bit", "fused", "inputs"}
+MODULES |= {
+    "distillation",
+    "distributed",
+    "documents",
+    "export_model",
+    "four_bit",
+    "fused",
+    "inputs",
+}
 MODULES |= {"kernels", "live", "lock", "middleware", "namesake", "onnx_engine", "openai_api"}
 MODULES |= {"openai_responses", "optimizer", "packing", "preferences", "prefix_cache"}
 MODULES |= {"profiling", "progress", "quick_help", "runtime", "schedule", "serve"}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinymamba.runtime import full_tensor, shard_like
+from tinymamba.distributed import full_tensor, shard_like
 
 SPIKE_RATE = 0.01  # weight of one step in the running mean of the gradient norm
 SPIKE_WARMUP = 20  # steps that the mean must have seen
