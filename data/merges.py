@@ -7,7 +7,6 @@ it in memory. Sennrich et al. 2016, "Neural Machine Translation of Rare Words wi
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
 from itertools import compress
 from typing import NamedTuple
 
@@ -51,30 +50,73 @@ def learn(
     vocab = {token: i for i, token in enumerate(tokens)}
     merges: dict[int, tuple[str, str]] = {}
     row = Row(words, np.array([vocab[character] for character in alphabet], np.int32))
-    counts = row.count_pairs()
-    heap = [entry(pair, count) for pair, count in counts.items()]
-    heapq.heapify(heap)
-    while heap and len(vocab) < vocab_size:
-        top = heapq.heappop(heap)
-        pair, count = top & PAIR_MASK, counts[top & PAIR_MASK]
-        if entry(pair, count) != top:
-            if count > 0:
-                heapq.heappush(heap, entry(pair, count))
-            continue
+    frequent = FrequentPairs(row)
+    while len(vocab) < vocab_size and (pair := frequent.pop()) is not None:
         left, right = pair >> PAIR_BITS, pair & SYMBOL_MASK
         merged = tokens[left] + tokens[right]
-        if merged not in vocab:
+        is_new = merged not in vocab
+        if is_new:
             vocab[merged] = len(tokens)
             tokens.append(merged)
         merges.pop(pair, None)  # the last of two equal merges counts
         merges[pair] = tokens[left], tokens[right]
-        for changed, change in row.merge(left, right, vocab[merged]):
-            count = counts[changed] = counts.get(changed, 0) + change
-            if change > 0 and count > 0:
-                heapq.heappush(heap, entry(changed, count))
+        ended, begun = row.merge(left, right, vocab[merged])
+        frequent.subtract(*ended)
+        frequent.add(*(begun if is_new else row.count_pairs(vocab[merged])))
     each_adds_one = len(vocab) == len(specials) + len(alphabet) + len(merges)
     known = row.known_words(known_bytes) if each_adds_one else None
     return vocab, list(merges.values()), known
+
+
+class FrequentPairs:
+    """Pairs of symbols, the most frequent first; those that occur less than `least` times wait.
+
+    A pair is most frequent when its newer symbol is made, and only becomes rarer then. So rare
+    pairs need no count until the frequent ones are merged: all are counted again then.
+    """
+
+    RANGE = 4  # of counts that are kept: `least` is the highest count divided by this
+
+    def __init__(self, row: Row):
+        self.row = row
+        self.begin(*row.first_pairs())
+
+    def begin(self, keys: np.ndarray, counts: np.ndarray) -> None:
+        """Begin with all pairs (n,) that occur, and their counts."""
+        self.least = max(1, int(counts.max(initial=0)) // self.RANGE)
+        self.counts: dict[int, int] = {}
+        self.heap: list[int] = []
+        self.add(keys, counts)
+
+    def add(self, keys: np.ndarray, counts: np.ndarray) -> None:
+        """Take in pairs (n,) with their counts."""
+        often = counts >= self.least
+        for pair, count in zip(keys[often].tolist(), counts[often].tolist(), strict=True):
+            self.counts[pair] = count
+            heapq.heappush(self.heap, entry(pair, count))
+
+    def subtract(self, keys: np.ndarray, losses: np.ndarray) -> None:
+        """Each pair occurs so many times less."""
+        counts = self.counts
+        for pair, loss in zip(keys.tolist(), losses.tolist(), strict=True):
+            if pair in counts:
+                counts[pair] -= loss
+
+    def pop(self) -> int | None:
+        """The most frequent pair, and of equally frequent ones that with the lower ids."""
+        while self.heap or self.least > 1:
+            if not self.heap:
+                self.begin(*self.row.count_pairs())
+                continue
+            top = heapq.heappop(self.heap)
+            pair = top & PAIR_MASK
+            count = self.counts.get(pair, 0)
+            if entry(pair, count) == top:
+                del self.counts[pair]
+                return pair
+            if count >= self.least:
+                heapq.heappush(self.heap, entry(pair, count))
+        return None
 
 
 def entry(pair: int, count: int) -> int:
@@ -100,16 +142,26 @@ class Row:
         # Where pairs began, by the symbol whose merge made them: sorted pairs, and their places.
         self.made: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
 
-    def count_pairs(self) -> dict[int, int]:
-        """How often each pair of neighbours occurs."""
+    def first_pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """All pairs of bytes (n,) that are neighbours, and how often each occurs."""
         inside = (self.symbols[:-1] >= 0) & (self.symbols[1:] >= 0)
         places = np.flatnonzero(inside).astype(np.int32)
         ranks = self.ranks[self.text]  # two of them fit 16 bits, which are sorted fastest
         places = places[np.argsort(ranks[places] << 8 | ranks[places + 1], kind="stable")]
         keys = pairs(self.symbols[places], self.symbols[places + 1])
-        starts = group_starts(keys)
         self.made[BORDER] = [(keys, places)]
-        return dict(zip(keys[starts].tolist(), sums(self.weights[places], starts), strict=True))
+        return sums(keys, self.weights[places])
+
+    def count_pairs(self, of: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """All pairs of neighbours (n,), or those of one symbol, and how often each occurs."""
+        if of is None:
+            places = np.flatnonzero(self.symbols >= 0)
+        else:
+            places = np.flatnonzero(self.symbols == of)
+            places = np.union1d(places, self.before[places])
+        keys = pairs(self.symbols[places], self.symbols[self.following[places]])
+        order = sorted_pairs(keys)
+        return sums(keys[order], self.weights[places[order]])
 
     def find(self, left: int, right: int) -> np.ndarray:
         """Where a pair begins, in order; of two that overlap, the first."""
@@ -127,34 +179,27 @@ class Row:
         begins = np.concatenate([[True], self.following[found[:-1]] != found[1:]])
         return found[(index - np.maximum.accumulate(np.where(begins, index, 0))) % 2 == 0]
 
-    def merge(self, left: int, right: int, merged: int) -> Iterable[tuple[int, int]]:
-        """Merge a pair of symbols; the pairs that there are more or fewer of now, with the change.
+    def merge(self, left: int, right: int, merged: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Merge a pair of symbols; which pairs there are less of now, and more of, and how many.
 
         In "xaby", (x, a) and (b, y) end and (x, ab) and (ab, y) begin. In "abab" two merged pairs
         are neighbours, and what is between them is counted with the second one only.
         """
         symbols, at = self.symbols, self.find(left, right)
-        if not len(at):
-            return []
         gone = self.following[at]
-        after, weights = self.following[gone], self.weights[at]
+        after = self.following[gone]
         no_pair_follows = np.concatenate([after[:-1] != at[1:], [True]])
         last, end = at[no_pair_follows], after[no_pair_follows]
-        end_weights = weights[no_pair_follows]
-        ended = [pairs(symbols[self.before[at]], left), pairs(right, symbols[end])]
+        weights = np.concatenate([self.weights[at], self.weights[last]])
+        ended = np.concatenate([pairs(symbols[self.before[at]], left), pairs(right, symbols[end])])
         symbols[at], symbols[gone] = merged, DEAD
         self.following[at], self.before[after] = after, at
         before = self.before[at]
-        begun = [pairs(symbols[before], merged), pairs(merged, symbols[end])]
-        keys = np.concatenate([*ended, *begun])
-        order = np.argsort(keys)
-        order = order[np.searchsorted(keys, 0, sorter=order) :]  # without the ends of words
-        keys, places = keys[order], np.concatenate([before, last, before, last])[order]
-        changes = np.concatenate([-weights, -end_weights, weights, end_weights])[order]
-        is_new = (keys >> PAIR_BITS == merged) | (keys & SYMBOL_MASK == merged)
-        self.made.setdefault(merged, []).append((keys[is_new], places[is_new]))
-        starts = group_starts(keys)
-        return zip(keys[starts].tolist(), sums(changes, starts), strict=True)
+        begun = np.concatenate([pairs(symbols[before], merged), pairs(merged, symbols[end])])
+        lost, order = sorted_pairs(ended), sorted_pairs(begun)
+        keys = begun[order]
+        self.made.setdefault(merged, []).append((keys, np.concatenate([before, last])[order]))
+        return [sums(ended[lost], weights[lost]), sums(keys, weights[order])]
 
     def known_words(self, most: int) -> KnownWords:
         """The most frequent words, `most` bytes in all, as they are after all merges."""
@@ -173,11 +218,15 @@ def pairs(left: np.ndarray | int, right: np.ndarray | int) -> np.ndarray:
     return (np.asarray(left, np.int64) << PAIR_BITS) | right
 
 
-def group_starts(keys: np.ndarray) -> np.ndarray:
-    """Where equal keys begin, of sorted ones (n,)."""
-    return np.flatnonzero(np.diff(keys, prepend=-1))
+def sorted_pairs(keys: np.ndarray) -> np.ndarray:
+    """The order in which pairs (n,) are sorted, without the ends of words."""
+    order = np.argsort(keys)
+    return order[np.searchsorted(keys, 0, sorter=order) :]
 
 
-def sums(changes: np.ndarray, starts: np.ndarray) -> list[int]:
-    """The sum of the changes of each group."""
-    return np.add.reduceat(changes, starts).tolist() if len(starts) else []
+def sums(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each pair once, and the sum of its counts, of sorted pairs (n,)."""
+    starts = np.flatnonzero(np.diff(keys, prepend=-1))
+    if not len(starts):
+        return keys, counts
+    return keys[starts], np.add.reduceat(counts, starts)

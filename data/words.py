@@ -12,11 +12,12 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from functools import cache
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, normalizers
+from tokenizers.pre_tokenizers import Split
 
 from data.merges import KnownWords
 from data.numbering import END, PADDING, WordNumbers
@@ -37,6 +38,7 @@ SUFFIXES = np.isin(np.arange(256), [*b"sdmt"])  # (256,) that may follow a quote
 LONG_SUFFIXES = np.isin(np.arange(1 << 16), np.frombuffer(b"llvere", ">u2"))  # (65536,)
 BLOCK_CHARS = 1 << 19  # of text whose words are found at once
 KEPT_BYTES = 1 << 22  # of words whose ids are kept, some 60 MB in all
+WORDS_AT_ONCE = 1000  # that the library encodes in one call
 LEARNED_BYTES = 1 << 24  # of the different words that are counted, up to 1 GB in all
 
 
@@ -245,8 +247,12 @@ class WordIds:
     """The ids of each word that came before; once there are more than KEPT_BYTES, of the known."""
 
     def __init__(self, tokenizer: Tokenizer, dtype: str, known: KnownWords | None):
-        self.model, self.dtype, self.known = tokenizer.model, dtype, known
-        self.byte_names = dict(enumerate(byte_alphabet()))
+        self.tokenizer, self.dtype, self.known = Tokenizer(tokenizer.model), dtype, known
+        self.tokenizer.pre_tokenizer = Split(" ", "removed")  # no byte has that name
+        self.names = dict(enumerate([*byte_alphabet(), " "]))
+        vocab = self.tokenizer.get_vocab()
+        self.lengths = np.zeros(max(vocab.values()) + 1, np.int64)  # of tokens, in bytes
+        self.lengths[[*vocab.values()]] = [*map(len, vocab)]
         self.forget()
 
     def forget(self) -> None:
@@ -278,12 +284,15 @@ class WordIds:
 
     def learn(self, words: list[bytes]) -> None:
         """Encode words that are new."""
-        if not words:
-            return
-        written = (word.decode("latin-1").translate(self.byte_names) for word in words)
-        ids = [[token.id for token in self.model.tokenize(word)] for word in written]
-        counts = np.array([*map(len, ids)])
-        self.add(counts, np.cumsum(counts) - counts, np.array([*chain(*ids)]))
+        for begin in range(0, len(words), WORDS_AT_ONCE):
+            part = words[begin : begin + WORDS_AT_ONCE]
+            text = chr(256).join(word.decode("latin-1") for word in part).translate(self.names)
+            encoded = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
+            ids = np.array(encoded[0].ids)
+            lengths = np.cumsum([*map(len, part)])
+            ends = np.searchsorted(np.cumsum(self.lengths[ids]), lengths) + 1
+            counts = np.diff(ends, prepend=0)
+            self.add(counts, ends - counts, ids)
 
     def add(self, counts: np.ndarray, begins: np.ndarray, ids: np.ndarray) -> None:
         """Add the ids of words in the order of their numbers, of which each begins somewhere."""
@@ -345,10 +354,13 @@ def fast_encoder(
     is_bpe = model.get("type") == "BPE" and not model.get("dropout")
     if not is_bpe or others or rules["normalizer"]:
         return None
+    vocab = tokenizer.get_vocab(with_added_tokens=False)
+    marked = model["continuing_subword_prefix"] or model["end_of_word_suffix"]
+    if marked or not vocab.keys() >= set(byte_alphabet()):
+        return None
     one_word = is_byte_level(splits, use_regex=False)
     if one_word and not model["merges"] and not model["ignore_merges"]:
-        vocab = tokenizer.get_vocab()
-        return ByteEncoder(vocab, dtype) if vocab.keys() >= set(byte_alphabet()) else None
+        return ByteEncoder(vocab, dtype)
     rule = rule_of(splits)
     if rule not in LONGEST:
         return None

@@ -135,6 +135,9 @@ def test_words_are_forgotten_and_found_again(monkeypatch):
         assert sum(map(len, kept)) == encoder.ids.numbers.size <= 300 + len(line)
 
 
+ALPHABET = {name: i for i, name in enumerate(byte_alphabet())}, []
+
+
 def test_tokenizers_with_other_rules_are_left_to_the_library():
     def changed(change, kind="gpt2"):
         tokenizer = Tokenizer.from_str(KINDS[kind].to_str())
@@ -157,6 +160,9 @@ def test_tokenizers_with_other_rules_are_left_to_the_library():
     assert not changed(lambda t: setattr(t, "normalizer", normalizers.NFC()))
     assert not changed(lambda t: setattr(t, "pre_tokenizer", digits))
     assert not changed(drop)
+    for model in (models.BPE({"a": 0}, []), models.BPE(*ALPHABET, end_of_word_suffix="</w>")):
+        assert not changed(lambda t, model=model: setattr(t, "model", model))
+    assert changed(lambda t: setattr(t, "model", models.BPE(*ALPHABET)))
     assert not words.fast_encoder(Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), "int32")
 
 
@@ -200,7 +206,7 @@ def test_known_words_are_encoded_as_others_are():
     tokenizer, known = vocabulary.learn_bpe([CODE], vocabulary.Learning(600, 10**9))
     assert len(known.words) > 500
     encoder = words.fast_encoder(encoding.plain(tokenizer), "uint16", known)
-    encoder.ids.model = None  # nothing is left for it
+    encoder.ids.tokenizer = None  # nothing is left for it
     ids = tokenizer.encode(CODE, add_special_tokens=False).ids
     assert np.frombuffer(encoder(CODE), np.uint16).tolist() == ids
 
