@@ -62,13 +62,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from testv2 import PRESETS, Config, StreamingTokenDataset, TinyMambaModel, load_model
-from tinymamba.chat_eval import (
-    Question,
-    answer_loss,
-    find_questions,
-    read_conversations,
-    write_answers,
-)
+from tinymamba.chat_eval import Question, answer_loss, find_questions, write_answers
+from tinymamba.chat_rows import read_chats
 from tinymamba.checkpoint import atomic_write, load_checkpoint, require_writable
 from tinymamba.cli import (
     CliParser,
@@ -740,7 +735,7 @@ def open_questions(setup: Setup, tokenizer: SimpleTokenizer) -> tuple[list[Quest
     template, remedy = ChatTemplate(tokenizer), "use one that was trained on chats"
     problem = template.problem or "the model has no chat template"
     require(template.template, "--tinymamba_checkpoint", problem, remedy)
-    rows = (row for path in setup.options.data or () for row in read_conversations(path))
+    rows = read_chats(setup.options.data or [], setup.options.encoding_errors)
     first = itertools.islice(rows, setup.options.limit)
     found = [q for where, said in first for q in find_questions(template, said, where)]
     require(found, "--data", "has no chats", "pass files with some")
@@ -966,7 +961,8 @@ class Options:
     tasks: list[str] | None = None  # tasks of lm-evaluation-harness, for lm_eval
     include_path: str | None = None  # folder of tasks' .yaml files, in place of the harness's own
     limit: int | None = None  # examples of each task, or chats of --data
-    data: list[str] | None = None  # JSONL files of chats, for chat: each row has messages
+    data: list[str] | None = None  # tables of chats, for chat: all that prepare.py --chat reads
+    encoding_errors: str = "strict"  # what to do about invalid UTF-8 in --data
     answer_tokens: int = 256  # tokens after which an answer of the model is cut
 
     # Output
@@ -980,6 +976,7 @@ class Options:
         "benchmark_type": (*BENCHMARKS, "all"),
         "compile": ("off", "on", "both"),
         "dtype": (torch.bfloat16, torch.float32),
+        "encoding_errors": ("strict", "replace"),
     }
     LIMITS: ClassVar = {
         **dict.fromkeys(("d_model", "n_layer", "vocab_size", "limit"), (1, math.inf)),

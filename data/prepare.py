@@ -54,7 +54,7 @@ from tokenizers import Tokenizer
 
 if not __package__:  # run as a script: the package is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.chat import ConversationEncoder, ConversationRows, Marks, add_template, contents
+from data.chat import ConversationEncoder, Marks, add_template
 from data.console import progress_bar
 from data.encoding import Encoder, encoding_with
 from data.merges import KnownWords
@@ -63,6 +63,7 @@ from data.sides import Split, Text
 from data.unfinished import TOKENIZER, Progress, Unfinished, file_hash, open_at, sync
 from data.vocabulary import Learning, local_tokenizer, make_tokenizer, tokenizer_text, vocab_text
 from tinymamba.archives import LeftOut
+from tinymamba.chat_rows import ConversationRows, contents
 from tinymamba.cli import UserError, parse_flags, require, run_cli, say
 from tinymamba.documents import Corpus, Reading
 from tinymamba.lock import hold_lock
@@ -142,6 +143,10 @@ class Options:
         facts = dataclasses.asdict(self)
         return {name: value for name, value in facts.items() if name not in others}
 
+    def changed(self) -> list[str]:
+        """Those that are not as they are by default."""
+        return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+
     @property
     def input_flag(self) -> str:
         """The flag that names the inputs."""
@@ -181,6 +186,8 @@ def check(options: Options) -> None:
         is_default = getattr(options, name) == getattr(Options, name)
         problem = "is of text, not of conversations" if is_chat else "is of conversations"
         require(is_default, f"--{name}", problem, "leave it out" if is_chat else "pass --chat too")
+    for name in (name for name in options.changed() if name in Options.TEACHER):
+        raise UserError(f"--{name}", "is of a teacher", "pass --teacher too")
     if (file := options.chat_template) is not None:
         require(Path(file).is_file(), "--chat_template", f"no file {file}", "pass a Jinja file")
     both = options.val_input is not None and options.val_split is not None

@@ -1,6 +1,7 @@
 """Chats: on the console, in the server and its page, in transformers, and in benchmark.py."""
 
 import contextlib
+import gzip
 import io
 import json
 import math
@@ -19,6 +20,7 @@ from serve_helpers import CHAT, COMPLETIONS, NAME, running
 import benchmark
 import streaming
 from streaming import StreamingServer
+from tinymamba.chat_rows import read_chats
 from tinymamba.chat_session import ChatSessions
 from tinymamba.chat_template import ChatTemplate
 from tinymamba.checkpoint import save_model
@@ -552,6 +554,39 @@ def test_one_token_is_no_whole_answer_and_rows_can_be_limited(folder, server, tm
     assert (row["answers"], row["ended"], row["exact_match"]) == (2, 0, 0)
 
 
+def test_chats_are_read_in_all_forms_that_are_prepared(folder, server, tmp_path):
+    """The same chats score the same as messages, ShareGPT's rows, Parquet, or split prompts."""
+    chats = [c for c in held_out(tmp_path, server) if c[-1]["role"] == "assistant"]
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    shared = [[{"from": names[m["role"]], "value": m["content"]} for m in c] for c in chats]
+    rows = {
+        "a.jsonl": [{"messages": c} for c in chats],
+        "b.json.gz": [{"conversations": c} for c in shared],
+        "c.parquet": [{"messages": c, "id": i} for i, c in enumerate(chats)],
+        "d.jsonl": [{"prompt": c[:-1], "completion": c[-1:]} for c in chats],
+    }
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pa.Table.from_pylist(rows["c.parquet"]), tmp_path / "c.parquet")
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(json.dumps(rows["b.json.gz"]).encode()))
+    for name in ("a.jsonl", "d.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows[name]))
+    for name in rows:
+        assert [said for _, said in read_chats([str(tmp_path / name)])] == chats
+
+    scores = []
+    for files in (["a.jsonl"], [*rows, "a.txt"]):
+        (tmp_path / "a.txt").write_text("no table")
+        done = evaluate(folder, tmp_path, "--data", *files, "--answer_tokens", 1, "--force")
+        assert done.returncode == 0, done.stderr
+        results = (tmp_path / "benchmark_results" / "results.json").read_text()
+        scores.append(json.loads(results)["rows"][0])
+    assert "left out: text, not a table: 1 (a.txt)" in done.stdout + done.stderr
+    assert [each["answers"] for each in scores] == [3, 12]
+    assert scores[1]["tokens"] == 4 * scores[0]["tokens"]
+    assert scores[1]["nats_per_token"] == pytest.approx(scores[0]["nats_per_token"], abs=1e-5)
+
+
+PAIR = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
 ROW = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 
 
@@ -559,21 +594,29 @@ ROW = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "co
     "words, text, fragments",
     [
         ([], None, ["needs --data"]),
-        (["--data", "nowhere.jsonl"], None, ["nowhere.jsonl: cannot be read"]),
-        (["--data", "a.jsonl"], "", ["--data: has no chats"]),
-        (["--data", "a.jsonl"], ROW + "{", ["a.jsonl, row 2: has no messages"]),
-        (["--data", "a.jsonl"], ROW + '{"messages": [1]}', ["a.jsonl, row 2: has no messages"]),
+        (["--data", "nowhere.jsonl"], None, ["nowhere.jsonl: no such file or folder"]),
+        (["--data", "a.jsonl"], "", ["a.jsonl: is empty"]),
+        (["--data", "a.jsonl"], "\n", ["--data: has no chats"]),
+        (["--data", "a.jsonl"], ROW + "{", ["a.jsonl:2: not JSON"]),
         (
             ["--data", "a.jsonl"],
-            ROW.replace('"a"', "1"),
-            ["a.jsonl, row 1: has content that is no text"],
+            ROW + '{"messages": [1]}',
+            ["a.jsonl:2: messages.0 is no message", "give role and content"],
         ),
+        (["--data", "a.jsonl"], ROW.replace('"a"', "1"), ["a.jsonl:1: messages.0 is int"]),
         (
             ["--data", "a.jsonl"],
             ROW.replace("user", "boss"),
-            ["a.jsonl, row 1: has the role 'boss'"],
+            ["a.jsonl:1: messages.0 has the role 'boss'"],
         ),
-        (["--data", "a.jsonl"], ROW.replace("assistant", "user"), ["row 1: has no answer"]),
+        (["--data", "a.jsonl"], ROW.replace("assistant", "user"), ["turns 1 and 2 are both of"]),
+        (["--data", "a.jsonl"], ROW.replace("assistant", "tool"), ["a.jsonl:1: no turn of assis"]),
+        (["--data", "a.jsonl"], PAIR, ["a.jsonl:1: has two answers, chosen and rejected"]),
+        (
+            ["--data", "a.jsonl"],
+            ROW.replace('"a"', '"\\ud800"'),
+            ["a.jsonl:1: half a surrogate pair", "--encoding_errors replace"],
+        ),
     ],
 )
 def test_rows_that_cannot_be_asked_are_named(folder, tmp_path, words, text, fragments):

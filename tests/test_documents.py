@@ -594,7 +594,7 @@ def test_what_cannot_be_opened_is_named(tmp_path, monkeypatch):
     names = [str(Path("in", name)) for name in ("secret.txt", "locked")]
     assert line == f"left out: unreadable (Permission denied): 2 ({', '.join(names)})"
     done = command(tmp_path, "--input", "in/secret.txt")
-    assert_refused(done, "secret.txt: Permission denied; check --input")
+    assert_refused(done, "secret.txt: Permission denied; check the path")
 
 
 @POSIX

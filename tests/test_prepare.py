@@ -421,7 +421,7 @@ def test_any_text_survives_the_tokenizers(sample, text):
 
 LINES = "some text\n" * 100
 ERRORS = {  # name: (file content, flags, what the error line must match)
-    "missing": (None, "--input no.txt", r"no\.txt: no such file or folder; check --input"),
+    "missing": (None, "--input no.txt", r"no\.txt: no such file or folder; check the path"),
     "empty": ("", "--input a.txt", r"a\.txt: is empty; give UTF-8 text"),
     "binary": (b"ab\0cd", "--input a.txt", r"a\.txt: is binary; give UTF-8 text"),
     "not UTF-8": (

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data import chat, encoding, prepare, unfinished
-from data.chat import CHATML, ConversationEncoder, ConversationRows, Row, add_template
+from data.chat import CHATML, ConversationEncoder, add_template
+from tinymamba.chat_rows import ConversationRows, Row
 from tinymamba.chat_template import ChatTemplate
 from tinymamba.cli import UserError
 from tinymamba.openai_api import Message

@@ -32,8 +32,9 @@ OF_EXTRAS = {  # not in `import *`: they need more packages
     "hf_integration": "TinyMambaConfig TinyMambaHFModel TinyMambaHFTokenizer",
 }
 MODULES = {*NAMES, *OF_EXTRAS}
-MODULES |= {"archives", "attention", "benchmark", "chat_eval", "chat_session"}
-MODULES |= {"chat_template", "conversations", "data", "data_order", "decode", "delta_rule"}
+MODULES |= {"archives", "attention", "benchmark", "chat_eval", "chat_rows"}
+MODULES |= {"chat_session", "chat_template", "conversations", "data", "data_order"}
+MODULES |= {"decode", "delta_rule"}
 MODULES |= {
     "distillation",
     "distributed",

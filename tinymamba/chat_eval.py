@@ -1,6 +1,6 @@
 """Answers in chats as questions: what a model is asked, and what it should write.
 
-    for row, messages in read_conversations("held_out.jsonl"):
+    for row, messages in read_chats(["held_out.jsonl"]):
         questions += find_questions(template, messages, row)
     nats, tokens = answer_loss(model, questions, batch=8)
     written = write_answers(model, questions, batch=8, most=256, ends=[template.turn_end])
@@ -11,15 +11,14 @@ turn. Each answer is asked with the messages before it, as the template writes t
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tinymamba.chat_session import ROLES, encode_messages
-from tinymamba.cli import UserError, require
+from tinymamba.chat_session import encode_messages
+from tinymamba.cli import require
 from tinymamba.conversations import IGNORED
 
 
@@ -36,30 +35,6 @@ class Written(NamedTuple):
 
     ids: list[int]  # without the one that ended it
     ended: bool  # by the model, not by the limit
-
-
-def read_conversations(path: str) -> Iterator[tuple[str, list[dict[str, str]]]]:
-    """The rows of a JSONL file with `messages`: for each, "FILE, row N" and the messages."""
-    remedy = 'write one {"messages": [{"role": ..., "content": ...}, ...]} in each line'
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = list(file)
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(path, f"cannot be read ({e})", "pass a JSONL file") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, row {number}"
-        try:
-            messages = [
-                {n: m[n] for n in ("role", "content")} for m in json.loads(line)["messages"]
-            ]
-        except (ValueError, KeyError, TypeError) as e:
-            raise UserError(where, f"has no messages ({e!r})", remedy) from None
-        for m in messages:
-            require(m["role"] in ROLES, where, f"has the role {m['role']!r}", remedy)
-            require(type(m["content"]) is str, where, "has content that is no text", remedy)
-        yield where, messages
 
 
 def find_questions(

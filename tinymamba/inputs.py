@@ -161,7 +161,7 @@ def input_files(
             else:
                 files += single_file(walk, root)
         except OSError as error:
-            raise UserError(shown(name), first_line(error), "check --input") from None
+            raise UserError(shown(name), first_line(error), "check the path") from None
     return files
 
 
@@ -173,7 +173,7 @@ def expanded(names: list[str]) -> Iterator[str]:
         elif matches := sorted(glob.glob(name, recursive=True)):
             yield from matches
         else:
-            raise UserError(shown(name), "no such file or folder", "check --input")
+            raise UserError(shown(name), "no such file or folder", "check the path")
 
 
 def is_pipe(path: Path) -> bool:
