@@ -15,15 +15,17 @@ from tinymamba.distillation import SUFFIX, Teacher, open_teacher, write_lessons
 from tinymamba.token_file import TokenFile, read_sidecar
 from tinymamba.tokenizer import RunTokenizer
 
+USED = ("teacher", "top_k", "temperature", "block_size", "output_dir", "force")  # of the Options
+
 
 def prepare_lessons(options: Any) -> None:
     """Write the train.teacher.bin of an --output_dir; the Options are those of prepare.py."""
+    unused = [f"--{name}" for name in options.changed() if name not in USED]
+    problem = "reads the train.bin of --output_dir, and no other input"
+    require(not unused, "--teacher", problem, f"leave {' and '.join(unused)} out")
     path = Path(options.output_dir) / "train.bin"
     remedy = "prepare the data first, without --teacher"
     require(path.is_file(), str(path), "no such file", remedy)
-    given = options.input or options.dataset
-    problem = "reads the train.bin of --output_dir, and no other input"
-    require(not given, "--teacher", problem, "leave --input and --dataset out")
     target = path.with_suffix(SUFFIX)
     free = options.force or not target.exists()
     require(free, str(target), "exists", "pass --force or another --output_dir")

@@ -270,6 +270,10 @@ def test_lessons_are_stored_once_and_of_plain_text_only(teacher_path, tmp_path):
     assert_refused(run_main(prepare.main, *words), "train.teacher.bin: exists; pass --force")
     assert_refused(run_main(prepare.main, *words, "--force", "--top_k", 258), "--top_k: 258 of 257")
     assert_refused(run_main(prepare.main, *words, "--input", "x"), "--teacher: reads the train.bin")
+    for flag, value in {"chat": "x", "val_input": "x", "tokenizer": "byte", "resume": 1}.items():
+        done = run_main(prepare.main, *words, "--force", f"--{flag}", value)
+        assert_refused(done, "--teacher: reads the train.bin", f"leave --{flag} out")
+    assert_refused(run_main(prepare.main, "--top_k", 8), "--top_k: is of a teacher; pass --teacher")
     refuse(str(folder / "train.teacher.bin"), "pass --temperature 2", block_size=16, temperature=1)
     write_conversations(folder, "train", [([*range(9)], [True] * 9)] * 40, {"vocab_size": 257})
     assert_refused(run_main(prepare.main, *words, "--force"), "holds conversations; train with")
