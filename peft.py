@@ -754,6 +754,9 @@ class FineTuner(Trainer):
         added = count_before(self.tokenizer, self.base.tokenizer)
         if added is not None:
             reject_larger(self.adapter.method, len(self.tokenizer), added)
+        cut = self.config.document_mask and self.train_data.has_inside(self.config.eos_id)
+        problem = "its conversations go on after eos_id, where the base begins anew (document_mask)"
+        require(not cut, "train_data_path", problem, "pass --method full, which turns that off")
         self.run_tokenizer.inherit(self.base.tokenizer, "the base model")
 
     def build(self) -> TinyMambaModel:

@@ -1535,6 +1535,9 @@ class Trainer:
         if self.main:
             require_writable(Path(c.checkpoint_path).parent, "checkpoint_path")
         self.open_log()
+        if c.document_mask and self.train_data.has_inside(c.eos_id):
+            c.document_mask = False  # of the model, too: in training `ends` take its place
+            self.log.say("document_mask is off in the model: conversations go on after eos_id")
         self.forward = self.wrap(c.use_compile)
 
     def count_steps(self) -> None:

@@ -208,6 +208,74 @@ def test_ends_reset_every_state_that_a_plain_model_would_carry_on():
     assert not torch.allclose(model(ids, ends=ends)[0, 12:], same[0, 12:], atol=1e-3)
 
 
+# A template that writes the end-of-text after each answer, as that of Llama 2.
+INNER = "{% for m in messages %}{{ m.role }}:{{ m.content }}{% if m.role == 'assistant' %}"
+INNER += "<|endoftext|>{% endif %}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+ROUNDS = [(f"{n}+1", f"{n + 1}") for n in range(2)]
+
+
+def inner_chat(rounds=ROUNDS):
+    """A conversation that goes on after the end-of-text."""
+    parts = [(f"user:{asked}assistant:".encode(), [*said.encode(), EOS]) for asked, said in rounds]
+    ids = sum(([*asked, *said] for asked, said in parts), [])
+    return ids, sum(([0] * len(asked) + [1] * len(said) for asked, said in parts), [])
+
+
+def write_inner(folder, given):
+    """Conversations with that template."""
+    path = write_chats(folder, given)
+    (folder / "chat_template.jinja").write_text(INNER)
+    return path
+
+
+def test_a_chat_goes_on_after_an_end_of_text_where_training_did(chats):
+    """So do server, benchmark, samples and converted models: the state is that of training."""
+    for library in ("transformers", "fastapi"):
+        pytest.importorskip(library)
+    from hf_integration import TinyMambaHFModel
+    from streaming import StreamingServer
+    from tinymamba.chat_eval import answer_loss, find_questions
+    from tinymamba.chat_session import ChatSessions
+
+    write_inner(chats / "data" / "text", [inner_chat()] * 9)
+    trainer = Trainer(config(document_mask=True))
+    trainer.run()
+    server = StreamingServer(LATEST, "cpu")
+    talk = ChatSessions(server, {"max_new_tokens": 6, "temperature": 0})
+    session = server.create_session()
+    for asked in ("0+1", "1+1"):
+        list(turn := talk.ask(session, asked))
+        turn.close()
+    now, history = server.find(session).now, talk.history(session)
+    now = server.decoder.read_unread(now, None)
+    assert EOS in history.ids[:-8] and len(history.messages) == 4
+
+    model = load_model(LATEST)
+    apart = free_copy(model)
+    apart.config.document_mask = True
+    ids = torch.tensor([history.ids])
+    no_ends = torch.zeros_like(ids, dtype=torch.bool)
+    trained = apart.run(ids, apart.init_state(1), ends=no_ends, marked=True)[1]
+    cut = apart.run(ids, apart.init_state(1))[1]
+    for kept, layer, other in zip(now.state.layers, trained.layers, cut.layers, strict=True):
+        close(kept.ssm, layer.ssm, 1e-5)
+        assert not torch.allclose(layer.ssm, other.ssm, atol=1e-3)
+    close(TinyMambaHFModel.of(model)(ids).logits, apart(ids, ends=no_ends), 1e-5)
+
+    roles = ("user", "assistant") * len(ROUNDS)
+    said = [{"role": r, "content": c} for r, c in zip(roles, sum(ROUNDS, ()), strict=True)]
+    inputs, targets, ends = ConversationDataset("data/text/train.bin", len(inner_chat()[0]))[0]
+    want = apart(inputs[None], targets[None], ends=ends[None]).item()
+    got, counted = answer_loss(model, find_questions(talk.template, said), 2)
+    assert counted == int((targets != -100).sum()) and got == pytest.approx(want, abs=1e-5)
+
+
+def test_document_mask_stays_where_conversations_end_with_the_text(chats):
+    trainer = Trainer(config(document_mask=True, max_steps=1))
+    assert trainer.model.config.document_mask and not trainer.train_data.has_inside(EOS)
+    trainer.close()
+
+
 # --------------------------------------------------------------------------------------- loss
 
 
@@ -555,6 +623,20 @@ def test_an_adapter_needs_the_tokens_of_its_base_and_full_grows(chats, base):
     model = load_model("adapter/tinymamba_model_latest.pt")
     assert model.config.vocab_size == 259 and len(SimpleTokenizer.from_dict(model.tokenizer)) == 259
     again = tune(base / "tied.pt", "full", "--resume", steps=5)
+    assert again.returncode == 0 and "step 5/5" in again.stdout, again.stderr
+
+
+def test_an_adapter_cannot_go_on_where_its_base_begins_anew(chats):
+    """The base stays as it is, with document_mask; a run of all weights turns that off."""
+    words = brief_flags(**CHAT_FLAGS, max_steps=1, document_mask=True)
+    assert run_main(testv2.main, *words).returncode == 0
+    write_inner(chats / "data" / "text", [inner_chat()] * 9)
+    for method in ("lora", "prefix"):
+        assert_refused(tune(LATEST, method), "train_data_path: its conversations go on after eos")
+    done = tune(LATEST, "full")
+    assert done.returncode == 0 and "document_mask is off in the model" in done.stdout
+    assert not load_model("adapter/tinymamba_model_latest.pt").config.document_mask
+    again = tune(LATEST, "full", "--resume", steps=5)
     assert again.returncode == 0 and "step 5/5" in again.stdout, again.stderr
 
 

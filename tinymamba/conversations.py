@@ -128,6 +128,16 @@ class ConversationFile:
             total = sums[-1]
         return found
 
+    def has_inside(self, token: int) -> bool:
+        """Whether a conversation goes on after this token."""
+        last = self.offsets[1:] - 1
+        for at in range(0, self.length, 1 << 22):
+            ids = self.tokens.read(at, min(at + (1 << 22), self.length))
+            places = at + np.flatnonzero(ids == token)
+            if (last[np.searchsorted(last, places)] != places).any():
+                return True
+        return False
+
     def pack(self, size: int, packed: bool) -> int:
         """Divide the conversations into rows of `size` tokens, by next-fit; how many rows.
 

@@ -91,6 +91,10 @@ class StreamingTokenDataset(torch.utils.data.Dataset):
         """Samples in an epoch."""
         return self.length
 
+    def has_inside(self, token: int) -> bool:
+        """Whether a conversation goes on after this token; plain text has no conversations."""
+        return self.masked and any(file.has_inside(token) for file in self.files)
+
     def locate(self, i: int) -> tuple[int, int]:
         """(source, block) of sample i."""
         i = operator.index(i)  # any integer type, as numpy's
