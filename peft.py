@@ -850,6 +850,7 @@ class PreferenceTuner(FineTuner):
         self.references: dict[str, dict[str, Any]] = {}  # of train and val: "data" and "scores"
         super().__init__(*args, **settings)
         self.seen = torch.zeros(3, device=self.device)  # pairs, right ones, sum of the margins
+        self.tokens_per_step *= 2  # at most: a pair has two rows
 
     @functools.cached_property
     def base_hash(self) -> str:
@@ -866,6 +867,11 @@ class PreferenceTuner(FineTuner):
         for batch in take_batches(loader):
             rows = flatten_pairs(batch, self.config.block_size if self.config.use_compile else 64)
             yield [t.to(self.device, non_blocking=True) for t in rows]
+
+    def accumulate(self, micro_batches: list) -> Tensor:
+        """As Trainer.accumulate; the tokens of a step are those of both rows of its pairs."""
+        self.tokens_per_step = self.world * sum(batch[0].numel() for batch in micro_batches)
+        return super().accumulate(micro_batches)
 
     def count(self, batch: list[Tensor]) -> int:
         """How many losses the mean of a micro-batch is over: its pairs."""

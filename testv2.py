@@ -1529,6 +1529,7 @@ class Trainer:
         self.resumed, self.branches = saved is not None, False
         if saved is not None:
             self.restore(saved)
+        self.reported = self.step, self.tokens  # at the last line about steps
         self.count_steps()
         self.signals.saved_step = self.step
         require_run_name(c.checkpoint_path)
@@ -1618,6 +1619,7 @@ class Trainer:
             source = self.train_data, self.run_tokenizer
             self.teacher = open_lessons(c, load_model, *source, self.device)
         self.samples_per_step = c.batch_size * c.gradient_accumulation_steps * self.world
+        self.tokens_per_step = self.samples_per_step * c.block_size
 
     @property
     def tokenizer(self) -> Any:
@@ -1683,7 +1685,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.step += 1
         self.samples += self.samples_per_step
-        self.tokens += self.samples_per_step * self.config.block_size
+        self.tokens += self.tokens_per_step
         return mean_loss, mean_norm
 
     def rate(self, step: int) -> float:

@@ -343,6 +343,22 @@ def test_the_reference_is_the_base_whatever_the_adapter_has_learned(pairs):
     assert (run.score(run.model, batch) - want).abs().max() > 0.1
 
 
+def test_the_tokens_of_both_rows_are_counted_without_columns_that_are_left_out(pairs, monkeypatch):
+    settings = {"gradient_accumulation_steps": 2, "block_size": 96, "enable_validation": False}
+    run = tuner(**settings)
+    read = [ids.numel() for ids, *_ in run.batches(run.loader(run.train_data, 0, 16))]
+    assert read == [2 * 4 * 64] * 4, "of 96 columns 64 are left"
+    said = {}
+    monkeypatch.setattr(run.log, "record", lambda values, step: said.update(values))
+    batches = run.train_batches(2)
+    for _ in range(2):
+        run.train_step(batches)
+    run.report(0.7, 1.0, seconds_per_step=0.5)
+    assert run.tokens == run.state()["tokens_seen"] == sum(read)
+    assert said["train/tokens_per_second"] == sum(read) / 2 / 0.5
+    run.close()
+
+
 def test_accumulated_gradients_are_those_of_one_batch(pairs):
     grads = []
     for size, count in ((8, 1), (2, 4)):

@@ -25,7 +25,7 @@ def describe_start(trainer: Any) -> Iterator[str]:
     samples = t.samples + (t.total_steps - t.step) * t.samples_per_step
     epochs = t.first_epoch + (samples - t.first_sample) / len(t.train_data)
     steps = f"steps {t.step} to {t.total_steps}, {epochs:.2f} epochs in all"
-    yield f"{steps}; a step is {t.samples_per_step * c.block_size:,} tokens"
+    yield f"{steps}; a step is {t.tokens_per_step:,} tokens"
     yield from describe_rate(t)
     known = len(t.tokenizer) if hasattr(t.tokenizer, "__len__") else c.vocab_size
     if known < c.vocab_size // 2:
@@ -52,7 +52,8 @@ def describe_rate(trainer: Any) -> Iterator[str]:
 def report_step(trainer: Any, loss: float, norm: float, seconds_per_step: float) -> None:
     """One line on the console, and the same numbers to the logs."""
     t = trainer
-    speed = t.samples_per_step * t.config.block_size / seconds_per_step
+    (step, tokens), t.reported = t.reported, (t.step, t.tokens)
+    speed = (t.tokens - tokens) / (t.step - step) / seconds_per_step
     rate = t.rate(t.step - 1)
     left = int((t.total_steps - t.step) * seconds_per_step)
     t.log.say(
