@@ -40,6 +40,9 @@ END = "<|im_end|>"
 STRICT = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
 )
+BRIEF = CHATML.replace(
+    "m.content }}", "(m.content[-1:] if m.role == 'assistant' else m.content) }}"
+)
 DEAF = CHATML.replace("messages %}", "messages if m.role != 'system' %}")
 GREEDY = {"temperature": 0.0, "max_new_tokens": 30}
 
@@ -66,7 +69,7 @@ def folder(tmp_path_factory) -> Path:
     """Checkpoints of one model with different templates; plain.pt has none."""
     folder = tmp_path_factory.mktemp("chat")
     shapes = {"model": CHATML, "plain": None, "forgetful": FORGETFUL, "strict": STRICT}
-    for name, template in {**shapes, "deaf": DEAF}.items():
+    for name, template in {**shapes, "deaf": DEAF, "brief": BRIEF}.items():
         save_model(folder / f"{name}.pt", talkative(template))
     return folder
 
@@ -192,6 +195,23 @@ def test_what_is_written_in_another_way_now_is_read_again(folder, name):
         assert_holds(chats, session, messages)
         repeated += turn.repeated
     assert repeated > 0
+
+
+def test_an_answer_written_anew_is_read_again_but_not_the_chat_before_it(folder, monkeypatch):
+    """The state before the last token of a prompt is kept, to go back to when an answer changes."""
+    server = StreamingServer(folder / "brief.pt", "cpu")
+    chats, session, run = ChatSessions(server, GREEDY), server.create_session(), server.decoder.run
+    said(chats, session, "Hello")
+    asked = ids_of(server, [user("Hello")])
+    read = []
+    monkeypatch.setattr(
+        server.decoder, "run", lambda ids, state: [read.extend(ids[0].tolist()), run(ids, state)][1]
+    )
+    with contextlib.closing(chats.ask(session, "42?")) as turn:
+        assert turn.repeated > 1 and turn.ids[: len(asked)] == asked
+        assert next(iter(turn)).text
+    new = turn.ids[len(asked) - 1 :]
+    assert read[: len(new)] == new
 
 
 def test_undo_fork_reset_and_system(server):

@@ -1,5 +1,6 @@
 """Training on conversations: packing, the loss over what counts, errors, new tokens."""
 
+import functools
 import json
 import math
 import multiprocessing
@@ -15,6 +16,7 @@ from helpers import (
     POSIX,
     STEP,
     after_step,
+    assert_compiled,
     assert_refused,
     brief_config,
     brief_flags,
@@ -434,6 +436,22 @@ def test_a_sample_without_chat_template_says_so(chats):
     words = brief_flags(**{**CHAT_FLAGS, "generate_samples": "true"}, max_steps=1)
     done = run_main(testv2.main, *words, "--generation_prompt", "hi")
     assert done.returncode == 0 and "no sample: generation_prompt" in done.stdout
+
+
+def test_compiled_rows_of_conversations_have_one_graph(chats, monkeypatch, capsys):
+    """Wherever conversations end, a block is compiled once, and so is the loss."""
+    settings = {"n_layer": 1, "window_size": 8, "max_steps": 2}
+    eager = Trainer(config(**settings))
+    eager.run()
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    trainer = Trainer(config(**settings, use_compile=True))
+    assert trainer.run() == 0
+    assert_compiled(capsys.readouterr().out)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    got, want = (run.progress["history"]["train"] for run in (trainer, eager))
+    assert got == [[step, pytest.approx(loss, abs=1e-4)] for step, loss in want]
 
 
 # ------------------------------------------------------------------------------------- errors

@@ -1,6 +1,7 @@
 """Preferences: the data of pairs, DPO against TRL, SimPO against its formula, runs of both."""
 
 import copy
+import functools
 import itertools
 import math
 import re
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
+    assert_compiled,
     assert_refused,
     close,
     files_below,
@@ -20,6 +22,7 @@ from helpers import (
     run_main,
     run_two_ranks,
     stir,
+    tiny_config,
     wide,
     write_conversations,
     write_tokens,
@@ -29,7 +32,7 @@ from torch.utils.data import default_collate
 import peft
 from hf_integration import TinyMambaHFModel, TinyMambaHFTokenizer
 from peft import AdapterConfig, PreferenceTuner, ScoringModel
-from testv2 import load_model
+from testv2 import TinyMambaModel, load_model
 from tinymamba.checkpoint import load_checkpoint, save_model
 from tinymamba.cli import UserError
 from tinymamba.preferences import Objective, PairDataset, flatten_pairs, score_rows
@@ -357,6 +360,22 @@ def test_the_tokens_of_both_rows_are_counted_without_columns_that_are_left_out(p
     assert run.tokens == run.state()["tokens_seen"] == sum(read)
     assert said["train/tokens_per_second"] == sum(read) / 2 / 0.5
     run.close()
+
+
+def test_a_compiled_run_has_one_graph_and_a_reference_without_it(pairs, monkeypatch, capsys):
+    base = TinyMambaModel(tiny_config(n_layer=1))
+    save_model(pairs / "base.pt", base, base.state_dict())
+    eager = tuner()
+    assert eager.run() == 0
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    run = tuner(use_compile=True, max_steps=2)
+    assert run.run() == 0
+    assert_compiled(capsys.readouterr().out)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    got, want = (each.progress["history"]["val"] for each in (run, eager))
+    assert got == [[step, pytest.approx(loss, abs=1e-4)] for step, loss in want]
 
 
 def test_accumulated_gradients_are_those_of_one_batch(pairs):
