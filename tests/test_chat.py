@@ -566,6 +566,58 @@ def test_the_loss_of_answers_is_that_of_transformers(folder, server, converted, 
     assert "4 answers: " in (tmp_path / "benchmark_results" / "results.md").read_text()
 
 
+COLON = CHATML.replace("'\\n' + m.content", "':' + m.content").replace("assistant\\n", "assistant:")
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+doc_to_text: "{{{{question}}}}"
+target_delimiter: ""
+"""
+LIKELIHOOD = """output_type: loglikelihood
+doc_to_target: "{{answer}}<|im_end|>"
+metric_list: [{metric: perplexity}]
+"""
+WRITTEN = """output_type: generate_until
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["<|im_end|>"], do_sample: false, max_gen_toks: 30}
+metric_list: [{metric: exact_match}]
+"""
+
+
+@pytest.mark.slow
+def test_lm_evaluation_harness_has_the_same_scores_with_its_chat_template(tmp_path):
+    """White space at the end of a prompt would count as part of the answer in the harness."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    save_model(tmp_path / "model.pt", talkative(COLON))
+    server = StreamingServer(tmp_path / "model.pt", "cpu")
+    own = server.generate_text(ids_of(server, [user("Hello")]), stop_ids=[0], **GREEDY)
+    pairs = [("Hello", own), ("42?", "the theme"), ("und", "so weiter")]
+    chats = [{"messages": [user(asked), assistant(said)]} for asked, said in pairs]
+    rows = [{"question": asked, "answer": said} for asked, said in pairs]
+    for name, lines in {"chats": chats, "rows": rows}.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for name, rest in {"likelihood": LIKELIHOOD, "written": WRITTEN}.items():
+        task = TASK.format(name=name, file=tmp_path / "rows.jsonl") + rest
+        (tmp_path / f"{name}.yaml").write_text(task)
+    words = ["--data", "chats.jsonl", "--dtype", "float32", "--answer_tokens", 30]
+    assert evaluate(tmp_path, tmp_path, *words).returncode == 0
+    (row,) = json.loads((tmp_path / "benchmark_results" / "results.json").read_text())["rows"]
+
+    convert(str(tmp_path / "model.pt"), str(tmp_path / "hf"))
+    lm = HFLM(pretrained=str(tmp_path / "hf"), batch_size=2, device="cpu", dtype="float32")
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    settings = {"task_manager": manager, "bootstrap_iters": 0, "apply_chat_template": True}
+    found = simple_evaluate(lm, tasks=["likelihood", "written"], **settings)["results"]
+    nats = math.log(found["likelihood"]["perplexity,none"]) * len(pairs) / row["tokens"]
+    assert row["nats_per_token"] == pytest.approx(nats, abs=1e-5)
+    assert row["exact_match"] == found["written"]["exact_match,none"] == 1 / 3
+
+
 def test_one_token_is_no_whole_answer_and_rows_can_be_limited(folder, server, tmp_path):
     held_out(tmp_path, server)
     words = ["--data", "chats.jsonl", "--limit", 1, "--answer_tokens", 1]
