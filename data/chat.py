@@ -140,9 +140,8 @@ class ConversationEncoder:
         try:
             ids, spans = self.template.encode_answers(list(map(Message.model_validate, messages)))
         except ApiError as error:
-            problem, _, remedy = error.detail.removeprefix("messages: ").partition("; ")
-            remedy = remedy or "correct the row, or pass another --chat_template"
-            raise UserError(place, problem, remedy) from None
+            remedy = "correct the row, or pass another --chat_template"
+            raise error.as_user_error(place, remedy) from None
         require(spans, place, "the chat template marks no answer", "pass another template")
         if ids[-1] != self.eos:
             ids.append(self.eos)

@@ -37,6 +37,7 @@ import peft
 import testv2
 from testv2 import Trainer, load_model
 from tinymamba.checkpoint import load_checkpoint
+from tinymamba.cli import UserError
 from tinymamba.conversations import ConversationDataset, open_training_data
 from tinymamba.dataset import StreamingTokenDataset
 from tinymamba.tokenizer import SimpleTokenizer, byte_tokenizer
@@ -428,6 +429,18 @@ def test_a_sample_answers_a_user_and_ends_with_the_turn(chats, prompt, monkeypat
     monkeypatch.setattr(trainer.model, "advance", lambda ids, state, **_: (logits, state))
     trainer.sample()
     assert said == [f"sample at step 0:\nuser\n{prompt or '0+0'}\nassistant\n\n"]
+    trainer.close()
+
+
+def test_a_sample_that_the_template_rejects_says_so_in_one_line(chats):
+    pytest.importorskip("transformers")
+    template = chats / "data" / "text" / "chat_template.jinja"
+    template.write_text("{{ raise_exception('never') }}")
+    trainer = Trainer(config(generation_prompt="hi", max_steps=1))
+    with pytest.raises(UserError) as error:
+        trainer.prompt()
+    said = "generation_prompt: the chat template rejects them (never); use another"
+    assert str(error.value) == said
     trainer.close()
 
 

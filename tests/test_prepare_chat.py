@@ -306,6 +306,9 @@ FORMS = {
     "prompt": {"prompt": "q", "completion": "a"},
     "prompt of messages": {"prompt": CHAT[:1], "completion": CHAT[1:]},
     "columns of other forms": {"messages": CHAT, "instruction": None, "prompt": None},
+    "null columns of messages": {"messages": [
+        {"role": None, "content": None, "from": "human", "value": "q"},
+        {**CHAT[1], "from": None, "value": None}]},
     "no tool calls": {"messages": [CHAT[0], {**CHAT[1], "tool_calls": None, "weight": 1}]},
 }  # fmt: skip
 
@@ -427,6 +430,11 @@ ERRORS = {
     "weight": (said(weight=0), "", r"messages\.1 has weight, which is not read; remove"),
     "train": (said(train=False), "", r"messages\.1 has train, which is not read; remove"),
     "tools": ({"messages": CHAT, "tools": [{}]}, "", r":2: has tools, which are not read; remove"),
+    "label": (
+        {"prompt": "q", "completion": "a", "label": False},
+        "",
+        r":2: has a label, which is not read; keep the rows whose label is true",
+    ),
     "surrogate": (said(content="\ud800"), "", r":2: half a surrogate pair in messages\.1; correct"),
     "form": ({"text": "a"}, "", r"a\.jsonl:2: is no conversation \(keys: 'text'\); give messages,"),
     "no object": (3, "", r"a\.jsonl:2: not a JSON object; give messages,"),

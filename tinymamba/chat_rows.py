@@ -20,7 +20,7 @@ ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT
 ROLES |= {role: role for role in ("system", "developer", "user", "assistant", "tool")}
 PAIR = ("chosen", "rejected")
 COLUMNS = {*PAIR, "messages", "conversations", "prompt", "completion", "instruction", "input"}
-COLUMNS |= {"output", "system", "tools", "history"}
+COLUMNS |= {"output", "system", "tools", "history", "label"}
 FORMS = "messages, conversations, prompt and completion, instruction and output, or prompt, chosen"
 FORMS += " and rejected"
 UNREAD = ("tools", "history")  # of rows
@@ -59,6 +59,9 @@ class Row(NamedTuple):
             if self.has(name):
                 return self.with_system(self.messages(name))
         if self.has("prompt", "completion"):
+            if self.has("label"):  # of KTO: whether the completion is a good one
+                remedy = "keep the rows whose label is true, and remove it from them"
+                raise self.error("has a label, which is not read", remedy)
             return self.with_system(self.after_prompt("completion"))
         if self.has("instruction", "output"):
             parts = [self.text(n, self.values.get(n) or "") for n in ("instruction", "input")]
@@ -115,11 +118,10 @@ class Row(NamedTuple):
         for name in UNREAD_PARTS:
             if value.get(name) not in (None, [], 1):
                 raise self.error(f"{field} has {name}, which is not read", f"remove {name}")
-        role = value.get("role", value.get("from"))
+        role, content = given(value, "role", "from"), given(value, "content", "value")
         if not isinstance(role, str) or role not in ROLES:
             problem = f"{field} has the role {quoted(str(role))}"
             raise self.error(problem, f"use one of {', '.join(ROLES)}")
-        content = value.get("content", value.get("value"))
         if isinstance(content, list):
             content = "".join(self.part(field, part) for part in content)
         return message(ROLES[role], self.text(field, content))
@@ -162,6 +164,11 @@ class Row(NamedTuple):
         if "assistant" not in roles:
             raise self.error("no turn of assistant", "give an answer, or remove the row")
         return messages
+
+
+def given(value: dict, *names: str) -> Any:
+    """What is under the first of these names that has something; null is nothing."""
+    return next((value[name] for name in names if value.get(name) is not None), None)
 
 
 def message(role: str, content: str) -> dict[str, str]:

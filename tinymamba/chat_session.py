@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinymamba.cli import UserError, need, require
+from tinymamba.cli import need, require
 from tinymamba.prefix_cache import PrefixCache, count_equal
 from tinymamba.tokenizer import copy_tokenizer
 
@@ -56,8 +56,7 @@ def encode_messages(
     try:
         return template.encode([Message.model_validate(m) for m in messages], reply)
     except ApiError as e:
-        problem, _, remedy = e.detail.removeprefix("messages: ").partition("; ")
-        raise UserError(where, problem, remedy or "change them") from None
+        raise e.as_user_error(where, "change them") from None
 
 
 class ChatSessions:

@@ -278,4 +278,4 @@ def start_answer(tokenizer: Any, message: str, data: Any) -> tuple[list[int], li
     try:
         return template.encode([library.Message(role="user", content=message)]), known
     except library.ApiError as e:
-        raise UserError("generation_prompt", str(e), "use another") from None
+        raise e.as_user_error("generation_prompt", "use another") from None

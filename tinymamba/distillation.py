@@ -1,6 +1,6 @@
 """Distillation: a student learns what a teacher expects, besides the tokens that came.
 
-    python testv2.py --teacher big_model.pt --distill_alpha 0.5 --distill_temperature 2
+    python testv2.py --teacher big_model.pt --distill_alpha 0.5 --temperature 2
     python data/prepare.py --teacher big_model.pt --top_k 32     # once, beside the data
     python testv2.py --teacher data/text/train.teacher.bin       # no teacher in memory
 

@@ -530,6 +530,11 @@ class ApiError(HTTPException):
             return ApiError(400, f"{param}: {problem}; {remedy}", param)
         return ApiError(500, "internal error; the server's log has the details")
 
+    def as_user_error(self, where: str, remedy: str) -> UserError:
+        """The error of a command; `remedy` is what to do if it does not say that itself."""
+        problem, _, own = self.detail.removeprefix("messages: ").partition("; ")
+        return UserError(where, problem, own or remedy)
+
 
 def embedding_out(index: int, vector: np.ndarray, encoding: str | None) -> dict[str, Any]:
     """An embedding, float32 (d,), as OpenAI writes it: a list, or its little-endian bytes."""
