@@ -727,27 +727,28 @@ def open_for_harness(setup: Setup) -> dict:
     }
 
 
-def open_questions(setup: Setup, tokenizer: SimpleTokenizer) -> tuple[list[Question], int | None]:
-    """All answers in the first --limit chats of --data, and the id that ends a turn."""
+def open_questions(
+    setup: Setup, model: TinyMambaModel, tokenizer: SimpleTokenizer
+) -> tuple[list[Question], list[int]]:
+    """All answers in the first --limit chats of --data, and the ids that end one."""
     need("fastapi")  # of the chat template
     from tinymamba.chat_template import ChatTemplate
 
     template, remedy = ChatTemplate(tokenizer), "use one that was trained on chats"
     problem = template.problem or "the model has no chat template"
     require(template.template, "--tinymamba_checkpoint", problem, remedy)
+    eos = model.config.eos_id if model.config.eos_id >= 0 else tokenizer.eos_token_id
     rows = read_chats(setup.options.data or [], setup.options.encoding_errors)
     first = itertools.islice(rows, setup.options.limit)
-    found = [q for where, said in first for q in find_questions(template, said, where)]
+    found = [q for where, said in first for q in find_questions(template, said, eos, where)]
     require(found, "--data", "has no chats", "pass files with some")
-    return found, template.turn_end
+    return found, [i for i in (template.turn_end, eos) if i is not None]
 
 
 def chat(setup: Setup, runners: dict[str, Runner]) -> Iterator[dict]:
     """A row of how well the checkpoint answers in the chats of --data."""
     (model, tokenizer), options = open_checkpoint(setup), setup.options
-    questions, turn_end = open_questions(setup, tokenizer)
-    eos = model.config.eos_id if model.config.eos_id >= 0 else tokenizer.eos_token_id
-    ends = [i for i in (turn_end, eos) if i is not None]
+    questions, ends = open_questions(setup, model, tokenizer)
     batch = (options.batch_sizes or [8])[0]
     with autocast(setup):
         nats, tokens = answer_loss(model.eval(), questions, batch)
@@ -1065,7 +1066,7 @@ def resolve(options: Options) -> Setup:
     if "lm_eval" in benchmarks:
         open_tasks(tuple(options.tasks or ()), options.include_path)
     if "chat" in benchmarks:
-        open_questions(setup, open_checkpoint(setup)[1])
+        open_questions(setup, *open_checkpoint(setup))
     if options.generate_plots:
         need("matplotlib")
     old = [name for name in OUTPUTS if (options.output_dir / name).exists()]

@@ -269,7 +269,7 @@ def test_a_chat_goes_on_after_an_end_of_text_where_training_did(chats):
     said = [{"role": r, "content": c} for r, c in zip(roles, sum(ROUNDS, ()), strict=True)]
     inputs, targets, ends = ConversationDataset("data/text/train.bin", len(inner_chat()[0]))[0]
     want = apart(inputs[None], targets[None], ends=ends[None]).item()
-    got, counted = answer_loss(model, find_questions(talk.template, said), 2)
+    got, counted = answer_loss(model, find_questions(talk.template, said, EOS), 2)
     assert counted == int((targets != -100).sum()) and got == pytest.approx(want, abs=1e-5)
 
 

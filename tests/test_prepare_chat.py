@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data import chat, encoding, prepare, unfinished
 from data.chat import CHATML, ConversationEncoder, add_template
+from tinymamba.chat_eval import find_questions
 from tinymamba.chat_rows import ConversationRows, Row
 from tinymamba.chat_template import ChatTemplate
 from tinymamba.cli import UserError
@@ -340,6 +341,21 @@ PAIRS = {
 @pytest.mark.parametrize("name", PAIRS)
 def test_every_form_of_a_pair(name):
     assert Row("a", PAIRS[name], "strict").conversations() == PAIR
+
+
+@pytest.mark.parametrize("name", ["CHATML", "MARKED", "LLAMA_2", "PLAIN"])
+def test_a_benchmark_scores_what_training_counts(tmp_path, name):
+    """Of chats with one answer; an answer within a chat is asked as if it were the last one."""
+    (tmp_path / "t.jinja").write_text(globals()[name])
+    chats = [turns(f"What is {i}?", f"{i}, é.") for i in range(3)]
+    made = run(tmp_path, [{"messages": c} for c in chats], "--chat_template", "t.jinja")
+    template = ChatTemplate(made.tokenizer)
+    for (ids, mask), messages in zip(made.conversations(), chats, strict=True):
+        (asked,) = find_questions(template, messages, EOS)
+        begin = mask.index(1)
+        assert asked.prompt == ids[:begin]
+        assert asked.answer == [i for i, counts in zip(ids, mask, strict=True) if counts]
+    assert len(find_questions(template, turns("a", "b", "c", "d"), EOS)) == 2
 
 
 def test_preferences_alternate_and_only_the_last_answer_counts(tmp_path):

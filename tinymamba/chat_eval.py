@@ -1,12 +1,13 @@
 """Answers in chats as questions: what a model is asked, and what it should write.
 
     for row, messages in read_chats(["held_out.jsonl"]):
-        questions += find_questions(template, messages, row)
+        questions += find_questions(template, messages, eos, row)
     nats, tokens = answer_loss(model, questions, batch=8)
     written = write_answers(model, questions, batch=8, most=256, ends=[template.turn_end])
 
 What counts is what a model writes itself: the content of an answer and the token that ends its
-turn. Each answer is asked with the messages before it, as the template writes them then.
+turn, or the text if the template ends a turn with none. Each answer is asked with the messages
+before it, as the template writes them then.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ class Written(NamedTuple):
 
 
 def find_questions(
-    template: Any, messages: Sequence[dict[str, str]], where: str = "messages"
+    template: Any, messages: Sequence[dict[str, str]], eos: int | None, where: str = "messages"
 ) -> list[Question]:
-    """A question for each answer of a chat; `where` is named in errors."""
+    """A question for each answer of a chat; `eos` ends a text, and `where` is named in errors."""
     questions = []
     for i in (i for i, m in enumerate(messages) if m["role"] == "assistant"):
         prompt = encode_messages(template, messages[:i], where=where)
@@ -50,6 +51,8 @@ def find_questions(
         answer = whole[len(prompt) :]
         if template.turn_end in answer:  # only the template writes it: a message's is plain text
             answer = answer[: answer.index(template.turn_end) + 1]
+        elif template.turn_end is None and eos is not None and answer[-1:] != [eos]:
+            answer.append(eos)
         questions.append(Question(prompt, answer, template.tokenizer.decode(answer)))
     require(questions, where, "has no answer of an assistant", "remove the row")
     return questions
