@@ -64,6 +64,7 @@ from torch import Tensor, nn
 from testv2 import PRESETS, Config, StreamingTokenDataset, TinyMambaModel, load_model
 from tinymamba.chat_eval import Question, answer_loss, find_questions, write_answers
 from tinymamba.chat_rows import read_chats
+from tinymamba.chat_session import open_template
 from tinymamba.checkpoint import atomic_write, load_checkpoint, require_writable
 from tinymamba.cli import (
     CliParser,
@@ -731,12 +732,8 @@ def open_questions(
     setup: Setup, model: TinyMambaModel, tokenizer: SimpleTokenizer
 ) -> tuple[list[Question], list[int]]:
     """All answers in the first --limit chats of --data, and the ids that end one."""
-    need("fastapi")  # of the chat template
-    from tinymamba.chat_template import ChatTemplate
-
-    template, remedy = ChatTemplate(tokenizer), "use one that was trained on chats"
-    problem = template.problem or "the model has no chat template"
-    require(template.template, "--tinymamba_checkpoint", problem, remedy)
+    remedy = "use one that was trained on chats"
+    template = open_template(tokenizer, "--tinymamba_checkpoint", remedy)
     eos = model.config.eos_id if model.config.eos_id >= 0 else tokenizer.eos_token_id
     rows = read_chats(setup.options.data or [], setup.options.encoding_errors)
     first = itertools.islice(rows, setup.options.limit)

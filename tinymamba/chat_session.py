@@ -47,6 +47,17 @@ class ChatHistory(NamedTuple):
         return ChatHistory(messages, ids)
 
 
+def open_template(tokenizer: Any, field: str, remedy: str) -> Any:
+    """The ChatTemplate of a tokenizer; a UserError of a field if there is none that can be used."""
+    need("fastapi")  # of Message and ApiError
+    from tinymamba.chat_template import ChatTemplate
+
+    template = ChatTemplate(copy_tokenizer(tokenizer))
+    problem = template.problem or "the model has no chat template"
+    require(template.template, field, problem, remedy)
+    return template
+
+
 def encode_messages(
     template: Any, messages: Sequence[dict[str, str]], reply: bool = True, where: str = "messages"
 ) -> list[int]:
@@ -67,14 +78,9 @@ class ChatSessions:
     """
 
     def __init__(self, server: Any, settings: dict[str, Any] | None = None):
-        need("fastapi")  # of Message and ApiError
-        from tinymamba.chat_template import ChatTemplate
-
         self.server, self.states = server, PrefixCache(STATES)
-        self.template = ChatTemplate(copy_tokenizer(server.tokenizer))
-        problem = self.template.problem or "the model has no chat template"
         remedy = "pass --tokenizer, a tokenizer.json with chat_template.jinja beside it"
-        require(self.template.template, "chat", problem, remedy)
+        self.template = open_template(server.tokenizer, "chat", remedy)
         end = self.template.turn_end
         own = {"stop_ids": None if end is None else [end], "bos_token_id": None}
         self.settings: dict[str, Any] = {**(settings or {}), **own, "reset_on_eos": False}
