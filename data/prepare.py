@@ -186,8 +186,8 @@ def check(options: Options) -> None:
         is_default = getattr(options, name) == getattr(Options, name)
         problem = "is of text, not of conversations" if is_chat else "is of conversations"
         require(is_default, f"--{name}", problem, "leave it out" if is_chat else "pass --chat too")
-    for name in (name for name in options.changed() if name in Options.TEACHER):
-        raise UserError(f"--{name}", "is of a teacher", "pass --teacher too")
+    if of_teacher := [name for name in options.changed() if name in Options.TEACHER]:
+        raise UserError(f"--{of_teacher[0]}", "is of a teacher", "pass --teacher too")
     if (file := options.chat_template) is not None:
         require(Path(file).is_file(), "--chat_template", f"no file {file}", "pass a Jinja file")
     both = options.val_input is not None and options.val_split is not None

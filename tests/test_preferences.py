@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
+    FIRST_FORM,
     assert_compiled,
     assert_refused,
     close,
@@ -363,7 +364,7 @@ def test_the_tokens_of_both_rows_are_counted_without_columns_that_are_left_out(p
 
 
 def test_a_compiled_run_has_one_graph_and_a_reference_without_it(pairs, monkeypatch, capsys):
-    base = TinyMambaModel(tiny_config(n_layer=1))
+    base = TinyMambaModel(tiny_config(n_layer=1, **FIRST_FORM))
     save_model(pairs / "base.pt", base, base.state_dict())
     eager = tuner()
     assert eager.run() == 0

@@ -6,8 +6,8 @@
     written = write_answers(model, questions, batch=8, most=256, ends=[template.turn_end])
 
 What counts is what a model writes itself: the content of an answer and the token that ends its
-turn, or the text if the template ends a turn with none. Each answer is asked with the messages
-before it, as the template writes them then.
+turn, which is that of the end of the text if the template has none. Each answer is asked with the
+messages before it, as the template writes them then.
 """
 
 from __future__ import annotations
