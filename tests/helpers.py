@@ -3,9 +3,11 @@
 import contextlib
 import copy
 import functools
+import importlib
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -14,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tomllib
+import traceback
 import warnings
 from pathlib import Path
 
@@ -322,14 +325,50 @@ def free_port() -> int:
             return port
 
 
+def start_fork(main, *words, env: dict | None = None, **streams) -> subprocess.Popen:
+    """A process that runs the `main(argv)` of a script: a fork, which need not import PyTorch.
+
+    Where nothing can be forked it is a new process.
+    """
+    command = [sys.executable, str(ROOT / f"{main.__module__}.py"), *map(str, words)]
+    how = {"env": {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, "text": True, **streams}
+    if os.name == "posix":
+        how |= {"preexec_fn": functools.partial(become_script, main, command[2:], how["env"])}
+        how |= {"restore_signals": False}
+    return subprocess.Popen(command, **how)
+
+
+def become_script(main, words: list[str], env: dict) -> None:
+    """In a fork: run `main` in place of a new program, without what pytest has set."""
+    os.closerange(3, 2**12)  # as Popen does; it waits for the end of its own pipe
+    os.environ.update(env)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    logging.getLogger().handlers.clear()
+    warnings.resetwarnings()
+    for hidden in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+        warnings.simplefilter("ignore", hidden)
+    warnings.showwarning = lambda text, kind, *_: print(kind.__name__, text, file=sys.stderr)
+    code = 1
+    try:
+        run_cli(lambda: main(words))
+    except SystemExit as e:
+        code = e.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
 @contextlib.contextmanager
 def two_ranks(*words, script="testv2.py"):
     """Two processes that train together, without a launcher, which would end them itself."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, str(ROOT / script), *map(str, words)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    both = [subprocess.Popen(command, env={**env, "RANK": str(rank)}, **pipes) for rank in (0, 1)]
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    main, both = importlib.import_module(script.removesuffix(".py")).main, []
+    for rank in ("0", "1"):
+        both.append(start_fork(main, *words, env={**env, "RANK": rank}, **pipes))
     try:
         yield both
     finally:
