@@ -32,6 +32,7 @@ from helpers import (
     flags,
     free_port,
     run_two_ranks,
+    start_fork,
     tiny_config,
 )
 
@@ -306,8 +307,7 @@ def test_a_neighbor_whose_name_begins_alike_is_left_alone(place):
 @POSIX
 def test_a_second_run_on_one_name_is_refused_and_a_dead_ones_lock_is_free(place):
     words = brief_flags(max_steps=10**6, checkpoint_interval=2, num_workers=1)
-    command = [sys.executable, str(ROOT / "testv2.py"), *words]
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENV)
+    first = start_fork(testv2.main, *words, stdout=subprocess.PIPE)
     try:
         assert any("saved" in line for line in first.stdout)
         first.send_signal(signal.SIGSTOP)  # it holds its lock all the same
