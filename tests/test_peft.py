@@ -501,7 +501,7 @@ def test_the_commands_of_the_readme(based):
         assert not torch.equal(model(IDS), wide()(IDS))
         assert list((based / folder / "logs").rglob("events.out.tfevents.*"))
         assert list((based / folder / "logs").rglob("loss_curve.png"))
-    again = run_script("peft.py", *command, *SHORT, cwd=based)
+    again = finetune(*command[2:], *SHORT)
     assert_refused(again, "lora_model", "--force")
 
 
