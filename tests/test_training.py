@@ -32,6 +32,7 @@ from helpers import (
     free_port,
     go_on,
     run_script,
+    start_fork,
     tiny_config,
     write_tokens,
 )
@@ -522,9 +523,8 @@ def start(place):
 
     def begin(**changes) -> subprocess.Popen:
         words = brief_flags(max_steps=10**6, checkpoint_interval=0, **changes)
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": str(place), "CXX": ""}
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen([sys.executable, ROOT / "testv2.py", *words], env=env, **streams)
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = start_fork(testv2.main, *words, env={"PATH": str(place), "CXX": ""}, **streams)
         watch = threading.Timer(60, process.kill)
         watch.start()
         started.append((process, watch))
