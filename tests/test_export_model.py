@@ -470,7 +470,7 @@ def test_a_folder_of_something_else_is_not_replaced(folder):
 def test_what_is_there_stays_without_force(folder):
     assert command("--format", "pytorch") == 0
     before = files_below(folder)
-    done = run_script("export_model.py", "--checkpoint", "model", "--format", "pytorch", cwd=folder)
+    done = run_main(export_model.main, "--checkpoint", "model", "--format", "pytorch")
     assert_refused(done, str(Path("exported_models", "pytorch")), "exists already", "--force")
     assert files_below(folder) == before
     assert command("--format", "pytorch", "--force") == 0
