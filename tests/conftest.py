@@ -12,8 +12,9 @@ from tinymamba.tokenizer import EOS_TOKEN
 
 # The files that take longest, the longest first. A file is run by one process: begun last, one of
 # these would keep it busy long after the others have ended.
-LONGEST = ["reliability", "training", "readme", "model", "streaming", "export_model", "peft",
-           "restarts", "testv2", "hf_integration", "surroundings", "benchmark"]  # fmt: skip
+LONGEST = ["reliability", "readme", "training", "model", "peft", "export_model", "hf_integration",
+           "restarts", "streaming", "benchmark", "surroundings", "serve", "quantize",
+           "preferences", "onnx_engine", "testv2"]  # fmt: skip
 
 heed_signals()
 
