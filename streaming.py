@@ -56,7 +56,7 @@ from torch import Tensor
 
 from testv2 import ModelState, TinyMambaModel, load_model
 from tinymamba.chat_session import ChatHistory, ChatSessions, Turn
-from tinymamba.checkpoint import read_tensors, write_tensors
+from tinymamba.checkpoint import pack_tensors, read_tensors, unpack_tensors, write_bytes
 from tinymamba.cli import (
     DTYPES,
     CliParser,
@@ -1041,6 +1041,10 @@ class Session:
     chat_before: ChatHistory | None = None
     answer: Answer | None = None  # the one that is being generated
     turns: int = 0
+    # Of servers with a store; see tinymamba/shared_sessions.py:
+    stamp: str = ""  # of what the store has, if that is the same
+    keys: dict[str, str] = dataclasses.field(default_factory=dict)  # of turns
+    reply: dict[str, Any] | None = None  # the answer of the last turn, if that had a key
     created: float = dataclasses.field(default_factory=time.time)
     used: float = dataclasses.field(default_factory=time.time)
 
@@ -1222,7 +1226,7 @@ class StreamingServer:
         session.now, session.answer, session.used = answer.final, None, time.time()
         if answer.error or answer.abandoned:
             return
-        session.before, session.turns = answer.origin, session.turns + 1
+        session.before, session.turns, session.reply = answer.origin, session.turns + 1, None
         session.chat, session.chat_before = None, session.chat  # ChatSessions sets the new one
         if answer.config.reset_on_eos and answer.ended_by == self.eos_id(answer.config):
             session.now = self.initial[session.config.adapter]
@@ -1296,14 +1300,15 @@ class StreamingServer:
         config = self.checked(self.config if config is None else config)
         seed = config.seed if seed is None else seed
         seed = secrets.randbits(63) if seed is None else seed
-        return self.add(session_id, self.initial[config.adapter], config, seed).id
+        now = self.initial[config.adapter]
+        return self.insert(self.new_session(session_id, now, config, seed)).id
 
     def make_initial(self, adapter: str | None) -> Snapshot:
         """The snapshot before any token; an adapter may bring its own initial state."""
         self.decoder.select_adapters([adapter])
         return Snapshot(self.model.init_state(1), None, (), ())
 
-    def add(
+    def new_session(
         self,
         session_id: str | None,
         now: Snapshot,
@@ -1311,15 +1316,20 @@ class StreamingServer:
         seed: int,
         turns: int = 0,
     ) -> Session:
-        """Add a session to the server."""
+        """A session that the server does not have yet."""
         name = uuid.uuid4().hex if session_id is None else session_id
         require_plain_name(name, "session_id")
         valid = has_type(seed, int) and 0 <= seed < 2**63
         require(valid, "seed", f"{seed!r} is invalid", "it must be from 0 to 2^63 - 1")
+        return Session(name, now, config, seed, turns=turns)
+
+    def insert(self, session: Session, replace: bool = False) -> Session:
+        """Put a session among those of the server, in place of another one only if `replace`."""
         with self.condition:
-            require(name not in self.sessions, "session_id", f"{name} is taken", "use another")
-            self.sessions[name] = Session(name, now, config, seed, turns=turns)
-            return self.sessions[name]
+            free = replace or session.id not in self.sessions
+            require(free, "session_id", f"{session.id} is taken", "use another")
+            self.sessions[session.id] = session
+            return session
 
     def find(self, session_id: str, idle: bool = True) -> Session:
         """The session of this id, which must not be answering if `idle`."""
@@ -1356,7 +1366,7 @@ class StreamingServer:
         with self.condition:
             old = self.find(session_id)
             seed = old.seed if seed is None else seed
-            fork = self.add(new_id, old.now, old.config, seed, old.turns)
+            fork = self.insert(self.new_session(new_id, old.now, old.config, seed, old.turns))
             fork.before, fork.chat, fork.chat_before = old.before, old.chat, old.chat_before
             return fork.id
 
@@ -1370,6 +1380,9 @@ class StreamingServer:
             session.now, session.before = session.before, None
             session.chat = session.chat_before
             session.turns -= 1
+            if session.reply:
+                session.keys.popitem()
+            session.reply = None
 
     def reset_session(self, session_id: str) -> None:
         """Forget everything but the name, the settings and the seed."""
@@ -1377,6 +1390,7 @@ class StreamingServer:
             session = self.find(session_id)
             session.now, session.before = self.initial[session.config.adapter], None
             session.turns, session.chat, session.used = 0, None, time.time()
+            session.keys, session.reply = {}, None
 
     def delete_session(self, session_id: str) -> None:
         """Delete the session, and stop its answer."""
@@ -1419,26 +1433,60 @@ class StreamingServer:
         replaceable = not os.path.lexists(path) or is_session_file(path)
         problem, remedy = "exists, and is not a saved session", "choose another file"
         require(replaceable, str(path), problem, remedy)
+        write_bytes(path, self.pack_session(session_id))
+
+    def pack_session(self, session_id: str, stamp: str | None = None) -> bytes:
+        """The session as the bytes of such a file.
+
+        One with a `stamp` is for a store: it also has the snapshot that a rollback returns to, as a
+        second row, the turns that may be repeated, and what a list of sessions shows.
+        """
         with self.condition:
             session = self.find(session_id)
-            now = self.decoder.read_unread(session.now, session.config.adapter)
-            session.now = now
-            config = dataclasses.asdict(session.config)
-            about = {"seed": session.seed, "turns": session.turns, "config": config}
+            adapter = session.config.adapter
+            session.now = self.decoder.read_unread(session.now, adapter)
+            about: dict[str, Any] = {"seed": session.seed, "turns": session.turns}
+            about["config"] = dataclasses.asdict(session.config)
             about["tokenizer"] = getattr(self.tokenizer, "sha256", None)
-            if session.chat:
-                about["chat"] = session.chat._asdict()
+            about["chat"] = session.chat and session.chat._asdict()
+            snapshots = [session.now]
+            if stamp is not None:
+                if session.before:
+                    session.before = self.decoder.read_unread(session.before, adapter)
+                    snapshots.append(session.before)
+                about["chat_before"] = session.chat_before and session.chat_before._asdict()
+                about |= {"keys": session.keys, "reply": session.reply}
+                about |= {"created": session.created, "used": session.used}
             notes = {"model": self.fingerprint, "session": json.dumps(about)}
-        write_tensors(path, self.tensors(now), notes)
+            if stamp is not None:
+                notes |= {"stamp": stamp, "info": json.dumps(self.get_session_info(session_id))}
+        rows = [self.tensors(snapshot) for snapshot in snapshots]
+        return pack_tensors(
+            {name: torch.cat([row[name] for row in rows]) for name in rows[0]}, notes
+        )
 
     def load_session(self, path: str | Path, session_id: str | None = None) -> str:
         """Create a session from a file that was saved with the same model; returns its id."""
-        empty = Snapshot(self.model.init_state(1), None, (), ())
-        tensors, notes = read_tensors(path, self.tensors(empty), {"model": self.fingerprint}, 1)
-        logits = tensors.pop("logits")[0].numpy()
-        recent = tuple(i for i in tensors.pop("recent")[0].tolist() if i >= 0)
-        state = empty.state.fill(tensors)
-        position, start = int(state.position[0]), int(state.document_start[0])
+        found = read_tensors(path, self.tensors(self.blank()), {"model": self.fingerprint}, 2)
+        return self.insert(self.restore(*found, str(path), session_id)).id
+
+    def unpack_session(self, data: bytes, name: str, session_id: str | None = None) -> Session:
+        """The session of such bytes, which errors call `name`; the server does not have it yet."""
+        like, notes = self.tensors(self.blank()), {"model": self.fingerprint}
+        return self.restore(*unpack_tensors(data, name, like, notes, 2), name, session_id)
+
+    def blank(self) -> Snapshot:
+        """The snapshot before any token and any adapter."""
+        return Snapshot(self.model.init_state(1), None, (), ())
+
+    def restore(
+        self, tensors: dict[str, Tensor], notes: dict[str, str], name: str, session_id: str | None
+    ) -> Session:
+        """The session with these tensors (1 or 2 rows) and notes; errors name its file."""
+        rows = [
+            {n: t[i : i + 1] for n, t in tensors.items()} for i in range(len(tensors["recent"]))
+        ]
+        snapshots = [self.snapshot(row) for row in rows]
         try:
             about = json.loads(notes["session"])
             bias = about["config"].pop("logit_bias")
@@ -1446,26 +1494,49 @@ class StreamingServer:
             config.logit_bias = bias and {int(i): b for i, b in bias.items()}
             self.checked(config)
             seed, turns, made_with = about["seed"], about["turns"], about.get("tokenizer")
-            chat = about.get("chat") and ChatHistory.from_dict(about["chat"], recent, position)
+            chats = [
+                about.get(field) and ChatHistory.from_dict(about[field], s.recent, s.position)
+                for field, s in zip(("chat", "chat_before"), snapshots, strict=False)
+            ]
+            keys, reply = dict(about.get("keys", {})), about.get("reply")
+            times = [float(about.get(n, time.time())) for n in ("created", "used")]
             valid = (
-                max(recent, default=0) < self.vocab_size
+                (len(rows) == 1 or "stamp" in notes)
                 and has_type(turns, int)
-                and len(recent) <= position < 2**62
-                and 0 <= start <= position
                 and turns >= 0
-                and np.isfinite(logits).all()
+                and bool(tensors["logits"].isfinite().all())
+                and all(map(self.is_sound, snapshots))
             )
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
-            raise UserError(str(path), f"is not a valid session ({e})", "save it again") from None
-        require(valid, str(path), "is not a valid session", "save it again")
+            raise UserError(name, f"is not a valid session ({e})", "save it again") from None
+        require(valid, name, "is not a valid session", "save it again")
         own = getattr(self.tokenizer, "sha256", None)
         problem = f"was saved with another tokenizer ({made_with!s:.12}) than this ({own!s:.12})"
         same = own == made_with or None in (own, made_with)
-        require(same, str(path), problem, "start with the tokenizer of the session")
-        now = Snapshot(state, logits if position else None, recent, ())
-        session = self.add(session_id, now, config, seed, turns)
-        session.chat = chat
-        return session.id
+        require(same, name, problem, "start with the tokenizer of the session")
+        session = self.new_session(session_id, snapshots[0], config, seed, turns)
+        session.before = snapshots[1] if len(snapshots) > 1 else None
+        session.keys, session.reply = keys, reply
+        session.chat, session.chat_before = [*chats, None][:2]
+        session.created, session.used = times
+        return session
+
+    def snapshot(self, row: dict[str, Tensor]) -> Snapshot:
+        """The snapshot whose `tensors` these are."""
+        recent = tuple(i for i in row["recent"][0].tolist() if i >= 0)
+        own = {name: t for name, t in row.items() if name not in ("logits", "recent")}
+        state = self.model.init_state(1).fill(own)
+        logits = row["logits"][0].numpy() if int(state.position[0]) else None
+        return Snapshot(state, logits, recent, ())
+
+    def is_sound(self, snapshot: Snapshot) -> bool:
+        """Whether a snapshot from a file can be one of this model."""
+        position, start = snapshot.position, int(snapshot.state.document_start[0])
+        return (
+            max(snapshot.recent, default=0) < self.vocab_size
+            and len(snapshot.recent) <= position < 2**62
+            and 0 <= start <= position
+        )
 
 
 def is_session_file(path: str | Path) -> bool:

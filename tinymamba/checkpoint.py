@@ -95,8 +95,12 @@ def atomic_write(
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write plain values as indented JSON."""
-    text = json.dumps(value, indent=2) + "\n"
-    atomic_write(path, lambda temporary: Path(temporary).write_bytes(text.encode()))
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write bytes."""
+    atomic_write(path, lambda temporary: Path(temporary).write_bytes(data))
 
 
 # ------------------------------------------------------------------------------ tensor files
@@ -104,23 +108,80 @@ def write_json(path: str | Path, value: Any) -> None:
 STATE_FORMAT = "tinymamba-state-2"
 
 
-def write_tensors(path: str | Path, tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
-    """Write a safetensors file with a checksum over the tensors and the notes."""
+def pack_tensors(tensors: dict[str, Tensor], notes: dict[str, str]) -> bytes:
+    """A safetensors file with a checksum over the tensors and the notes."""
     from safetensors.torch import save
 
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     notes = {"format": STATE_FORMAT, **notes}
-    said = {**notes, "checksum": digest([tensors, notes])}
-    atomic_write(path, lambda temporary: Path(temporary).write_bytes(save(tensors, said)))
+    return save(tensors, {**notes, "checksum": digest([tensors, notes])})
+
+
+def write_tensors(path: str | Path, tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
+    """Write such a file."""
+    write_bytes(path, pack_tensors(tensors, notes))
+
+
+def read_notes(data: bytes) -> dict[str, str]:
+    """The notes at the head of a safetensors file, unchecked; none if it is no such file.
+
+    The file begins with 8 bytes, the length of the JSON that follows, little-endian.
+    """
+    size = int.from_bytes(data[:8], "little")
+    try:
+        return dict(json.loads(data[8 : 8 + size])["__metadata__"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+def require_state(
+    name: str,
+    said: dict[str, str],
+    notes: dict[str, str],
+    found: dict[str, tuple[list[int], torch.dtype]],
+    like: dict[str, Tensor],
+    most: int | None,
+) -> None:
+    """Reject a file whose notes or tensors (shape and dtype of each) are not as they must be."""
+    wanted = {**notes, "format": STATE_FORMAT}
+    same = all(said.get(k) == v for k, v in wanted.items())
+    problem, remedy = "is not a state of this model", "load the model that it belongs to"
+    require(same, name, problem, remedy)
+    known = found.keys() == like.keys()
+    rows = found["position"][0][0] if known and found["position"][0] else 1
+    for n, t in like.items() if known else ():
+        known = known and found[n] == ([rows, *t.shape[1:]], t.dtype)
+    known = known and (most is None or 1 <= rows <= most)
+    require(known, name, "has other tensors than a state of this model", "save it again")
+
+
+def unpack_tensors(
+    data: bytes, name: str, like: dict[str, Tensor], notes: dict[str, str], most: int | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """As `read_tensors`, from the bytes of a file that errors call `name`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    said, remedy = read_notes(data), "save it again"
+    try:
+        tensors = load(data)
+    except (SafetensorError, ValueError, KeyError) as e:
+        raise UserError(name, f"cannot be read ({e})", remedy) from None
+    found = {n: ([*t.shape], t.dtype) for n, t in tensors.items()}
+    require_state(name, said, notes, found, like, most)
+    checksum = said.pop("checksum", None)
+    require(checksum == digest([tensors, said]), name, "is damaged", remedy)
+    return tensors, said
 
 
 def read_tensors(
-    path: str | Path, like: dict[str, Tensor], notes: dict[str, str], rows: int | None = None
+    path: str | Path, like: dict[str, Tensor], notes: dict[str, str], most: int | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and notes of such a file, whose notes must include `notes`.
 
-    Names, dtypes and shapes must be those of `like`. The number of rows is `rows`, or any if that
-    is None. All this is checked before a tensor is read; a file that differs is a UserError.
+    Names, dtypes and shapes must be those of `like`, but for the number of rows: it is at most
+    `most`, if that is given. All this is checked before a tensor is read; a file that differs is a
+    UserError.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -128,20 +189,12 @@ def read_tensors(
     try:
         with safe_open(path, framework="pt") as file:
             said = file.metadata() or {}
-            wanted = {**notes, "format": STATE_FORMAT}
-            require(
-                all(said.get(k) == v for k, v in wanted.items()),
-                name,
-                "is not a state of this model",
-                "load the model that it belongs to",
-            )
             slices = {n: file.get_slice(n) for n in file.keys()}  # noqa: SIM118
-            known = slices.keys() == like.keys()
-            rows = rows or (slices["position"].get_shape()[0] if known else 1)
-            for n, t in like.items() if known else ():
-                known = known and slices[n].get_shape() == [rows, *t.shape[1:]]
-                known = known and slices[n][:0].dtype == t.dtype
-            require(known, name, "has other tensors than a state of this model", remedy)
+            found = {
+                n: (s.get_shape(), s[:0].dtype if s.get_shape() else None)
+                for n, s in slices.items()
+            }
+            require_state(name, said, notes, found, like, most)
             tensors = {n: file.get_tensor(n).clone() for n in like}  # the file may be replaced
     except (SafetensorError, OSError) as e:
         raise UserError(name, f"cannot be read ({e})", remedy) from None
