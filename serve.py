@@ -2,7 +2,7 @@
 
     pip install fastapi uvicorn prometheus-client
     python serve.py --checkpoint ./tinymamba_model_latest.pt --port 8000
-    TINYMAMBA_API_KEY=secret python serve.py --host 0.0.0.0 --session_dir ./sessions --keep_sessions
+    TINYMAMBA_API_KEY=secret python serve.py --host 0.0.0.0 --session_store ./sessions
 
     curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" \\
         -d '{"prompt": "import os", "max_tokens": 40, "stream": true}'
@@ -11,8 +11,9 @@
     API; its clients work. /tokenize, /detokenize: as in vLLM's. Answers can follow a
     JSON schema, a regex or a grammar, and those of chats call tools (pip install llguidance).
 /v1/sessions: texts that the server remembers, each in a state of constant size: create, continue,
-    fork, roll back, reset, save and load (by plain name, in --session_dir), delete.
-/health, /metrics (Prometheus), /openapi.json, and the page.
+    fork, roll back, reset, save and load (by plain name), delete. With --session_store they are
+    kept in a folder or in Redis, and any of several servers continues any of them.
+/health, /ready, /metrics (Prometheus), /openapi.json, and the page.
 
 A request is completed or changes nothing: if its client disconnects or the server stops, its slot
 is free before the next step, and its session is as it was before. To end an answer and keep its
@@ -66,6 +67,7 @@ from tinymamba.checkpoint import require_writable
 from tinymamba.cli import DTYPES, UserError, need, parse_flags, require, require_plain_name, run_cli
 from tinymamba.onnx_engine import ENGINES
 from tinymamba.prefix_cache import count_equal
+from tinymamba.session_store import open_store
 from tinymamba.tokenizer import SimpleTokenizer, copy_tokenizer, why_no_tokenizer
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
@@ -110,6 +112,7 @@ from tinymamba.openai_api import (  # noqa: E402
     TextOut,
     TokenizeBody,
     TokensOut,
+    TurnKey,
     add_error_handlers,
     describe_strict,
     embedding_out,
@@ -118,6 +121,14 @@ from tinymamba.openai_api import (  # noqa: E402
     shutting_down,
 )
 from tinymamba.openai_responses import ResponseBody, ResponseOut, ResponseWriter  # noqa: E402
+from tinymamba.shared_sessions import (  # noqa: E402
+    SharedSessions,
+    find_reply,
+    no_session,
+    record_reply,
+    session_busy,
+    too_many,
+)
 from tinymamba.structured import Grammar, decoder_of, library_bytes  # noqa: E402
 from tinymamba.tool_calls import (  # noqa: E402
     CallForm,
@@ -169,8 +180,10 @@ class Options:
     grace: int = 10  # seconds that running answers may take to end when the server is stopped
 
     # Sessions
-    session_dir: str = ""  # folder of saved sessions; without it, none can be saved or loaded
-    keep_sessions: bool = False  # save all sessions when the server stops, load them at the start
+    session_store: str = ""  # keeps sessions at every turn: a folder, or redis://HOST:PORT/DB
+    session_dir: str = ""  # folder of saved sessions only, unless --keep_sessions
+    keep_sessions: bool = False  # keep all sessions in --session_dir, as --session_store does
+    session_lease: float = 10.0  # seconds until others take the sessions of a server that has died
     max_sessions: int = 1024  # maximum number of open sessions, and of saved ones
     session_timeout: int = 86400  # seconds after which an unused session is deleted
 
@@ -182,6 +195,7 @@ class Options:
         **dict.fromkeys(("batch_size", "max_body", "max_prompt", "max_tokens"), (1, math.inf)),
         **dict.fromkeys(("max_choices", "body_timeout"), (1, math.inf)),
         **dict.fromkeys(("max_sessions", "session_timeout"), (1, math.inf)),
+        "session_lease": (0.1, 3600),
     }
 
     @property
@@ -199,7 +213,10 @@ def parse(argv: list[str] | None) -> Options:
     """Parse and check the command line; fill in an empty API key and model name."""
     usage = "python serve.py --checkpoint FILE [--FLAG VALUE ...]"
     options = parse_flags(Options, argv, usage, str(__doc__).split("Chat: the")[0])
-    has_folder = options.session_dir or not options.keep_sessions
+    field, remedy = "--session_store", "leave one of them out"
+    one = not (options.session_store and options.session_dir)
+    require(one, field, "names a place for sessions, as --session_dir does", remedy)
+    has_folder = options.session_dir or options.session_store or not options.keep_sessions
     require(has_folder, "--keep_sessions", "needs a folder", "pass --session_dir")
     options.api_key = options.api_key or os.environ.get("TINYMAMBA_API_KEY", "")
     options.model_name = options.model_name or name_of(options.checkpoint)
@@ -243,6 +260,29 @@ class Metrics:
             "Time from request to first text.",
             registry=self.registry,
             buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+        )
+        self.store_seconds = prometheus.Histogram(
+            "tinymamba_store_seconds",
+            "Time that the session store takes.",
+            ["operation"],
+            registry=self.registry,
+            buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5),
+        )
+        self.store_failures = prometheus.Counter(
+            "tinymamba_store_failures",
+            "Requests for sessions that failed: unavailable, refused, busy or unusable.",
+            ["kind"],
+            registry=self.registry,
+        )
+        self.session_loads = prometheus.Counter(
+            "tinymamba_session_loads",
+            "Sessions that were loaded from the store.",
+            registry=self.registry,
+        )
+        self.repeated_turns = prometheus.Counter(
+            "tinymamba_repeated_turns",
+            "Turns that were answered again by their Idempotency-Key.",
+            registry=self.registry,
         )
 
     def add_gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
@@ -516,29 +556,31 @@ class Engine(threading.Thread):
         """The session of this id, or an error 404."""
         session = self.server.sessions.get(session_id)
         if session is None:
-            raise ApiError(404, f"there is no session {session_id}", "session_id", "not_found")
+            raise no_session(session_id)
         return session
 
     def find_idle(self, session_id: str) -> Session:
         """The session of this id, or an error if it is answering or about to."""
         session = self.find(session_id)
         if session.answer or any(job.session_id == session_id for job in self.waiting):
-            problem = f"session {session_id} is answering; wait or stop it"
-            raise ApiError(409, problem, "session_id", "session_busy")
+            raise session_busy(session_id)
         return session
 
     def check_new(self, session_id: str | None) -> None:
         """Reject an existing id, or a session beyond max_sessions."""
         if session_id in self.server.sessions:
-            raise ApiError(409, f"id: {session_id} exists; choose another", "id", "id_taken")
+            raise SharedSessions.taken(str(session_id))
         if len(self.server.sessions) >= self.options.max_sessions:
-            problem = f"there are already {self.options.max_sessions} sessions; delete some"
-            raise ApiError(429, problem, None, "too_many_sessions", {"Retry-After": "60"})
+            raise too_many(f"{self.options.max_sessions} sessions")
 
     def session_info(self, session_id: str) -> dict:
         """The fields of SessionOut."""
         self.find(session_id)
-        info = self.server.get_session_info(session_id)
+        return self.session_out(self.server.get_session_info(session_id))
+
+    @staticmethod
+    def session_out(info: dict) -> dict:
+        """What StreamingServer.get_session_info gives, as the fields of SessionOut."""
         return {
             "id": info["session_id"],
             "object": "session",
@@ -835,7 +877,11 @@ class Call:
                 self.completion_tokens += len(event.value.tokens)
             elif event.kind == "done":
                 self.unfinished -= 1
+            await self.note(event)
             yield event
+
+    async def note(self, event: Event) -> None:
+        """Take notice of an event before the client does."""
 
     async def batches(self) -> AsyncIterator[list[Event]]:
         """All events, in lists that arrived together."""
@@ -926,6 +972,84 @@ class Call:
         return []
 
 
+class SessionCall(Call):
+    """A turn of a session, which is stored before its client hears that it is complete."""
+
+    def __init__(self, api: Api, request: Request, body: SessionCompletionBody, key: str):
+        """`key`: that of the turn, or empty; see `find_reply`."""
+        super().__init__(api, request, "session", body, 1)
+        self.key, self.gates = key, bool(body.gates)
+        self.held: Any = None  # a Held, once the session is this turn's
+        self.asked = body.model_dump_json(exclude={"stream", "stream_options"})
+        self.answer, self.turns = Written("", [], ""), 0
+
+    async def hold(self, session_id: str) -> dict | None:
+        """Let nobody else change the session; the answer, if this turn has been stored before."""
+        self.held = await self.api.sessions.hold(session_id)
+        self.held.on_lost = self.lose
+        session = self.api.server.sessions.get(session_id)
+        self.turns = session.turns if session else 0
+        return find_reply(session, self.key, self.asked) if session and self.key else None
+
+    def lose(self) -> None:
+        """End the answer: another server has continued the session."""
+        self.api.engine.cancel(self.jobs)
+        problem = "another server has continued this session, or deleted it"
+        self.mailbox.put_nowait(
+            Event(0, "failed", ApiError(409, problem, "session_id", "session_lost"))
+        )
+
+    def close(self) -> None:
+        """As of a Call; the session is as it was, unless it is stored, and free for others."""
+        super().close()
+        if self.held and self.held.open:
+            with contextlib.suppress(ApiError):  # the server ends
+                self.api.engine.enqueue(self.undo)
+            self.held.release()
+
+    def undo(self) -> None:
+        """Take back a turn that was complete just as its client left, in the engine's thread."""
+        session = self.api.server.sessions.get(self.held.session_id)
+        if session and session.before and not session.answer and session.turns > self.turns:
+            self.api.server.rollback(session.id)
+
+    async def note(self, event: Event) -> None:
+        """Collect the answer, and store the session once it is complete."""
+        text, tokens, _ = self.answer
+        if event.kind == "chunk" and self.key:
+            self.answer = Written(text + event.value.text, tokens + event.value.tokens, "")
+        if event.kind != "done" or not self.held:
+            return
+        finish, end_tokens, fields = event.value
+        session = self.api.server.sessions.get(self.held.session_id)
+        if self.key and session:
+            logprobs = self.body.alternatives() is not None
+            writer = Writer("session", self.api.vocabulary, 0, logprobs, self.gates)
+            choice = writer.message(text, tokens + (end_tokens if logprobs else []), finish)
+            reply = self.envelope(self.OBJECTS["session"], [choice], usage=self.usage(), **fields)
+            record_reply(session, self.key, self.asked, reply)
+        await self.held.commit()
+
+    def again(self, reply: dict) -> Response:
+        """The response to a turn that has been stored before."""
+        self.api.metrics.repeated_turns.inc()
+        stream = self.body.stream
+        response = EventStream(self, self.events(reply)) if stream else json_response(reply)
+        response.headers["Idempotency-Replayed"] = "true"
+        if not stream:
+            self.close()
+        return response
+
+    async def events(self, reply: dict) -> AsyncIterator[bytes]:
+        """Such an answer as server-sent events."""
+        options, chunk = self.body.stream_options, {**reply, "object": f"{reply['object']}.chunk"}
+        ending = {name: chunk.pop(name) for name in ("usage", "session")}
+        common = {"usage": None} if options and options.include_usage else {}
+        yield sse({**chunk, **common})
+        yield sse({**chunk, "choices": [], **ending})
+        yield b"data: [DONE]\n\n"
+
+
 class ResponseCall(Call):
     """A request of the Responses API, whose only choice is written in its own format."""
 
@@ -1014,26 +1138,33 @@ class Api:
         self.vocabulary = Vocabulary(server.tokenizer)
         self.tokenizer = copy_tokenizer(server.tokenizer)
         self.template = ChatTemplate(copy_tokenizer(server.tokenizer))
-        self.tokenizer_lock, self.file_lock = asyncio.Lock(), asyncio.Lock()
-        self.grammar_lock = asyncio.Lock()
+        self.tokenizer_lock, self.grammar_lock = asyncio.Lock(), asyncio.Lock()
         self.embedding_lock = asyncio.Lock()  # one thread at a time takes part in the model
         self.fingerprint = "fp_" + server.fingerprint[:16]
         self.started, base = int(time.time()), options.model_name
         self.models = {base: None, **{f"{base}:{adapter}": adapter for adapter in server.adapters}}
-        self.folder = Path(options.session_dir) if options.session_dir else None
-        if self.folder:
-            require_writable(self.folder, "--session_dir")
-        if options.keep_sessions:
-            require_writable(self.kept_folder, "--session_dir")
-            self.load_kept_sessions()
+        self.store = self.open_store()
+        keeps = options.session_store or options.keep_sessions
+        self.sessions = SharedSessions(server, self.store if keeps else None, options, self.metrics)
         self.add_gauges()
+
+    def open_store(self) -> Any:
+        """The SessionStore that the options name, or None."""
+        options = self.options
+        place = options.session_store or options.session_dir
+        if not place:
+            return None
+        if "://" not in place:
+            field = "--session_store" if options.session_store else "--session_dir"
+            require_writable(Path(place), field)
+        return open_store(place, options.session_timeout, options.session_lease)
 
     def add_gauges(self) -> None:
         """The metrics that are read from the server when they are asked for."""
         add = self.metrics.add_gauge
         add("running_answers", "Answers in the batch.", lambda: len(self.engine.running))
         add("pending_answers", "Answers admitted and not done.", lambda: self.pending)
-        add("sessions", "Open sessions.", lambda: len(self.server.sessions))
+        add("sessions", "Sessions in memory.", lambda: len(self.server.sessions))
         prefixes = self.server.decoder.prefixes
         add("prefix_cache_states", "States in the prefix cache.", lambda: len(prefixes))
         add("prefix_cache_bytes", "Bytes of the prefix cache.", lambda: prefixes.nbytes)
@@ -1353,6 +1484,17 @@ class Api:
         ok = self.engine.accepting and not self.draining
         return json_response({"status": "ok" if ok else "ending"}, 200 if ok else 503)
 
+    async def get_ready(self) -> Response:
+        """Whether requests should be sent to this server: it accepts them, and has its store."""
+        ready, sessions = self.engine.accepting and not self.draining, self.sessions
+        status = "ok" if ready else "ending"
+        if ready and sessions.store:
+            try:
+                await sessions.ask("ping", sessions.store.ping)
+            except ApiError:
+                status = "no session store"
+        return json_response({"status": status}, 200 if status == "ok" else 503)
+
     async def get_metrics(self) -> Response:
         """Metrics in Prometheus' text format."""
         text = prometheus.generate_latest(self.metrics.registry)
@@ -1371,179 +1513,161 @@ class Api:
 
     # Sessions --------------------------------------------------------------------------------
 
-    async def session_response(self, work: Callable[[], str], status: int = 200) -> Response:
-        """Run `work` in the engine's thread; respond with the session whose id it returns."""
-        info = await self.engine.call(lambda: self.engine.session_info(work()))
+    async def change_session(
+        self, session_id: str, work: Callable[[], object], status: int = 200, new: bool = False
+    ) -> Response:
+        """Run `work` in the engine's thread, store the session, and respond with it."""
+        async with self.sessions.holding(session_id, new) as held:
+
+            def act() -> dict:
+                if new:
+                    self.sessions.make_room()
+                    self.engine.check_new(session_id)
+                else:
+                    self.engine.find_idle(session_id)
+                work()
+                return self.engine.session_info(session_id)
+
+            info = await self.engine.call(act)
+            await held.commit()
         return json_response(info, status)
 
     async def list_sessions(self) -> Response:
         """All open sessions."""
-        engine, sessions = self.engine, self.server.sessions
-        infos = await engine.call(lambda: [engine.session_info(name) for name in sessions])
-        return json_response({"object": "list", "data": infos})
+        return json_response({"object": "list", "data": await self.sessions.list()})
 
     async def get_session(self, session_id: SessionId) -> Response:
         """One session."""
-        return await self.session_response(lambda: session_id)
+        return json_response(await self.sessions.info(session_id))
 
     async def create_session(self, body: NewSessionBody | None = None) -> Response:
         """Create a session, empty or from a saved one."""
         body = body or NewSessionBody()
+        name = body.id or uuid.uuid4().hex
         if body.load is not None:
-            return await self.load_session(body.load, body)
+            return await self.load_session(body.load, name, body)
 
-        def work() -> str:
-            self.engine.check_new(body.id)
+        def work() -> None:
             config = StreamingConfig(adapter=self.find_model(None)[1])
-            return self.server.create_session(body.id, drawn(body.seed), config)
+            self.server.create_session(name, drawn(body.seed), config)
 
-        return await self.session_response(work, 201)
+        return await self.change_session(name, work, 201, new=True)
 
-    async def load_session(self, name: str, body: NewSessionBody) -> Response:
+    async def load_session(self, saved: str, name: str, body: NewSessionBody) -> Response:
         """Create a session from a saved one."""
-        file = self.session_file(name, "load")
+        store = self.store_of(saved, "load")
         require(body.seed is None, "seed", "a saved session has its own", "leave it out")
-        async with self.file_lock:
-            if not file.is_file():
-                problem = f"load: no session is saved as {name}"
-                raise ApiError(404, problem, "load", "not_found")
-            await self.engine.call(self.engine.check_new, body.id)
-            new_id = await self.file_call(
-                lambda: self.server.load_session(file, body.id), "load", file
-            )
-            return await self.session_response(lambda: new_id, 201)
+        data = await self.sessions.ask("load", store.load, saved)
+        if data is None:
+            raise ApiError(404, f"load: no session is saved as {saved}", "load", "not_found")
+        with self.naming(saved, "load"):
+            session = await self.sessions.run(self.server.unpack_session, data, saved, name)
+        return await self.change_session(name, lambda: self.server.insert(session), 201, new=True)
 
     async def continue_session(
-        self, request: Request, session_id: SessionId, body: SessionCompletionBody
+        self,
+        request: Request,
+        session_id: SessionId,
+        body: SessionCompletionBody,
+        key: TurnKey = None,
     ) -> Response:
         """Read a prompt in a session and answer; `gates` adds the weights of every token."""
         settings = self.settings(body, 256)
         if body.model is None:
             del settings["adapter"]  # the session has its own
-        call = Call(self, request, "session", body, 1)
+        call = SessionCall(self, request, body, key or "")
         with call.close_on_error():
             ids = await self.encode(body.prompt)
+            if reply := await call.hold(session_id):
+                return call.again(reply)
             jobs = [Job(ids, settings, call.mailbox, session_id=session_id)]
-        return await self.respond(call, jobs, bool(body.gates))
+        return await self.respond(call, jobs, call.gates)
 
     async def stop_session(self, session_id: SessionId) -> Response:
         """End the session's running answer; the session keeps the text that was sent."""
-
-        def work() -> str:
-            self.engine.stop(session_id)
-            return session_id
-
-        return await self.session_response(work)
+        await self.sessions.stop(session_id)
+        return json_response(await self.sessions.info(session_id))
 
     async def fork_session(
         self, session_id: SessionId, body: SessionBody | None = None
     ) -> Response:
         """Copy a session."""
         body = body or SessionBody()
+        name = body.id or uuid.uuid4().hex
 
-        def work() -> str:
-            self.engine.find_idle(session_id)
-            self.engine.check_new(body.id)
-            return self.server.fork_session(session_id, body.id, drawn(body.seed))
+        def work() -> None:
+            self.server.fork_session(session_id, name, drawn(body.seed))
 
-        return await self.session_response(work, 201)
+        if name == session_id:
+            raise self.sessions.taken(name)
+        async with self.sessions.holding(session_id):
+            await self.engine.call(self.engine.find_idle, session_id)
+            return await self.change_session(name, work, 201, new=True)
 
     async def roll_back_session(self, session_id: SessionId) -> Response:
         """Undo the last turn."""
 
-        def work() -> str:
-            if not self.engine.find_idle(session_id).before:
+        def work() -> None:
+            if not self.engine.find(session_id).before:
                 problem = f"{session_id} has no turn to undo; only the last one can be undone"
                 raise ApiError(409, problem, "session_id", "nothing_to_undo")
             self.server.rollback(session_id)
-            return session_id
 
-        return await self.session_response(work)
+        return await self.change_session(session_id, work)
 
     async def reset_session(self, session_id: SessionId) -> Response:
         """Forget all text; keep the id and the seed."""
-
-        def work() -> str:
-            self.engine.find_idle(session_id)
-            self.server.reset_session(session_id)
-            return session_id
-
-        return await self.session_response(work)
+        return await self.change_session(session_id, lambda: self.server.reset_session(session_id))
 
     async def delete_session(self, session_id: SessionId) -> Response:
         """Delete the session, and end its answer."""
-
-        def work() -> None:
-            self.engine.find(session_id)
-            self.server.delete_session(session_id)
-
-        await self.engine.call(work)
+        if not await self.sessions.delete(session_id):
+            raise no_session(session_id)
         return json_response({"id": session_id, "object": "session", "deleted": True})
 
     async def save_session(self, session_id: SessionId, body: SaveBody) -> Response:
-        """Write the session to a file in --session_dir."""
-        file = self.session_file(body.name, "name")
-        async with self.file_lock:
-            await self.engine.call(self.engine.find_idle, session_id)
-            self.check_save(file, bool(body.overwrite))
-            await self.file_call(lambda: self.server.save_session(session_id, file), "name", file)
-            return await self.session_response(lambda: session_id)
+        """Keep a copy of the session under a name of its own."""
+        store, most = self.store_of(body.name, "name"), self.options.max_sessions
+        async with self.sessions.holding(session_id):
+            info = await self.engine.call(self.idle_info, session_id)
+            data = await self.sessions.run(self.server.pack_session, session_id)
+            with self.naming(body.name, "name"):
+                overwrite = bool(body.overwrite)
+                await self.sessions.ask("save", store.save, body.name, data, overwrite, most)
+        return json_response(info)
 
-    def check_save(self, file: Path, overwrite: bool) -> None:
-        """Reject an existing name unless `overwrite`, or a file beyond max_sessions."""
-        if os.path.lexists(file):
-            if not overwrite:
-                problem = f"name: {file.stem} exists; set overwrite or choose another"
-                raise ApiError(409, problem, "name", "name_taken")
-        elif sum(1 for _ in file.parent.glob("*.safetensors")) >= self.options.max_sessions:
-            problem, headers = "there are too many saved sessions", {"Retry-After": "60"}
-            raise ApiError(429, problem, None, "too_many_sessions", headers)
+    def idle_info(self, session_id: str) -> dict:
+        """The fields of SessionOut of a session that must not be answering."""
+        self.engine.find_idle(session_id)
+        return self.engine.session_info(session_id)
 
-    def session_file(self, name: str, param: str) -> Path:
-        """The file of a saved session; `param` is the field that has its name."""
-        if not self.folder:
-            problem = f"{param}: this server has no --session_dir"
+    def store_of(self, name: str, param: str) -> Any:
+        """The store of saved sessions; `param` is the field that has the name of one."""
+        if not self.store:
+            problem = f"{param}: this server has no --session_dir and no --session_store"
             raise ApiError(400, problem, param, "no_session_dir")
         require_plain_name(name, param)
-        return self.folder / f"{name}.safetensors"
+        return self.store
 
-    async def file_call(self, function: Callable, param: str, file: Path) -> Any:
-        """Run a function that reads or writes a file in another thread; hide the file's path."""
+    @staticmethod
+    @contextlib.contextmanager
+    def naming(saved: str, param: str) -> Iterator[None]:
+        """Errors about the saved session name the field that has its name."""
         try:
-            return await asyncio.to_thread(function)
+            yield
         except UserError as e:
             name, problem, remedy = e.args
-            if name != str(file):
+            if name != saved:
                 raise
-            raise ApiError(400, f"{param}: {file.stem} {problem}; {remedy}", param) from None
+            raise ApiError(400, f"{param}: {saved} {problem}; {remedy}", param) from None
 
     # Start and end ---------------------------------------------------------------------------
-
-    @property
-    def kept_folder(self) -> Path:
-        """The folder of the sessions that --keep_sessions keeps."""
-        return Path(self.options.session_dir) / "kept"
-
-    def load_kept_sessions(self) -> None:
-        """Load the sessions saved by the previous run."""
-        for file in sorted(self.kept_folder.glob("*.safetensors")):
-            try:
-                self.server.load_session(file, file.stem)
-            except UserError as e:
-                raise UserError(str(file), e.args[1], "move it to another folder") from None
-
-    def save_kept_sessions(self) -> None:
-        """Save all sessions, and delete the files of sessions that no longer exist."""
-        for file in self.kept_folder.glob("*.safetensors"):
-            if file.stem not in self.server.sessions:
-                file.unlink()
-        for name in self.server.sessions:
-            self.server.save_session(name, self.kept_folder / f"{name}.safetensors")
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         """Run the engine as long as the app."""
         self.engine = Engine(self.server, self.options, self.metrics, asyncio.get_running_loop())
+        self.sessions.engine = self.engine
         self.engine.start()
         yield
         await asyncio.to_thread(self.close)
@@ -1554,7 +1678,7 @@ class Api:
         self.engine.loop.call_later(self.options.grace, self.engine.end)
 
     def close(self) -> None:
-        """End the engine and save the sessions; only the first call has an effect.
+        """End the engine and free the sessions; only the first call has an effect.
 
         It is called twice, as uvicorn skips the end of the lifespan when it is forced to exit.
         """
@@ -1563,8 +1687,7 @@ class Api:
         self.closed = True
         self.engine.end()
         self.engine.join()
-        if self.options.keep_sessions:
-            self.save_kept_sessions()
+        self.sessions.close()
 
     def app(self) -> FastAPI:
         """The ASGI application."""
@@ -1614,6 +1737,7 @@ class Api:
         add("HEAD", "/", self.get_page, include_in_schema=False)
         add("GET", "/health", self.get_health)
         add("HEAD", "/health", self.get_health, include_in_schema=False)
+        add("GET", "/ready", self.get_ready)
         add("GET", "/metrics", self.get_metrics, text, response_class=Response)
         add("GET", "/v1/models", self.list_models)
         add("GET", "/v1/models/{model:path}", self.get_model)
@@ -1696,25 +1820,31 @@ def warn(api: Api) -> None:
         print(f"no chat: {problem}; {remedy}", file=sys.stderr)
 
 
+def open_api(options: Options) -> Api:
+    """Load the model, and warn of what the server cannot do."""
+    server = StreamingServer(
+        options.checkpoint,
+        options.device,
+        StreamingConfig(batch_size=options.batch_size),
+        options.tokenizer,
+        options.dtype,
+        options.compile,
+        {"adapter": options.adapter} if options.adapter else {},
+        force=options.force,
+        cache_bytes=options.prefix_cache * 2**20,
+        engine=options.engine,
+        onnx_folder=options.onnx_folder,
+    )
+    api = Api(server, options)
+    warn(api)
+    return api
+
+
 def main(argv: list[str] | None = None) -> int:
     """Serve until SIGINT or SIGTERM."""
     options = parse(argv)
     with listen(options.host, options.port) as listener:
-        server = StreamingServer(
-            options.checkpoint,
-            options.device,
-            StreamingConfig(batch_size=options.batch_size),
-            options.tokenizer,
-            options.dtype,
-            options.compile,
-            {"adapter": options.adapter} if options.adapter else {},
-            force=options.force,
-            cache_bytes=options.prefix_cache * 2**20,
-            engine=options.engine,
-            onnx_folder=options.onnx_folder,
-        )
-        api = Api(server, options)
-        warn(api)
+        api = open_api(options)
         port = listener.getsockname()[1]
         print(f"serving {options.model_name} at http://{options.host}:{port}", flush=True)
         try:

@@ -41,6 +41,7 @@ from torch.distributed.run import get_args_parser
 import benchmark
 import export_model
 import hf_integration
+import serve
 from benchmarks import ladder, ledger, quality
 from data import prepare
 from testv2 import Config, parse_command_line, save_folder
@@ -446,6 +447,17 @@ def check_serve(place: Workspace, words: list[str]) -> None:
         assert got.status == 200
 
 
+def check_several(place: Workspace, words: list[str]) -> None:
+    """Tests/test_session_store.py has a store, and servers that share it."""
+    flags = [word for word in words[2:] if word not in ("--replicas", "2")]
+    assert serve.parse(flags).session_store == "redis://127.0.0.1:6379/0"
+
+
+def check_valkey(place: Workspace, words: list[str]) -> None:
+    """As in compose.yaml."""
+    assert words == SERVICES["store"]["command"]
+
+
 def check_curl(place: Workspace, words: list[str]) -> None:
     _, address, header, named, data, body = words
     assert (header, data) == ("-H", "-d")
@@ -496,6 +508,7 @@ def check_pip(place: Workspace, words: list[str]) -> None:
 
 
 NOT_USED = {"torchvision", "torchaudio"}  # of the first README's command
+NOT_USED |= {"ray"}  # large; tests/test_examples.py has a stand-in
 
 
 def check_make(place: Workspace, words: list[str]) -> None:
@@ -575,6 +588,8 @@ CHECKS = [
     (r"python hf_integration.py push ", check_push),
     (r"(python benchmark.py .*)?lm_eval ", check_lm_eval),
     (r"python exported_models/onnx/onnx_generate.py ", check_onnx_generate),
+    (r"python (serve|examples/ray_serve).py .*redis://", check_several),
+    (r"valkey-server ", check_valkey),
     (r"python serve.py ", check_serve),
     (r"curl ", check_curl),
     (r"(python -m torch.distributed.launch|torchrun) ", check_launch),

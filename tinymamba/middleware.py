@@ -15,7 +15,7 @@ from typing import Any
 
 from tinymamba.openai_api import ApiError
 
-PUBLIC_PATHS = ("/", "/health")  # need no key: the page holds no data, and its calls need one
+PUBLIC_PATHS = ("/", "/health", "/ready")  # need no key: the page has no data, and its calls do
 GENERATING = ("/completions", "/responses", "/embeddings")  # how their paths end
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from fastapi import FastAPI, HTTPException, Path, Request
+from fastapi import FastAPI, Header, HTTPException, Path, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -34,6 +34,14 @@ from tinymamba.cli import UserError, require
 PLAIN_NAME = r"^[A-Za-z0-9_-]{1,64}$"
 Name = Annotated[str, Field(pattern=PLAIN_NAME)]
 SessionId = Annotated[str, Path(pattern=PLAIN_NAME)]
+TurnKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        max_length=255,
+        description="a turn that is sent again with its key is answered again, and not doubled",
+    ),
+]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 Seed = Annotated[int, Field(ge=-1, le=2**63 - 1024)]  # the largest limit a float64 can represent
