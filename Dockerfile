@@ -24,7 +24,7 @@ RUN case "$DEVICE" in \
     esac \
     && pip install --requirement requirements.txt --no-compile
 COPY . ./
-ARG EXTRAS=serve
+ARG EXTRAS=serve,redis
 # A local folder has no version to pin.
 # hadolint ignore=DL3013
 RUN pip install ".[$EXTRAS]" --no-compile

@@ -13,11 +13,13 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
 from helpers import COMMANDS, ROOT, SERVICES, build_sources, free_port
 
+import serve
 from testv2 import parse_command_line
 
 TEXT = (ROOT / "Dockerfile").read_text()
@@ -168,9 +170,13 @@ def test_what_reaches_the_build_is_what_it_takes():
     assert {name for name in names if reaches_the_build(name, rules)} == build_sources()
 
 
+REPLICAS = {"replica1", "replica2"}
+OTHERS = {"proxy", "store"}  # images that others make
+
+
 def test_services_train_and_serve_in_one_volume_within_limits():
-    assert {*SERVICES} == {"train", "serve"} and "work" in COMPOSE["volumes"]
-    for service in SERVICES.values():
+    assert {*SERVICES} == {"train", "serve", *REPLICAS, *OTHERS} and "work" in COMPOSE["volumes"]
+    for service in (SERVICES[name] for name in {*SERVICES} - OTHERS):
         assert service["volumes"] == ["work:/work"]
         assert {"cpus", "memory", "pids"} == {*service["deploy"]["resources"]["limits"]}
         assert service["image"] == "tinymamba:${DEVICE:-cpu}"
@@ -184,9 +190,33 @@ def test_services_train_and_serve_in_one_volume_within_limits():
     assert "command" not in SERVICES["serve"]
 
 
+def test_replicas_share_a_store_behind_a_proxy():
+    for name in (*REPLICAS, *OTHERS):
+        service = SERVICES[name]
+        assert service["profiles"] == ["replicas"] and service["cap_drop"] == ["ALL"]
+        assert service["read_only"] and service["security_opt"] == ["no-new-privileges:true"]
+    for name in REPLICAS:
+        word, *words = SERVICES[name]["command"]
+        options = serve.parse(words)
+        assert word == "serve" and options.host == "0.0.0.0"
+        assert urlsplit(options.session_store).hostname in SERVICES[name]["depends_on"]
+        assert str(options.port) == last("EXPOSE") and options.grace <= 5
+        assert SERVICES[name]["environment"] == SERVICES["serve"]["environment"]
+    assert ("ARG", "EXTRAS=serve,redis") in STEPS
+    store, proxy = SERVICES["store"], SERVICES["proxy"]
+    assert "ports" not in store and store["volumes"] == ["sessions:/data"]
+    assert store["command"][1:5] == ["--appendonly", "yes", "--appendfsync", "always"]
+    assert proxy["ports"] == SERVICES["serve"]["ports"] and {*proxy["depends_on"]} == REPLICAS
+    [source] = [v.partition(":")[0] for v in proxy["volumes"]]
+    config = (ROOT / source).read_text()
+    assert {*re.findall(r"(?m)^ +server \w+ (\S+)", config)} == {
+        f"{n}:{last('EXPOSE')}" for n in REPLICAS
+    }
+
+
 def test_commands_in_comments_are_those_of_the_files():
     comments = re.findall(r"^# +(docker .*)$", TEXT + (ROOT / "compose.yaml").read_text(), re.M)
-    assert len(comments) == 7
+    assert len(comments) == 8
     for words in map(shlex.split, (c.partition("  #")[0] for c in comments)):
         match words[1:]:
             case ["build", "--tag", _, *rest, "."]:
@@ -196,7 +226,7 @@ def test_commands_in_comments_are_those_of_the_files():
                 assert rest[at - 1] == f"tinymamba:{last('VOLUME')}"
                 assert not rest[at + 1 :] or parse_command_line(rest[at + 2 :])
             case ["compose", "up", service]:
-                assert service == "serve"
+                assert service in ("serve", "proxy")
             case ["compose", "run", "--rm", "train", *rest]:
                 assert not rest or (rest[0] in COMMANDS and parse_command_line(rest[1:]))
             case _:

@@ -2,16 +2,22 @@
 
 import dataclasses
 import json
+import os
+import runpy
+import sys
+import types
 from pathlib import Path
 
 import pytest
+import starlette.testclient
 import torch
 import yaml
 from helpers import ROOT, call, flags, free_copy, wide
 
+import serve
 import testv2
 from streaming import StreamingServer
-from testv2 import Config, parse_command_line
+from testv2 import Config, parse_command_line, save_folder
 from tinymamba.checkpoint import save_checkpoint
 from tinymamba.runtime import Logger
 from tinymamba.tokenizer import EOS_TOKEN, byte_alphabet
@@ -54,6 +60,39 @@ def test_a_run_of_the_sweep_trains_and_logs_its_metric(place, monkeypatch):
     assert SWEEP["metric"]["name"] in logged and SWEEP["metric"]["goal"] == "minimize"
     [checkpoint] = [w.partition("=")[2] for w in sweep_flags(1) if "checkpoint_path" in w]
     assert Path(checkpoint).is_file()
+
+
+# ---------------------------------------------------------------------------------- Ray Serve
+
+
+def test_replicas_under_ray_serve_have_the_app_of_serve(tmp_path, monkeypatch):
+    """Ray is not installed: what stands in for it notes how it is called."""
+    noted, build = {}, []
+    stand_in = types.SimpleNamespace(
+        deployment=lambda **options: lambda cls: (noted.update(options), cls)[1],
+        ingress=lambda make: lambda: (build.append(make), types.SimpleNamespace(bind=dict))[1],
+        start=lambda http_options: noted.update(http_options),
+        run=lambda app, blocking: noted.update(blocking=blocking),
+    )
+    fake = types.SimpleNamespace(serve=stand_in, init=lambda runtime_env: noted.update(runtime_env))
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    (tmp_path / "tiny").mkdir()
+    save_folder(tmp_path / "tiny", free_copy(wide()))
+    (tmp_path / "tiny" / "vocab.txt").write_text("\n".join([*byte_alphabet(), EOS_TOKEN]) + "\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    main = runpy.run_path(str(ROOT / "examples" / "ray_serve.py"))["main"]
+    main(["--replicas", "3", "--checkpoint", "tiny", "--session_store", "kept", "--port", "8123"])
+    assert (noted["num_replicas"], noted["port"], noted["blocking"]) == (3, 8123, True)
+    options = serve.Options()
+    assert noted["max_ongoing_requests"] == options.batch_size + options.max_queue
+    assert noted["env_vars"]["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
+    monkeypatch.chdir("/")  # where a replica runs
+    with starlette.testclient.TestClient(build[0]()) as client:
+        host = {"Host": "127.0.0.1"}
+        assert client.get("/ready", headers=host).json() == {"status": "ok"}
+        assert client.post("/v1/sessions", json={"id": "a"}, headers=host).status_code == 201
+    assert (tmp_path / "kept" / "kept" / "a.safetensors").is_file()
 
 
 # ----------------------------------------------------------------------------------- notebook
