@@ -761,7 +761,7 @@ class FineTuner(Trainer):
 
     def build(self) -> TinyMambaModel:
         """A copy of the base model, with a new adapter."""
-        model = self.MODEL(self.config)
+        model = self.MODEL(self.config, filled=False)
         if self.base.quantization:
             quantize_like(model, self.base.quantization)
         is_full, weights = self.adapter.method == "full", self.base.state_dict()

@@ -56,6 +56,7 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tinymamba.attention import attend_to_window, to_blocks
 from tinymamba.checkpoint import (
     BackgroundWriter,
+    Unfilled,
     digest,
     find_saved,
     load_checkpoint,
@@ -69,7 +70,6 @@ from tinymamba.checkpoint import (
     run_lock,
     save_checkpoint,  # noqa: F401 one of the names to import from here
     sibling,
-    unfilled,
     weight_files,
     write_json,
     write_tensors,
@@ -94,12 +94,15 @@ from tinymamba.delta_rule import key_features, run_delta_rule
 from tinymamba.distillation import Lesson, lesson_loss, open_lessons
 from tinymamba.distributed import (
     all_reduce,
+    arrange_processes,
+    fill_parameter,
     full_tensor,
     join_process_group,
+    make_sharded,
     shard_like,
-    shard_model,
 )
 from tinymamba.fused import add_scaled, rms_norm, rotate, silu_product, weighted_sum
+from tinymamba.initial_weights import init_weights
 from tinymamba.kernels import (
     ChunkedLoss,
     ChunkedScan,
@@ -225,7 +228,8 @@ class Config:
     amp_dtype: torch.dtype = torch.bfloat16  # autocast dtype, if the hardware has it
     empty_cache_freq: int = 0  # steps between clearings of the CUDA cache; 0 is never
     num_workers: int = 0  # processes that read data ahead
-    parallel: str = "ddp"  # several processes: ddp, or fsdp for a model too large for one of them
+    parallel: str = "ddp"  # several processes: ddp, or fsdp or hsdp, which share one model
+    shard_group: int = 0  # with hsdp, processes that share one model; 0: those of one machine
     checkpoint_activations: bool = False  # recompute blocks in the backward pass: saves memory
     rank_timeout: int = 60  # seconds without a heartbeat before a process is declared dead
 
@@ -269,7 +273,7 @@ class Config:
         "activation": ("silu", "gelu", "relu"), "gate": ("softmax", "top_k", "sparsemax"),
         "scan": ("chunked", "sequential"), "optimizer": ("muon", "adamw"),
         "schedule": ("cosine", "linear", "wsd", "constant"), "resume": (False, True, "auto"),
-        "parallel": ("ddp", "fsdp"), "data_dtype": ("auto", "int32", "uint16"),
+        "parallel": ("ddp", "fsdp", "hsdp"), "data_dtype": ("auto", "int32", "uint16"),
         "amp_dtype": tuple(DTYPES.values()),
     }  # fmt: skip
     AT_LEAST_ONE: ClassVar = """d_model n_layer vocab_size d_state d_conv expand_factor ssm_head_dim
@@ -278,7 +282,8 @@ class Config:
         generation_length log_interval validation_interval generation_interval rank_timeout"""
     AT_LEAST_ZERO: ClassVar = """low_rank memory_products max_steps lr warmup_steps grad_clip
         weight_decay decay_steps empty_cache_freq num_workers checkpoint_interval save_top_k
-        skip_spikes validation_steps early_stopping_min_delta generation_temperature"""
+        skip_spikes validation_steps early_stopping_min_delta generation_temperature
+        shard_group"""
     LIMITS: ClassVar = {
         **dict.fromkeys(AT_LEAST_ONE.split(), (1, math.inf)),
         **dict.fromkeys(AT_LEAST_ZERO.split(), (0, math.inf)),
@@ -924,12 +929,20 @@ class TinyMambaModel(nn.Module):
     LOSS_CHUNK = 512  # tokens whose logits are in memory at a time
     loss_and_gradients = staticmethod(loss_and_gradients)  # compile_blocks replaces it
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, filled: bool = True):
+        """With `filled` false the weights have no values yet: they are about to be loaded."""
         super().__init__()
         self.config = config.validate()
         problem = "is unknown, but document_mask needs the id that ends a document"
         remedy = "set it in the config"
         require(config.eos_id >= 0 or not config.document_mask, "eos_id", problem, remedy)
+        with Unfilled():
+            self.add_modules(config)
+        if filled:
+            init_weights(self)
+
+    def add_modules(self, config: Config) -> None:
+        """Embedding, blocks, last norm and output layer."""
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks: Any = nn.ModuleList(self.BLOCK(config) for _ in range(config.n_layer))
@@ -944,7 +957,6 @@ class TinyMambaModel(nn.Module):
         self.tokenizer: dict | None = None  # a record, see tinymamba/tokenizer.py
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
-        init_weights(self)
 
     def forward(
         self,
@@ -1148,89 +1160,6 @@ PLAIN_MODULES |= {  # what tinymamba/decode.py knows
 }  # fmt: skip
 
 
-def init_weights(model: TinyMambaModel) -> None:
-    """All initial weights, in one place; nothing changes them afterwards.
-
-    - Projections: normal, variance 2/(5 d_in) (Nguyen & Salazar, arXiv 1910.05895), biases zero;
-      of a low-rank pair the first keeps the variance of its input, 1/d_in.
-    - Convolutions: uniform within 1/sqrt(4 k), half of PyTorch's default, as its input is added.
-    - Attention with k_conv and k > 1: W_k is W_q, and the taps of keys are a shift by one token
-      plus the above: keys are like the queries of the token before.
-    - Embedding: normal, deviation 0.02.
-    - Gate: zero, so that every branch starts with a third. For gate=top_k tiny noise breaks the
-      tie differently for each token; otherwise one branch would never be chosen, and never learn.
-    - SSM: dt log-uniform in [1e-3, 1e-1], A uniform in [1, 16], as in Mamba-2.
-    - Memory: half of a token is written and half of it read; it fades by half in 100 to 10,000.
-    - DeepNet (arXiv 2203.00555, table 1, decoder-only, one sublayer per block): its stream is
-      norm(alpha x + f) with alpha = n_layer^(1/4), and values and output projections are scaled
-      by beta = (4 n_layer)^(-1/4). Only the ratio of x to f counts before a norm, so the stream
-      here is x + f / alpha, with 1/alpha as the initial value of the learned residual_scale.
-    """
-    config = model.config
-    alpha, beta = 1.0, 1.0
-    if config.deepnet:
-        alpha, beta = config.n_layer**0.25, (4 * config.n_layer) ** -0.25
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            variance = (1.0 if name.endswith(".down") else 0.4) / module.in_features
-            nn.init.normal_(module.weight, std=math.sqrt(variance))
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    for table in (model.embedding, model.head):
-        nn.init.normal_(table.weight, std=0.02)
-    for block in model.blocks:
-        noise = 1e-3 * config.d_model**-0.5 if config.gate == "top_k" else 0.0
-        nn.init.normal_(block.gate.controller.weight, std=noise)
-        init_conv(block.conv)
-        init_ssm(block.ssm)
-        nn.init.constant_(block.residual_scale, 1 / alpha)
-        init_attention(block.attention)
-        with torch.no_grad():
-            last_layer(block.attention.qkv).weight[-config.d_model :] *= beta
-            for branch in (block.ssm, block.attention, block.mlp):
-                last_layer(branch.out_proj).weight *= beta
-
-
-@torch.no_grad()
-def init_ssm(ssm: MambaSSM) -> None:
-    """Decay rates, step sizes and the convolution, see init_weights."""
-    dt = torch.empty_like(ssm.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
-    ssm.A_log.copy_(torch.empty_like(ssm.A_log).uniform_(1, 16).log())
-    dt = dt + ssm.config.min_decay * (-ssm.A_log).exp()
-    ssm.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
-    if ssm.conv is not None:
-        init_conv(ssm.conv)
-
-
-@torch.no_grad()
-def init_attention(attention: LocalAttention) -> None:
-    """The memory, the convolution of keys and what goes with it, see init_weights."""
-    if attention.memory is not None:
-        nn.init.zeros_(attention.memory.token_proj.weight)
-        attention.memory.A_log.uniform_(math.log(1e-4), math.log(1e-2))
-    if attention.conv is None:
-        return
-    init_conv(attention.conv)
-    if attention.conv.width == 1:
-        return
-    q, k, _ = last_layer(attention.qkv).weight.chunk(3)
-    k.copy_(q)
-    taps = attention.conv.weight  # of keys, or of queries, keys and values
-    begin_as_shift(taps if len(taps) == len(k) else taps.chunk(3)[1])
-
-
-def begin_as_shift(taps: Tensor, share: float = 1.0) -> None:
-    """Make taps (d, k) of u plus a convolution take a share of the token before instead of u."""
-    taps[:, -1] -= share
-    taps[:, -2] += share
-
-
-def init_conv(conv: ShortConv) -> None:
-    """Taps, see init_weights."""
-    bound = 0.5 * conv.width**-0.5
-    nn.init.uniform_(conv.weight, -bound, bound)
-
-
 # ------------------------------------------------------------------------------------ state
 
 
@@ -1369,22 +1298,28 @@ def begun_config(config: Config, named: dict) -> Config:
 
     The vocabulary grows with that of the data.
     """
-    base = load_model(config.init_from).config
+    base = load_model(config.init_from, mapped=True).config
     shape = {name: getattr(base, name) for name in SHAPE_FIELDS}
     shape["vocab_size"] = max(base.vocab_size, data_vocabulary(config.train_data_path))
     return replace(config, **{n: value for n, value in shape.items() if n not in named})
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> TinyMambaModel:
-    """The model of a checkpoint, or of a folder that `save_folder` wrote, in eval mode."""
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu", mapped: bool = False
+) -> TinyMambaModel:
+    """The model of a checkpoint, or of a folder that `save_folder` wrote, in eval mode.
+
+    The weights of a `mapped` one stay in the file, in its dtypes: to copy from, and no more.
+    """
     if Path(path).is_dir():
-        return load_folder(Path(path)).to(device).eval()
-    state = load_checkpoint(path)
+        return load_folder(Path(path), mapped).to(device).eval()
+    state = load_checkpoint(path, mapped)
     problem = "holds an adapter only, not a model"
     remedy = "pass the base's checkpoint, and the adapter's folder as --adapter"
     require("adapter" not in state, str(path), problem, remedy)
-    model = unfilled(TinyMambaModel, Config.from_dict(state["config"]))
-    fill_model(model, state["model"], str(path), "config", "use the version that wrote it")
+    model = TinyMambaModel(Config.from_dict(state["config"]), filled=False)
+    remedy = "use the version that wrote it"
+    fill_model(model, state["model"], str(path), "config", remedy, assign=mapped)
     model.tokenizer = state.get("tokenizer")
     return model.to(device).eval()
 
@@ -1405,7 +1340,7 @@ def describe_model(model: TinyMambaModel) -> dict:
     return {"model_type": "tinymamba", "format_version": FOLDER_FORMAT, **config}
 
 
-def load_folder(folder: Path) -> TinyMambaModel:
+def load_folder(folder: Path, mapped: bool = False) -> TinyMambaModel:
     """The model of such a folder; a missing, damaged or foreign file is a UserError.
 
     Folders that `transformers` wrote have "model." before every name, and no checksum.
@@ -1419,7 +1354,9 @@ def load_folder(folder: Path) -> TinyMambaModel:
         tied, both = config["tie_embeddings"], "tie_embeddings and tie_word_embeddings"
         same = config.get("tie_word_embeddings", tied) == tied  # the name in `transformers`
         require(same, str(path), f"{both} differ", "make them equal")
-        model = unfilled(TinyMambaModel, Config.from_dict({n: config[n] for n in FOLDER_FIELDS}))
+        model = TinyMambaModel(
+            Config.from_dict({n: config[n] for n in FOLDER_FIELDS}), filled=False
+        )
         if config.get("quantization") is not None:
             quantize_like(model, config["quantization"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
@@ -1427,7 +1364,7 @@ def load_folder(folder: Path) -> TinyMambaModel:
     path, unsigned = folder / "model.safetensors", ("model.", "score.")
     files = [read_all_tensors(file, remedy, unsigned)[0] for file in weight_files(path)]
     tensors = {name.removeprefix("model."): t for file in files for name, t in file.items()}
-    fill_model(model, tensors, str(path), "config.json", remedy)
+    fill_model(model, tensors, str(path), "config.json", remedy, assign=mapped)
     del tensors
     return_memory()
     model.tokenizer = read_folder_tokenizer(folder, config)
@@ -1496,6 +1433,8 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.watchdog = None
+        self.processes = arrange_processes(config, self.world)
+        self.fsdp = bool(self.processes)
         if self.world > 1:
             self.watchdog = join_process_group(self.device, config.rank_timeout)
         try:
@@ -1510,10 +1449,8 @@ class Trainer:
         """Make model, optimizer and logs: new ones, or those of a checkpoint."""
         c = self.config
         torch.manual_seed(c.seed)
+        self.resumed, self.branches = saved is not None, False
         self.model: Any = self.build().to(self.device)
-        self.fsdp = c.parallel == "fsdp" and self.world > 1
-        if self.fsdp:
-            shard_model(self.model, self.device, self.world)
         self.optimizer = make_optimizer(self.model, c)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == torch.float16)
         self.step = self.samples = self.tokens = 0
@@ -1526,7 +1463,6 @@ class Trainer:
             "unfinished": False,  # a signal ended the run before this step's validation was done
             "folder": c.wandb_run_name or time.strftime("%Y%m%d-%H%M%S"),
         }  # fmt: skip
-        self.resumed, self.branches = saved is not None, False
         if saved is not None:
             self.restore(saved)
         self.reported = self.step, self.tokens  # at the last line about steps
@@ -1570,17 +1506,30 @@ class Trainer:
             p["wandb_id"] = self.log.wandb.id
 
     def build(self) -> TinyMambaModel:
-        """The model to train: new, or with the weights of init_from."""
-        model, source = TinyMambaModel(self.config), self.config.init_from
-        if source:
-            base, remedy = load_model(source), "begin with the model that it was made from"
-            require(not base.quantization, source, "is quantized", remedy)
-            size = max(self.config.vocab_size, base.config.vocab_size)
-            same = {**base.config.to_dict(), "vocab_size": size}
-            require_same(SHAPE_FIELDS, same, self.config.to_dict())
-            model.load_state_dict(inherited_weights(base, self.run_tokenizer, size, source))
+        """The model to train: new, or with the weights of init_from.
+
+        That of a resumed run has no values yet: `restore` fills it.
+        """
+        make = functools.partial(TinyMambaModel, self.config, filled=False)
+        model = make_sharded(make, self.device, self.processes) if self.fsdp else make()
+        if self.config.init_from:
+            weights = self.inherit_weights()
+            for name, p in model.named_parameters():
+                fill_parameter(p, weights[name])
+        elif not self.resumed:
+            init_weights(model)
         model.tokenizer = self.run_tokenizer.record
         return model
+
+    def inherit_weights(self) -> dict[str, Tensor]:
+        """The weights of init_from by name, in the file itself where they need not grow."""
+        source, remedy = self.config.init_from, "begin with the model that it was made from"
+        base = load_model(source, mapped=True)
+        require(not base.quantization, source, "is quantized", remedy)
+        size = max(self.config.vocab_size, base.config.vocab_size)
+        same = {**base.config.to_dict(), "vocab_size": size}
+        require_same(SHAPE_FIELDS, same, self.config.to_dict())
+        return inherited_weights(base, self.run_tokenizer, size, source)
 
     def weights(self) -> dict[str, Tensor]:
         """The tensors of the model that a checkpoint holds."""
@@ -1769,9 +1718,12 @@ class Trainer:
         return [(count * self.world, total.clamp(min=1)) for count in counts]
 
     def synchronized(self, last: bool) -> Any:
-        """All-reduce gradients only on the last micro-batch."""
+        """All-reduce gradients only on the last micro-batch.
+
+        Sharded ones are reduced to shards on each: to keep whole ones would take a model's memory.
+        """
         if self.fsdp:
-            self.model.set_requires_gradient_sync(last)
+            self.model.set_requires_all_reduce(last)
         skip = self.world > 1 and not self.fsdp and not last
         return self.forward.no_sync() if skip else contextlib.nullcontext()
 

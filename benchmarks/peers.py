@@ -5,7 +5,7 @@ llama_conv   Llama with what a Transformer gains most from for little: norms of 
              (that is Qwen3), and a short convolution before attention and before the MLP in every
              layer, in the residual form of Canon layers (arXiv 2512.17351).
 llama_canon  llama_conv with such a convolution of queries, keys and values too (Canon B).
-llama_start  llama_conv with one of keys, and with TinyMamba's start: see init_attention of testv2.
+llama_start  llama_conv with one of keys, and with TinyMamba's start: see initial_values.
              No published model has it; it is the strongest Transformer that we know of here.
 mamba2       Mamba2 (arXiv 2405.21060).
 gated_delta  OlmoHybrid: layers of the gated delta rule (arXiv 2412.06464) whose eigenvalues may be
@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from testv2 import FOLDER_FIELDS, Config, TinyMambaModel, begin_as_shift, to_autocast
+from testv2 import FOLDER_FIELDS, Config, TinyMambaModel, to_autocast
 from tinymamba.cli import need, parse_words, require
+from tinymamba.initial_weights import begin_as_shift
 from tinymamba.kernels import ResidualConv
 
 WIDTH = 4  # tokens of llama_conv's convolutions

@@ -55,10 +55,10 @@ def tokenizer_of(template: str | None = CHATML, **special: str) -> SimpleTokeniz
 
 
 def talkative(template: str | None = CHATML):
-    """A model whose likeliest tokens are four letters, and the end of a turn after 4 to 7."""
+    """A model whose likeliest tokens are four characters, and the end of a turn after 4 to 7."""
     model, tokenizer = free_copy(wide(vocab_size=320, tie_embeddings=False)), tokenizer_of(template)
     others = torch.ones(320, dtype=torch.bool)
-    others[tokenizer.encode("qxzj")] = False  # no two of them are one token
+    others[tokenizer.encode("%NZ&")] = False  # no two of them are one token
     model.requires_grad_(False).head.weight[others] = 0.0  # of equal ones, the first is taken
     model.tokenizer = tokenizer.to_dict()
     return model

@@ -626,11 +626,12 @@ def drawn(answer) -> list[int]:
 def test_each_request_chooses_its_adapter_in_one_batch(folders):
     names = ["lora", None, "prefix", "offset", "lora"]
     alone = {
-        name: drawn(serve(folders).answer("abc", as_ids=True, adapter=name)) for name in set(names)
+        name: drawn(serve(folders).answer("Hello", as_ids=True, adapter=name))
+        for name in set(names)
     }
     assert len({tuple(ids) for ids in alone.values()}) == 4
     server = serve(folders)
-    answers = [server.answer("abc", as_ids=True, adapter=name) for name in names]
+    answers = [server.answer("Hello", as_ids=True, adapter=name) for name in names]
     rows, read = [], server.decoder.read
 
     def noted(ids, *others):
@@ -642,7 +643,7 @@ def test_each_request_chooses_its_adapter_in_one_batch(folders):
         assert drawn(answer) == alone[name]
     assert max(rows) == 5
     state = wide().init_state(1)
-    logits, _ = wide().advance(torch.tensor([SimpleTokenizer().encode("abc")]), state)
+    logits, _ = wide().advance(torch.tensor([SimpleTokenizer().encode("Hello")]), state)
     assert alone[None][0] == logits[0, -1].argmax()
 
 

@@ -779,8 +779,8 @@ def test_closed_answers_leave_the_batch_at_once():
 def test_closing_undoes_tokens_generated_ahead():
     """The steps of another answer generate this one to its end."""
     whole = tokens_of(serve().answer("abc", as_ids=True))
-    assert whole.index(whole[3]) == 3
-    server = serve(reset_on_eos=True, eos_token_id=whole[3])
+    assert whole.index(whole[4]) == 4
+    server = serve(reset_on_eos=True, eos_token_id=whole[4])
     session = server.create_session()
     ahead = server.answer("abc", session, as_ids=True)
     given = [token.id for token in next(ahead).tokens]

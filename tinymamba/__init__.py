@@ -42,6 +42,7 @@ MODULES |= {
     "export_model",
     "four_bit",
     "fused",
+    "initial_weights",
     "inputs",
 }
 MODULES |= {"kernels", "live", "lock", "middleware", "namesake", "onnx_engine", "openai_api"}

@@ -256,13 +256,16 @@ def save_model(path: str | Path, model: Any, weights: dict[str, Tensor] | None =
     save_checkpoint(path, {"model": weights, "config": config, "tokenizer": tokenizer})
 
 
-def load_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint onto the CPU; a missing, damaged or foreign file is a UserError."""
+def load_checkpoint(path: str | Path, mapped: bool = False) -> dict:
+    """Read a checkpoint onto the CPU; a missing, damaged or foreign file is a UserError.
+
+    The tensors of a `mapped` one stay in the file, which the processes of a machine share.
+    """
     name, remedy = str(path), "use a checkpoint that testv2.py saved"
     require(Path(path).is_file(), name, "no such checkpoint", "train one, or check the path")
     try:
         with warnings.catch_warnings(action="ignore"):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError:
         raise UserError(name, "is damaged, or holds code, which is never run", remedy) from None
     except Exception as e:  # what a damaged pickle raises depends on where it is damaged
@@ -455,7 +458,10 @@ def move_aside(path: Path, mark: str = "", say: Callable[[str], object] = say) -
 
 
 class Unfilled(TorchFunctionMode):
-    """Inside it, tensors keep what is in memory instead of random numbers."""
+    """Inside it, tensors keep what is in memory instead of random numbers.
+
+    New modules of PyTorch draw some, which init_weights or a file would replace at once.
+    """
 
     METHODS = (Tensor.normal_, Tensor.uniform_)
     OF_INIT = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
@@ -468,12 +474,6 @@ class Unfilled(TorchFunctionMode):
         if func in self.OF_INIT:
             return kwargs["tensor"]
         return args[0] if func in self.METHODS else func(*args, **kwargs)
-
-
-def unfilled(make: Callable[..., Any], config: Any) -> Any:
-    """The model that `make` makes, whose tensors are about to be loaded."""
-    with Unfilled():
-        return make(config)
 
 
 # ----------------------------------------------------------------------------------- folders

@@ -15,6 +15,7 @@ import threading
 import time
 import typing
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -40,9 +41,13 @@ def join_process_group(device: torch.device, timeout: float) -> Watchdog:
         dist.init_process_group(backend, store=group, rank=rank, world_size=world)
     except RuntimeError as e:  # another process has ended meanwhile
         watchdog.raise_cause(e)
-    # Its destructor would join a thread that may be waiting for the interpreter: a deadlock.
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
+    keep(dist.group.WORLD)
     return watchdog
+
+
+def keep(group: Any) -> None:
+    """Never delete a group: that would join a thread that may wait for the interpreter."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 MEETING = 10  # times the watchdog's timeout that the processes wait for one another at the start
@@ -218,14 +223,62 @@ def shard_like(t: Tensor, like: Any) -> Tensor:
     return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def shard_model(model: Any, device: torch.device, world: int) -> None:
-    """Shard every parameter over the processes; a block is gathered only while it is used."""
+def own_rows(p: Any) -> slice:
+    """Which rows of a parameter that `make_sharded` has sharded are this process's."""
+    count, place = p.device_mesh.size(-1), p.device_mesh.get_local_rank(p.device_mesh.ndim - 1)
+    first = min(len(p), place * -(-len(p) // count))  # as torch.chunk does
+    return slice(first, first + len(p.to_local()))
+
+
+@torch.no_grad()
+def fill_parameter(p: Any, values: Tensor) -> None:
+    """Copy values of the full shape into a parameter; if it is sharded, this process's rows."""
+    assert p.shape == values.shape
+    if hasattr(p, "device_mesh"):
+        p.to_local().copy_(values[own_rows(p)])
+    else:
+        p.copy_(values)
+
+
+def arrange_processes(config: Any, world: int) -> dict[str, int]:
+    """Over how many processes a model is sharded, and with hsdp how often; {} if it is not."""
+    if world == 1 or config.parallel == "ddp":
+        return {}
+    if config.parallel == "fsdp":
+        return {"shard": world}
+    size = config.shard_group or from_launcher("LOCAL_WORLD_SIZE", world)
+    divisors = [n for n in range(1, world + 1) if world % n == 0]
+    problem = f"{size} processes do not divide the {world} of this run"
+    require(size in divisors, "shard_group", problem, f"use one of {divisors}")
+    return {"replicate": world // size, "shard": size} if size < world else {"shard": world}
+
+
+def make_mesh(device: torch.device, sizes: dict[str, int]) -> Any:
+    """All processes as a grid with named dimensions; those along the last one are neighbours."""
     from torch.distributed.device_mesh import init_device_mesh  # half a second to import
+
+    mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    for group in mesh.get_all_groups():
+        keep(group)
+    return mesh
+
+
+def make_sharded(make: Callable[[], Any], device: torch.device, sizes: dict[str, int]) -> Any:
+    """The model that `make` makes, sharded as `arrange_processes` says, without values yet.
+
+    No process holds all of it at any time; a block is gathered only while it is used.
+    """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     warnings.filterwarnings("ignore", ".*returned a view tensor")  # no view is changed in place
-    mesh = init_device_mesh(device.type, (world,))
+    mesh = make_mesh(device, sizes)
+    with torch.device("meta"):
+        model = make()
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "advance")
+    model.to_empty(device=device)
+    if model.config.tie_embeddings:  # to_empty has made two of them
+        model.head.weight = model.embedding.weight
+    return model

@@ -985,14 +985,17 @@ def require_head(tensors: dict[str, Any], tied: bool, path: str) -> None:
     require(known, path, "has no output layer, and its embedding is not tied to one", remedy)
 
 
-def fill_model(model: Any, tensors: dict[str, Any], path: str, config: str, remedy: str) -> None:
+def fill_model(
+    model: Any, tensors: dict[str, Any], path: str, config: str, remedy: str, assign: bool = False
+) -> None:
     """Load what `stored_tensors` has given, or a state_dict. Tensors that do not fit: a UserError.
 
+    With `assign` the tensors themselves become the model's, uncopied and in their own dtypes.
     If a file holds a head and another embedding, the model has both, whatever its config says.
     """
     require_head(tensors, model.config.tie_embeddings, path)
     try:
         complete_tensors(model, tensors, path)
-        model.load_state_dict(tensors)
+        model.load_state_dict(tensors, assign=assign)
     except (RuntimeError, KeyError):
         raise UserError(path, f"does not fit its {config}", remedy) from None
