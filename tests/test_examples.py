@@ -1,9 +1,13 @@
-"""The files of examples/: the sweep's settings train, and the notebook's cells run in order."""
+"""The files of examples/: a sweep's settings train, a notebook's cells run, a job is requeued."""
 
 import dataclasses
 import json
 import os
+import re
 import runpy
+import shlex
+import signal
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -12,13 +16,14 @@ import pytest
 import starlette.testclient
 import torch
 import yaml
-from helpers import ROOT, call, flags, free_copy, wide
+from helpers import LATEST, POSIX, ROOT, brief_flags, call, flags, free_copy, free_port, wide
+from torch.distributed.run import get_args_parser
 
 import serve
 import testv2
 from streaming import StreamingServer
 from testv2 import Config, parse_command_line, save_folder
-from tinymamba.checkpoint import save_checkpoint
+from tinymamba.checkpoint import load_checkpoint, save_checkpoint
 from tinymamba.runtime import Logger
 from tinymamba.tokenizer import EOS_TOKEN, byte_alphabet
 
@@ -93,6 +98,60 @@ def test_replicas_under_ray_serve_have_the_app_of_serve(tmp_path, monkeypatch):
         assert client.get("/ready", headers=host).json() == {"status": "ok"}
         assert client.post("/v1/sessions", json={"id": "a"}, headers=host).status_code == 201
     assert (tmp_path / "kept" / "kept" / "a.safetensors").is_file()
+
+
+# -------------------------------------------------------------------------------------- Slurm
+
+JOB = ROOT / "examples" / "slurm.sbatch"
+COMMANDS = {  # of Slurm, for one machine
+    "srun": 'exec "$@"',
+    "scontrol": 'if [ "$1" = show ]; then echo localhost; else echo "$@" >> requeued; fi',
+}
+
+
+def start_job(folder: Path, *words) -> subprocess.Popen:
+    """The script of the job on this machine, where its commands run in `folder`."""
+    for name, body in COMMANDS.items():
+        (folder / name).write_text(f'#!/bin/bash\ncd "{folder}"\n{body}\n')
+        (folder / name).chmod(0o755)
+    env = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "localhost"}
+    env |= {"PROCESSES": "2", "PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    env["PATH"] = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["bash", str(JOB), *map(str, words)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=folder, env={**os.environ, **env}, **pipes)
+
+
+def test_the_job_gives_torchrun_and_the_trainer_words_that_they_know():
+    text = JOB.read_text()
+    command = re.search(r"^srun torchrun (.*?) &$", text, re.M | re.S)[1].replace("\\\n", " ")
+    command = re.sub(r"\$\{?\w+:?-?(\w*)\}?", r"\1", command).replace('"$@"', "")
+    words = get_args_parser().parse_args(shlex.split(command))
+    config, named, _ = parse_command_line([w for w in words.training_script_args if w != "$@"])
+    assert (words.nproc_per_node, words.rdzv_backend, words.max_restarts) == ("gpu", "c10d", 3)
+    assert config.resume == "auto" and config.parallel == "hsdp"
+    assert [line for line in text.splitlines() if line.startswith("#SBATCH --signal=B:USR1@600")]
+
+
+@pytest.mark.slow
+@POSIX
+def test_a_job_whose_time_is_over_saves_and_is_requeued(place):
+    """On one machine: Slurm's two commands do what they would do there."""
+    (place / "testv2.py").symlink_to(ROOT / "testv2.py")
+    words = brief_flags(max_steps=10**6, batch_size=2)
+    job = start_job(place, *words)
+    try:
+        assert any("step 3/" in line for line in job.stdout)
+        job.send_signal(signal.SIGUSR1)
+        job.communicate(timeout=120)
+    finally:
+        job.kill()
+    step = load_checkpoint(LATEST)["global_step"]
+    assert (place / "requeued").read_text() == "requeue 7\n" and step >= 3
+    job = start_job(place, *words, "--max_steps", step + 1)
+    said = job.communicate(timeout=120)[0]
+    assert job.returncode == 0 and f"steps {step} to {step + 1}" in said, said
+    assert (place / "requeued").read_text() == "requeue 7\n", "it has ended by itself"
 
 
 # ----------------------------------------------------------------------------------- notebook

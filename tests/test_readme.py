@@ -370,6 +370,7 @@ RUNS = [  # the first pattern that a command begins with counts
         [*flags(only="loss_head", output="ledger.jsonl"), "--dry_run"],
         "loss_head ",
     ),
+    Run(r"python -m benchmarks.sharding", "benchmarks.sharding", says="7B"),
     Run(
         r"python -m benchmarks.step",
         "benchmarks.step",
@@ -473,7 +474,12 @@ def check_launch(place: Workspace, words: list[str]) -> None:
     arguments = words[words.index("torch.distributed.launch") + 1 if "-m" in words[:2] else 1 :]
     given = get_args_parser().parse_args(arguments)
     assert given.training_script == ("tinymamba.testv2" if given.module else "testv2.py")
-    assert given.nproc_per_node == "2" and parse_command_line(given.training_script_args)
+    assert given.nproc_per_node in ("2", "8") and parse_command_line(given.training_script_args)
+
+
+def check_slurm(place: Workspace, words: list[str]) -> None:
+    """Tests/test_examples.py runs the job."""
+    assert (ROOT / words[1]).is_file() and parse_command_line(words[2:])
 
 
 def check_timed_training(place: Workspace, words: list[str]) -> None:
@@ -593,6 +599,7 @@ CHECKS = [
     (r"python serve.py ", check_serve),
     (r"curl ", check_curl),
     (r"(python -m torch.distributed.launch|torchrun) ", check_launch),
+    (r"sbatch ", check_slurm),
     (r"/usr/bin/time ", check_timed_training),
     (r"tinymamba ", check_tinymamba),
     (r"pip install ", check_pip),
