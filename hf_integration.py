@@ -1356,7 +1356,8 @@ CODE = (
     "data_order.py", "dataset.py", "decode.py", "delta_rule.py", "distillation.py",
     "distributed.py", "four_bit.py", "fused.py", "initial_weights.py", "kernels.py", "lock.py",
     "optimizer.py", "packing.py", "profiling.py", "progress.py", "runtime.py", "schedule.py",
-    "token_file.py", "token_shards.py", "tokenizer.py", "vocabulary.py",
+    "shard_files.py", "sharded_checkpoint.py", "token_file.py", "token_shards.py", "tokenizer.py",
+    "vocabulary.py",
 )  # fmt: skip
 OUTPUTS = (
     "model.safetensors", "config.json", "generation_config.json", "README.md", "vocab.txt",

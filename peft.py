@@ -63,6 +63,7 @@ from testv2 import (
 )
 from tinymamba.checkpoint import (
     find_saved,
+    is_checkpoint,
     load_checkpoint,
     read_all_tensors,
     require_writable,
@@ -815,7 +816,7 @@ class FineTuner(Trainer):
     def restore_best(self) -> None:
         """Load the weights of the best validation."""
         best = sibling(self.config.checkpoint_path, "best")
-        if self.val_data is not None and best.is_file():
+        if self.val_data is not None and is_checkpoint(best):
             self.model.load_state_dict(load_checkpoint(best)["model"], strict=False)
 
 

@@ -50,7 +50,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from tinymamba.attention import attend_to_window, to_blocks
@@ -59,11 +58,13 @@ from tinymamba.checkpoint import (
     Unfilled,
     digest,
     find_saved,
+    is_sharded,
     load_checkpoint,
     mark_file,
     move_aside,
     read_all_tensors,
     read_tensors,
+    remove_checkpoint,
     require_run_name,
     require_writable,
     run_files,
@@ -144,6 +145,7 @@ from tinymamba.runtime import (
     why_no_compile,
 )
 from tinymamba.schedule import learning_rate, warmup_length
+from tinymamba.sharded_checkpoint import ShardedWriter, read_saved
 from tinymamba.token_file import TokenFile, read_sidecar  # noqa: F401
 from tinymamba.token_shards import read_facts
 from tinymamba.tokenizer import (  # noqa: F401
@@ -1311,9 +1313,9 @@ def load_model(
 
     The weights of a `mapped` one stay in the file, in its dtypes: to copy from, and no more.
     """
-    if Path(path).is_dir():
+    if Path(path).is_dir() and not is_sharded(path):
         return load_folder(Path(path), mapped).to(device).eval()
-    state = load_checkpoint(path, mapped)
+    state = load_checkpoint(path, mapped, skip=("optimizer",))
     problem = "holds an adapter only, not a model"
     remedy = "pass the base's checkpoint, and the adapter's folder as --adapter"
     require("adapter" not in state, str(path), problem, remedy)
@@ -1451,6 +1453,8 @@ class Trainer:
         torch.manual_seed(c.seed)
         self.resumed, self.branches = saved is not None, False
         self.model: Any = self.build().to(self.device)
+        if self.fsdp:
+            self.writer = ShardedWriter(c.async_save)
         self.optimizer = make_optimizer(self.model, c)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == torch.float16)
         self.step = self.samples = self.tokens = 0
@@ -1464,7 +1468,7 @@ class Trainer:
             "folder": c.wandb_run_name or time.strftime("%Y%m%d-%H%M%S"),
         }  # fmt: skip
         if saved is not None:
-            self.restore(saved)
+            self.restore(read_saved(saved, c, self.weights(), self.optimizer))
         self.reported = self.step, self.tokens  # at the last line about steps
         self.count_steps()
         self.signals.saved_step = self.step
@@ -1790,11 +1794,11 @@ class Trainer:
         state = self.state(loss)
         if ranked[0][1] == name:
             self.write(sibling(path, "best"), state)
-        if k > 1 and self.main:
+        if k > 1:
             self.write(Path(path).with_name(name), state)
             self.writer.finish()  # before the file that it replaces is deleted
-            for _, old in ranked[k:]:
-                Path(path).with_name(old).unlink(missing_ok=True)
+            for _, old in ranked[k:] if self.main else ():
+                remove_checkpoint(Path(path).with_name(old))
 
     def sample(self) -> None:
         """Print a continuation of generation_prompt, or a new document; an answer in a chat."""
@@ -1835,8 +1839,8 @@ class Trainer:
         """The whole run as tensors and plain values, for `save_checkpoint`."""
         history = self.progress["history"]["val"]
         return {
-            "model": tree_map(full_tensor, dict(self.weights())),
-            "optimizer": tree_map(full_tensor, self.optimizer.state_dict()),
+            "model": dict(self.weights()),
+            "optimizer": self.optimizer.state_dict(),
             "scheduler": {"step": self.step, "total_steps": self.total_steps},
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch(),
@@ -1865,8 +1869,8 @@ class Trainer:
         self.log.say(f"{done} {path} at step {self.step}")
 
     def write(self, path: str | Path, state: dict, previous: Path | None = None) -> None:
-        """Save one file on the first rank, in the background with async_save."""
-        if self.main:
+        """Save one file, or a folder of a sharded run; in the background with async_save."""
+        if self.main or self.writer.everywhere:
             self.writer.write(path, state, previous)
 
     def restore(self, saved: dict) -> None:

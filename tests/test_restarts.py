@@ -367,9 +367,16 @@ def kill_after_saves(agent: subprocess.Popen, rank: int, step: int) -> None:
 
 
 @LINUX
-@pytest.mark.parametrize("number", range(10 if CHAOS else 1))
-def test_a_group_that_torchrun_starts_again_ends_as_if_never_killed(place, number):
+@pytest.mark.parametrize(
+    "number, parallel",
+    [
+        *((number, "ddp") for number in range(10 if CHAOS else 1)),
+        *(pytest.param(number, "fsdp", marks=pytest.mark.slow) for number in range(4)),
+    ],
+)
+def test_a_group_that_torchrun_starts_again_ends_as_if_never_killed(place, number, parallel):
     steps = {"max_steps": 80, "checkpoint_interval": 20, "log_interval": 20}
+    steps |= {"parallel": parallel, "async_save": number > 1}
     words = brief_flags(**steps, batch_size=2, dropout=0.1, rank_timeout=3)
     assert call(*brief_flags(max_steps=1, seed=5)).returncode == 0  # an earlier run
     with torchrun(*words) as agent:

@@ -48,7 +48,7 @@ MODULES |= {
 MODULES |= {"kernels", "live", "lock", "middleware", "namesake", "onnx_engine", "openai_api"}
 MODULES |= {"openai_responses", "optimizer", "packing", "preferences", "prefix_cache"}
 MODULES |= {"profiling", "progress", "quick_help", "runtime", "schedule", "serve"}
-MODULES |= {"session_store", "shared_sessions"}
+MODULES |= {"session_store", "shard_files", "sharded_checkpoint", "shared_sessions"}
 MODULES |= {"structured", "token_file", "token_shards", "tool_calls", "vocabulary"}
 HOMES = {name: module for module, names in {**NAMES, **OF_EXTRAS}.items() for name in names.split()}
 

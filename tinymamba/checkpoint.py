@@ -70,27 +70,77 @@ def atomic_write(
     An older file at `path` becomes `previous`, if that is given.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = temporary_name(path)
     try:
-        if os.path.lexists(path) and not path.is_file():
+        if os.path.lexists(path) and not path.is_file() and not is_sharded(path):
             raise OSError("something other than a plain file is there")
         path.parent.mkdir(parents=True, exist_ok=True)
         with WRITING:
+            clear_folder(temporary, path)
             write(str(temporary))
             with open(temporary, "rb+") as f:
                 os.fsync(f.fileno())
-            if previous and path.exists():
-                os.replace(path, previous)
-            os.replace(temporary, path)
-        if os.name == "posix":  # the rename is on disk once the folder is
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            move_into_place(temporary, path, previous)
     except (OSError, RuntimeError, ValueError) as e:  # torch reports a full disk as a RuntimeError
         with contextlib.suppress(OSError, ValueError):
             temporary.unlink()
         remedy = "free space or choose another path"
         raise UserError(str(path), f"cannot be written ({e})", remedy) from e
+
+
+def temporary_name(path: Path) -> Path:
+    """The name of a file or folder until it is whole."""
+    return path.parent / f"{path.name}.tmp"
+
+
+def clear_folder(temporary: Path, path: Path) -> None:
+    """Remove what a killed save has left of a folder; a whole one that waits gets its name."""
+    if folder_of(path) == temporary:
+        move_into_place(temporary, path)
+    if is_sharded(temporary):
+        remove_checkpoint(temporary)
+    elif temporary.is_dir():
+        temporary.rmdir()  # an error if it is another's
+
+
+def move_into_place(temporary: Path, path: Path, previous: Path | None = None) -> None:
+    """Rename a finished file or folder to `path`, and flush that to disk.
+
+    What was there becomes `previous`, if that is given.
+    """
+    if previous and path.exists():
+        replace_path(path, previous)
+    replace_path(temporary, path)
+    sync_folder(path.parent)
+
+
+def replace_path(source: Path, target: Path) -> None:
+    """Rename a file or folder; if either is one, the checkpoint it replaces is put aside first."""
+    if not os.path.lexists(target) or not (source.is_dir() or target.is_dir()):
+        os.replace(source, target)
+        return
+    if not is_checkpoint(target):
+        raise OSError(f"{target} is no checkpoint")
+    aside = target.with_name(f"{target.name}.old")
+    remove_checkpoint(aside)
+    os.replace(target, aside)
+    os.replace(source, target)
+    remove_checkpoint(aside)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete a file or a folder, if it is there; the manifest first, so that no part is taken."""
+    (path / MANIFEST if path.is_dir() else path).unlink(missing_ok=True)
+    if path.is_dir():
+        shutil.rmtree(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder to disk: a rename in it is there once the folder is."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -231,6 +281,28 @@ def read_all_tensors(
 # ------------------------------------------------------------------------------- checkpoints
 
 CHECKPOINT_FORMAT = 3
+MANIFEST = "manifest.json"  # of the folder that a sharded run writes: see sharded_checkpoint
+
+
+def folder_of(path: str | Path) -> Path:
+    """The folder of a sharded checkpoint.
+
+    Between the two renames that replace a folder it has its temporary name, and is whole.
+    """
+    path, temporary = Path(path), temporary_name(Path(path))
+    waiting = not os.path.lexists(path) and (temporary / MANIFEST).is_file()
+    return temporary if waiting else path
+
+
+def is_sharded(path: str | Path) -> bool:
+    """Whether a sharded checkpoint is there, whole or not."""
+    folder = folder_of(path)
+    return (folder / MANIFEST).is_file() or any(folder.glob("shard_*.safetensors"))
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether there is a file, or the folder of a sharded checkpoint."""
+    return Path(path).is_file() or is_sharded(path)
 
 
 def save_checkpoint(path: str | Path, state: dict, previous: Path | None = None) -> None:
@@ -256,11 +328,25 @@ def save_model(path: str | Path, model: Any, weights: dict[str, Tensor] | None =
     save_checkpoint(path, {"model": weights, "config": config, "tokenizer": tokenizer})
 
 
-def load_checkpoint(path: str | Path, mapped: bool = False) -> dict:
-    """Read a checkpoint onto the CPU; a missing, damaged or foreign file is a UserError.
+def open_checkpoint(path: str | Path) -> dict:
+    """As `load_checkpoint`, but the tensors of a folder are left to `read_saved`."""
+    if not is_sharded(path):
+        return load_checkpoint(path)
+    from tinymamba.sharded_checkpoint import UnreadCheckpoint
 
-    The tensors of a `mapped` one stay in the file, which the processes of a machine share.
+    return UnreadCheckpoint(path)
+
+
+def load_checkpoint(path: str | Path, mapped: bool = False, skip: tuple[str, ...] = ()) -> dict:
+    """Read a file or folder onto the CPU; a missing, damaged or foreign one is a UserError.
+
+    The tensors of a `mapped` file stay there: the processes of a machine share its pages in memory.
+    The parts of `skip` are left out.
     """
+    if is_sharded(path):
+        from tinymamba.sharded_checkpoint import read_sharded
+
+        return read_sharded(path, skip)
     name, remedy = str(path), "use a checkpoint that testv2.py saved"
     require(Path(path).is_file(), name, "no such checkpoint", "train one, or check the path")
     try:
@@ -282,7 +368,7 @@ def load_checkpoint(path: str | Path, mapped: bool = False) -> dict:
         "is damaged: its checksum is wrong",
         remedy,
     )
-    return state
+    return {name: value for name, value in state.items() if name not in skip}
 
 
 # How the names of a run's other files end: see `sibling`.
@@ -292,7 +378,8 @@ OTHER_TAG = re.compile(r"_(best|previous|step\d+)$")
 def require_run_name(path: str | Path) -> None:
     """Reject a path that no run can save its newest state to."""
     field, problem = "checkpoint_path", f"{str(path)!r} is not a file name"
-    require(str(path) and not os.path.isdir(path), field, problem, "name a file")
+    folder = os.path.isdir(path) and not is_sharded(path)
+    require(str(path) and not folder, field, problem, "name a file")
     longest = sibling(path, "previous").name + ".tmp"
     problem, remedy = f"{path} is too long for the names made of it", "choose a shorter one"
     require(len(os.fsencode(longest)) <= 255, field, problem, remedy)
@@ -300,7 +387,7 @@ def require_run_name(path: str | Path) -> None:
     other = stem.removesuffix("_latest") if stem.endswith("_latest") else f"{stem}_latest"
     twin = Path(path).with_name(other + Path(path).suffix)
     problem = f"{path} would share {sibling(path, 'best').name} with the run of {twin}"
-    require(not twin.is_file(), field, problem, "choose another")
+    require(not is_checkpoint(twin), field, problem, "choose another")
     found = OTHER_TAG.search(stem)
     problem = f"{path} is what a run calls its {found and found[1]} checkpoint"
     remedy = f"to continue from it pass --resume_from {path}, and another --checkpoint_path"
@@ -330,11 +417,15 @@ def run_files(path: str | Path) -> list[Path]:
     stem = path.stem.removesuffix("_latest")
     near = path.parent.glob(f"{glob.escape(stem)}_*{glob.escape(path.suffix)}")
     tagged = ((file, OTHER_TAG.fullmatch(file.stem.removeprefix(stem))) for file in near)
-    others = [file for file, tag in tagged if tag and file.is_file() and file != path]
+    others = [file for file, tag in tagged if tag and is_checkpoint(file) and file != path]
     return [path, *sorted(others)]
 
 
-def load_newest(path: str | Path, say: Callable[[str], object] | None = say) -> dict:
+def load_newest(
+    path: str | Path,
+    say: Callable[[str], object] | None = say,
+    load: Callable[[Path], dict] = load_checkpoint,
+) -> dict:
     """The checkpoint at `path`, or if that is damaged or gone the newest good one of its run.
 
     Damaged files are renamed, so that no save takes them for good ones, and `say` reports it.
@@ -345,7 +436,7 @@ def load_newest(path: str | Path, say: Callable[[str], object] | None = say) -> 
     source = Path(path)
     for file in run_files(path):
         try:
-            saved = load_checkpoint(file)
+            saved = load(file)
         except UserError as e:
             damaged[file] = e
             continue
@@ -372,7 +463,7 @@ def find_saved(config: Any) -> tuple[dict | None, str]:
     path, first = config.checkpoint_path, from_launcher("RANK", 0) == 0
     require_one_start(config)
     begins, life = mark_file(path, "begins"), from_launcher("TORCHELASTIC_RESTART_COUNT", 0)
-    there = any(file.is_file() for file in run_files(path))
+    there = any(map(is_checkpoint, run_files(path)))
     goes_on = config.resume is True or Path(config.resume_from).resolve() == Path(path).resolve()
     if config.resume == "auto" or (life > 0 and not begins.exists()):
         goes_on = goes_on or there
@@ -381,7 +472,8 @@ def find_saved(config: Any) -> tuple[dict | None, str]:
     if not goes_on and not config.resume_from:
         return None, ""
     source = "" if goes_on else config.resume_from
-    saved = load_newest(path, say if first else None) if goes_on else load_checkpoint(source)
+    report = say if first else None
+    saved = load_newest(path, report, open_checkpoint) if goes_on else open_checkpoint(source)
     remedy = "start a new run from it: --init_from, or python peft.py --method full"
     require("optimizer" in saved, source or path, "holds no run to resume", remedy)
     return saved, source
@@ -407,17 +499,27 @@ def require_one_start(config: Any) -> None:
 class BackgroundWriter:
     """Writes checkpoints one after another, in a thread of its own if `background`."""
 
+    everywhere = False  # the first process alone writes
+
     def __init__(self, background: bool):
         self.background, self.pool = background, ThreadPoolExecutor(1)
         self.pending: Future | None = None
 
     def write(self, path: str | Path, state: dict, previous: Path | None = None) -> None:
-        """Save one file: now, or in the background from a copy of `state` in host memory."""
+        """Save one: now, or in the background from a copy of `state` in host memory."""
         self.finish()
         if not self.background:
-            save_checkpoint(path, state, previous)
+            self.save(path, state, previous)
             return
-        self.pending = self.pool.submit(save_checkpoint, path, copy_to_host(state), previous)
+        self.pending = self.pool.submit(self.save, path, self.copy(state), previous)
+
+    def save(self, path: str | Path, state: dict, previous: Path | None = None) -> None:
+        """Write one checkpoint."""
+        save_checkpoint(path, state, previous)
+
+    def copy(self, state: dict) -> dict:
+        """A copy that training does not change."""
+        return copy_to_host(state)
 
     def finish(self) -> None:
         """Wait for the write in progress; its error is raised here."""
@@ -450,10 +552,11 @@ def sibling(path: str | Path, tag: str) -> Path:
 
 
 def move_aside(path: Path, mark: str = "", say: Callable[[str], object] = say) -> None:
-    """Rename a file to path.1, path.2, ..., with the mark before the number: nothing is lost."""
-    if path.exists():
+    """Rename a checkpoint to path.1, path.2, ..., with the mark before the number: it is kept."""
+    there = folder_of(path)
+    if there.exists():
         number = next(n for n in range(1, 1 << 30) if not Path(f"{path}{mark}.{n}").exists())
-        path.rename(f"{path}{mark}.{number}")
+        there.rename(f"{path}{mark}.{number}")
         say(f"{path}{'' if mark else ' of an earlier run'} is now {path}{mark}.{number}")
 
 
