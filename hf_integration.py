@@ -1355,9 +1355,9 @@ CODE = (
     "hf_integration.py", "testv2.py", "attention.py", "checkpoint.py", "cli.py", "conversations.py",
     "data_order.py", "dataset.py", "decode.py", "delta_rule.py", "distillation.py",
     "distributed.py", "four_bit.py", "fused.py", "initial_weights.py", "kernels.py", "lock.py",
-    "optimizer.py", "packing.py", "profiling.py", "progress.py", "runtime.py", "schedule.py",
-    "shard_files.py", "sharded_checkpoint.py", "token_file.py", "token_shards.py", "tokenizer.py",
-    "vocabulary.py",
+    "muon.py", "optimizer.py", "packing.py", "profiling.py", "progress.py", "runtime.py",
+    "schedule.py", "shard_files.py", "sharded_checkpoint.py", "token_file.py", "token_shards.py",
+    "tokenizer.py", "vocabulary.py",
 )  # fmt: skip
 OUTPUTS = (
     "model.safetensors", "config.json", "generation_config.json", "README.md", "vocab.txt",

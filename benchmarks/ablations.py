@@ -52,7 +52,7 @@ from tinymamba.cli import (
     require,
     run_cli,
 )
-from tinymamba.optimizer import orthogonalize
+from tinymamba.muon import orthogonalize
 
 VOCAB = 256  # bytes
 VALIDATION = 2**18  # bytes

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from testv2 import TinyMambaModel, Trainer, make_optimizer, selective_scan
 from tinymamba.checkpoint import copy_to_host, load_checkpoint
-from tinymamba.optimizer import orthogonalize
+from tinymamba.muon import orthogonalize
 from tinymamba.runtime import pick_device
 
 pytestmark = pytest.mark.gpu

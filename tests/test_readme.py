@@ -378,6 +378,12 @@ RUNS = [  # the first pattern that a command begins with counts
         "SSM: scan",
     ),
     Run(
+        r"python -m benchmarks.muon",
+        "benchmarks.muon",
+        flags(d_model=64, n_layer=1, num_heads=1, vocab_size=64, processes=[1, 2]),
+        "| ddp | 2 | 1 | ",
+    ),
+    Run(
         r"python -m benchmarks.scan",
         "benchmarks.scan",
         flags(batch_sizes=1, sequence_lengths=16),

@@ -45,8 +45,8 @@ MODULES |= {
     "initial_weights",
     "inputs",
 }
-MODULES |= {"kernels", "live", "lock", "middleware", "namesake", "onnx_engine", "openai_api"}
-MODULES |= {"openai_responses", "optimizer", "packing", "preferences", "prefix_cache"}
+MODULES |= {"kernels", "live", "lock", "middleware", "muon", "namesake", "onnx_engine"}
+MODULES |= {"openai_api", "openai_responses", "optimizer", "packing", "preferences", "prefix_cache"}
 MODULES |= {"profiling", "progress", "quick_help", "runtime", "schedule", "serve"}
 MODULES |= {"session_store", "shard_files", "sharded_checkpoint", "shared_sessions"}
 MODULES |= {"structured", "token_file", "token_shards", "tool_calls", "vocabulary"}

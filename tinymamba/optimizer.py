@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tinymamba.distributed import full_tensor, shard_like
+from tinymamba.distributed import shard_like
+from tinymamba.muon import (
+    Matrix,
+    Round,
+    find_layout,
+    list_matrices,
+    local_tensor,
+    orthogonalize_all,
+    plan_rounds,
+)
 
 SPIKE_RATE = 0.01  # weight of one step in the running mean of the gradient norm
 SPIKE_WARMUP = 20  # steps that the mean must have seen
@@ -20,17 +29,20 @@ class MuonAdamW(torch.optim.Optimizer):
 
     A matrix that gives several outputs, such as queries, keys and values, is split into as many
     matrices for Muon. Updates are scaled to the size of AdamW's (Liu et al., arXiv 2502.16982,
-    eq. 4), so that one learning rate serves both.
+    eq. 4), so that one learning rate serves both. Several processes divide the matrices among
+    them (see muon.py). They must call `step` together, with gradients for the same parameters.
     """
 
     MOMENTUM = 0.95
 
     def __init__(self, matrices: dict[Tensor, list[int]], others: list, config: Any):
         """`matrices` maps each to the rows of its parts; `config` gives lr, betas and decay."""
-        self.rows = list(matrices.values())
+        parameters = list(matrices)
+        self.layout = find_layout(parameters)
+        self.rounds = plan_rounds(list_matrices(matrices), self.layout.size)
         betas = (config.beta1, config.beta2)
         self.adamw = torch.optim.AdamW(others, config.lr, betas, weight_decay=0.0, fused=True)
-        muon = {"params": list(matrices), "lr": config.lr, "weight_decay": config.weight_decay}
+        muon = {"params": parameters, "lr": config.lr, "weight_decay": config.weight_decay}
         super().__init__([muon, *self.adamw.param_groups], {})
         self.link_adamw()
 
@@ -47,38 +59,46 @@ class MuonAdamW(torch.optim.Optimizer):
         """One update; `closure`, if given, computes the loss again."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         self.adamw.step()
-        group, updates = self.param_groups[0], {}
-        same_shape: dict[torch.Size, list[Tensor]] = {}
-        for p, rows in zip(group["params"], self.rows, strict=True):
-            if p.grad is None:
-                continue
+        group = self.param_groups[0]
+        live = {i: p for i, p in enumerate(group["params"]) if p.grad is not None}
+        for p in live.values():
             if p not in self.state:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            mean = self.state[p]["momentum_buffer"]
-            mean.lerp_(p.grad, 1 - self.MOMENTUM)
-            updates[p] = full_tensor(p.grad.lerp(mean, self.MOMENTUM))
-            for part in updates[p].split(rows):
-                same_shape.setdefault(part.shape, []).append(part)
-        for shape, parts in same_shape.items():
-            new = orthogonalize(torch.stack(parts)).to(parts[0].dtype)
-            torch._foreach_copy_(parts, new.mul_(0.2 * max(shape) ** 0.5).unbind())
-        if updates:
-            torch._foreach_mul_(list(updates), 1 - group["lr"] * group["weight_decay"])
-            shards = [shard_like(update, p) for p, update in updates.items()]
-            torch._foreach_add_(list(updates), shards, alpha=-group["lr"])
+            mean = local_tensor(self.state[p]["momentum_buffer"])
+            mean.lerp_(local_tensor(p.grad), 1 - self.MOMENTUM)
+        if live:
+            weights = [local_tensor(p) for p in live.values()]
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        for owners in self.rounds:
+            owners = [[matrix for matrix in own if matrix.parameter in live] for own in owners]
+            if any(owners):
+                self.update(owners)
         return loss
 
+    def update(self, owners: Round) -> None:
+        """Update the matrices of a round, a list for each process that owns them."""
+        mine = orthogonalize_all(self.layout.collect(owners, self.momentum))
+        for matrices, results in zip(owners, self.layout.share(owners, mine), strict=True):
+            if matrices:
+                self.apply(matrices, results)
 
-def orthogonalize(x: Tensor) -> Tensor:
-    """Bring the singular values of x (count, rows, columns) near 1: Newton-Schulz in bfloat16."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    tall = x.shape[1] > x.shape[2]
-    x = x.bfloat16().mT if tall else x.bfloat16()
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    def momentum(self, matrix: Matrix) -> Tensor:
+        """What this process has of a matrix of Nesterov momentum, in bfloat16."""
+        p = self.param_groups[0]["params"][matrix.parameter]
+        tensors = p.grad, self.state[p]["momentum_buffer"]
+        grad, mean = (self.layout.held(t, matrix) for t in tensors)
+        return grad.lerp(mean, self.MOMENTUM).bfloat16()
+
+    def apply(self, matrices: Sequence[Matrix], results: list[Tensor]) -> None:
+        """Add orthogonalized momentum to what this process has of the matrices."""
+        group = self.param_groups[0]
+        weights = [self.layout.held(group["params"][m.parameter], m) for m in matrices]
+        updates = []
+        for matrix, weight, new in zip(matrices, weights, results, strict=True):
+            # The result for a tall matrix lies in memory column by column.
+            new = new.to(weight.dtype, memory_format=torch.contiguous_format)
+            updates.append(new.mul_(0.2 * max(matrix.shape) ** 0.5))
+        torch._foreach_add_(weights, updates, alpha=-group["lr"])
 
 
 def make_optimizer(model: nn.Module, config: Any) -> torch.optim.Optimizer:
