@@ -1352,12 +1352,12 @@ def align_weights(model: nn.Module) -> None:
 
 # The code of a model folder, and all files that `convert` may write.
 CODE = (
-    "hf_integration.py", "testv2.py", "attention.py", "checkpoint.py", "cli.py", "conversations.py",
-    "data_order.py", "dataset.py", "decode.py", "delta_rule.py", "distillation.py",
-    "distributed.py", "four_bit.py", "fused.py", "initial_weights.py", "kernels.py", "lock.py",
-    "muon.py", "optimizer.py", "packing.py", "profiling.py", "progress.py", "runtime.py",
-    "schedule.py", "shard_files.py", "sharded_checkpoint.py", "token_file.py", "token_shards.py",
-    "tokenizer.py", "vocabulary.py",
+    "hf_integration.py", "testv2.py", "attention.py", "checkpoint.py", "cli.py",
+    "context_parallel.py", "conversations.py", "data_order.py", "dataset.py", "decode.py",
+    "delta_rule.py", "distillation.py", "distributed.py", "four_bit.py", "fused.py",
+    "initial_weights.py", "kernels.py", "lock.py", "muon.py", "optimizer.py", "packing.py",
+    "profiling.py", "progress.py", "runtime.py", "schedule.py", "shard_files.py",
+    "sharded_checkpoint.py", "token_file.py", "token_shards.py", "tokenizer.py", "vocabulary.py",
 )  # fmt: skip
 OUTPUTS = (
     "model.safetensors", "config.json", "generation_config.json", "README.md", "vocab.txt",

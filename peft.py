@@ -722,7 +722,8 @@ BASE_FIELDS = [
     *SHAPE_FIELDS, "block_size", "batch_size", "data_dtype", "eos_id", "generation_prompt",
     "deepnet", "scan", "chunk_size",
 ]  # fmt: skip
-NOT_FLAGS = [*SHAPE_FIELDS, "deepnet", "checkpoint_path", "init_from", "parallel"]
+NOT_FLAGS = [*SHAPE_FIELDS, "deepnet", "checkpoint_path", "init_from", "parallel",
+             "context_parallel"]  # fmt: skip
 
 
 class FineTuner(Trainer):

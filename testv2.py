@@ -87,6 +87,7 @@ from tinymamba.cli import (
     say,
     show,
 )
+from tinymamba.context_parallel import Pieces, PiecesBefore, check_pieces, join_pieces
 from tinymamba.conversations import open_training_data, start_answer
 from tinymamba.data_order import ShardedBatches
 from tinymamba.dataset import StreamingTokenDataset
@@ -232,6 +233,7 @@ class Config:
     num_workers: int = 0  # processes that read data ahead
     parallel: str = "ddp"  # several processes: ddp, or fsdp or hsdp, which share one model
     shard_group: int = 0  # with hsdp, processes that share one model; 0: those of one machine
+    context_parallel: int = 1  # processes that share each text, a piece for each
     checkpoint_activations: bool = False  # recompute blocks in the backward pass: saves memory
     rank_timeout: int = 60  # seconds without a heartbeat before a process is declared dead
 
@@ -281,7 +283,8 @@ class Config:
     AT_LEAST_ONE: ClassVar = """d_model n_layer vocab_size d_state d_conv expand_factor ssm_head_dim
         chunk_size memory_every window_size num_heads rope_theta block_size batch_size
         gradient_accumulation_steps num_epochs max_bad_steps early_stopping_patience
-        generation_length log_interval validation_interval generation_interval rank_timeout"""
+        generation_length log_interval validation_interval generation_interval rank_timeout
+        context_parallel"""
     AT_LEAST_ZERO: ClassVar = """low_rank memory_products max_steps lr warmup_steps grad_clip
         weight_decay decay_steps empty_cache_freq num_workers checkpoint_interval save_top_k
         skip_spikes validation_steps early_stopping_min_delta generation_temperature
@@ -313,6 +316,7 @@ class Config:
         problem = f"{self.eos_id} is not in the vocabulary"
         remedy = f"it must be from -1 to {self.vocab_size - 1}"
         require(self.eos_id < self.vocab_size, "eos_id", problem, remedy)
+        check_pieces(self)
         return self
 
     def to_dict(self) -> dict:
@@ -536,6 +540,7 @@ class SequenceContext(NamedTuple):
     packed: bool = False  # documents may begin inside the call, at `starts`
     attend: Callable | None = None  # replaces LocalAttention's, which is its first argument
     stateless: bool = False  # the states after the call are not needed
+    before: PiecesBefore | None = None  # what other processes have of the text before the call
 
     def real(self, index: Tensor) -> Tensor | None:
         """Which tokens are no padding, of bool (b, l); None if all."""
@@ -543,7 +548,8 @@ class SequenceContext(NamedTuple):
 
     def resets(self, index: Tensor) -> Tensor | None:
         """Tokens after the first that begin a document, of bool (b, l); None if there are none."""
-        return (self.starts == index) & (index > 0) if self.packed else None
+        first = 0 if self.before is None else -self.before.offset(len(index))  # of the whole text
+        return (self.starts == index) & (index > first) if self.packed else None
 
 
 class ShortConv(nn.Module):
@@ -565,6 +571,8 @@ class ShortConv(nn.Module):
         The new tail is None if states are not needed.
         """
         past, length, weight = self.width - 1, u.shape[1], self.weight.to(u.dtype)
+        if context.before is not None:
+            tail = context.before.last_inputs(u, past)
         if context.stateless and not context.packed and not is_writing_graph():
             return ResidualConv.apply(u, tail, weight), None
         history = with_tail(u, tail, past)  # (b, k-1+l, d)
@@ -627,12 +635,15 @@ class MambaSSM(nn.Module):
         if (real := context.real(index)) is not None:
             dt, half_turns = dt * real[..., None], half_turns * real[..., None]
         state, phase = (None, None) if past is None else (past.ssm, past.phase)
+        run: Callable = selective_scan
+        if (before := context.before) is not None:
+            phase, run = before.phase(half_turns), functools.partial(before.scan, selective_scan)
         phase = running_phase(half_turns, phase)
         plain_C = C
         B, C = rotate_channels(B, phase), rotate_channels(C, phase)  # (b, l, n)
         A = -upcast(self.A_log).exp()
         resets, scan = context.resets(index), (c.scan, c.chunk_size)
-        y, state = selective_scan(x, dt, A, B, C, self.D, state, resets, *scan)
+        y, state = run(x, dt, A, B, C, self.D, state, resets, *scan)
         y = y if self.offset is None else y + self.offset(plain_C.to(u.dtype))
         return self.out_proj(y.flatten(2) * F.silu(z)), state, phase[:, -1], tail
 
@@ -696,7 +707,8 @@ class Memory(nn.Module):
         size = 2 * self.config.chunk_size  # a state is larger than the SSM's: fewer chunks
         parts = (v, beta.mT, log_decay.mT, k, q, upcast(state))
         v, beta, log_decay, k, q, state = (t.flatten(0, 1) for t in parts)  # (b*a, ...)
-        y, state = run_delta_rule(v, beta, log_decay, k, q, state, size, stepwise)
+        run = run_delta_rule if context.before is None else context.before.delta_rule
+        y, state = run(v, beta, log_decay, k, q, state, size, stepwise)
         y, state = (t.unflatten(0, (rows, heads)) for t in (y, state))
         return (y * read.mT.sigmoid()[..., None]).to(v.dtype), state
 
@@ -733,8 +745,11 @@ class LocalAttention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (self.q_norm(q), self.k_norm(k), v))  # (b, a, l, f)
         plain = [q, k, v]
         q, k = (apply_rotary_pos_emb(t, context.cos, context.sin) for t in (q, k))
-        keys = self.with_cached(None if past is None else past.keys, k)  # (b, a, w+l, f)
-        values = self.with_cached(None if past is None else past.values, v)
+        cached = (None, None) if past is None else (past.keys, past.values)
+        if context.before is not None:
+            cached = context.before.last_keys(k, v, self.window - 1)
+        keys = self.with_cached(cached[0], k)  # (b, a, w+l, f)
+        values = self.with_cached(cached[1], v)
         attend = self.attend_plain if self.is_plain(q.shape[2], q.device) else self.attend_fused
         if context.attend is None:
             y = attend(q, keys, values, context.mask)
@@ -778,7 +793,9 @@ class LocalAttention(nn.Module):
         plain = not self.use_flash_attn or (is_writing_graph() and not isinstance(length, int))
         return plain or (device.type == "cpu" and length > self.window)
 
-    def mask(self, length: int, starts: Any, device: Any, new: bool = False) -> Any:
+    def mask(
+        self, length: int, starts: Any, device: Any, new: bool = False, packed: bool = True
+    ) -> Any:
         """The attention mask of one call, the same in every layer; bool.
 
         Plain: True at hidden keys, (b or 1, 1, blocks, w, w), only for the blocks that hide any.
@@ -798,7 +815,7 @@ class LocalAttention(nn.Module):
         if plain:
             key = first + torch.arange(window, device=device)
             hidden = (torch.where(key <= token, key, key - window) < begin)[:, None]
-            return hidden[:, :, :1] if starts is None else hidden
+            return hidden if packed and starts is not None else hidden[:, :, :1]
         key = first - window + torch.arange(window + block, device=device)
         visible = (key <= token) & (key > token - window) & (key >= begin)
         return visible[:, :, None]
@@ -968,16 +985,18 @@ class TinyMambaModel(nn.Module):
         return_gates: bool = False,
         ends: Tensor | None = None,
         teacher: Lesson | None = None,
+        before: PiecesBefore | None = None,
     ) -> Any:
         """ids (b, l) of int64 -> logits (b, l, v); with targets (b, l), their mean loss in nats.
 
         attention_mask (b, l) is 0 at padding, which has no effect on the other tokens.
         `return_gates` adds the branch weights, (n_layer, b, l, 3). ends (b, l) of bool are tokens
         after which all begins anew, as between packed conversations; they replace document_mask.
-        With a `teacher` the loss is also that of its lesson.
+        With a `teacher` the loss is also that of its lesson. `before`: ids are a piece of texts
+        that other processes read as well.
         """
-        marked = ends is not None
-        hidden, _, gates = self.run(ids, None, attention_mask, ends=ends, marked=marked)
+        documents: Any = {"ends": ends, "marked": ends is not None, "before": before}
+        hidden, _, gates = self.run(ids, None, attention_mask, **documents)
         if teacher is not None:
             out = lesson_loss(self.head, to_autocast(hidden), targets, teacher, self.LOSS_CHUNK)
         else:
@@ -1034,12 +1053,13 @@ class TinyMambaModel(nn.Module):
         ends: Tensor | None = None,
         attend: Callable | None = None,
         marked: bool = False,
+        before: PiecesBefore | None = None,
     ) -> tuple[Tensor, Any, Tensor]:
         """Embedding to last norm: hidden (b, l, d), new state (None if none was given), gates.
 
         embedded (b, l, d) replaces the embeddings of ids (b, l). ends (b, l) of bool are tokens
         after which a document begins, besides the eos tokens of document_mask, or with `marked`
-        instead of these. See SequenceContext for `attend`.
+        instead of these. See SequenceContext for `attend` and `before`.
         """
         others = (attention_mask, embedded, ends, attend)
         if state is not None and not why_general(self, ids, state, others):
@@ -1059,8 +1079,10 @@ class TinyMambaModel(nn.Module):
         past = state
         if self.start is not None and state is None:
             past = self.init_state(ids.shape[0], ids.device)
-        starts, document = find_documents(ids, ends, past, lengths)
-        context = self.make_context(ids, past, starts, lengths, ends is not None)
+        if before is not None and (past is not None or lengths is not None):
+            raise ValueError("a piece of a text has neither a state nor a mask of padding")
+        starts, document = find_documents(ids, ends, past, lengths, before)
+        context = self.make_context(ids, past, starts, lengths, ends is not None, before)
         context = context._replace(attend=attend, stateless=state is None)
         x, layers, gates = self.dropout(x), [], []
         for i, block in enumerate(self.blocks):
@@ -1089,14 +1111,18 @@ class TinyMambaModel(nn.Module):
         starts: Tensor | None,
         lengths: Tensor | None,
         packed: bool = False,
+        before: PiecesBefore | None = None,
     ) -> SequenceContext:
         """What all blocks share while they read ids (b, l)."""
         positions = torch.arange(ids.shape[1], device=ids.device)
+        if before is not None:
+            positions = positions + before.offset(ids.shape[1])
         if state is not None:
             positions = positions + state.position[:, None, None]  # (b, 1, l)
-        mask = self.blocks[0].attention.mask(ids.shape[1], starts, ids.device, state is None)
+        new, attention = state is None, self.blocks[0].attention
+        mask = attention.mask(ids.shape[1], starts, ids.device, new, packed)
         cos, sin = self.rotary(positions)
-        return SequenceContext(cos, sin, mask, starts, lengths, packed)
+        return SequenceContext(cos, sin, mask, starts, lengths, packed, before=before)
 
     def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean loss; the logits of LOSS_CHUNK tokens are in memory at a time (4x that on a GPU)."""
@@ -1440,6 +1466,8 @@ class Trainer:
         if self.world > 1:
             self.watchdog = join_process_group(self.device, config.rank_timeout)
         try:
+            self.before = join_pieces(config.context_parallel, self.world)
+            self.readers = self.world // config.context_parallel  # each reads its own samples
             self.open_data(tokenizer)
             self.set_up(saved)
         except Exception as e:
@@ -1571,7 +1599,7 @@ class Trainer:
         if c.teacher:
             source = self.train_data, self.run_tokenizer
             self.teacher = open_lessons(c, load_model, *source, self.device)
-        self.samples_per_step = c.batch_size * c.gradient_accumulation_steps * self.world
+        self.samples_per_step = c.batch_size * c.gradient_accumulation_steps * self.readers
         self.tokens_per_step = self.samples_per_step * c.block_size
 
     @property
@@ -1582,6 +1610,8 @@ class Trainer:
     def wrap(self, compiled: bool) -> Any:
         """The model as the training step calls it: compiled, and data-parallel with DDP."""
         reason = why_no_compile(self.device) if compiled else None
+        if compiled and self.before:
+            reason = "blocks exchange messages with other processes (context_parallel)"
         self.compiled = compiled and not reason
         if reason:
             self.log.say(f"torch.compile is off: {reason}")
@@ -1601,8 +1631,10 @@ class Trainer:
     def loader(self, data: StreamingTokenDataset, first: int, last: int) -> Any:
         """A loader of this rank's batches of the samples first .. last-1."""
         c, pinned = self.config, self.device.type == "cuda"
-        plan = ShardedBatches(first, last, c.batch_size, self.rank, self.world)
-        return make_loader(data, plan, c.num_workers, pinned)
+        reader, piece = divmod(self.rank, c.context_parallel)
+        plan = ShardedBatches(first, last, c.batch_size, reader, self.readers)
+        pieces = Pieces(data, piece, c.context_parallel) if self.before else data
+        return make_loader(pieces, plan, c.num_workers, pinned)
 
     def batches(self, loader: Any) -> Iterator:
         """All batches of a loader, on the device."""
@@ -1698,11 +1730,11 @@ class Trainer:
         batch, lesson = self.teacher.split(batch)
         return self.call(self.forward, batch, teacher=lesson)
 
-    @staticmethod
-    def call(model: Any, batch: Any, **settings: Any) -> Any:
+    def call(self, model: Any, batch: Any, **settings: Any) -> Any:
         """The model on a batch: ids and targets, of conversations also where they end."""
         ids, targets, *ends = batch
-        return model(ids, targets, ends=ends[0] if ends else None, **settings)
+        ends = ends[0] if ends else None
+        return model(ids, targets, ends=ends, before=self.before, **settings)
 
     def count(self, batch: Any) -> Any:
         """How many losses the mean of a micro-batch is over; a tensor if batches may differ."""
@@ -1747,13 +1779,13 @@ class Trainer:
         c, last = self.config, len(self.val_data)
         values: dict[str, float] = {}
         if c.validation_steps:
-            last = min(last, c.validation_steps * c.batch_size * self.world)
+            last = min(last, c.validation_steps * c.batch_size * self.readers)
         if self.val_loader is None:
             self.val_loader = self.loader(self.val_data, 0, last)
         batches = self.batches(self.val_loader)
         total, count = torch.zeros((), device=self.device), 0  # type: Any, Any
         with self.evaluating():
-            for _ in range(math.ceil(last / (c.batch_size * self.world))):
+            for _ in range(math.ceil(last / (c.batch_size * self.readers))):
                 if self.check_signals():
                     return None
                 batch: Any = next(batches, None)
@@ -2022,7 +2054,7 @@ class Trainer:
             stop = self.record_validation(loss)
         elif self.step % c.validation_interval == 0:  # without validation data
             with self.evaluating(), self.autocast():
-                gates = self.model(self.last_ids[:1], return_gates=True)[1]
+                gates = self.model(self.last_ids[:1], return_gates=True, before=self.before)[1]
             self.log.record(gate_statistics(gates, TokenAdaptiveGating.BRANCHES), self.step)
         samples = c.generate_samples and (end or stop or self.step % c.generation_interval == 0)
         if samples:

@@ -384,6 +384,12 @@ RUNS = [  # the first pattern that a command begins with counts
         "| ddp | 2 | 1 | ",
     ),
     Run(
+        r"python -m benchmarks.context",
+        "benchmarks.context",
+        flags(tokens=64, processes=1),
+        "gradient norm",
+    ),
+    Run(
         r"python -m benchmarks.scan",
         "benchmarks.scan",
         flags(batch_sizes=1, sequence_lengths=16),
@@ -475,8 +481,8 @@ def check_curl(place: Workspace, words: list[str]) -> None:
 
 
 def check_launch(place: Workspace, words: list[str]) -> None:
-    """Training in several processes is run in tests/test_training.py, test_reliability.py and
-    test_package.py."""
+    """Training in several processes is run in tests/test_training.py, test_reliability.py,
+    test_context_parallel.py and test_package.py."""
     arguments = words[words.index("torch.distributed.launch") + 1 if "-m" in words[:2] else 1 :]
     given = get_args_parser().parse_args(arguments)
     assert given.training_script == ("tinymamba.testv2" if given.module else "testv2.py")

@@ -35,16 +35,19 @@ def take_tokens(x: Tensor, order: Tensor) -> Tensor:
 
 
 def find_documents(
-    ids: Tensor, ends: Tensor | None, state: Any, lengths: Tensor | None
+    ids: Tensor, ends: Tensor | None, state: Any, lengths: Tensor | None, before: Any = None
 ) -> tuple[Tensor | None, Any]:
     """The index at which the document of each token begins (b, l), and of the next one (b,).
 
-    `state` is the ModelState before ids (b, l), or None. A result of None stands for 0 everywhere.
+    `state` is the ModelState before ids (b, l), or None; `before` are the PiecesBefore, or None. A
+    result of None stands for 0 everywhere.
     """
-    if state is None and ends is None:
+    if state is None and ends is None and before is None:
         return None, None
-    first = ids.new_zeros(ids.shape[0])  # negative if it began in an earlier call
-    if state is not None:
+    first = ids.new_zeros(ids.shape[0])  # negative if it began in an earlier call, or piece
+    if before is not None:
+        first = before.document_start(ids, ends)
+    elif state is not None:
         first = state.document_start - state.position
     if ends is None:
         return first[:, None].expand_as(ids), first

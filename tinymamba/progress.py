@@ -20,6 +20,8 @@ def describe_start(trainer: Any) -> Iterator[str]:
     parts = ", ".join(f"{name} {n:,}" for name, n in counts.items() if n and name != "total")
     yield f"{counts['total']:,} parameters: {parts}"
     yield f"{t.world} x {t.device}, {show(t.amp)}; logs in {t.folder}"
+    if c.context_parallel > 1:
+        yield f"{c.context_parallel} processes share each text"
     for data in (t.train_data, t.val_data):
         yield from data.describe() if getattr(data, "masked", False) else ()
     samples = t.samples + (t.total_steps - t.step) * t.samples_per_step
