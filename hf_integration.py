@@ -1352,7 +1352,7 @@ def align_weights(model: nn.Module) -> None:
 
 # The code of a model folder, and all files that `convert` may write.
 CODE = (
-    "hf_integration.py", "testv2.py", "attention.py", "checkpoint.py", "cli.py",
+    "hf_integration.py", "testv2.py", "attention.py", "carried_state.py", "checkpoint.py", "cli.py",
     "context_parallel.py", "conversations.py", "data_order.py", "dataset.py", "decode.py",
     "delta_rule.py", "distillation.py", "distributed.py", "four_bit.py", "fused.py",
     "initial_weights.py", "kernels.py", "lock.py", "muon.py", "optimizer.py", "packing.py",

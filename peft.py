@@ -918,8 +918,8 @@ class PreferenceTuner(FineTuner):
         counts = torch.stack([pairs.sum(), (margins > 0).sum(), margins.sum()])
         return self.objective.losses(rewards), counts
 
-    def micro_loss(self, batch: list[Tensor]) -> Tensor:
-        """The mean loss of the pairs of a micro-batch."""
+    def micro_loss(self, batch: list[Tensor], i: int = 0) -> Tensor:
+        """The mean loss of the pairs of micro-batch i of a step."""
         losses, counts = self.pair_losses(self.forward, batch)
         self.seen += counts
         return losses.mean()
@@ -1144,6 +1144,7 @@ def make_tuner(objective: Objective, *run: Any, **settings: Any) -> FineTuner:
     if objective.of_pairs:
         problem, remedy = f"has no meaning with --objective {objective.objective}", "leave it out"
         require(not run[0].teacher, "teacher", problem, remedy)
+        require(not run[0].carry_state, "carry_state", problem, remedy)
         return PreferenceTuner(objective, *run, **settings)
     return FineTuner(*run, **settings)
 

@@ -10,6 +10,7 @@ same normalized input side by side, and a learned gate mixes them for each token
     python testv2.py --init_from FILE                 # a new run, from trained weights
     python testv2.py --init_from FILE --train_data_path chat/train.bin    # on conversations
     python testv2.py --train_data_path a.bin b.bin --train_data_weights 0.7 0.3
+    python testv2.py --carry_state true               # rows read on, with their state
     torchrun --nproc_per_node=2 testv2.py             # several GPUs or processes
     python -m torch.distributed.launch --nproc_per_node=2 testv2.py
     python testv2.py --profile                        # where does the time of a step go?
@@ -53,6 +54,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from tinymamba.attention import attend_to_window, to_blocks
+from tinymamba.carried_state import CarriedStates, row_settings
 from tinymamba.checkpoint import (
     BackgroundWriter,
     Unfilled,
@@ -205,6 +207,7 @@ class Config:
     block_size: int = 512  # training length in tokens; the model itself has no limit
     batch_size: int = 8  # sequences per micro-batch and process
     gradient_accumulation_steps: int = 4  # micro-batches per optimizer step
+    carry_state: bool = False  # each row of a batch reads on from step to step, with its state
     num_epochs: int = 1  # passes over the training data, unless max_steps says otherwise
     max_steps: int = 0  # optimizer steps; 0 trains for num_epochs
     optimizer: str = "muon"  # optimizer for weight matrices; all other parameters use AdamW
@@ -349,7 +352,7 @@ BEFORE = {"bc_conv": False, "rotating": 1.0, "k_conv": False, "qv_conv": False, 
 FOLDER_FIELDS = [*SHAPE_FIELDS, "eos_id", "block_size", "deepnet", "scan", "chunk_size", "dropout",
                  "state_noise"]  # fmt: skip
 # Fields that a resumed run cannot change.
-RUN_FIELDS = [*SHAPE_FIELDS, "optimizer", "block_size", "seed", "warmup_steps"]
+RUN_FIELDS = [*SHAPE_FIELDS, "optimizer", "block_size", "seed", "warmup_steps", "carry_state"]
 
 # -------------------------------------------------------------------------------- primitives
 
@@ -986,6 +989,7 @@ class TinyMambaModel(nn.Module):
         ends: Tensor | None = None,
         teacher: Lesson | None = None,
         before: PiecesBefore | None = None,
+        state: ModelState | None = None,
     ) -> Any:
         """ids (b, l) of int64 -> logits (b, l, v); with targets (b, l), their mean loss in nats.
 
@@ -993,15 +997,17 @@ class TinyMambaModel(nn.Module):
         `return_gates` adds the branch weights, (n_layer, b, l, 3). ends (b, l) of bool are tokens
         after which all begins anew, as between packed conversations; they replace document_mask.
         With a `teacher` the loss is also that of its lesson. `before`: ids are a piece of texts
-        that other processes read as well.
+        that other processes read as well. After a `state` the text goes on, and the new state comes
+        second.
         """
         documents: Any = {"ends": ends, "marked": ends is not None, "before": before}
-        hidden, _, gates = self.run(ids, None, attention_mask, **documents)
+        hidden, after, gates = self.run(ids, state, attention_mask, **documents)
         if teacher is not None:
             out = lesson_loss(self.head, to_autocast(hidden), targets, teacher, self.LOSS_CHUNK)
         else:
             out = self.head(hidden) if targets is None else self.cross_entropy(hidden, targets)
-        return (out, gates) if return_gates else out
+        out = (out, gates) if return_gates else out
+        return out if state is None else (out, after)
 
     def compile_blocks(self, on: bool = True) -> None:
         """Compile what a training step runs: one graph serves all blocks, another the loss.
@@ -1307,7 +1313,8 @@ def require_same(names: list[str], old: dict, new: dict) -> None:
 
 def require_same_run(old: dict, new: dict) -> None:
     """Reject settings that a resumed run cannot change."""
-    require_same(RUN_FIELDS, {**BEFORE, **old}, {**BEFORE, **new})
+    before = {**Config().to_dict(), **BEFORE}
+    require_same(RUN_FIELDS, before | old, before | new)
     field = "train_data_weights"
     problem, remedy = f"were {old[field]}", "leave them out, or pass --accept_changed_data"
     require(new["accept_changed_data"] or old[field] == new[field], field, problem, remedy)
@@ -1495,6 +1502,7 @@ class Trainer:
             "unfinished": False,  # a signal ended the run before this step's validation was done
             "folder": c.wandb_run_name or time.strftime("%Y%m%d-%H%M%S"),
         }  # fmt: skip
+        self.carried = CarriedStates(self.model, self.train_data, c) if c.carry_state else None
         if saved is not None:
             self.restore(read_saved(saved, c, self.weights(), self.optimizer))
         self.reported = self.step, self.tokens  # at the last line about steps
@@ -1573,8 +1581,10 @@ class Trainer:
         sources = [c.train_data_path, *([c.val_data_path] if c.enable_validation else [])]
         self.run_tokenizer = RunTokenizer(tokenizer, sources, c.vocab_size)
         kind: Any = {"vocab_size": c.vocab_size, "data_dtype": c.data_dtype, "seed": c.seed}
+        self.samples_per_step = c.batch_size * c.gradient_accumulation_steps * self.readers
+        order = {"shuffle": True} | row_settings(c, self.samples_per_step) | kind
         self.train_data = self.open_source(
-            c.train_data_path, c.block_size, c.train_data_weights, shuffle=True, **kind
+            c.train_data_path, c.block_size, c.train_data_weights, **order
         )
         self.fingerprint = self.train_data.fingerprint()
         self.val_data: Any = None
@@ -1599,7 +1609,6 @@ class Trainer:
         if c.teacher:
             source = self.train_data, self.run_tokenizer
             self.teacher = open_lessons(c, load_model, *source, self.device)
-        self.samples_per_step = c.batch_size * c.gradient_accumulation_steps * self.readers
         self.tokens_per_step = self.samples_per_step * c.block_size
 
     @property
@@ -1664,13 +1673,15 @@ class Trainer:
         norm = full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), limit))
         self.read(batches)
         mean_loss, mean_norm = self.exchange(loss, norm)
-        if self.is_good(mean_loss, mean_norm):
+        if good := self.is_good(mean_loss, mean_norm):
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         self.step += 1
         self.samples += self.samples_per_step
         self.tokens += self.tokens_per_step
+        if self.carried:
+            self.carried.advance(self.next_sample(), good)
         return mean_loss, mean_norm
 
     def rate(self, step: int) -> float:
@@ -1718,13 +1729,15 @@ class Trainer:
         for i, (batch, (above, below)) in enumerate(zip(micro_batches, shares, strict=True)):
             with self.synchronized(i == last):
                 with self.autocast():
-                    loss = self.micro_loss(batch) * above / below
+                    loss = self.micro_loss(batch, i) * above / below
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         return total
 
-    def micro_loss(self, batch: Any) -> Tensor:
-        """The mean loss of a micro-batch."""
+    def micro_loss(self, batch: Any, i: int = 0) -> Tensor:
+        """The mean loss of micro-batch i of a step."""
+        if self.carried:
+            return self.carried.loss(self.forward, batch, i)
         if self.teacher is None:
             return self.call(self.forward, batch)
         batch, lesson = self.teacher.split(batch)
@@ -1889,6 +1902,7 @@ class Trainer:
             },
             "rng": {"seed": self.config.seed, "step": self.step},  # see accumulate
             "progress": self.progress,
+            **({"carried_state": self.carried.gather()} if self.carried else {}),
         }
 
     def save(self) -> None:
@@ -1919,6 +1933,8 @@ class Trainer:
         load_optimizer(self.optimizer, saved["optimizer"], self.config)
         self.scaler.load_state_dict(saved["scaler"])
         self.step, self.tokens = saved["global_step"], saved["tokens_seen"]
+        if self.carried:
+            self.carried.restore(saved, self.config, source)
         self.restore_position(saved["data"], saved["epoch"])
         old, begun = Config.from_dict(saved["config"]), self.progress
         self.progress = saved["progress"]
@@ -1950,11 +1966,15 @@ class Trainer:
 
     def epoch(self) -> int:
         """The number of the current pass over the data, from 0."""
-        return self.first_epoch + (self.samples - self.first_sample) // len(self.train_data)
+        return self.next_sample() // len(self.train_data)
+
+    def next_sample(self) -> int:
+        """The number of the next sample in the order of the data, over all epochs."""
+        return self.first_epoch * len(self.train_data) + self.samples - self.first_sample
 
     def train_batches(self, steps: int) -> Iterator:
         """This rank's batches of the next `steps` steps."""
-        first = self.first_epoch * len(self.train_data) + self.samples - self.first_sample
+        first = self.next_sample()
         last = first + steps * self.samples_per_step
         return self.batches(self.loader(self.train_data, first, last))
 

@@ -7,12 +7,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import LINUX, assert_refused, flags, run_main, run_script, tiny_config, write_tokens
+import torch.nn.functional as F
+from helpers import (
+    LINUX,
+    assert_refused,
+    flags,
+    run_main,
+    run_script,
+    some_ids,
+    tiny_config,
+    wide,
+    write_tokens,
+)
 
 import testv2
-from benchmarks import data, finetune, quality, scan, streaming
+from benchmarks import carry, data, finetune, quality, scan, streaming
 from benchmarks.peers import MODELS, Shape, count
-from testv2 import TinyMambaModel
+from testv2 import TinyMambaModel, TokenFile
 from tinymamba.checkpoint import save_checkpoint
 from tinymamba.cli import UserError
 from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer, byte_alphabet
@@ -311,3 +322,59 @@ def test_data_command_prepares_and_reads(tmp_path, monkeypatch):
     assert_refused(done, "--text: has no text; name files of UTF-8 text")
     done = run_main(data.main, *words, "--vocab_size", 9, cwd=tmp_path)
     assert_refused(done, "data/prepare.py: --vocab_size: 9 cannot hold the 256 bytes")
+
+
+# ----------------------------------------------------------------------------- carried states
+
+
+def test_facts_are_stated_once_and_asked_for_once_as_long_after_as_is_said():
+    ids, ages = carry.write_facts(20_000, seed=3)
+    known: dict[int, tuple[int, int]] = {}
+    found = []
+    for at in range(2, len(ids)):
+        sign, key, value = ids[at - 2 : at + 1].tolist()
+        if sign == carry.FACT:
+            assert key not in known and ages[at] == 0
+            known[key] = value, at
+        elif sign == carry.ASK:
+            assert known.pop(key) == (value, at - ages[at])
+            found.append(ages[at])
+        else:
+            assert ages[at] == 0
+    assert len(found) > 1500 and min(found) >= carry.NEAREST
+    near = sum(age <= 128 for age in found) / len(found)  # half of the range of logarithms
+    assert 0.3 < near < 0.6 and sum(age > 512 for age in found) > 200
+    assert ids.max() < carry.FIRST_VALUE + carry.VALUES
+
+
+def test_texts_of_code_lie_within_one_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(carry, "LENGTH", 8)
+    ids = [*range(8), 256, *range(20, 39), 256, *range(50, 60)]
+    texts = carry.texts_of_code(TokenFile(write_tokens(tmp_path / "x.bin", ids)), 16)
+    assert texts[:, 0].tolist() == [20, 28, 50] and texts.shape == (3, 9)
+    assert (texts.diff() == 1).all()
+
+
+def test_texts_are_read_with_the_state_carried_and_their_bits_are_of_each_range(monkeypatch):
+    monkeypatch.setattr(carry, "EDGES", (0, 3, 12))
+    monkeypatch.setattr(carry, "PIECE", 5)
+    model, ids = wide(), some_ids(2, 13)
+    bits = carry.read_texts(model, ids)
+    whole = F.cross_entropy(model(ids[:, :-1]).mT, ids[:, 1:], reduction="none") / math.log(2)
+    assert torch.allclose(bits, whole, atol=1e-4)
+    counts = torch.arange(12).expand(2, -1) % 2 == 0
+    want = [bits[:, [0, 2]].mean().item(), bits[:, [4, 6, 8, 10]].mean().item()]
+    assert carry.by_range(bits, counts) == pytest.approx(want, abs=1e-4)
+
+
+def test_carry_trains_in_three_ways_and_shows_them(tmp_path):
+    words = ["facts", *flags(tokens=128, block=32, long=64, d_model=32, n_layer=1, seeds=0)]
+    done = run_main(carry.main, *words, "--texts", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(tmp_path / "carry.jsonl")
+    assert [row["way"] for row in rows] == ["blocks", "carried", "long"]
+    assert all(3 < value < 9 for row in rows for value in (*row["bits"], row["bits_far"]))
+    (tmp_path / "page.md").write_text("<!-- carry -->\n<!-- /carry -->\n")
+    assert run_main(carry.main, "--table", "page.md", cwd=tmp_path).returncode == 0
+    assert "| facts | blocks of 32, carried | 1 |" in (tmp_path / "page.md").read_text()
+    assert_refused(run_main(carry.main, "stories", cwd=tmp_path), "task: stories is not one")

@@ -173,10 +173,13 @@ def place(tmp_path_factory) -> Iterator[Workspace]:
         counts = json.dumps({"tokens": 16385, "bytes": 60_000})
         (folder / "random" / f"{name}.json").write_text(counts)
     (folder / "data" / "python").mkdir(parents=True)
+    (folder / "bytes").mkdir()
+    (folder / "carry.jsonl").touch()
     for name in ("train", "val"):
         write_tokens(folder / "data" / "python" / f"{name}.bin", text * 2)
+        write_tokens(folder / "bytes" / f"{name}.bin", [65] * 16385)
     (folder / "docs").mkdir()
-    for name in ("ablations.md", "ablations.jsonl", "benchmarks.md"):
+    for name in ("ablations.md", "ablations.jsonl", "benchmarks.md", "training.md"):
         shutil.copy(ROOT / "docs" / name, folder / "docs")
     save_stand_in_for_gpt2(folder / "gpt2")
     save_folder(folder / "first_form", wide(n_layer=1, **FIRST_FORM))
@@ -347,6 +350,13 @@ RUNS = [  # the first pattern that a command begins with counts
         "benchmarks.memory",
         [*TASK, *flags(data="random", models="tinymamba")],
         "loss",
+    ),
+    Run(r"python -m benchmarks.carry --table", "benchmarks.carry"),
+    Run(
+        r"python -m benchmarks.carry",
+        "benchmarks.carry",
+        flags(tokens=64, block=32, long=64, d_model=32, n_layer=1, seeds=0, texts=1, data="bytes"),
+        "bits",
     ),
     Run(
         r"python -m benchmarks.ladder",

@@ -32,15 +32,15 @@ OF_EXTRAS = {  # not in `import *`: they need more packages
     "hf_integration": "TinyMambaConfig TinyMambaHFModel TinyMambaHFTokenizer",
 }
 MODULES = {*NAMES, *OF_EXTRAS}
-MODULES |= {"archives", "attention", "benchmark", "chat_eval", "chat_rows", "chat_session"}
-MODULES |= {"chat_template", "context_parallel", "conversations", "data", "data_order"}
-MODULES |= {"decode", "delta_rule", "distillation", "distributed", "documents", "export_model"}
-MODULES |= {"four_bit", "fused", "initial_weights", "inputs", "kernels", "live", "lock"}
-MODULES |= {"middleware", "muon", "namesake", "onnx_engine", "openai_api", "openai_responses"}
-MODULES |= {"optimizer", "packing", "preferences", "prefix_cache", "profiling", "progress"}
-MODULES |= {"quick_help", "runtime", "schedule", "serve", "session_store", "shard_files"}
-MODULES |= {"sharded_checkpoint", "shared_sessions", "structured", "token_file", "token_shards"}
-MODULES |= {"tool_calls", "vocabulary"}
+MODULES |= {"archives", "attention", "benchmark", "carried_state", "chat_eval", "chat_rows"}
+MODULES |= {"chat_session", "chat_template", "context_parallel", "conversations", "data"}
+MODULES |= {"data_order", "decode", "delta_rule", "distillation", "distributed", "documents"}
+MODULES |= {"export_model", "four_bit", "fused", "initial_weights", "inputs", "kernels", "live"}
+MODULES |= {"lock", "middleware", "muon", "namesake", "onnx_engine", "openai_api"}
+MODULES |= {"openai_responses", "optimizer", "packing", "preferences", "prefix_cache"}
+MODULES |= {"profiling", "progress", "quick_help", "runtime", "schedule", "serve"}
+MODULES |= {"session_store", "shard_files", "sharded_checkpoint", "shared_sessions"}
+MODULES |= {"structured", "token_file", "token_shards", "tool_calls", "vocabulary"}
 HOMES = {name: module for module, names in {**NAMES, **OF_EXTRAS}.items() for name in names.split()}
 
 __all__ = ["__version__", *(name for names in NAMES.values() for name in names.split())]

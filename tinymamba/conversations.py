@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinymamba.carried_state import RowDataset
 from tinymamba.cli import UserError, need, require
 from tinymamba.dataset import StreamingTokenDataset
 from tinymamba.token_file import TokenFile, read_sidecar
@@ -33,21 +34,26 @@ REMEDY = "prepare it again with python data/prepare.py --chat"
 
 
 def open_training_data(
-    data_sources: Any, *args: Any, packed: bool = True, **settings: Any
+    data_sources: Any, *args: Any, packed: bool = True, rows: int = 0, **settings: Any
 ) -> StreamingTokenDataset:
     """A dataset of the kind that the .json files of the sources say, with these arguments.
 
-    With `packed`, a row has as many conversations as fit into it, else one.
+    With `packed`, a row has as many conversations as fit into it, else one. With `rows`, so many
+    rows of text read on from step to step: see RowDataset.
     """
     files = [file for path in listed(data_sources) for file in files_of(path)]
     kinds = {find_kind(file): file for file in files}
     (kind, first), *others = kinds.items() or [(TEXT, "")]
     for other, path in others:
         raise UserError(path, f"holds {other}, but {first} holds {kind}", "train on them apart")
+    if kind == TEXT and rows:
+        return RowDataset(data_sources, *args, rows=rows, **settings)
     if kind == TEXT:
         return StreamingTokenDataset(data_sources, *args, **settings)
     remedy = "train on it with python peft.py --objective dpo"
     require(kind == CHAT, first, "holds pairs of a chosen and a rejected answer", remedy)
+    problem, remedy = "holds conversations, each of which begins anew", "leave out --carry_state"
+    require(not rows, first, problem, remedy)
     return ConversationDataset(data_sources, *args, packed=packed, **settings)
 
 
