@@ -61,12 +61,12 @@ from tinymamba.checkpoint import (
     digest,
     find_saved,
     is_sharded,
+    keep_best,
     load_checkpoint,
     mark_file,
     move_aside,
     read_all_tensors,
     read_tensors,
-    remove_checkpoint,
     require_run_name,
     require_writable,
     run_files,
@@ -1820,30 +1820,11 @@ class Trainer:
             p["lowest"], p["bad_validations"] = loss, 0
         else:
             p["bad_validations"] += 1
-        self.keep_best(loss)
+        keep_best(self, loss)
         if not c.use_early_stopping or p["bad_validations"] < c.early_stopping_patience:
             return False
         self.log.say(f"early stopping: {p['bad_validations']} validations without improvement")
         return True
-
-    def keep_best(self, loss: float) -> None:
-        """Write ..._best.pt, and with save_top_k > 1 each of the best as ..._stepN.pt too."""
-        k, path, best = self.config.save_top_k, self.config.checkpoint_path, self.progress["best"]
-        name = sibling(path, f"step{self.step}").name
-        if not math.isfinite(loss):
-            return
-        ranked = sorted([*best, [loss, name]])
-        self.progress["best"] = ranked[:k]
-        if [loss, name] not in ranked[:k]:
-            return
-        state = self.state(loss)
-        if ranked[0][1] == name:
-            self.write(sibling(path, "best"), state)
-        if k > 1:
-            self.write(Path(path).with_name(name), state)
-            self.writer.finish()  # before the file that it replaces is deleted
-            for _, old in ranked[k:] if self.main else ():
-                remove_checkpoint(Path(path).with_name(old))
 
     def sample(self) -> None:
         """Print a continuation of generation_prompt, or a new document; an answer in a chat."""

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import importlib
+import inspect
 import io
 import itertools
 import json
@@ -330,7 +331,7 @@ def start_fork(main, *words, env: dict | None = None, **streams) -> subprocess.P
 
     Where nothing can be forked it is a new process.
     """
-    command = [sys.executable, str(ROOT / f"{main.__module__}.py"), *map(str, words)]
+    command = [sys.executable, str(inspect.getsourcefile(main)), *map(str, words)]
     how = {"env": {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, "text": True, **streams}
     if os.name == "posix":
         how |= {"preexec_fn": functools.partial(become_script, main, command[2:], how["env"])}
@@ -340,7 +341,12 @@ def start_fork(main, *words, env: dict | None = None, **streams) -> subprocess.P
 
 def become_script(main, words: list[str], env: dict) -> None:
     """In a fork: run `main` in place of a new program, without what pytest has set."""
-    os.closerange(3, 2**12)  # as Popen does; it waits for the end of its own pipe
+    # Nothing may keep the test's pipes open; Popen waits for the end of its own. Their numbers stay
+    # taken: objects of the test may close them at any time, and must not close others' files.
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for number in map(int, os.listdir("/dev/fd")):
+        if number > 2:
+            os.dup2(nothing, number)
     os.environ.update(env)
     sys.stdout = os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)

@@ -20,7 +20,6 @@ from tinymamba.checkpoint import digest, find_saved, save_checkpoint
 from tinymamba.cli import UserError
 from tinymamba.distributed import full_tensor
 
-RANK = int(os.environ["RANK"])
 STEPS = {
     "parallel": "fsdp",
     "batch_size": 2,
@@ -89,7 +88,7 @@ def fail_on_full_disk(trainer: Trainer) -> str:
 
     fsync = os.fsync
     try:
-        if RANK == 1:
+        if dist.get_rank() == 1:
             os.fsync = full
         trainer.save()
     except UserError as e:
@@ -101,21 +100,22 @@ def fail_on_full_disk(trainer: Trainer) -> str:
 
 def flip(path: Path) -> None:
     """Damage a file, in the first process; the second one waits."""
-    if RANK == 0:
+    if dist.get_rank() == 0:
         raw = bytearray(path.read_bytes())
         raw[-1] ^= 1
         path.write_bytes(raw)
     dist.barrier()
 
 
-def main() -> None:
+def main(argv: list[str]) -> int:
+    """All checks; the words of the command line are none."""
     watchdog = testv2.join_process_group(torch.device("cpu"), 60)
     testv2.join_process_group = lambda *_: watchdog
     seen: dict = {}
     validated = {"enable_validation": True, "validation_interval": 2, "validation_steps": 2}
     trainer = train("whole.pt", max_steps=6, save_top_k=2, **validated)
     state = gathered(trainer)
-    if RANK == 0:
+    if trainer.main:
         save_checkpoint("gathered.pt", state)
     seen["gathers"] = count_gathers(lambda: trainer.write("copy.pt", trainer.state()))
     seen["memory"] = staging(trainer)
@@ -131,9 +131,6 @@ def main() -> None:
     seen["after damage"] = begin("halves.pt", max_steps=9).step
     watchdog.close(None)
     dist.destroy_process_group()
-    if RANK == 0:
+    if trainer.main:
         Path("seen").write_text(json.dumps(seen))
-
-
-if __name__ == "__main__":
-    main()
+    return 0

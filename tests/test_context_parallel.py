@@ -245,11 +245,12 @@ def test_gradients_of_ddp_are_those_of_one_process(two, alone):
 def test_autocast_rounds_no_more_than_in_one_process(two, alone):
     exact = alone["documents"][1]
 
-    def error(found: dict) -> float:
-        return sum((found[name] - t).square().sum() / t.square().sum() for name, t in exact.items())
+    def errors(found: dict) -> torch.Tensor:
+        """Of each parameter's gradient: those of angles nearly cancel, so a sum is their error."""
+        return torch.stack([(found[name] - t).norm() for name, t in exact.items()])
 
     for found in two:
-        assert 0 < error(found["bfloat16"]) < 1.5 * error(alone["bfloat16"])
+        assert 0.8 < (errors(found["bfloat16"]) / errors(alone["bfloat16"])).median() < 1.15
 
 
 def test_autocast_does_not_round_states(two):

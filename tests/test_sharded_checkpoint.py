@@ -69,8 +69,7 @@ def group(tmp_path_factory):
     byte_tokenizer().save(str(place / "data" / "text" / "tokenizer.json"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        patch.setenv("PYTHONPATH", str(ROOT))
-        run_two_ranks(script="tests/sharded_worker.py")
+        run_two_ranks(script="sharded_worker.py")
     return place, json.loads((place / "seen").read_text())
 
 

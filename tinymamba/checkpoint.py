@@ -10,6 +10,7 @@ import contextlib
 import glob
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -494,6 +495,29 @@ def require_one_start(config: Any) -> None:
     for name, file in given.items():
         problem = f"{file.name} is a file of the run that saves to {path}"
         require(file not in own, name, problem, "choose another --checkpoint_path")
+
+
+def keep_best(trainer: Any, loss: float) -> None:
+    """Write ..._best.pt, and with save_top_k > 1 each of the best as ..._stepN.pt too.
+
+    `loss` is that of a Trainer of testv2.py in validation.
+    """
+    t, k, path = trainer, trainer.config.save_top_k, trainer.config.checkpoint_path
+    name = sibling(path, f"step{t.step}").name
+    if not math.isfinite(loss):
+        return
+    ranked = sorted([*t.progress["best"], [loss, name]])
+    t.progress["best"] = ranked[:k]
+    if [loss, name] not in ranked[:k]:
+        return
+    state = t.state(loss)
+    if ranked[0][1] == name:
+        t.write(sibling(path, "best"), state)
+    if k > 1:
+        t.write(Path(path).with_name(name), state)
+        t.writer.finish()  # before the file that it replaces is deleted
+        for _, old in ranked[k:] if t.main else ():
+            remove_checkpoint(Path(path).with_name(old))
 
 
 class BackgroundWriter:
