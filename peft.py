@@ -722,8 +722,11 @@ BASE_FIELDS = [
     *SHAPE_FIELDS, "block_size", "batch_size", "data_dtype", "eos_id", "generation_prompt",
     "deepnet", "scan", "chunk_size",
 ]  # fmt: skip
-NOT_FLAGS = [*SHAPE_FIELDS, "deepnet", "checkpoint_path", "init_from", "parallel",
-             "context_parallel"]  # fmt: skip
+# Each process trains a whole model on whole texts, also where it resumes a run that did not.
+WHOLE = {"parallel": "ddp", "context_parallel": 1}
+NOT_FLAGS = [
+    *SHAPE_FIELDS, "deepnet", "checkpoint_path", "init_from", "shard_group", *WHOLE,
+]  # fmt: skip
 
 
 class FineTuner(Trainer):
@@ -1099,7 +1102,7 @@ def train(options: Options, fields: list[dict[str, Any]]) -> int:
     config = settings(options, adapter.method, {**own_defaults, **config_fields}, base)
     saved, source = find_saved(config)
     if saved is not None:
-        own = {"checkpoint_path": config.checkpoint_path, "resume_from": source}
+        own = {"checkpoint_path": config.checkpoint_path, "resume_from": source, **WHOLE}
         own |= {"log_dir": config.log_dir} if source else {}
         config = resumed_config(saved, {**config_fields, **own})
         adapter = resumed_fields(AdapterConfig, saved.get("adapter", {}), adapter_fields)

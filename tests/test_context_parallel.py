@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 import peft
 import testv2
 from testv2 import selective_scan
-from tinymamba.checkpoint import load_checkpoint
+from tinymamba.checkpoint import load_checkpoint, save_checkpoint
 from tinymamba.cli import run_cli
 from tinymamba.context_parallel import Pieces, PiecesBefore
 from tinymamba.tokenizer import byte_tokenizer
@@ -384,5 +384,18 @@ def test_a_teacher_of_whole_texts_is_refused(place):
     assert_refuses(*words, naming=("teacher: reads whole texts", "data/prepare.py"))
 
 
-def test_fine_tuning_has_no_such_flag(place):
-    assert_refused(run_main(peft.main, "--context_parallel", 2), "--context_parallel")
+@pytest.mark.parametrize("name", ["context_parallel", "parallel", "shard_group"])
+def test_fine_tuning_has_no_such_flag(place, name):
+    assert_refused(run_main(peft.main, f"--{name}", 2), f"--{name}: unknown flag")
+
+
+def test_fine_tuning_goes_on_from_a_run_of_shards_and_pieces_without_either(place):
+    call(*brief_flags(max_steps=1))
+    saved = load_checkpoint(LATEST)
+    saved["config"] |= {"parallel": "fsdp", "context_parallel": 2}
+    save_checkpoint("base.pt", saved)
+    words = ["--checkpoint", "base.pt", "--method", "full", "--resume_from", "base.pt"]
+    done = run_main(peft.main, *words, "--output_dir", "tuned", "--max_steps", 2)
+    assert done.returncode == 0, done.stderr
+    config = load_checkpoint(Path("tuned") / LATEST)["config"]
+    assert (config["parallel"], config["context_parallel"]) == ("ddp", 1)
