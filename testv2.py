@@ -99,7 +99,6 @@ from tinymamba.distillation import Lesson, lesson_loss, open_lessons
 from tinymamba.distributed import (
     all_reduce,
     arrange_processes,
-    fill_parameter,
     full_tensor,
     join_process_group,
     make_sharded,
@@ -148,7 +147,7 @@ from tinymamba.runtime import (
     why_no_compile,
 )
 from tinymamba.schedule import learning_rate, warmup_length
-from tinymamba.sharded_checkpoint import ShardedWriter, read_saved
+from tinymamba.sharded_checkpoint import ShardedWriter, fill_parameters, read_saved, unchanged
 from tinymamba.token_file import TokenFile, read_sidecar  # noqa: F401
 from tinymamba.token_shards import read_facts
 from tinymamba.tokenizer import (  # noqa: F401
@@ -1344,11 +1343,12 @@ def load_model(
 ) -> TinyMambaModel:
     """The model of a checkpoint, or of a folder that `save_folder` wrote, in eval mode.
 
-    The weights of a `mapped` one stay in the file, in its dtypes: to copy from, and no more.
+    The weights of a `mapped` one stay in the file, in its dtypes: to copy from, and no more. Those
+    in a folder of shards are on the meta device, but for embedding and head.
     """
     if Path(path).is_dir() and not is_sharded(path):
         return load_folder(Path(path), mapped).to(device).eval()
-    state = load_checkpoint(path, mapped, skip=("optimizer",))
+    state = load_checkpoint(path, mapped, skip=("optimizer", "carried_state"))
     problem = "holds an adapter only, not a model"
     remedy = "pass the base's checkpoint, and the adapter's folder as --adapter"
     require("adapter" not in state, str(path), problem, remedy)
@@ -1356,7 +1356,7 @@ def load_model(
     remedy = "use the version that wrote it"
     fill_model(model, state["model"], str(path), "config", remedy, assign=mapped)
     model.tokenizer = state.get("tokenizer")
-    return model.to(device).eval()
+    return (model if mapped else model.to(device)).eval()
 
 
 def save_folder(folder: Path, model: TinyMambaModel) -> None:
@@ -1553,16 +1553,18 @@ class Trainer:
         make = functools.partial(TinyMambaModel, self.config, filled=False)
         model = make_sharded(make, self.device, self.processes) if self.fsdp else make()
         if self.config.init_from:
-            weights = self.inherit_weights()
-            for name, p in model.named_parameters():
-                fill_parameter(p, weights[name])
+            with unchanged(self.config.init_from):
+                fill_parameters(model, self.inherit_weights(), self.config.init_from)
         elif not self.resumed:
             init_weights(model)
         model.tokenizer = self.run_tokenizer.record
         return model
 
     def inherit_weights(self) -> dict[str, Tensor]:
-        """The weights of init_from by name, in the file itself where they need not grow."""
+        """The weights of init_from by name, in the file itself where they need not grow.
+
+        Those of a folder of shards are on the meta device, but for embedding and head.
+        """
         source, remedy = self.config.init_from, "begin with the model that it was made from"
         base = load_model(source, mapped=True)
         require(not base.quantization, source, "is quantized", remedy)

@@ -38,9 +38,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from testv2 import Config, TinyMambaModel
 from tinymamba.cli import parse_flags, require, run_cli
-from tinymamba.distributed import make_sharded
+from tinymamba.distributed import local_tensor, make_sharded
 from tinymamba.initial_weights import init_weights
-from tinymamba.muon import local_tensor
 from tinymamba.optimizer import MuonAdamW, make_optimizer
 from tinymamba.runtime import return_memory
 

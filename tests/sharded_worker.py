@@ -16,9 +16,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import testv2
 from testv2 import Trainer, resumed_config
+from tinymamba import sharded_checkpoint
 from tinymamba.checkpoint import digest, find_saved, save_checkpoint
 from tinymamba.cli import UserError
-from tinymamba.distributed import full_tensor
+from tinymamba.distributed import full_tensor, local_tensor
+from tinymamba.profiling import profile_parts
 
 STEPS = {
     "parallel": "fsdp",
@@ -98,6 +100,23 @@ def fail_on_full_disk(trainer: Trainer) -> str:
     return ""
 
 
+def begin_from(folder: str) -> tuple[str, int, list[str]]:
+    """A new run with the weights of a folder: what they are, the most that was read of it, and the
+    parts of one of its steps."""
+    read, sizes = sharded_checkpoint.read_tensors, []
+
+    def counted(manifest, targets):
+        sizes.append(sum(local_tensor(t).nbytes for t in targets.values()))
+        read(manifest, targets)
+
+    sharded_checkpoint.read_tensors = counted
+    trainer = Trainer(brief_config(**STEPS, init_from=folder, max_steps=3))
+    sharded_checkpoint.read_tensors = read
+    begun = digest(gathered(trainer)["model"])
+    profile, _ = profile_parts(trainer, trainer.train_batches(3), steps=1)
+    return begun, max(sizes), [*profile.costs]
+
+
 def flip(path: Path) -> None:
     """Damage a file, in the first process; the second one waits."""
     if dist.get_rank() == 0:
@@ -124,6 +143,7 @@ def main(argv: list[str]) -> int:
     train("halves.pt", max_steps=3)
     train("halves.pt", max_steps=6, async_save=True)
     dist.barrier()
+    seen["begun"] = begin_from("whole.pt")
     for name, parallel in (("halves", "ddp"), ("gathered", "fsdp")):
         state = gathered(begin(f"{name}.pt", max_steps=9, parallel=parallel))
         seen[name] = [digest(state["model"]), digest(state["optimizer"])]

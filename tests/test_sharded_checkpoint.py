@@ -18,6 +18,7 @@ from helpers import (
     LINUX,
     POSIX,
     ROOT,
+    assert_refused,
     assert_refuses,
     brief_flags,
     call,
@@ -51,6 +52,7 @@ from tinymamba.checkpoint import (
     sibling,
 )
 from tinymamba.cli import UserError
+from tinymamba.initial_weights import TABLES
 from tinymamba.sharded_checkpoint import checksum, join, save_sharded, split
 from tinymamba.tokenizer import byte_tokenizer
 
@@ -147,6 +149,18 @@ def test_ddp_reads_a_folder_and_fsdp_a_file(group):
     whole = load_checkpoint(place / "gathered.pt")
     for name in ("halves", "gathered"):
         assert seen[name] == [digest(whole["model"]), digest(whole["optimizer"])], name
+
+
+def test_a_new_run_from_a_folder_reads_only_its_own_rows(group):
+    weights = load_checkpoint(group[0] / "whole.pt")["model"]
+    found, read, _ = group[1]["begun"]
+    assert found == digest(weights)
+    rest = [t.nbytes for name, t in weights.items() if name not in TABLES]
+    assert 0.4 < read / sum(rest) < 0.6
+
+
+def test_a_step_of_a_sharded_run_is_profiled_by_its_parts(group):
+    assert {"SSM: scan", "MLP", "head and loss", "optimizer"} <= {*group[1]["begun"][2]}
 
 
 def test_a_full_disk_of_one_process_is_told_by_all_and_the_last_save_stays(group):
@@ -445,6 +459,23 @@ def test_a_folder_is_another_runs_checkpoint_where_a_file_would_be(resumable):
     (Path("c.pt") / SHARD).write_bytes(b"damaged")
     damaged = ["--resume_from", "c.pt", "--checkpoint_path", "d.pt"]
     assert_refuses(*damaged, naming=["c.pt", "damaged", SHARD])
+
+
+def test_one_process_begins_with_the_weights_of_a_folder(resumable, monkeypatch):
+    words = brief_flags(max_steps=1, lr=0, init_from=LATEST, checkpoint_path="new.pt")
+    model = load_model(LATEST, mapped=True)
+    assert {n for n, p in model.named_parameters() if not p.is_meta} == set(TABLES)
+    done = call(*words)
+    assert done.returncode == 0, done.stderr
+    assert digest(load_checkpoint("new.pt")["model"]) == digest(load_checkpoint(LATEST)["model"])
+
+    def replaced(manifest, targets):
+        if len(targets) > 2:  # not only the tables
+            shutil.copy(manifest.folder / MANIFEST, "copy")
+            os.replace("copy", manifest.folder / MANIFEST)
+
+    monkeypatch.setattr(sharded_checkpoint, "read_tensors", replaced)
+    assert_refused(call(*words), str(LATEST), "was replaced while it was read")
 
 
 def test_no_path_is_mistaken_for_a_folder(place):

@@ -342,12 +342,13 @@ def load_checkpoint(path: str | Path, mapped: bool = False, skip: tuple[str, ...
     """Read a file or folder onto the CPU; a missing, damaged or foreign one is a UserError.
 
     The tensors of a `mapped` file stay there: the processes of a machine share its pages in memory.
+    Those of a `mapped` folder are on the meta device, but for the tables: see `fill_parameters`.
     The parts of `skip` are left out.
     """
     if is_sharded(path):
         from tinymamba.sharded_checkpoint import read_sharded
 
-        return read_sharded(path, skip)
+        return read_sharded(path, skip, mapped)
     name, remedy = str(path), "use a checkpoint that testv2.py saved"
     require(Path(path).is_file(), name, "no such checkpoint", "train one, or check the path")
     try:

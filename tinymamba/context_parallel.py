@@ -27,7 +27,6 @@ Dimension letters in the comments on shapes:
 from __future__ import annotations
 
 import contextlib
-import ctypes
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,6 +38,7 @@ from torch.autograd.function import once_differentiable
 
 from tinymamba.cli import require
 from tinymamba.delta_rule import run_delta_rule
+from tinymamba.distributed import keep
 from tinymamba.kernels import bounded_decay, promoted
 
 Times = Callable[[Tensor, Tensor], Tensor]  # a state and a transition: the state after it
@@ -287,5 +287,5 @@ def join_pieces(count: int, world: int) -> PiecesBefore | None:
     remedy = "start as many with torchrun --nproc_per_node, or pass another number"
     require(world % count == 0, "context_parallel", problem, remedy)
     group, _ = dist.new_subgroups(count)
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))  # see join_process_group
+    keep(group)
     return PiecesBefore(group)

@@ -46,7 +46,7 @@ def join_process_group(device: torch.device, timeout: float) -> Watchdog:
 
 
 def keep(group: Any) -> None:
-    """Never delete a group: that would join a thread that may wait for the interpreter."""
+    """Never delete a process group: that would join a thread that may wait for the interpreter."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
@@ -212,6 +212,11 @@ def all_reduce(values: list[Any], device: torch.device) -> list[float]:
 def full_tensor(t: Any) -> Any:
     """A tensor that is sharded over the processes (FSDP), assembled; anything else unchanged."""
     return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def local_tensor(t: Any) -> Tensor:
+    """What this process holds of a tensor: its rows if it is sharded, else all."""
+    return t.to_local() if hasattr(t, "to_local") else t
 
 
 def shard_like(t: Tensor, like: Any) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tinymamba.distributed import fill_parameter
 
-TABLES = ("embedding.weight", "head.weight")
+TABLES = ("embedding.weight", "head.weight")  # (vocabulary, d_model) each
 FORM: Any = {"dtype": torch.float32, "device": "cpu"}
 
 

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tinymamba.distributed import local_tensor
+
 ROUND = 2**25  # most numbers that a process orthogonalizes at a time
 ITERATIONS = 5  # of Newton-Schulz
 
@@ -120,11 +122,6 @@ def cut(matrices: list[Matrix], limit: int) -> list[list[Matrix]]:
 
 
 # ----------------------------------------------------------------------------------- the exchange
-
-
-def local_tensor(t: Any) -> Tensor:
-    """What this process holds of a tensor: its rows with FSDP, else all."""
-    return t.to_local() if hasattr(t, "to_local") else t
 
 
 def pack(tensors: Iterable[Tensor], device: torch.device | None) -> Tensor:

@@ -9,16 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinymamba.distributed import shard_like
-from tinymamba.muon import (
-    Matrix,
-    Round,
-    find_layout,
-    list_matrices,
-    local_tensor,
-    orthogonalize_all,
-    plan_rounds,
-)
+from tinymamba.distributed import local_tensor, shard_like
+from tinymamba.muon import Matrix, Round, find_layout, list_matrices, orthogonalize_all, plan_rounds
 
 SPIKE_RATE = 0.01  # weight of one step in the running mean of the gradient norm
 SPIKE_WARMUP = 20  # steps that the mean must have seen

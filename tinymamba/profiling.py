@@ -168,7 +168,8 @@ def recorded_parts(trainer: Any) -> Iterator[None]:
     for block in model.blocks:
         calls += calls_of(block, {"": COMPILED} if compiled else OF_BLOCK)
     if not compiled:
-        calls.append((sys.modules[type(model).__module__], "selective_scan", SCAN))
+        scans = type(model.blocks[0].ssm)  # FSDP puts classes of its own above it
+        calls.append((sys.modules[scans.__module__], "selective_scan", SCAN))
     calls += [
         (trainer, "train_step", STEP),
         (trainer, "read", DATA),

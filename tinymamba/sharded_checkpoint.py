@@ -13,7 +13,6 @@ the plain values. It is written last. A folder without it is no checkpoint.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import json
 import math
@@ -21,7 +20,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,8 @@ from tinymamba.checkpoint import (
     temporary_name,
 )
 from tinymamba.cli import UserError, from_launcher, require, say
-from tinymamba.distributed import all_reduce
+from tinymamba.distributed import all_reduce, fill_parameter, keep, local_tensor
+from tinymamba.initial_weights import TABLES
 
 SHARDS_FORMAT = "tinymamba-sharded-1"
 SHARD_NAME = re.compile(r"shard_\d{5,}\.safetensors")
@@ -91,7 +91,7 @@ def split(state: dict) -> tuple[Any, dict[str, Tensor]]:
         raise TypeError(f"{path}: a checkpoint cannot hold a {type(value).__name__}")
 
     def add(t: Any, path: str) -> str:
-        local = t.to_local() if hasattr(t, "to_local") else t
+        local = local_tensor(t)
         if local.numel() == 0 < t.numel():
             return path
         place = local.untyped_storage().data_ptr(), local.storage_offset(), local.stride()
@@ -270,8 +270,7 @@ class ShardedWriter(BackgroundWriter):
     def __init__(self, background: bool):
         super().__init__(background)
         self.group = dist.new_group(backend="gloo")
-        # As that of the training's group in join_process_group.
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.group))
+        keep(self.group)
         self.stager: Any = None
 
     def save(self, path: str | Path, state: dict, previous: Path | None = None) -> None:
@@ -310,15 +309,16 @@ class UnreadCheckpoint(dict):
         super().__init__(self.manifest.values)
 
 
-def read_sharded(path: str | Path, skip: Iterable[str] = ()) -> dict:
+def read_sharded(path: str | Path, skip: Iterable[str] = (), mapped: bool = False) -> dict:
     """The whole checkpoint of a folder in this process, without the parts of `skip`.
 
-    If a run that goes on replaces the folder meanwhile, the new one is read.
+    If a run that goes on replaces the folder meanwhile, the new one is read. Of a `mapped` one
+    only embedding and head are read; the other tensors are on the meta device.
     """
     while True:
         begun = identity(path)
         try:
-            return read_whole(path, skip)
+            return read_whole(path, skip, mapped)
         except UserError:
             if identity(path) == begun:
                 raise
@@ -333,13 +333,44 @@ def identity(path: str | Path) -> tuple[int, int] | None:
     return facts.st_ino, facts.st_mtime_ns
 
 
-def read_whole(path: str | Path, skip: Iterable[str]) -> dict:
+def read_whole(path: str | Path, skip: Iterable[str], mapped: bool) -> dict:
     """Verify and read a folder that nobody replaces."""
     saved = UnreadCheckpoint(path)
     require_sound(saved.manifest, [saved.manifest.what_is_wrong(n) for n in saved.manifest.files])
     for part in skip:
         saved.pop(part, None)
-    return read_tensors_of(saved, lambda t: None)
+    tables = {f"model/{name}" for name in TABLES}
+
+    def like(t: StoredTensor) -> Tensor | None:
+        return torch.empty(t.shape, device="meta") if mapped and t.name not in tables else None
+
+    return read_tensors_of(saved, like)
+
+
+@contextlib.contextmanager
+def unchanged(path: str | Path) -> Iterator[None]:
+    """An error if another run replaces the folder at `path` meanwhile."""
+    begun = identity(path)
+    yield
+    problem = "was replaced while it was read"
+    require(identity(path) == begun, str(path), problem, "start again")
+
+
+def fill_parameters(model: Any, weights: dict[str, Tensor], path: str | Path) -> None:
+    """Give a model, which may be sharded, the weights by name.
+
+    Those on the meta device are in the folder at `path`, which has been verified: each process
+    reads its rows.
+    """
+    unread = {}
+    for name, p in model.named_parameters():
+        if weights[name].is_meta:
+            unread[name] = p.detach()
+        else:
+            fill_parameter(p, weights[name])
+    if unread:
+        saved = UnreadCheckpoint(path)
+        read_tensors(saved.manifest, {saved["model"][n].name: p for n, p in unread.items()})
 
 
 def require_sound(manifest: Manifest, problems: list[str]) -> None:
@@ -351,12 +382,9 @@ def require_sound(manifest: Manifest, problems: list[str]) -> None:
 def read_tensors_of(saved: UnreadCheckpoint, like: Callable[[StoredTensor], Any]) -> dict:
     """The checkpoint with its tensors, each on the device and sharded as `like` says.
 
-    None stands for a whole tensor on the CPU. The shards must have been verified.
+    None stands for a whole tensor on the CPU. Nothing is read for one on the meta device. The
+    shards must have been verified.
     """
-    import torch.distributed.checkpoint as dcp
-
-    from tinymamba.shard_files import ShardFileReader
-
     targets: dict[str, Tensor] = {}
 
     def make(t: Any) -> Any:
@@ -371,16 +399,24 @@ def read_tensors_of(saved: UnreadCheckpoint, like: Callable[[StoredTensor], Any]
         return targets[t.name]
 
     whole = tree_map(make, dict(saved))
-    reader = ShardFileReader(saved.manifest)
+    read_tensors(saved.manifest, {name: t for name, t in targets.items() if not t.is_meta})
+    return whole
+
+
+def read_tensors(manifest: Manifest, targets: dict[str, Tensor]) -> None:
+    """Fill tensors, which may be sharded, with those of the same names in a folder."""
+    import torch.distributed.checkpoint as dcp
+
+    from tinymamba.shard_files import ShardFileReader
+
+    reader, planner = ShardFileReader(manifest), dcp.DefaultLoadPlanner(False, False)
     try:
         with warnings.catch_warnings(action="ignore"):  # that one process is no group
-            planner = dcp.DefaultLoadPlanner(False, False)
             dcp.load(dict(targets), storage_reader=reader, planner=planner, no_dist=True)
     except dcp.api.CheckpointException as e:
         error, _ = next(iter(e.failures.values()))
         problem = f"is damaged: its shards are not what its manifest says ({error})"
-        raise UserError(str(saved.manifest.path), problem, REMEDY) from None
-    return whole
+        raise UserError(str(manifest.path), problem, REMEDY) from None
 
 
 def read_saved(saved: dict, config: Any, weights: dict[str, Tensor], optimizer: Any) -> dict:

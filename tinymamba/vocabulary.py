@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from tinymamba.cli import require
+from tinymamba.initial_weights import TABLES
 from tinymamba.tokenizer import (
     FILES,
     RunTokenizer,
@@ -17,8 +18,6 @@ from tinymamba.tokenizer import (
     open_tokenizer,
     read_tokenizer_facts,
 )
-
-TABLES = ("embedding.weight", "head.weight")  # (v, d) each
 
 
 def data_vocabulary(*sources: str | list[str]) -> int:
