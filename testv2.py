@@ -100,6 +100,7 @@ from tinymamba.distributed import (
     all_reduce,
     arrange_processes,
     full_tensor,
+    is_same,
     join_process_group,
     make_sharded,
     shard_like,
@@ -1520,9 +1521,8 @@ class Trainer:
     def count_steps(self) -> None:
         """Set the number of all steps and of those of warm-up."""
         c = self.config
-        steps, squares = all_reduce([float(self.step), float(self.step) ** 2], self.device)
         problem, remedy = "the processes do not see the same file", "put it where all of them do"
-        require(steps**2 == self.world * squares, "checkpoint_path", problem, remedy)
+        require(is_same(self.step, self.device), "checkpoint_path", problem, remedy)
         left = c.num_epochs * len(self.train_data) - (self.samples - self.first_sample)
         self.total_steps = c.max_steps or self.step + max(0, left // self.samples_per_step)
         problem = f"one step takes {self.samples_per_step} samples, the data has {left}"

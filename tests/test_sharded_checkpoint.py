@@ -40,7 +40,7 @@ import peft
 import quantize
 import streaming
 from testv2 import load_model
-from tinymamba import checkpoint, shard_files, sharded_checkpoint
+from tinymamba import checkpoint, distributed, shard_files, sharded_checkpoint
 from tinymamba.checkpoint import (
     MANIFEST,
     digest,
@@ -468,6 +468,13 @@ def test_one_process_begins_with_the_weights_of_a_folder(resumable, monkeypatch)
     done = call(*words)
     assert done.returncode == 0, done.stderr
     assert digest(load_checkpoint("new.pt")["model"]) == digest(load_checkpoint(LATEST)["model"])
+
+    def of_two(values, device):  # this process and one that has read another folder
+        return [a + b for a, b in zip(values, (1.0, 5.0, 25.0), strict=True)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "all_reduce", of_two)
+        assert_refused(call(*words), str(LATEST), "the processes read it")
 
     def replaced(manifest, targets):
         if len(targets) > 2:  # not only the tables

@@ -209,6 +209,12 @@ def all_reduce(values: list[Any], device: torch.device) -> list[float]:
     return t.tolist()
 
 
+def is_same(number: int, device: torch.device) -> bool:
+    """Whether a whole number below 2^26 is the same in all processes."""
+    count, total, squares = all_reduce([1.0, float(number), float(number) ** 2], device)
+    return total**2 == count * squares
+
+
 def full_tensor(t: Any) -> Any:
     """A tensor that is sharded over the processes (FSDP), assembled; anything else unchanged."""
     return t.full_tensor() if hasattr(t, "full_tensor") else t

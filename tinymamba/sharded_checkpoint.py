@@ -45,7 +45,7 @@ from tinymamba.checkpoint import (
     temporary_name,
 )
 from tinymamba.cli import UserError, from_launcher, require, say
-from tinymamba.distributed import all_reduce, fill_parameter, keep, local_tensor
+from tinymamba.distributed import all_reduce, fill_parameter, is_same, keep, local_tensor
 from tinymamba.initial_weights import TABLES
 
 SHARDS_FORMAT = "tinymamba-sharded-1"
@@ -142,7 +142,8 @@ class Manifest:
         require((self.folder / MANIFEST).is_file(), str(path), missing, REMEDY)
         try:
             body = json.loads((self.folder / MANIFEST).read_bytes())
-            sound = body.pop("checksum", None) == checksum(body)
+            self.checksum = body.pop("checksum", None)
+            sound = self.checksum == checksum(body)
             require(sound, str(path), "is damaged: the checksum of manifest.json is wrong", REMEDY)
             problem = f"is not a TinyMamba checkpoint of format {SHARDS_FORMAT}"
             require(body["format"] == SHARDS_FORMAT, str(path), problem, REMEDY)
@@ -360,7 +361,7 @@ def fill_parameters(model: Any, weights: dict[str, Tensor], path: str | Path) ->
     """Give a model, which may be sharded, the weights by name.
 
     Those on the meta device are in the folder at `path`, which has been verified: each process
-    reads its rows.
+    reads its rows. All must read the same folder, which a run that goes on may replace.
     """
     unread = {}
     for name, p in model.named_parameters():
@@ -371,6 +372,9 @@ def fill_parameters(model: Any, weights: dict[str, Tensor], path: str | Path) ->
     if unread:
         saved = UnreadCheckpoint(path)
         read_tensors(saved.manifest, {saved["model"][n].name: p for n, p in unread.items()})
+        same = is_same(int(saved.manifest.checksum[:6], 16), next(iter(unread.values())).device)
+        problem = "was replaced while the processes read it, or they do not see the same"
+        require(same, str(path), problem, "start again")
 
 
 def require_sound(manifest: Manifest, problems: list[str]) -> None:
