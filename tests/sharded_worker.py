@@ -140,6 +140,7 @@ def main(argv: list[str]) -> int:
     seen["memory"] = staging(trainer)
     seen["full disk"] = fail_on_full_disk(trainer)
     seen["left after it"] = Path("whole.pt.tmp").exists()
+    train("carried.pt", max_steps=4, carry_state=True, dropout=0.0)
     train("halves.pt", max_steps=3)
     train("halves.pt", max_steps=6, async_save=True)
     dist.barrier()

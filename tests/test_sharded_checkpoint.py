@@ -485,6 +485,19 @@ def test_one_process_begins_with_the_weights_of_a_folder(resumable, monkeypatch)
     assert_refused(call(*words), str(LATEST), "was replaced while it was read")
 
 
+def test_one_process_goes_on_from_the_carried_states_of_a_folder(group, resumable):
+    expected = load_checkpoint(group[0] / "carried.pt")
+    assert expected["carried_state"]["position"].tolist() == [4 * 32] * 8
+    shutil.copytree(group[0] / "carried_previous.pt", "carried.pt")
+    done = call("--checkpoint_path", "carried.pt", "--resume", "--batch_size", 4)
+    assert "steps 2 to 4" in done.stdout, done.stderr
+    found = load_checkpoint("carried.pt")
+    two, one = (dict(run["progress"]["history"]["train"]) for run in (expected, found))
+    assert two == pytest.approx(one, abs=1e-5)
+    for name, t in expected["carried_state"].items():
+        torch.testing.assert_close(found["carried_state"][name], t, atol=1e-4, rtol=1e-3)
+
+
 def test_no_path_is_mistaken_for_a_folder(place):
     for path in ("", ".", "data", "no.pt"):
         assert not is_checkpoint(path)

@@ -373,7 +373,7 @@ def fill_parameters(model: Any, weights: dict[str, Tensor], path: str | Path) ->
         saved = UnreadCheckpoint(path)
         read_tensors(saved.manifest, {saved["model"][n].name: p for n, p in unread.items()})
         same = is_same(int(saved.manifest.checksum[:6], 16), next(iter(unread.values())).device)
-        problem = "was replaced while the processes read it, or they do not see the same"
+        problem = "was replaced while the processes read it, or they see different ones"
         require(same, str(path), problem, "start again")
 
 
