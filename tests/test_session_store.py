@@ -220,9 +220,22 @@ def test_the_number_of_sessions_is_limited_and_expiry_makes_room(store):
         put(s, lease, "one", 2)
     put(s, s.lease("a", "y"), "two", 2)
     store.expire("b")
-    s.find("b")
     put(s, lease, "one", 2)
     assert {*s.entries()} == {"a", "c"}
+
+
+def test_a_session_that_is_in_use_when_its_time_is_over_is_kept(store):
+    s = store.it
+    put(s, s.lease("talk", "a"), "one", 1)
+    held = s.lease("talk", "b")
+    store.expire("talk")
+    s.entries()
+    put(s, held, "two", 1)
+    late = s.lease("talk", "c")
+    store.expire("talk")
+    store.end_lease("talk")
+    put(s, late, "three", 1)
+    assert word(s.lease("talk", "d")) == "three"
 
 
 def test_who_holds_a_lease_hears_that_it_should_stop(store):

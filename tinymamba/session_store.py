@@ -179,13 +179,17 @@ class FolderStore:
             raise Unavailable(" ".join(e.args[:2])) from None
 
     def file(self, session_id: str) -> Path | None:
-        """The file of a session; None if there is none, or it has expired, which deletes it."""
+        """The file of a session; None if there is none, or it has expired, which deletes it.
+
+        One whose lease is held is in use, and does not expire.
+        """
         file = self.kept / f"{session_id}{SUFFIX}"
         try:
-            if self.clock() - file.stat().st_mtime <= self.ttl:
-                return file
+            unused = self.clock() - file.stat().st_mtime
         except FileNotFoundError:
             return None
+        if unused <= self.ttl or self.is_held(self.read_lease(session_id)):
+            return file
         self.remove(session_id)
         return None
 
@@ -261,11 +265,11 @@ class FolderStore:
     def put(self, lease: Lease, value: bytes, most: int) -> None:
         """As SessionStore says."""
         with self.alone():
-            old, last = self.file(lease.session_id), self.read_lease(lease.session_id)
+            last, old = self.read_lease(lease.session_id), self.file(lease.session_id)
             if not old or self.stamp(old) != lease.stamp:
                 if not self.is_last(lease, last):
                     raise Refused
-                if not old and self.count(self.kept) >= most:
+                if not old and len(self.names()) >= most:
                     raise Full
                 file = self.kept / f"{lease.session_id}{SUFFIX}"
                 self.write(file, value)
@@ -273,10 +277,10 @@ class FolderStore:
             if self.is_last(lease, last):
                 self.end(lease.session_id, last)
 
-    @staticmethod
-    def count(folder: Path) -> int:
-        """The number of sessions in a folder."""
-        return sum(1 for _ in folder.glob(f"*{SUFFIX}"))
+    def names(self) -> list[str]:
+        """The open sessions; those that have expired are deleted."""
+        names = sorted(file.stem for file in self.kept.glob(f"*{SUFFIX}"))
+        return [name for name in names if self.file(name)]
 
     def release(self, lease: Lease) -> None:
         """As SessionStore says."""
@@ -304,8 +308,7 @@ class FolderStore:
     def entries(self) -> dict[str, Entry]:
         """As SessionStore says."""
         with self.alone():
-            names = sorted(file.stem for file in self.kept.glob(f"*{SUFFIX}"))
-            return {name: entry for name in names if (entry := self.entry(name))}
+            return {name: entry for name in self.names() if (entry := self.entry(name))}
 
     def delete(self, session_id: str) -> bool:
         """As SessionStore says."""
@@ -331,7 +334,7 @@ class FolderStore:
             is_session = there and file.is_file() and "session" in self.notes(file)
             problem, remedy = "exists, and is not a saved session", "choose another file"
             require(not there or is_session, name, problem, remedy)
-            if not there and self.count(self.folder) >= most:
+            if not there and len([*self.folder.glob(f"*{SUFFIX}")]) >= most:
                 raise Full
             self.write(file, value)
 
