@@ -7,7 +7,8 @@
 All flags but --replicas are those of serve.py. Ray listens on --host and --port, sends a request to
 any replica, and starts one again that has died. The sessions are in the store: any replica
 continues any of them, from the last turn that was acknowledged. On a cluster, the checkpoint must
-be at the same path on all machines, and the repository or the package on each.
+be at the same path on all machines, and the repository or the package on each. The replicas get
+TINYMAMBA_API_KEY and REDIS_URL as they are in the environment of this command.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import ray
 from ray import serve  # Ray Serve; serve.py is tinymamba.serve here
 
 ROOT = Path(__file__).resolve().parent.parent
+PATHS = ("checkpoint", "tokenizer", "adapter", "onnx_folder", "session_store", "session_dir")
+SECRETS = ("TINYMAMBA_API_KEY", "REDIS_URL")  # a cluster may run without them
 
 
 def make_app(replicas: int, flags: list[str]) -> Any:
@@ -50,11 +53,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--replicas", type=int, default=2)
     own, flags = parser.parse_known_args(argv)
     options = parse(flags)  # a wrong flag is reported here, before any replica starts
-    flags += ["--checkpoint", os.path.abspath(options.checkpoint)]  # replicas run elsewhere
-    if options.session_store and "://" not in options.session_store:
-        flags += ["--session_store", os.path.abspath(options.session_store)]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    ray.init(runtime_env={"env_vars": {"PYTHONPATH": path}})
+    for name in PATHS:  # replicas run in other folders
+        if (path := getattr(options, name)) and "://" not in path:
+            flags += [f"--{name}", os.path.abspath(path)]
+    env = {name: os.environ[name] for name in SECRETS if name in os.environ}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    ray.init(runtime_env={"env_vars": env})
     serve.start(http_options={"host": options.host, "port": options.port})
     serve.run(make_app(own.replicas, flags), blocking=True)
 

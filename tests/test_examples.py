@@ -87,16 +87,19 @@ def test_replicas_under_ray_serve_have_the_app_of_serve(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     main = runpy.run_path(str(ROOT / "examples" / "ray_serve.py"))["main"]
-    main(["--replicas", "3", "--checkpoint", "tiny", "--session_store", "kept", "--port", "8123"])
+    monkeypatch.setenv("TINYMAMBA_API_KEY", "secret")
+    words = ["--checkpoint", "tiny", "--tokenizer", "tiny/vocab.txt", "--session_dir", "kept"]
+    main(["--replicas", "3", "--port", "8123", "--keep_sessions", *words])
     assert (noted["num_replicas"], noted["port"], noted["blocking"]) == (3, 8123, True)
     options = serve.Options()
     assert noted["max_ongoing_requests"] == options.batch_size + options.max_queue
     assert noted["env_vars"]["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
+    assert noted["env_vars"]["TINYMAMBA_API_KEY"] == "secret"
     monkeypatch.chdir("/")  # where a replica runs
     with starlette.testclient.TestClient(build[0]()) as client:
-        host = {"Host": "127.0.0.1"}
-        assert client.get("/ready", headers=host).json() == {"status": "ok"}
-        assert client.post("/v1/sessions", json={"id": "a"}, headers=host).status_code == 201
+        headers = {"Host": "127.0.0.1", "Authorization": "Bearer secret"}
+        assert client.get("/ready", headers=headers).json() == {"status": "ok"}
+        assert client.post("/v1/sessions", json={"id": "a"}, headers=headers).status_code == 201
     assert (tmp_path / "kept" / "kept" / "a.safetensors").is_file()
 
 
