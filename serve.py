@@ -161,7 +161,7 @@ class Options:
     # Network
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 is all addresses of this machine
     port: int = 8000  # port to listen on; 0 takes a free one and prints it
-    api_key: str = ""  # key required by all paths but / and /health; or set TINYMAMBA_API_KEY
+    api_key: str = ""  # key required by all paths but /, /health, /ready; or set TINYMAMBA_API_KEY
     allow_origin: str = ""  # pages of these origins may call the server, as a,b; * allows all
     allow_host: str = ""  # host names by which a proxy or DNS leads to this server, as a,b
     keep_alive: int = 5  # seconds that an idle connection stays open
@@ -977,10 +977,11 @@ class SessionCall(Call):
 
     def __init__(self, api: Api, request: Request, body: SessionCompletionBody, key: str):
         """`key`: that of the turn, or empty; see `find_reply`."""
-        super().__init__(api, request, "session", body, 1)
+        asked = body.model_dump(exclude={"stream", "stream_options"}) if key else {}
+        self.asked = json.dumps(asked)  # ASCII: schemas may have half a surrogate pair
+        super().__init__(api, request, "session", body, 1)  # from here on, it must be closed
         self.key, self.gates = key, bool(body.gates)
         self.held: Any = None  # a Held, once the session is this turn's
-        self.asked = body.model_dump_json(exclude={"stream", "stream_options"})
         self.answer, self.turns = Written("", [], ""), 0
 
     async def hold(self, session_id: str) -> dict | None:
@@ -1490,7 +1491,7 @@ class Api:
         status = "ok" if ready else "ending"
         if ready and sessions.store:
             try:
-                await sessions.ask("ping", sessions.store.ping)
+                await sessions.ping()
             except ApiError:
                 status = "no session store"
         return json_response({"status": status}, 200 if status == "ok" else 503)
@@ -1768,7 +1769,8 @@ class Api:
 class HttpServer(uvicorn.Server):
     """uvicorn, which on shutdown first gives the running answers the grace time."""
 
-    EXPOSED: ClassVar = ("Retry-After", "X-Ignored-Fields")  # what pages of others may read
+    # What pages of others may read.
+    EXPOSED: ClassVar = ("Retry-After", "X-Ignored-Fields", "Idempotency-Replayed")
 
     def __init__(self, api: Api, **config: Any):
         app: Any = api.app()

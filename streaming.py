@@ -1044,7 +1044,7 @@ class Session:
     # Of servers with a store; see tinymamba/shared_sessions.py:
     stamp: str = ""  # of what the store has, if that is the same
     keys: dict[str, str] = dataclasses.field(default_factory=dict)  # of turns
-    reply: dict[str, Any] | None = None  # the answer of the last turn, if that had a key
+    reply: dict[str, Any] | None = None  # to the last turn, if that had a key; {} if not kept
     created: float = dataclasses.field(default_factory=time.time)
     used: float = dataclasses.field(default_factory=time.time)
 
@@ -1380,7 +1380,7 @@ class StreamingServer:
             session.now, session.before = session.before, None
             session.chat = session.chat_before
             session.turns -= 1
-            if session.reply:
+            if session.reply is not None:
                 session.keys.popitem()
             session.reply = None
 

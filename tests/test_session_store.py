@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import http.server
 import json
 import os
 import random
@@ -19,13 +20,23 @@ import httpx
 import pytest
 import torch
 from helpers import ROOT, assert_refused, free_copy, free_port, run_main, wide
-from serve_helpers import BYTES, COMPLETIONS, PLAIN, Running, assert_error, session, wait_until
+from serve_helpers import (
+    BYTES,
+    CHAT,
+    COMPLETIONS,
+    PLAIN,
+    Running,
+    assert_error,
+    session,
+    wait_until,
+)
 
 import serve
 from streaming import StreamingConfig, StreamingServer
 from testv2 import save_folder
 from tinymamba import shared_sessions
 from tinymamba.checkpoint import pack_tensors, read_notes
+from tinymamba.openai_api import ApiError
 from tinymamba.session_store import (
     PREFIX,
     FolderStore,
@@ -578,6 +589,33 @@ def test_keys_work_without_a_store():
         assert answers[0] == answers[1] and answers[0]["session"]["turns"] == 1
 
 
+def test_a_turn_with_a_key_may_have_any_body(pair):
+    """JSON can spell half of a surrogate pair, which is not a character."""
+    one = pair[0]
+    one.post("/v1/sessions", id="talk")
+    body = {"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {}}}
+    body["response_format"]["json_schema"] = {"name": "x", "schema": {"enum": ["\ud800"]}}
+    headers = {"Idempotency-Key": "k", "Content-Type": "application/json"}
+    for _ in range(2):
+        said = one.http.post(f"{TALK}/completions", content=json.dumps(body), headers=headers)
+        assert said.status_code == 400, said.text
+    assert one.api.pending == 0
+
+
+def test_an_answer_that_is_too_long_is_not_kept(monkeypatch):
+    server = StreamingServer(free_copy(wide()), tokenizer=BYTES)
+    server.create_session("talk")
+    monkeypatch.setattr(shared_sessions, "MOST_REPLY", 20)
+    for key, text in (("a", "short"), ("b", "x" * 20)):
+        server.generate_text("abc", "talk", max_new_tokens=1)
+        shared_sessions.record_reply(server.find("talk"), key, "body", {"of": text})
+    copy = server.unpack_session(server.pack_session("talk", "1-x"), "talk")
+    with pytest.raises(ApiError, match="is not kept"):
+        shared_sessions.find_reply(copy, "b", "body")
+    server.rollback("talk")
+    assert shared_sessions.find_reply(server.find("talk"), "b", "body") is None, "it was undone"
+
+
 def test_only_so_many_keys_are_kept(monkeypatch):
     monkeypatch.setattr(shared_sessions, "MOST_KEYS", 2)
     server = StreamingServer(free_copy(wide()), tokenizer=BYTES)
@@ -804,6 +842,38 @@ class Wire(socketserver.ThreadingTCPServer):
                 end.shutdown(socket.SHUT_RDWR)
 
 
+def test_who_asks_whether_the_store_answers_shares_one_question(pair, monkeypatch):
+    """Else health checks would take all threads of a store that hangs."""
+    one, go_on, asked = pair[0], threading.Event(), []
+    monkeypatch.setattr(one.api.store, "ping", lambda: asked.append(go_on.wait(30)))
+    one.post("/v1/sessions", id="talk")
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        said = [pool.submit(one.http.get, "/ready") for _ in range(12)]
+        try:
+            wait_until(lambda: one.api.sessions.pinging)
+            assert turn(one, "abc").status_code == 200
+        finally:
+            go_on.set()
+        assert {answer.result().status_code for answer in said} == {200}
+    assert len(asked) < 8
+    assert one.http.get("/ready").status_code == 200
+
+
+def test_a_session_that_was_stored_long_ago_is_loaded_and_kept(pair, alone, monkeypatch):
+    server, store = pair[0].api.server, pair[0].api.store
+    alone.find(alone.create_session("talk", seed=7)).used = 1e9
+    lease = store.lease("talk", "x")
+    store.put(lease, alone.pack_session("talk", lease.stamp), 9)
+    insert = server.insert
+
+    def insert_and_clean(*args, **named):
+        insert(*args, **named)
+        server.cleanup_old_sessions(3600)
+
+    monkeypatch.setattr(server, "insert", insert_and_clean)
+    assert turn(pair[0], "abc").json()["session"]["turns"] == 1
+
+
 def test_nothing_is_lost_while_the_store_is_down(redis_url, redis_port, alone):
     port = free_port()
     wire = Wire(port, redis_port)
@@ -1006,23 +1076,66 @@ def test_kills_lose_and_double_no_turn_in_a_folder(model, tmp_path):
     survive_kills(model, str(tmp_path), sessions=40, kills=10, forked=True)
 
 
+class Named(http.server.BaseHTTPRequestHandler):
+    """Answers with the port of its server."""
+
+    def do_GET(self):
+        port = str(self.server.server_address[1]).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(port)))
+        self.end_headers()
+        self.wfile.write(port)
+
+    def log_message(self, *args):
+        pass
+
+
+@contextlib.contextmanager
+def proxy_of(addresses: list[str], folder: Path):
+    """The proxy of compose.yaml before other replicas; gives its address."""
+    port, config = free_port(), (ROOT / "examples" / "haproxy.cfg").read_text()
+    for number, address in enumerate(addresses, 1):
+        config = config.replace(f"replica{number}:8000", address)
+    (folder / "cfg").write_text(config.replace("bind :8000", f"bind 127.0.0.1:{port}"))
+    with subprocess.Popen(["haproxy", "-db", "-f", folder / "cfg"]) as proxy:
+        try:
+            wait_until(lambda: accepts(port))
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            proxy.kill()
+
+
+@pytest.mark.skipif(not shutil.which("haproxy"), reason="haproxy is not here")
+def test_the_proxy_keeps_sessions_together_and_divides_the_rest(tmp_path):
+    servers = [http.server.ThreadingHTTPServer(("127.0.0.1", 0), Named) for _ in range(2)]
+    for server in servers:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    addresses = [f"127.0.0.1:{server.server_address[1]}" for server in servers]
+    with proxy_of(addresses, tmp_path) as url:
+
+        def found(*paths: str) -> set[str]:
+            return {httpx.get(url + path).text for path in paths}
+
+        for path in (COMPLETIONS, CHAT, "/v1/responses", "/v1/embeddings", "/v1/sessions"):
+            assert len(found(*[path] * 4)) == 2, path
+        homes = [found(f"/v1/sessions/{n}", f"/v1/sessions/{n}/completions") for n in range(9)]
+        assert {len(home) for home in homes} == {1} and len(set.union(*homes)) == 2
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("haproxy"), reason="haproxy is not here")
 def test_the_proxy_of_compose_hides_a_kill(model, redis_url, redis_port, tmp_path):
     """Its configuration, with other addresses."""
-    wire, port = Wire(free_port(), redis_port), free_port()
+    wire = Wire(free_port(), redis_port)
     url = f"redis://127.0.0.1:{wire.server_address[1]}/0"
     replicas = [Replica(model, url, forked=True) for _ in range(2)]
-    config = (ROOT / "examples" / "haproxy.cfg").read_text()
-    for number, replica in enumerate(replicas, 1):
-        config = config.replace(f"replica{number}:8000", replica.url.removeprefix("http://"))
-    (tmp_path / "cfg").write_text(config.replace("bind :8000", f"bind 127.0.0.1:{port}"))
-    with (
-        subprocess.Popen(["haproxy", "-db", "-f", tmp_path / "cfg"]) as proxy,
-        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http,
-    ):
+    addresses = [replica.url.removeprefix("http://") for replica in replicas]
+    with proxy_of(addresses, tmp_path) as proxy, httpx.Client(base_url=proxy, timeout=60) as http:
         try:
-            wait_until(lambda: accepts(port) and http.get("/ready").status_code == 200)
+            wait_until(lambda: http.get("/ready").status_code == 200)
             for name in "abcd":
                 http.post("/v1/sessions", json={"id": name, "seed": 1})
             for number in range(6):
@@ -1042,7 +1155,6 @@ def test_the_proxy_of_compose_hides_a_kill(model, redis_url, redis_port, tmp_pat
             error = assert_error(http.get("/v1/sessions/a"), 503)
             assert error["code"] == "store_unavailable"
         finally:
-            proxy.kill()
             replicas[1].kill()
 
 

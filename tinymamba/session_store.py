@@ -296,19 +296,16 @@ class FolderStore:
     def find(self, session_id: str) -> Entry | None:
         """As SessionStore says."""
         with self.alone():
-            return self.entry(session_id)
-
-    def entry(self, session_id: str) -> Entry | None:
-        """What is known of a session."""
-        if not (file := self.file(session_id)):
-            return None
-        held = self.is_held(self.read_lease(session_id))
-        return Entry(self.notes(file).get("info", ""), held)
+            if not (file := self.file(session_id)):
+                return None
+            held = self.is_held(self.read_lease(session_id))
+            return Entry(self.notes(file).get("info", ""), held)
 
     def entries(self) -> dict[str, Entry]:
         """As SessionStore says."""
         with self.alone():
-            return {name: entry for name in self.names() if (entry := self.entry(name))}
+            names = self.names()
+        return {name: entry for name in names if (entry := self.find(name))}  # others may act, too
 
     def delete(self, session_id: str) -> bool:
         """As SessionStore says."""

@@ -21,6 +21,7 @@ import hashlib
 import json
 import logging
 import secrets
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -31,6 +32,7 @@ from tinymamba.session_store import Entry, Full, Lease, Refused, Taken, Unavaila
 POLL = 0.05  # seconds between two looks at a lease that another server holds
 RENEWALS = 4  # in the time of a lease
 MOST_KEYS = 64  # turns of a session whose keys are known
+MOST_REPLY = 2**24  # bytes of an answer that is kept; the head of a file has at most 10^8
 RETRY = {"Retry-After": "1"}
 
 
@@ -126,6 +128,7 @@ class SharedSessions:
         self.engine: Any = None  # the Engine, once the app has started
         self.held: dict[str, Held | None] = {}  # by the requests of this process
         self.pool = concurrent.futures.ThreadPoolExecutor(8, "store")
+        self.pinging: asyncio.Future | None = None  # the last `ping`
 
     # The store -------------------------------------------------------------------------------
 
@@ -151,6 +154,16 @@ class SharedSessions:
             except Taken:
                 problem = "name: exists; set overwrite or choose another"
                 raise ApiError(409, problem, "name", "name_taken") from None
+
+    async def ping(self) -> None:
+        """Raise an ApiError unless the store answers.
+
+        Who asks meanwhile waits for the same answer: else a few who ask a store that hangs would
+        take all threads.
+        """
+        if not self.pinging or self.pinging.done():
+            self.pinging = asyncio.ensure_future(self.ask("ping", self.store.ping))
+        await asyncio.shield(self.pinging)
 
     def release(self, lease: Lease) -> None:
         """End a lease in the background; if that fails, it ends by itself."""
@@ -256,6 +269,7 @@ class SharedSessions:
         """Put a session into memory, in the engine's thread."""
         if session.id not in self.server.sessions:
             self.make_room()
+        session.used = time.time()  # now: else one that was stored long ago would be deleted
         self.server.insert(session, replace=True)
 
     def make_room(self) -> None:
@@ -342,13 +356,14 @@ def find_reply(session: Any, key: str, body: str) -> dict | None:
         problem = "Idempotency-Key: another request had this key; send each turn with its own"
         raise ApiError(422, problem, "Idempotency-Key", "idempotency_key_reused")
     if not session.reply or next(reversed(session.keys)) != digest(key):
-        problem = "Idempotency-Key: this turn is stored, and others after it; its answer is gone"
+        problem = "Idempotency-Key: this turn is stored, but its answer is not kept"
         raise ApiError(409, problem, "Idempotency-Key", "turn_superseded")
     return session.reply
 
 
 def record_reply(session: Any, key: str, body: str, reply: dict) -> None:
-    """Keep the answer of a session's last turn, to be given again for the same key."""
-    session.keys[digest(key)], session.reply = digest(body), reply
+    """Keep the answer of a session's last turn, unless it is very long, for the same key."""
+    short = len(json.dumps(reply)) <= MOST_REPLY
+    session.keys[digest(key)], session.reply = digest(body), reply if short else {}
     while len(session.keys) > MOST_KEYS:
         del session.keys[next(iter(session.keys))]
