@@ -24,7 +24,7 @@ from ray import serve  # Ray Serve; serve.py is tinymamba.serve here
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = ("checkpoint", "tokenizer", "adapter", "onnx_folder", "session_store", "session_dir")
-SECRETS = ("TINYMAMBA_API_KEY", "REDIS_URL")  # a cluster may run without them
+SECRETS = ("TINYMAMBA_API_KEY", "REDIS_URL")  # of this command
 
 
 def make_app(replicas: int, flags: list[str]) -> Any:

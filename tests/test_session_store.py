@@ -388,6 +388,15 @@ def test_open_connections_to_a_server_that_only_reads_are_closed(redis_url, monk
     assert closed
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_does_not_answer(tmp_path):
+    store = FolderStore(tmp_path, TTL, LEASE)
+    store.ping()
+    (tmp_path / ".ping").symlink_to("/dev/full")
+    with pytest.raises(Unavailable, match="No space left"):
+        store.ping()
+
+
 def test_a_folder_that_was_not_served_has_not_aged(tmp_path):
     now = [1e9]
     first = FolderStore(tmp_path, TTL, LEASE, lambda: now[0])

@@ -344,7 +344,7 @@ class FolderStore:
     def ping(self) -> None:
         """As SessionStore says."""
         with self.alone():
-            (self.folder / ".ping").write_bytes(b"")
+            (self.folder / ".ping").write_bytes(b"1")  # a full disk takes empty files
             (self.folder / ".ping").unlink()
 
 
