@@ -153,7 +153,7 @@ class Options:
     force: bool = False  # let --adapter be one of another base model
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
     dtype: torch.dtype = torch.float32  # dtype of the weights
-    compile: bool = False  # compile the one-token step: a minute at the start, faster after
+    compile: bool = False  # compile the one-token step, for a GPU; on a CPU it is slower
     engine: str = "torch"  # what runs the model; onnx is faster on a CPU
     onnx_folder: str = ""  # keeps what --engine onnx exports; empty takes ~/.cache/tinymamba/onnx
     model_name: str = ""  # name of the model for clients; empty takes the checkpoint's name

@@ -1057,7 +1057,7 @@ class StreamingServer:
     tokenizer    tokenizer.json, vocab.txt, or an object with encode and decode; None takes the
                  model's own, or for an old checkpoint the one beside it or its training data
     dtype        of weights and activations; states are always float32
-    compiled     compile the model for one token: slow to start, faster afterwards
+    compiled     compile the model for one token, for a GPU; on a CPU it is slower
     adapters     folders written by peft.py, by name; each session and answer may choose one, and
                  all are decoded in one batch
     force        load adapters of another base model, too, with a warning
@@ -1853,7 +1853,7 @@ class Options:
     system: str | None = None  # system message of --chat
     gates: bool = False  # color text by the gates of the branches: SSM, attention, MLP
     stats: bool = False  # print the time to the first text, tokens/s and the size of the state
-    compile: bool = False  # compile the model for one token: takes a minute, then runs faster
+    compile: bool = False  # compile the model for one token, for a GPU; on a CPU it is slower
     engine: str = "torch"  # what runs the model; onnx is faster on a CPU
     onnx_folder: str = ""  # keeps what --engine onnx exports; empty takes ~/.cache/tinymamba/onnx
     force: bool = False  # replace the file of --save_session; take an --adapter of another base
