@@ -155,3 +155,7 @@ def main(argv: list[str]) -> int:
     if trainer.main:
         Path("seen").write_text(json.dumps(seen))
     return 0
+
+
+if __name__ == "__main__":
+    main([])
