@@ -30,6 +30,7 @@ if __name__ == "__main__":
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.multiprocessing import spawn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -140,6 +141,7 @@ def count(config: Config, parallel: str, processes: int) -> dict[str, float]:
         cost = count_step(optimizer)
     finally:
         dist.destroy_process_group()
+        _clear_sharding_prop_cache()  # which rows the first process has, for who is another one
     rounds = optimizer.rounds
     loads = [sum(m.flops for owners in rounds for m in owners[i]) for i in range(processes)]
     return {"rounds": len(rounds), "balance": sum(loads) / processes / max(loads), **cost}
