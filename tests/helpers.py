@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import importlib
 import inspect
 import io
 import itertools
@@ -371,12 +372,9 @@ def two_ranks(*words, script="testv2.py"):
     """Two processes that train together, without a launcher, which would end them itself."""
     env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    # New processes: forks would inherit the plans that PyTorch keeps of earlier sharded saves.
-    file = next(path for path in (ROOT / script, ROOT / "tests" / script) if path.is_file())
-    command, both = [sys.executable, str(file), *map(str, words)], []
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
+    main, both = importlib.import_module(script.removesuffix(".py")).main, []
     for rank in ("0", "1"):
-        both.append(subprocess.Popen(command, env={**env, "RANK": rank}, text=True, **pipes))
+        both.append(start_fork(main, *words, env={**env, "RANK": rank}, **pipes))
     try:
         yield both
     finally:

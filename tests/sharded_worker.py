@@ -155,7 +155,3 @@ def main(argv: list[str]) -> int:
     if trainer.main:
         Path("seen").write_text(json.dumps(seen))
     return 0
-
-
-if __name__ == "__main__":
-    main([])
