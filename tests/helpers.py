@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -19,7 +20,9 @@ import sys
 import tomllib
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -388,6 +391,35 @@ def run_two_ranks(*words, script="testv2.py") -> None:
     with two_ranks(*words, script=script) as both:
         done = [process.communicate(timeout=200) for process in both]
     assert [process.returncode for process in both] == [0, 0], done
+
+
+def fork_group(size: int, work: Callable[[int], dict], folder: Path) -> list[dict]:
+    """What `work` returns in each of `size` processes that a launcher could have started."""
+    port = str(free_port())
+
+    def run(rank: int) -> None:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, GLOO_SOCKET_IFNAME="lo")
+        code = 1
+        try:
+            torch.save(work(rank), folder / f"{rank}.found")
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    context: Any = multiprocessing.get_context("fork")  # torch need not be imported again
+    processes = [context.Process(target=run, args=(rank,)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(100)
+        if process.exitcode != 0:  # the others would wait for it
+            for other in processes:
+                other.kill()
+        assert process.exitcode == 0
+    return [torch.load(folder / f"{rank}.found", weights_only=True) for rank in range(size)]
 
 
 def assert_refused(done, *fragments: str) -> None:

@@ -1,9 +1,6 @@
 """Texts in pieces over several processes: as one process reads them, with messages of one size."""
 
 import functools
-import multiprocessing
-import os
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,8 +20,8 @@ from helpers import (
     brief_flags,
     call,
     close,
+    fork_group,
     free_copy,
-    free_port,
     run_main,
     some_ids,
     wide,
@@ -58,35 +55,6 @@ CASES = {
     "narrow window": {"window_size": 1},
 }
 WITH_DOCUMENTS = ("documents", "again", "stepwise", "wide window")
-
-
-def fork(size: int, work: Callable[[int], dict], folder: Path) -> list[dict]:
-    """What `work` returns in each of `size` processes that a launcher could have started."""
-    port = str(free_port())
-
-    def run(rank: int) -> None:
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, GLOO_SOCKET_IFNAME="lo")
-        code = 1
-        try:
-            torch.save(work(rank), folder / f"{rank}.found")
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-
-    context = multiprocessing.get_context("fork")  # torch need not be imported again
-    processes = [context.Process(target=run, args=(rank,)) for rank in range(size)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(100)
-        if process.exitcode != 0:  # the others would wait for it
-            for other in processes:
-                other.kill()
-        assert process.exitcode == 0
-    return [torch.load(folder / f"{rank}.found", weights_only=True) for rank in range(size)]
 
 
 def texts(case: str, length: int = LENGTH) -> list:
@@ -200,13 +168,13 @@ def alone() -> dict:
 
 @pytest.fixture(scope="module")
 def two(alone, tmp_path_factory) -> list[dict]:
-    return fork(2, learn_more, tmp_path_factory.mktemp("two"))
+    return fork_group(2, learn_more, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
 def four(alone, tmp_path_factory) -> list[dict]:
     work = functools.partial(learn_all, 4, ["one text", "documents"])
-    return fork(4, work, tmp_path_factory.mktemp("four"))
+    return fork_group(4, work, tmp_path_factory.mktemp("four"))
 
 
 def check(found: list[dict], alone: dict, case: str, name: str | None = None) -> None:
@@ -233,7 +201,7 @@ def test_four_processes_learn_from_their_pieces_as_one_does(four, alone, case):
 @pytest.mark.slow
 def test_four_processes_learn_every_case(alone, tmp_path):
     cases = [case for case in CASES if case != "wide window"]
-    found = fork(4, functools.partial(learn_all, 4, cases), tmp_path)
+    found = fork_group(4, functools.partial(learn_all, 4, cases), tmp_path)
     for case in cases:
         check(found, alone, case)
 
@@ -283,7 +251,7 @@ def train(*words) -> dict:
 
 
 def train_in_pieces(size: int, *words) -> None:
-    found = fork(size, lambda _: train("--context_parallel", 2, *words), Path.cwd())
+    found = fork_group(size, lambda _: train("--context_parallel", 2, *words), Path.cwd())
     assert [each["code"] for each in found] == [0] * size
 
 
@@ -354,7 +322,7 @@ def test_noise_is_each_process_s_own(place, monkeypatch):
         return {"noise": seen[0]}
 
     monkeypatch.setattr(testv2.MambaSSM, "noisy", spy)
-    first, second = (found["noise"] for found in fork(2, work, Path.cwd()))
+    first, second = (found["noise"] for found in fork_group(2, work, Path.cwd()))
     assert first.std() > 0.05 and not torch.equal(first, second)
 
 

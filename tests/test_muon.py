@@ -2,14 +2,12 @@
 
 import copy
 import itertools
-import multiprocessing
-import os
 from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import LINUX, flags, free_port, run_main, tiny_config
+from helpers import LINUX, flags, fork_group, run_main, tiny_config
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -187,29 +185,18 @@ def in_four(rank: int, _) -> dict:
     }
 
 
-def start(act, rank: int, world: int, port: int, argument, folder) -> None:
-    """One process of a group: its findings go to a file."""
-    torch.set_num_threads(1)
+def start(act, argument, rank: int) -> dict:
+    """What one process of a group finds."""
     muon.ROUND = ROUND
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
-    torch.save(act(rank, argument), folder / f"{rank}.pt")
+    dist.init_process_group("gloo")
+    found = act(rank, argument)
     dist.barrier()
-    os._exit(0)  # without what the test process would do at its end
+    return found
 
 
 def together(act, world: int, argument, folder) -> list[dict]:
-    """What each process of a group finds. They are forked: none imports PyTorch again."""
-    fork, port = multiprocessing.get_context("fork"), free_port()
-    words = [(act, rank, world, port, argument, folder) for rank in range(world)]
-    processes = [fork.Process(target=start, args=each) for each in words]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        process.kill()
-    assert [process.exitcode for process in processes] == [0] * world
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
+    """What each process of a group finds."""
+    return fork_group(world, partial(start, act, argument), folder)
 
 
 @pytest.fixture(scope="module")
