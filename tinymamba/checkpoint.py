@@ -161,16 +161,41 @@ STATE_FORMAT = "tinymamba-state-2"
 
 def pack_tensors(tensors: dict[str, Tensor], notes: dict[str, str]) -> bytes:
     """A safetensors file with a checksum over the tensors and the notes."""
-    from safetensors.torch import save
-
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    notes = {"format": STATE_FORMAT, **notes}
-    return save(tensors, {**notes, "checksum": digest([tensors, notes])})
+    return b"".join(tensor_parts(tensors, notes))
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
     """Write such a file."""
-    write_bytes(path, pack_tensors(tensors, notes))
+    parts = tensor_parts(tensors, notes)
+
+    def write(temporary: str) -> None:
+        with open(temporary, "wb") as file:
+            file.writelines(parts)
+
+    atomic_write(path, write)
+
+
+def tensor_parts(tensors: dict[str, Tensor], notes: dict[str, str]) -> list[bytes | memoryview]:
+    """The bytes of such a file, in parts: large data are not copied once more."""
+    from safetensors.torch import save
+
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    notes = {"format": STATE_FORMAT, **notes}
+    notes["checksum"] = digest([tensors, notes])
+    return order_notes(save(tensors, notes), notes)
+
+
+def order_notes(data: bytes, notes: dict[str, str]) -> list[bytes | memoryview]:
+    """The parts of a safetensors file with its notes in this order.
+
+    So equal content is equal bytes: the library writes notes in a random order (issue 584 of
+    github.com/safetensors/safetensors).
+    """
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end]) | {"__metadata__": notes}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned
+    return [len(text).to_bytes(8, "little"), text, memoryview(data)[end:]]
 
 
 def read_notes(data: bytes) -> dict[str, str]:
