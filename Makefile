@@ -40,7 +40,7 @@ test-oldest: .venv-oldest/dev  ## the oldest versions of PyTorch and of every pa
 container: .venv/dev  ## build the image with docker or podman, run it, and break what it promises
 	$(BIN)/python -m pytest -m container tests/test_image.py
 
-base-image:  ## the image's base from Debian's packages, if no registry can be reached
+base-image:  ## the images it needs from Debian's packages, if no registry can be reached
 	tests/base_image.sh $(ENGINE)
 
 chaos: .venv/dev  ## break runs on purpose a hundred times: half an hour

@@ -1134,6 +1134,27 @@ def test_the_proxy_keeps_sessions_together_and_divides_the_rest(tmp_path):
         server.server_close()
 
 
+class Dying(Named):
+    """Ends each POST without an answer."""
+
+    def do_POST(self):
+        self.close_connection = True
+
+
+@pytest.mark.skipif(not shutil.which("haproxy"), reason="haproxy is not here")
+def test_errors_of_the_proxy_have_the_form_of_the_server(tmp_path):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Dying) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        address = f"127.0.0.1:{server.server_address[1]}"
+        with proxy_of([address, address], tmp_path) as url:
+            assert assert_error(httpx.post(url + COMPLETIONS), 502)["code"] == "bad_gateway"
+        server.shutdown()
+    with proxy_of([address, address], tmp_path) as url:
+        answer = httpx.post(url + COMPLETIONS)
+        assert assert_error(answer, 503)["code"] == "no_server"
+        assert answer.headers["Retry-After"] == "1"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("haproxy"), reason="haproxy is not here")
 def test_the_proxy_of_compose_hides_a_kill(model, redis_url, redis_port, tmp_path):
