@@ -825,16 +825,27 @@ class Call:
         self.prompt_tokens: dict[int, tuple[int, int]] = {}  # and cached, by index of the answer
         self.completion_tokens = 0
         self.session_fields: dict = {}
-        api.require_room(count)
-        self.count = self.unfinished = count
-        api.pending += count
+        self.unfinished, self.places = count, 0
+        if kind != "session":  # a turn waits for its session first
+            self.enter()
+
+    def enter(self) -> None:
+        """Take a place in the queue for each answer."""
+        self.api.require_room(self.unfinished)
+        self.places = self.unfinished
+        self.api.pending += self.places
+
+    def leave(self) -> None:
+        """Free the places in the queue."""
+        self.api.pending -= self.places
+        self.places = 0
 
     def close(self) -> None:
-        """Free the places in the queue; answers that are not finished are undone."""
-        self.api.pending -= self.count
+        """Leave the queue; answers that are not finished are undone."""
+        self.leave()
         if self.unfinished and self.jobs:
             self.api.engine.cancel(self.jobs)
-        self.unfinished = self.count = 0
+        self.unfinished = 0
         if self.watcher:
             self.watcher.cancel()
             self.watcher = None  # the task refers to this call: a cycle would keep its states
@@ -973,13 +984,16 @@ class Call:
 
 
 class SessionCall(Call):
-    """A turn of a session, which is stored before its client hears that it is complete."""
+    """A turn of a session, which is stored before its client hears that it is complete.
+
+    While it waits for the store, it has no place in the queue.
+    """
 
     def __init__(self, api: Api, request: Request, body: SessionCompletionBody, key: str):
         """`key`: that of the turn, or empty; see `find_reply`."""
         asked = body.model_dump(exclude={"stream", "stream_options"}) if key else {}
         self.asked = json.dumps(asked)  # ASCII: schemas may have half a surrogate pair
-        super().__init__(api, request, "session", body, 1)  # from here on, it must be closed
+        super().__init__(api, request, "session", body, 1)
         self.key, self.gates = key, bool(body.gates)
         self.held: Any = None  # a Held, once the session is this turn's
         self.answer, self.turns = Written("", [], ""), 0
@@ -1021,6 +1035,7 @@ class SessionCall(Call):
             self.answer = Written(text + event.value.text, tokens + event.value.tokens, "")
         if event.kind != "done" or not self.held:
             return
+        self.leave()
         finish, end_tokens, fields = event.value
         session = self.api.server.sessions.get(self.held.session_id)
         if self.key and session:
@@ -1562,7 +1577,7 @@ class Api:
         if data is None:
             raise ApiError(404, f"load: no session is saved as {saved}", "load", "not_found")
         with self.naming(saved, "load"):
-            session = await self.sessions.run(self.server.unpack_session, data, saved, name)
+            session = await asyncio.to_thread(self.server.unpack_session, data, saved, name)
         return await self.change_session(name, lambda: self.server.insert(session), 201, new=True)
 
     async def continue_session(
@@ -1581,6 +1596,7 @@ class Api:
             ids = await self.encode(body.prompt)
             if reply := await call.hold(session_id):
                 return call.again(reply)
+            call.enter()
             jobs = [Job(ids, settings, call.mailbox, session_id=session_id)]
         return await self.respond(call, jobs, call.gates)
 
@@ -1631,7 +1647,7 @@ class Api:
         store, most = self.store_of(body.name, "name"), self.options.max_sessions
         async with self.sessions.holding(session_id):
             info = await self.engine.call(self.idle_info, session_id)
-            data = await self.sessions.run(self.server.pack_session, session_id)
+            data = await asyncio.to_thread(self.server.pack_session, session_id)
             with self.naming(body.name, "name"):
                 overwrite = bool(body.overwrite)
                 await self.sessions.ask("save", store.save, body.name, data, overwrite, most)

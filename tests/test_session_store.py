@@ -1,5 +1,6 @@
 """Sessions in a store: leases and fencing, several servers, kills, and a store that fails."""
 
+import asyncio
 import concurrent.futures
 import contextlib
 import http.server
@@ -13,6 +14,7 @@ import socketserver
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from serve_helpers import (
     PLAIN,
     Running,
     assert_error,
+    running,
     session,
     wait_until,
 )
@@ -34,7 +37,8 @@ from serve_helpers import (
 import serve
 from streaming import StreamingConfig, StreamingServer
 from testv2 import save_folder
-from tinymamba import shared_sessions
+from tinymamba import session_store, shared_sessions
+from tinymamba.breaker import Breaker
 from tinymamba.checkpoint import pack_tensors, read_notes
 from tinymamba.openai_api import ApiError
 from tinymamba.session_store import (
@@ -50,23 +54,29 @@ from tinymamba.session_store import (
 from tinymamba.tokenizer import EOS_TOKEN, byte_alphabet
 
 FAKE = "from fakeredis import TcpFakeServer as S; S(('127.0.0.1', {}), server_type='redis')"
+REDIS = shutil.which("valkey-server") or shutil.which("redis-server")
 TTL, LEASE = 1000.0, 10.0
+
+
+@contextlib.contextmanager
+def redis_server(folder: Path):
+    """A Redis-compatible server, the system's or else fakeredis; gives its port and its process."""
+    port = free_port()
+    words = [sys.executable, "-c", FAKE.format(port) + ".serve_forever()"]
+    if REDIS:
+        words = [REDIS, "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
+    with subprocess.Popen(words, cwd=folder, stdout=subprocess.DEVNULL) as child:
+        try:
+            wait_until(lambda: accepts(port))
+            yield port, child
+        finally:
+            child.kill()
 
 
 @pytest.fixture(scope="module")
 def redis_port(tmp_path_factory):
-    """The port of a Redis-compatible server: the system's, or fakeredis where there is none."""
-    port, program = free_port(), shutil.which("valkey-server") or shutil.which("redis-server")
-    words = [sys.executable, "-c", FAKE.format(port) + ".serve_forever()"]
-    if program:
-        words = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
-    folder = tmp_path_factory.mktemp("redis")
-    with subprocess.Popen(words, cwd=folder, stdout=subprocess.DEVNULL) as child:
-        try:
-            wait_until(lambda: accepts(port))
-            yield port
-        finally:
-            child.kill()
+    with redis_server(tmp_path_factory.mktemp("redis")) as (port, _):
+        yield port
 
 
 def accepts(port: int) -> bool:
@@ -385,6 +395,16 @@ def test_open_connections_to_a_server_that_only_reads_are_closed(redis_url, monk
     monkeypatch.setattr(store.client.connection_pool, "disconnect", lambda: closed.append(1))
     with pytest.raises(Unavailable), store.answering():
         raise store.errors.ReadOnlyError("You can't write against a read only replica.")
+    assert closed
+
+
+def test_a_time_limit_closes_the_idle_connections_too(redis_url, monkeypatch):
+    """Who has dropped one that was idle has dropped all."""
+    store, closed = open_store(redis_url, TTL, LEASE), []
+    pool = store.client.connection_pool
+    monkeypatch.setattr(pool, "disconnect", lambda inuse_connections: closed.append(1))
+    with pytest.raises(Unavailable), store.answering():
+        raise store.errors.TimeoutError("Timeout reading from socket")
     assert closed
 
 
@@ -953,6 +973,308 @@ def test_sessions_of_earlier_versions_are_continued(tmp_path, alone):
         assert server.http.get(TALK).json()["turns"] == 2
     alone.load_session(tmp_path / "kept" / "talk.safetensors", "again")
     assert undisturbed(alone, "again", "y") == undisturbed(alone, "talk", "y")
+
+
+# ------------------------------------------------------------------------- a store that hangs
+
+SHORT = 1.0  # seconds in place of TIMEOUT
+SMALL = {"batch_size": 2, "max_queue": 1, "session_lease": 600.0}
+needs_redis = pytest.mark.skipif(not REDIS, reason="needs a server other than fakeredis")
+needs_fifo = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    """Time limits that are not worth waiting for."""
+    monkeypatch.setattr(session_store, "TIMEOUT", SHORT)
+    monkeypatch.setattr(Breaker, "timeout", SHORT)
+    monkeypatch.setattr(Breaker, "limit", 5 * SHORT)
+    monkeypatch.setattr(Breaker, "pause", 1000.0)
+
+
+@pytest.fixture
+def paused(soon, tmp_path):
+    """The address of a Redis server, and functions that pause it and let it go on."""
+    if not hasattr(signal, "SIGSTOP"):
+        pytest.skip("needs signals that pause a process")
+    with redis_server(tmp_path) as (port, child):
+        place = f"redis://127.0.0.1:{port}/0"
+        yield place, *(lambda s=s: child.send_signal(s) for s in (signal.SIGSTOP, signal.SIGCONT))
+
+
+@needs_redis
+def test_a_lease_that_a_paused_server_grants_to_nobody_is_found_again(paused):
+    """It reads what lies in its sockets, also what nobody waits for any more."""
+    place, pause, resume = paused
+    store = open_store(place, TTL, LEASE)
+    put(store, store.lease("talk", "x"), "one")
+    pause()
+    try:
+        with pytest.raises(Unavailable):
+            store.lease("talk", "a")
+    finally:
+        resume()
+    wait_until(lambda: store.client.get(f"{PREFIX}lease:talk") == b"a")
+    found = store.lease("talk", "b")
+    assert word(found) == "one" and store.renew(found) == "held"
+    put(store, found, "two")
+    assert word(store.lease("talk", "c")) == "two" and not store.doubtful
+
+
+@needs_redis
+def test_a_server_without_memory_is_not_ready(redis_port):
+    store = open_store(f"redis://127.0.0.1:{redis_port}/2", TTL, LEASE)
+    store.ping()
+    assert not store.client.keys(), "it writes nothing"
+    store.client.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(Unavailable, match="OOM|memory"):
+            store.ping()
+        open_store(f"redis://127.0.0.1:{redis_port}/2", TTL, LEASE)  # which may delete sessions
+    finally:
+        store.client.config_set("maxmemory", 0)
+    store.ping()
+
+
+@needs_fifo
+def test_of_the_threads_that_use_a_folder_that_hangs_one_hangs(tmp_path, soon, monkeypatch):
+    monkeypatch.setattr(session_store, "TIMEOUT", 0.05)
+    store = FolderStore(tmp_path, TTL, LEASE)
+    os.mkfifo(store.kept / "stuck.lease")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        stuck = pool.submit(store.lease, "stuck", "a")
+        wait_until(store.mutex.locked)
+        try:
+            for ask in (store.ping, store.entries, lambda: store.lease("talk", "b")):
+                with pytest.raises(Unavailable, match="has not answered"):
+                    ask()
+        finally:
+            free_the_fifo(store)
+        assert stuck.result().found == ""
+    assert store.lease("talk", "b") and not store.entries()
+
+
+def free_the_fifo(store: FolderStore) -> None:
+    """Let go on who reads the lease of the session `stuck`."""
+    (store.kept / "stuck.lease").write_bytes(b"{")
+
+
+def test_a_clock_that_is_set_back_keeps_no_session_for_long(tmp_path):
+    now = [1e9]
+    store = FolderStore(tmp_path, TTL, LEASE, lambda: now[0])
+    other = FolderStore(tmp_path, TTL, LEASE / 10, lambda: now[0])
+    lease = store.lease("talk", "a")
+    now[0] -= 3600
+    assert other.lease("talk", "b") is None
+    now[0] += LEASE - 1
+    assert other.lease("talk", "b") is None and store.renew(lease) == "held"
+    now[0] -= 3600
+    assert other.lease("talk", "b") is None
+    now[0] += LEASE + 1
+    assert other.lease("talk", "b")
+    with pytest.raises(Refused):
+        put(store, lease, "old")
+
+
+async def ask_at_once(url: str, paths: list[str]) -> list[httpx.Response]:
+    """POST to all these paths at once."""
+    limits = httpx.Limits(max_connections=None)
+    body = {"prompt": "x", **GREEDY}
+    async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as http:
+        return await asyncio.gather(*(http.post(path, json=body) for path in paths))
+
+
+def path_of(name: str) -> str:
+    return f"/v1/sessions/{name}/completions"
+
+
+def turn_of(server, name: str) -> httpx.Response:
+    return server.http.post(path_of(name), json={"prompt": "x", **GREEDY})
+
+
+def assert_unavailable(answer: httpx.Response) -> None:
+    error = assert_error(answer, 503)
+    assert error["code"] == "store_unavailable" and answer.headers["Retry-After"] == "1"
+
+
+def assert_only_sessions_wait(server, monkeypatch) -> list[str]:
+    """100 turns at once fail soon, and what needs no store is answered; the sessions asked for."""
+    asked, lease = [], server.api.store.lease
+    monkeypatch.setattr(server.api.store, "lease", lambda *a: (asked.append(a[0]), lease(*a))[1])
+    turns, began = [path_of(f"s{i}") for i in range(100)], time.monotonic()
+    said = asyncio.run(ask_at_once(server.url, turns + [COMPLETIONS] * 3))
+    assert time.monotonic() - began < 20 * SHORT, "a time limit of the store, and the work"
+    for answer in said[:100]:
+        assert_unavailable(answer)
+    assert [answer.status_code for answer in said[100:]] == [200] * 3
+    names = [*asked]
+    assert len(names) <= Breaker.threads
+    for answer in (*asyncio.run(ask_at_once(server.url, turns[:9])), server.http.get(TALK)):
+        assert_unavailable(answer)
+    assert server.http.get("/ready").json() == {"status": "no session store"}
+    assert server.http.get("/health").status_code == 200
+    assert asked == names, "it is not asked again at once"
+    return names
+
+
+@pytest.fixture
+def silent(soon, redis_url, redis_port):
+    """The same of a server that accepts connections while it is silent, and never answers."""
+    wire = Wire(free_port(), redis_port)
+    address = wire.server_address
+    with contextlib.ExitStack() as stack:
+
+        def silence() -> None:
+            wire.cut()
+            stack.enter_context(socket.create_server(address, backlog=128))
+
+        def resume() -> None:
+            stack.close()
+            stack.callback(Wire(address[1], redis_port).cut)
+
+        yield f"redis://127.0.0.1:{address[1]}/0", silence, resume
+
+
+@pytest.fixture(params=["paused", "silent"])
+def hanging(request):
+    """The address of a store, and functions that make it hang and let it go on."""
+    return request.getfixturevalue(request.param)
+
+
+def test_a_store_that_hangs_holds_up_sessions_only_and_they_go_on(hanging, alone, monkeypatch):
+    place, hang, resume = hanging
+    with running(session_store=place, **SMALL) as server:
+        server.post("/v1/sessions", id="talk", seed=7)
+        alone.create_session("talk", seed=7)
+        assert turn(server, "x").json()["choices"][0]["text"] == undisturbed(alone, "talk", "x")
+        hang()
+        try:
+            names = assert_only_sessions_wait(server, monkeypatch)
+        finally:
+            resume()
+        assert_unavailable(turn_of(server, "talk"))
+        server.api.sessions.breaker.trial_at = 0.0
+        assert turn(server, "abc").json()["choices"][0]["text"] == undisturbed(alone, "talk", "abc")
+        assert server.http.get("/ready").status_code == 200
+        assert_same_bits(server, alone)
+        for name in names:  # at once: no lease is left that nobody holds
+            assert_error(turn_of(server, name), 404, "session_id")
+
+
+@needs_redis
+def test_a_turn_that_is_stored_when_a_paused_server_goes_on_is_not_doubled(paused, monkeypatch):
+    place, pause, resume = paused
+    with running(session_store=place, **SMALL) as server:
+        server.post("/v1/sessions", id="talk", seed=7)
+        turn(server, "abc")
+        store, put_now = server.api.store, server.api.store.put
+        monkeypatch.setattr(store, "put", lambda *a: (pause(), put_now(*a)))
+        try:
+            error = assert_error(turn(server, "def", "k"), 503)
+        finally:
+            resume()
+        assert "may be stored or not" in error["message"]
+        monkeypatch.setattr(store, "put", put_now)
+        server.api.sessions.breaker.trial_at = 0.0
+        again = turn(server, "def", "k")
+        assert again.headers["Idempotency-Replayed"] == "true"
+        assert again.json()["session"]["turns"] == server.http.get(TALK).json()["turns"] == 2
+
+
+@needs_fifo
+def test_a_folder_that_hangs_holds_up_sessions_only_and_they_go_on(soon, tmp_path, monkeypatch):
+    monkeypatch.setattr(Breaker, "limit", 2 * SHORT)
+    with running(session_store=str(tmp_path), **SMALL) as server:
+        store = server.api.store
+        server.post("/v1/sessions", id="talk", seed=7)
+        os.mkfifo(store.kept / "stuck.lease")
+        try:
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                stuck = pool.submit(turn_of, server, "stuck")
+                wait_until(store.mutex.locked)
+                assert_only_sessions_wait(server, monkeypatch)
+                assert_unavailable(stuck.result())
+        finally:
+            free_the_fifo(store)
+        wait_until(lambda: not server.api.sessions.breaker.tripped)
+        assert turn(server, "abc").json()["session"]["turns"] == 1
+        assert_error(turn_of(server, "stuck"), 404, "session_id")  # at once: its lease has ended
+
+
+@needs_fifo
+def test_a_server_ends_although_its_folder_hangs(soon, tmp_path):
+    with running(session_store=str(tmp_path), **SMALL) as server:
+        store = server.api.store
+        server.post("/v1/sessions", id="talk")
+        os.mkfifo(store.kept / "stuck.lease")
+        with endless(server):
+            server.api.sessions.breaker.submit(store.lease, "stuck", "a")
+            wait_until(store.mutex.locked)
+    assert store.mutex.locked()
+    assert all(worker.daemon for worker in server.api.sessions.breaker.workers), "or Python waits"
+    free_the_fifo(store)
+
+
+@pytest.mark.parametrize("method", ["lease", "put"])
+def test_a_turn_that_waits_for_the_store_has_no_place_in_the_queue(tmp_path, monkeypatch, method):
+    with running(session_store=str(tmp_path), batch_size=1, max_queue=0) as server:
+        server.post("/v1/sessions", id="talk")
+        store, may_go, asked = server.api.store, threading.Event(), threading.Event()
+        usual = getattr(store, method)
+
+        def late(*arguments):
+            asked.set()
+            may_go.wait(30)
+            return usual(*arguments)
+
+        monkeypatch.setattr(store, method, late)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(turn, server, "abc")
+            try:
+                assert asked.wait(30)
+                assert server.post(COMPLETIONS, prompt="a", max_tokens=3)["choices"]
+            finally:
+                may_go.set()
+            assert waiting.result().json()["session"]["turns"] == 1
+        assert server.api.pending == 0
+
+
+def test_a_turn_that_finds_the_queue_full_gives_its_session_back(tmp_path):
+    with running(session_store=str(tmp_path), batch_size=1, max_queue=0) as server:
+        server.post("/v1/sessions", id="talk")
+        usual = server.api.sessions.hold
+
+        async def filled(session_id):
+            held = await usual(session_id)
+            server.api.pending += 1  # another request takes the last place meanwhile
+            return held
+
+        server.api.sessions.hold = filled
+        assert assert_error(turn(server, "abc"), 429)["code"] == "queue_full"
+        server.api.sessions.hold = usual
+        server.api.pending -= 1
+        assert turn(server, "abc").json()["session"]["turns"] == 1
+        assert server.api.pending == 0
+
+
+def test_a_turn_that_cannot_be_stored_gives_its_lease_back_later(soon, place):
+    """The store is not asked: nothing is in doubt."""
+    with running(session_store=place, **SMALL) as server:
+        server.post("/v1/sessions", id="talk")
+        sessions, breaker = server.api.sessions, server.api.sessions.breaker
+        update = sessions.update
+
+        async def last(lease):
+            await update(lease)
+            breaker.trip()
+
+        sessions.update = last
+        error = assert_error(turn(server, "abc"), 503)
+        assert "nothing was changed" in error["message"]
+        sessions.update = update
+        assert_unavailable(turn(server, "abc"))
+        breaker.trial_at = 0.0
+        assert turn(server, "abc").json()["session"]["turns"] == 1
 
 
 # -------------------------------------------------------------------------------------- kills

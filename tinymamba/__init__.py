@@ -32,7 +32,8 @@ OF_EXTRAS = {  # not in `import *`: they need more packages
     "hf_integration": "TinyMambaConfig TinyMambaHFModel TinyMambaHFTokenizer",
 }
 MODULES = {*NAMES, *OF_EXTRAS}
-MODULES |= {"archives", "attention", "benchmark", "carried_state", "chat_eval", "chat_rows"}
+MODULES |= {"archives", "attention", "benchmark", "breaker", "carried_state", "chat_eval"}
+MODULES |= {"chat_rows"}
 MODULES |= {"chat_session", "chat_template", "context_parallel", "conversations", "data"}
 MODULES |= {"data_order", "decode", "delta_rule", "distillation", "distributed", "documents"}
 MODULES |= {"export_model", "four_bit", "fused", "initial_weights", "inputs", "kernels", "live"}

@@ -109,7 +109,7 @@ class SessionStore(Protocol):
         """What was saved under this name."""
 
     def ping(self) -> None:
-        """Raise Unavailable unless the store answers."""
+        """Raise Unavailable unless the store answers, and can write."""
 
 
 def open_store(url: str, ttl: float, lease_seconds: float) -> SessionStore:
@@ -163,12 +163,19 @@ class FolderStore:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Keep others from the folder for a moment; what goes wrong there is Unavailable."""
+        """Keep others from the folder for a moment; what goes wrong there is Unavailable.
+
+        Of the threads that use a folder that hangs, one hangs with it, and the others give up.
+        """
+        if not self.mutex.acquire(timeout=TIMEOUT):
+            raise Unavailable(f"{self.folder} has not answered another request")
         try:
-            with self.mutex, self.lock:
+            with self.lock:
                 yield
         except OSError as e:  # a full disk, or a lock that stays held: Timeout
             raise Unavailable(str(e)) from None
+        finally:
+            self.mutex.release()
 
     @staticmethod
     def write(file: Path, value: bytes) -> None:
@@ -216,6 +223,15 @@ class FolderStore:
         """Whether a lease has not ended."""
         return self.clock() < lease["expires"]
 
+    def shorten(self, session_id: str, last: dict[str, Any]) -> None:
+        """End a lease in time although the clock was set back since it was granted.
+
+        Its holder, if there is one, renews it; if the clock was set forward, `put` is fenced.
+        """
+        latest = self.clock() + last.get("seconds", self.lease_seconds)
+        if last["expires"] > latest:
+            self.write_lease(session_id, {**last, "expires": latest})
+
     def is_last(self, lease: Lease, last: dict[str, Any]) -> bool:
         """Whether no other lease was granted after this one, and it was not ended."""
         return lease.stamp == f"{last['number']}-{last['owner']}"
@@ -229,11 +245,12 @@ class FolderStore:
         with self.alone():
             last = self.read_lease(session_id)
             if self.is_held(last):
+                self.shorten(session_id, last)
                 return None
             file = self.file(session_id)
-            number, expires = last["number"] + 1, self.clock() + self.lease_seconds
-            last = {"number": number, "owner": owner, "expires": expires, "stop": False}
-            self.write_lease(session_id, last)
+            number, seconds = last["number"] + 1, self.lease_seconds
+            last = {"number": number, "owner": owner, "seconds": seconds, "stop": False}
+            self.write_lease(session_id, {**last, "expires": self.clock() + seconds})
             stamp = f"{number}-{owner}"
             if not file:
                 return Lease(session_id, owner, stamp, "", None)
@@ -413,6 +430,7 @@ return 'stored'
 """
 
 PREFIX = "tinymamba:"
+MOST_DOUBTFUL = 1024  # sessions whose lease may have been granted without an answer
 
 
 class RedisStore:
@@ -422,7 +440,10 @@ class RedisStore:
         redis = need("redis")
         field = "--session_store"
         self.ttl, self.lease_seconds, self.errors = ttl, lease_seconds, redis.exceptions
-        retry = redis.retry.Retry(redis.backoff.NoBackoff(), 1)
+        self.doubtful: dict[str, str] = {}  # owners of leases that may have been granted
+        # Closed connections only: of a server that hangs, new ones would take four time limits.
+        closed = (redis.exceptions.ConnectionError,)
+        retry = redis.retry.Retry(redis.backoff.NoBackoff(), 1, supported_errors=closed)
         try:
             parts = urlsplit(url)
             self.name = f"{parts.scheme}://{parts.hostname}:{parts.port or 6379}"  # no password
@@ -447,7 +468,8 @@ class RedisStore:
 
     def check_memory(self) -> None:
         """Warn of a server that deletes sessions when its memory is full."""
-        self.ping()
+        with self.answering():
+            self.client.ping()
         try:
             info: Any = self.client.info("memory")
         except self.errors.RedisError:  # some services do not tell
@@ -462,10 +484,13 @@ class RedisStore:
         """Errors of the server, and of the way to it, are Unavailable.
 
         After a fail-over, an open connection may lead to a server that only reads: all are closed.
+        If a firewall has dropped one that was idle, it has dropped the others that are.
         """
         try:
             yield
         except self.errors.RedisError as e:
+            if isinstance(e, self.errors.TimeoutError):
+                self.client.connection_pool.disconnect(inuse_connections=False)
             if isinstance(e, self.errors.ReadOnlyError) or "READONLY" in str(e):
                 self.client.connection_pool.disconnect()
             raise Unavailable(str(e) or type(e).__name__) from None
@@ -481,8 +506,15 @@ class RedisStore:
 
     def lease(self, session_id: str, owner: str, known: str = "") -> Lease | None:
         """As SessionStore says."""
+        owner = self.doubtful.pop(session_id, owner)
         asked = Lease(session_id, owner, known, "", None)
-        granted, *rest = self.run(self.grant_script, asked)
+        try:
+            granted, *rest = self.run(self.grant_script, asked)
+        except Unavailable:  # a server that was paused grants it when it goes on: ask for the same
+            if len(self.doubtful) >= MOST_DOUBTFUL:
+                self.doubtful.clear()  # who asks for one that was granted waits until it ends
+            self.doubtful[session_id] = owner
+            raise
         if not granted:
             return None
         stamp, found, *value = rest
@@ -553,5 +585,5 @@ class RedisStore:
 
     def ping(self) -> None:
         """As SessionStore says."""
-        with self.answering():
-            self.client.ping()
+        with self.answering():  # a write, which a server without memory refuses; it changes nothing
+            self.client.setrange(f"{PREFIX}ping", 0, "")

@@ -15,7 +15,6 @@ It needs fastapi: pip install fastapi
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import hashlib
 import json
@@ -23,8 +22,10 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from typing import Any
 
+from tinymamba.breaker import Breaker, NotAsked
 from tinymamba.cli import UserError
 from tinymamba.openai_api import ApiError
 from tinymamba.session_store import Entry, Full, Lease, Refused, Taken, Unavailable
@@ -93,7 +94,7 @@ class Held:
         """Store the session and end its lease."""
         sessions, lease = self.sessions, self.lease
         if lease:
-            value = await sessions.run(self.pack, lease.stamp)
+            value = await asyncio.to_thread(self.pack, lease.stamp)
             most = sessions.options.max_sessions
             await sessions.ask("put", sessions.store.put, lease, value, most)
             sessions.set_stamp(self.session_id, lease.stamp)
@@ -127,60 +128,77 @@ class SharedSessions:
         self.store: Any = store  # a SessionStore
         self.engine: Any = None  # the Engine, once the app has started
         self.held: dict[str, Held | None] = {}  # by the requests of this process
-        self.pool = concurrent.futures.ThreadPoolExecutor(8, "store")
+        self.breaker = Breaker(self.release_rest, self.release_late)
+        self.unreleased: list[Lease] = []  # whose release waits until the store answers
         self.pinging: asyncio.Future | None = None  # the last `ping`
 
     # The store -------------------------------------------------------------------------------
 
-    async def run(self, function: Callable, *arguments: Any) -> Any:
-        """Call a function in a thread of the store's."""
-        return await asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
-
     async def ask(self, operation: str, function: Callable, *arguments: Any) -> Any:
         """Call a function of the store; its errors are ApiErrors."""
-        with self.metrics.store_seconds.labels(operation).time():
-            try:
-                return await self.run(function, *arguments)
-            except Unavailable as e:
-                self.metrics.store_failures.labels("unavailable").inc()
+
+        def timed() -> Any:
+            with self.metrics.store_seconds.labels(operation).time():
+                return function(*arguments)
+
+        try:
+            return await self.breaker.run(timed)
+        except Unavailable as e:
+            self.metrics.store_failures.labels("unavailable").inc()
+            asked = not isinstance(e, NotAsked)
+            if asked:
                 logging.getLogger("serve").warning("the session store: %s: %s", operation, e)
-                raise unavailable(operation in ("put", "delete", "save")) from None
-            except Refused:
-                self.metrics.store_failures.labels("refused").inc()
-                problem = "another server has continued this session, or deleted it"
-                raise ApiError(409, problem, "session_id", "session_lost", RETRY) from None
-            except Full:
-                raise too_many(f"{self.options.max_sessions} sessions") from None
-            except Taken:
-                problem = "name: exists; set overwrite or choose another"
-                raise ApiError(409, problem, "name", "name_taken") from None
+            raise unavailable(asked and operation in ("put", "delete", "save")) from None
+        except Refused:
+            self.metrics.store_failures.labels("refused").inc()
+            problem = "another server has continued this session, or deleted it"
+            raise ApiError(409, problem, "session_id", "session_lost", RETRY) from None
+        except Full:
+            raise too_many(f"{self.options.max_sessions} sessions") from None
+        except Taken:
+            problem = "name: exists; set overwrite or choose another"
+            raise ApiError(409, problem, "name", "name_taken") from None
 
     async def ping(self) -> None:
         """Raise an ApiError unless the store answers.
 
-        Who asks meanwhile waits for the same answer: else a few who ask a store that hangs would
-        take all threads.
+        Who asks meanwhile waits for the same answer: else a few who ask a slow store would take all
+        threads.
         """
         if not self.pinging or self.pinging.done():
             self.pinging = asyncio.ensure_future(self.ask("ping", self.store.ping))
         await asyncio.shield(self.pinging)
 
     def release(self, lease: Lease) -> None:
-        """End a lease in the background; if that fails, it ends by itself."""
+        """End a lease in the background, or once the store answers; else it ends by itself."""
+        lease = lease._replace(value=None)  # it may be large
 
-        def work() -> None:
-            with contextlib.suppress(Unavailable):
-                self.store.release(lease)
+        def keep(call: Future) -> None:
+            if call.cancelled():
+                self.unreleased.append(lease)
 
-        with contextlib.suppress(RuntimeError):  # the pool was shut down, and `close` releases it
-            self.pool.submit(work)
+        if self.breaker.tripped:
+            self.unreleased.append(lease)
+        else:
+            self.breaker.submit(self.store.release, lease).add_done_callback(keep)
+
+    def release_rest(self) -> None:
+        """End the leases that could not be ended while the store hung."""
+        leases, self.unreleased = self.unreleased, []
+        for lease in leases:
+            self.release(lease)
+
+    def release_late(self, result: Any) -> None:
+        """End a lease that was granted when nobody waited for it any more."""
+        if isinstance(result, Lease):
+            self.release(result)
 
     def close(self) -> None:
         """End all leases, and the threads."""
         for held in [*self.held.values()]:
             if held and held.lease:
                 self.release(held.lease)
-        self.pool.shutdown()
+        self.breaker.end()
 
     # One session -----------------------------------------------------------------------------
 
@@ -253,7 +271,8 @@ class SharedSessions:
             await self.forget(name)
         elif lease.value is not None:
             try:
-                session = await self.run(self.server.unpack_session, lease.value, name, name)
+                unpack = self.server.unpack_session
+                session = await asyncio.to_thread(unpack, lease.value, name, name)
             except UserError as e:
                 self.metrics.store_failures.labels("unusable").inc()
                 raise self.unusable(name, f"{e.args[1]}; {e.args[2]}") from None
