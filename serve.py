@@ -11,8 +11,9 @@
     API; its clients work. /tokenize, /detokenize: as in vLLM's. Answers can follow a
     JSON schema, a regex or a grammar, and those of chats call tools (pip install llguidance).
 /v1/sessions: texts that the server remembers, each in a state of constant size: create, continue,
-    fork, roll back, reset, save and load (by plain name), delete. With --session_store they are
-    kept in a folder or in Redis, and any of several servers continues any of them.
+    fork, roll back, reset, save and load (by plain name, or as a file), delete. With
+    --session_store they are kept in a folder or in Redis, and any of several servers continues any
+    of them.
 /health, /ready, /metrics (Prometheus), /openapi.json, and the page.
 
 A request is completed or changes nothing: if its client disconnects or the server stops, its slot
@@ -88,10 +89,12 @@ from fastapi import APIRouter, Depends, FastAPI, Request  # noqa: E402
 from fastapi.responses import Response  # noqa: E402
 from fastapi.security import HTTPBearer  # noqa: E402
 from starlette.middleware.cors import CORSMiddleware  # noqa: E402
+from starlette.requests import ClientDisconnect  # noqa: E402
 
 from tinymamba.chat_template import ChatTemplate  # noqa: E402
-from tinymamba.middleware import LOOPBACK, PUBLIC_PATHS, Middleware  # noqa: E402
+from tinymamba.middleware import LOOPBACK, PUBLIC_PATHS, SESSION_FILES, Middleware  # noqa: E402
 from tinymamba.openai_api import (  # noqa: E402
+    BINARY,
     AnswerOut,
     ApiError,
     ChatBody,
@@ -102,6 +105,7 @@ from tinymamba.openai_api import (  # noqa: E402
     ErrorOut,
     Generation,
     Message,
+    NewId,
     NewSessionBody,
     SaveBody,
     SessionBody,
@@ -591,6 +595,7 @@ class Engine(threading.Thread):
             "seed": info["seed"],
             "state_bytes": info["state_bytes"],
             "answering": info["answering"],
+            "undo": info.get("undo", min(info["turns"], 1)),  # stored by an earlier version
         }
 
     def stop(self, session_id: str) -> None:
@@ -677,7 +682,7 @@ class Writer:
             write = self.chat_logprobs if self.kind == "chat" else self.text_logprobs
             choice["logprobs"] = write(tokens)
         if self.gates:
-            choice["tokens"] = [self.token_with_gates(t) for t in tokens]
+            choice["tokens"] = [self.token_with_state(t) for t in tokens]
         return choice
 
     def message(self, text: str, tokens: list[Token], finish: str) -> dict:
@@ -706,7 +711,8 @@ class Writer:
         if finish and self.parser.free and not self.calls_or_text:
             choice["delta"] = {"content": ""}
         parts = [part for i, call in enumerate(calls, first) for part in call.deltas(i)]
-        shown = [choice] if choice["delta"] or choice["logprobs"] or finish else []
+        has_any = choice["delta"] or choice["logprobs"] or choice.get("tokens")
+        shown = [choice] if has_any or finish else []
         return shown + [{**self.choice("", [], None, True), "delta": part} for part in parts]
 
     def reason(self, finish: str | None) -> str | None:
@@ -719,10 +725,15 @@ class Writer:
         delta = {"role": "assistant", "content": None if self.parser else "", "refusal": None}
         return {**self.choice("", [], None, True), "delta": delta}
 
-    def token_with_gates(self, token: Token) -> dict:
-        """A token, with its gate's weights in each layer."""
-        gates = None if token.gates is None else token.gates.round(3).tolist()
-        return {"id": token.id, "text": self.vocabulary.text_of(token.id), "gates": gates}
+    def token_with_state(self, token: Token) -> dict:
+        """A token, with its gate's weights and the norms of the state's heads in each layer."""
+        gates, norms = token.gates, [[float(f"{x:.4g}") for x in row] for row in token.norms or ()]
+        return {
+            "id": token.id,
+            "text": self.vocabulary.text_of(token.id),
+            "gates": None if gates is None else gates.astype(float).round(3).tolist(),
+            "norms": norms or None,
+        }
 
     def text_logprobs(self, tokens: list[Token]) -> dict:
         """Logprobs as /v1/completions has them."""
@@ -1159,6 +1170,8 @@ class Api:
         self.fingerprint = "fp_" + server.fingerprint[:16]
         self.started, base = int(time.time()), options.model_name
         self.models = {base: None, **{f"{base}:{adapter}": adapter for adapter in server.adapters}}
+        state = sum(t.nbytes for t in server.tensors(server.blank()).values())
+        self.max_file = 2 * state + options.max_body  # a stored session has two states
         self.store = self.open_store()
         keeps = options.session_store or options.keep_sessions
         self.sessions = SharedSessions(server, self.store if keeps else None, options, self.metrics)
@@ -1237,6 +1250,7 @@ class Api:
             "stop": [*stop, *(() if body.form() else stops)],  # a form ends by itself
             "stop_ids": None if turn_end is None else [turn_end],
             "structured_outputs": None,  # see compile_form
+            "prompt_logprobs": None,  # else those of a session's file would be computed
             "logprobs": body.alternatives(),
             "adapter": self.find_model(body.model)[1],
         }
@@ -1354,7 +1368,7 @@ class Api:
     ) -> Response:
         """Run the jobs, and answer as a whole or as a stream.
 
-        `make_parser`: for answers that may call tools.
+        `gates`: tokens come with gates and norms. `make_parser`: for answers that may call tools.
         """
         logprobs, streaming = call.body.alternatives() is not None, False
         writers = [Writer(call.kind, self.vocabulary, j.index, logprobs, gates) for j in jobs]
@@ -1364,6 +1378,8 @@ class Api:
         echoes = echoes or [""] * len(jobs)
         try:
             await self.compile_form(call, jobs)
+            for job in jobs:
+                job.settings["norms"] = gates
             await call.start(jobs)
             if call.body.stream:
                 streaming = True  # EventStream closes the call
@@ -1415,7 +1431,7 @@ class Api:
                 settings["grammar"], parser = await self.compile_tools(request, tools)
             keep_at = await self.system_end(body.messages, ids, body.tools)
             jobs = self.make_jobs(call, ids, settings, n, keep_at=keep_at)
-        return await self.respond(call, jobs, make_parser=parser)
+        return await self.respond(call, jobs, bool(body.gates), make_parser=parser)
 
     async def create_response(self, request: Request, body: ResponseBody) -> Response:
         """Answer instructions and messages: the Responses API with text only."""
@@ -1493,7 +1509,15 @@ class Api:
     def model_info(self, name: str) -> dict:
         """A model as OpenAI describes it."""
         info = {"id": name, "object": "model", "created": self.started, "owned_by": "tinymamba"}
-        return {**info, "chat_template": self.template.template is not None}
+        first = self.server.initial[self.models[name]].state
+        memories = [layer.memory for layer in first.layers if layer.memory is not None]
+        return {
+            **info,
+            "chat_template": self.template.template is not None,
+            "layers": len(first.layers),
+            "heads": [first.layers[0].ssm.shape[1], memories[0].shape[1] if memories else 0],
+            "state_bytes": first.nbytes,
+        }
 
     async def get_health(self) -> Response:
         """Whether the server accepts requests."""
@@ -1587,7 +1611,7 @@ class Api:
         body: SessionCompletionBody,
         key: TurnKey = None,
     ) -> Response:
-        """Read a prompt in a session and answer; `gates` adds the weights of every token."""
+        """Read a prompt in a session and answer; `gates` adds weights and norms to its tokens."""
         settings = self.settings(body, 256)
         if body.model is None:
             del settings["adapter"]  # the session has its own
@@ -1652,6 +1676,27 @@ class Api:
                 overwrite = bool(body.overwrite)
                 await self.sessions.ask("save", store.save, body.name, data, overwrite, most)
         return json_response(info)
+
+    async def get_session_file(self, session_id: SessionId) -> Response:
+        """The session as the bytes of a file of streaming.py's --save_session."""
+        async with self.sessions.holding(session_id):
+            await self.engine.call(self.engine.find_idle, session_id)
+            data = await self.sessions.run(self.server.pack_session, session_id)
+        name = f'attachment; filename="{session_id}.safetensors"'
+        headers = {"Content-Disposition": name, "Cache-Control": "no-store"}
+        return Response(data, media_type=BINARY, headers=headers)
+
+    async def open_session_file(self, request: Request, new_id: NewId = None) -> Response:
+        """Create a session from the bytes of such a file."""
+        name = new_id or uuid.uuid4().hex
+        try:
+            data = await request.body()
+        except ClientDisconnect:
+            raise ClientDisconnected from None
+        session = await self.sessions.run(self.server.unpack_session, data, "file", name)
+        session.keys, session.reply = {}, None  # its turns are not those of this server's clients
+        session.created = session.used = time.time()
+        return await self.change_session(name, lambda: self.server.insert(session), 201, new=True)
 
     def idle_info(self, session_id: str) -> dict:
         """The fields of SessionOut of a session that must not be answering."""
@@ -1767,9 +1812,13 @@ class Api:
         add("POST", "/detokenize", self.detokenize, {"model": TextOut})
         add("GET", "/v1/sessions", self.list_sessions, {"model": SessionsOut})
         add("POST", "/v1/sessions", self.create_session, session, 201)
+        file: dict = {"content": {BINARY: {"schema": {"type": "string", "format": "binary"}}}}
+        body = {"requestBody": {**file, "required": True}}
+        add("POST", SESSION_FILES, self.open_session_file, session, 201, openapi_extra=body)
         one = "/v1/sessions/{session_id}"
         add("GET", one, self.get_session, session)
         add("DELETE", one, self.delete_session)
+        add("GET", f"{one}/file", self.get_session_file, file, response_class=Response)
         add("POST", f"{one}/completions", self.continue_session, answer)
         add("POST", f"{one}/fork", self.fork_session, session, 201)
         add("POST", f"{one}/save", self.save_session, session)

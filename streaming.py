@@ -70,7 +70,7 @@ from tinymamba.cli import (
     require_plain_name,
     run_cli,
 )
-from tinymamba.live import LiveBatch, LiveModel, why_not_live
+from tinymamba.live import LiveBatch, LiveModel, matrix_norms, why_not_live
 from tinymamba.onnx_engine import (
     ENGINES,
     OnnxEngine,
@@ -376,6 +376,7 @@ class Token(NamedTuple):
     logprob: float | None  # natural log, from the model's own logits; None unless asked for
     top: list[tuple[int, float]]  # the most likely ids with their logprobs, as many as asked for
     gates: np.ndarray | None  # (n_layer, 3) weights of SSM, attention, MLP when it was predicted
+    norms: list[np.ndarray] | None = None  # of the state then, see `head_norms`; if asked for
 
 
 class Chunk(NamedTuple):
@@ -386,6 +387,25 @@ class Chunk(NamedTuple):
 
 
 NOT_READY = Chunk("", [])  # the next chunk needs another step
+
+
+@torch.inference_mode()
+def head_norms(state: ModelState | LiveBatch, rows: list[int]) -> list[list[np.ndarray]]:
+    """For each of some rows, the L2 norms of the state's heads in each layer, float32.
+
+    A layer has h numbers, of the heads of its SSM, and then a, of those of its memory, if it has
+    one. A LiveBatch has to be between a step and its `commit`.
+    """
+    if not rows:
+        return []
+    if isinstance(state, LiveBatch):
+        layers = state.norms(rows)
+    else:
+        kinds = [(layer.ssm, layer.memory) for layer in state.layers]
+        layers = [[matrix_norms(t[rows]) for t in pair if t is not None] for pair in kinds]
+    norms = [torch.cat(parts, dim=1) for parts in layers]  # (rows, h + a) each
+    ends = np.cumsum([t.shape[1] for t in norms])[:-1]
+    return [np.split(row.copy(), ends) for row in torch.cat(norms, dim=1).cpu().numpy()]
 
 
 class Decoder:
@@ -453,8 +473,10 @@ class Decoder:
                     answer.has_read(len(ids), *read)
         if batch:
             logits, gates, state, _ = self.read(tokens, state, [a.config.adapter for a in batch])
+            rows = [row for row, answer in enumerate(batch) if answer.wants_norms]
+            norms = dict(zip(rows, head_norms(state, rows), strict=True))
             with self.condition:
-                self.draw_tokens(batch, logits, gates, state)
+                self.draw_tokens(batch, (logits, gates, norms), state)
 
     # Which answers take part -----------------------------------------------------------------
 
@@ -547,16 +569,17 @@ class Decoder:
         return self.live
 
     def draw_tokens(
-        self, batch: list[Answer], logits: np.ndarray, gates: np.ndarray, state: Any
+        self, batch: list[Answer], results: tuple[np.ndarray, np.ndarray, dict], state: Any
     ) -> None:
-        """Give each answer its row of the results of a step."""
+        """Give each answer its row of the results of a step: logits, gates, and norms by row."""
+        logits, gates, norms = results
         if isinstance(state, LiveBatch):
             state.commit()
         elif self.batch:  # otherwise all answers were closed during the step
             self.batch_state = state
         for row, answer in enumerate(batch):
             if answer.open:
-                answer.draw(logits[row], gates[:, row])
+                answer.draw(logits[row], gates[:, row], norms.get(row))
 
     def state_of(self, answer: Answer) -> ModelState:
         """The state of one answer, in the batch or not."""
@@ -693,15 +716,16 @@ class Answer:
         on_end: Callable[[Answer], None] | None = None,
         keep_at: Sequence[int] = (),
         matcher: Matcher | None = None,
+        norms: bool = False,
     ):
         """Answer a prompt that follows `origin`. `on_end` is called when the answer is over.
 
         `end_ids` end the answer. Without a tokenizer, chunks have tokens and no text. `keep_at`:
         numbers of tokens of the prompt after which other prompts may go on differently. A
-        `matcher`, of this answer only, says which tokens may be next.
+        `matcher`, of this answer only, says which tokens may be next. `norms`: give each token its.
         """
         self.decoder, self.config, self.end_ids, self.on_end = decoder, config, end_ids, on_end
-        self.matcher = matcher
+        self.matcher, self.wants_norms = matcher, norms
         self.origin, self.prompt_tokens = origin, len(prompt)
         # The prefix cache: all ids of the text; which prefixes' states to keep; the last one kept.
         caching = decoder.prefixes.max_bytes > 0 and origin.position == 0
@@ -978,10 +1002,13 @@ class Answer:
         elif self.matcher and self.matcher.finished:  # nothing may be written
             self.end("stop")
         else:
-            self.draw(logits, gates)
+            rows = [0] if self.wants_norms else []
+            self.draw(logits, gates, *head_norms(self.state, rows))
 
-    def draw(self, logits: np.ndarray, gates: np.ndarray | None) -> None:
-        """Draw the next token by logits (v,)."""
+    def draw(
+        self, logits: np.ndarray, gates: np.ndarray | None, norms: list[np.ndarray] | None = None
+    ) -> None:
+        """Draw the next token by logits (v,); it takes the gates and norms with it."""
         c = self.config
         window = self.recent[len(self.recent) - min(len(self.recent), c.repetition_window) :]
         self.logits, self.gates, self.last = logits, None if gates is None else gates.copy(), None
@@ -1006,7 +1033,8 @@ class Answer:
         self.ids.append(token)
         if self.text_ids is not None:
             self.text_ids.append(token)
-        self.queue.append(Token(token, *top_logprobs(logits, token, c.logprobs), self.gates))
+        known = top_logprobs(logits, token, c.logprobs)
+        self.queue.append(Token(token, *known, self.gates, norms))
         if self.next_start is None and len(self.ids) >= MAX_REPLAY:
             self.next_start = len(self.ids), self.snapshot(self.decoder.state_of(self))
         if self.matcher and self.matcher.finished:
@@ -1167,6 +1195,7 @@ class StreamingServer:
         as_ids: bool = False,
         keep_at: Sequence[int] = (),
         grammar: Grammar | None = None,
+        norms: bool = False,
         **settings: Any,
     ) -> Answer:
         """Start an answer; `settings` are fields of StreamingConfig.
@@ -1174,7 +1203,8 @@ class StreamingServer:
         Without a session, it is generated in a temporary one. `as_ids` needs no tokenizer: chunks
         have tokens and no text, and every token counts as given out. `keep_at`: numbers of tokens
         of the prompt after which other prompts may go on differently, for the prefix cache.
-        `grammar` takes the place of `structured_outputs`: it is already compiled.
+        `grammar` takes the place of `structured_outputs`: it is already compiled. `norms`: each
+        token has the norms of the heads of the state from which it was drawn.
         """
         problem = why_no_tokenizer(self.model)
         require(as_ids or self.tokenizer, "tokenizer", problem, "pass one, or ids")
@@ -1203,6 +1233,7 @@ class StreamingServer:
                 functools.partial(self.end_turn, session) if session else None,
                 keep_at,
                 grammar.start(end_ids) if grammar else None,
+                norms,
             )
             if session:
                 session.answer = answer
@@ -1354,6 +1385,7 @@ class StreamingServer:
                 "created": s.created,
                 "last_used": s.used,
                 "answering": s.answer is not None,
+                "undo": int(s.before is not None),
             }
 
     def fork_session(
@@ -1499,12 +1531,13 @@ class StreamingServer:
                 for field, s in zip(("chat", "chat_before"), snapshots, strict=False)
             ]
             keys, reply = dict(about.get("keys", {})), about.get("reply")
-            times = [float(about.get(n, time.time())) for n in ("created", "used")]
+            times = [about.get(n, time.time()) for n in ("created", "used")]
             valid = (
                 (len(rows) == 1 or "stamp" in notes)
                 and has_type(turns, int)
                 and turns >= 0
-                and bool(tensors["logits"].isfinite().all())
+                and all(has_type(t, float) for t in times)
+                and all(bool(t.isfinite().all()) for t in tensors.values())
                 and all(map(self.is_sound, snapshots))
             )
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:

@@ -1,6 +1,7 @@
 """A server for tests, in a thread of the test's process, with clients."""
 
 import contextlib
+import json
 import socket
 import threading
 import time
@@ -17,6 +18,7 @@ BYTES = SimpleTokenizer()
 PLAIN = {"temperature": 1.0, "top_k": 0}  # OpenAI's own defaults
 NAME = "tiny"
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+UPLOAD = "/v1/sessions/file"
 HELLO = {"messages": [{"role": "user", "content": "hi"}]}
 
 
@@ -87,6 +89,12 @@ def assert_error(answer: httpx.Response, status: int, param: str | None = None) 
     assert set(error) == {"message", "type", "param", "code"} and error["message"]
     assert error["param"] == param, error
     return error
+
+
+def events_of(server: Running, path: str, **body) -> list[dict]:
+    """The events of a streamed answer."""
+    with server.http.stream("POST", path, json={**body, "stream": True}) as answer:
+        return [json.loads(x[6:]) for x in answer.iter_lines() if x.startswith("data: {")]
 
 
 def session(server: Running, name: str, prompt: str = "", **body) -> str:

@@ -7,7 +7,7 @@ import torch
 from helpers import DOCUMENTS, FIRST_FORM, close, close_angles, free_copy, some_ids, wide
 
 from quantize import quantize_model
-from streaming import StreamingServer, fill_gaps
+from streaming import StreamingServer, fill_gaps, head_norms
 from testv2 import ModelState, TinyMambaModel
 from tinymamba.live import LiveBatch, LiveModel, why_not_live
 
@@ -62,12 +62,16 @@ def test_rows_that_join_and_leave_decode_as_if_alone(form):
             want = [want[0], want[3]]
         now = column[: len(want)]
         hidden, logits, gates, _ = batch.step(now)
+        norms = head_norms(batch, [*range(len(want))])
         batch.commit()
         for row, state in enumerate(want):
             expected, want[row], weights = model.run(now[row : row + 1, None], state)
             close(hidden[row], expected[0], 1e-4)
             close(logits[row], model.head(expected)[0, 0], 1e-4)
             close(gates[:, row], weights[:, 0], 1e-4)
+            (by_state,) = head_norms(want[row], [0])
+            for got, layer in zip(norms[row], by_state, strict=True):
+                close(torch.from_numpy(got), torch.from_numpy(layer), 1e-4)
     assert_same(batch.select([1, 0]), ModelState.join(want[::-1]))
 
 

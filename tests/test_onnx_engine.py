@@ -85,6 +85,9 @@ def assert_equal_tokens(got: list, want: list) -> None:
         assert g.logprob == (w.logprob and pytest.approx(w.logprob, abs=1e-4))
         if w.gates is not None:
             np.testing.assert_allclose(g.gates, w.gates, atol=1e-5)
+        assert (g.norms is None) == (w.norms is None)
+        for got, want in zip(g.norms or (), w.norms or (), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------------- answers
@@ -102,6 +105,7 @@ def test_many_answers_as_one_batch_are_the_same(pair):
                 seed=i,
                 logprobs=3,
                 prompt_logprobs=2 if i % 3 == 0 else None,
+                norms=i % 2 == 0,
             )
             for i in range(32)
         ]
@@ -115,6 +119,7 @@ def test_many_answers_as_one_batch_are_the_same(pair):
     for got, want in zip(tokens + scores, others[0] + others[2], strict=True):
         assert_equal_tokens(got, want)
     assert len(scores[0]) > 5 and all(t.gates.shape == (1, 3) for t in tokens[0])
+    assert all((t.norms is None) == bool(i % 2) for i, each in enumerate(tokens) for t in each)
 
 
 def test_a_long_prompt_in_pieces_is_read_the_same(pair):

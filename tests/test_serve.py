@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import gc
 import json
+import math
 import os
 import random
 import re
@@ -24,6 +25,7 @@ import httpx
 import openai
 import pydantic
 import pytest
+import safetensors.torch
 import torch
 from helpers import ROOT, adapted, assert_refused, close, free_copy, run_main, run_script, wide
 from serve_helpers import (
@@ -33,7 +35,9 @@ from serve_helpers import (
     HELLO,
     NAME,
     PLAIN,
+    UPLOAD,
     assert_error,
+    events_of,
     running,
     session,
     wait_until,
@@ -44,9 +48,11 @@ import serve
 import streaming
 from peft import AdapterConfig, save_adapter
 from serve import ChatTemplate, Options, Vocabulary
-from streaming import Answer, StreamingServer
+from streaming import Answer, StreamingConfig, StreamingServer
 from testv2 import save_folder
 from tinymamba import structured
+from tinymamba.checkpoint import pack_tensors, read_notes
+from tinymamba.cli import UserError
 from tinymamba.openai_api import ApiError, Message
 from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer, byte_alphabet
 
@@ -535,9 +541,24 @@ def test_harmless_fields_change_nothing(shared):
 def test_unknown_routes(shared):
     assert_error(shared.http.get("/v1/nothing"), 404)
     assert assert_error(shared.http.get(COMPLETIONS), 405)["code"] == "method_not_allowed"
+    for path, methods in ((UPLOAD, "POST"), ("/v1/sessions/other", "DELETE, GET")):
+        assert shared.http.put(path).headers["allow"] == methods
     assert_error(shared.http.get("/v1/models/gpt-4"), 404, "model")
     assert shared.ai.models.list().data[0].id == NAME
     assert shared.ai.models.retrieve(NAME).owned_by == "tinymamba"
+
+
+@pytest.mark.parametrize(("memory", "heads"), [(True, [8, 2]), (False, [8, 0])])
+def test_a_model_has_the_sizes_of_its_state(memory, heads):
+    library = StreamingServer(free_copy(wide(memory=memory)), tokenizer=BYTES)
+    with running(library=library) as server:
+        (model,) = server.http.get("/v1/models").json()["data"]
+        assert (model["layers"], model["heads"]) == (2, heads)
+        assert model["state_bytes"] == server.post("/v1/sessions")["state_bytes"]
+        body = {**HELLO, "max_tokens": 1, "gates": True, "logit_bias": {"256": -100}}
+        (token,) = server.post(CHAT, **body)["choices"][0]["tokens"]
+        assert len(token["norms"]) == 2 and {*map(len, token["norms"])} <= {8, sum(heads)}
+        assert len(token["norms"][-1]) == sum(heads)
 
 
 def test_a_body_that_is_too_large(strict):
@@ -551,6 +572,22 @@ def test_a_body_that_is_too_large(strict):
         413,
     )
     assert strict.post(COMPLETIONS, prompt="a", max_tokens=1)
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 99999999", "Transfer-Encoding: chunked"])
+def test_a_client_that_asks_before_it_sends_hears_at_once_that_it_is_too_much(strict, framing):
+    """One that has leave to send may send all, and loses nothing of the answer."""
+    chunk = b"10000\r\n" + bytes(2**16) + b"\r\n"
+    with socket.create_connection(strict.socket.getsockname(), timeout=20) as client:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n{framing}\r\n"
+        client.sendall(head.encode() + b"Expect: 100-continue\r\n\r\n")
+        said = client.recv(4096)
+        if said.startswith(b"HTTP/1.1 100 "):
+            client.sendall(128 * chunk + b"0\r\n\r\n")
+            said = b""
+        while more := client.recv(4096):
+            said += more
+    assert said.startswith(b"HTTP/1.1 413 ") and b'"body_too_large"' in said
 
 
 def test_a_slow_body_times_out():
@@ -701,7 +738,8 @@ def test_a_disconnect_frees_the_slot_before_the_next_step(shared, stream, monkey
             steps.append(1)
 
     def dropping(jobs):
-        gone.set()
+        if {*jobs} & {*engine.running, *engine.waiting}:  # else an earlier test's, dropped again
+            gone.set()
         drop(jobs)
 
     monkeypatch.setattr(decoder, "step", counted)
@@ -799,13 +837,16 @@ def test_a_slow_reader_does_not_block_others(shared):
 def test_a_session_equals_the_librarys(shared, alone):
     made = shared.post("/v1/sessions", id="one", seed=7)
     assert (made["tokens"], made["turns"], made["seed"], made["answering"]) == (0, 0, 7, False)
+    assert made["undo"] == 0
     twin = alone.create_session(seed=7)
     for prompt in ("Once upon", " a time", BYTES.encode(" there"), ""):
         want = alone.generate_text(prompt, twin, max_new_tokens=15, **PLAIN)
         assert session(shared, "one", prompt, max_tokens=15) == want
     info = shared.http.get("/v1/sessions/one").json()
     true = alone.get_session_info(twin)
-    assert info["tokens"] == true["position"] and info["turns"] == 4
+    assert info["tokens"] == true["position"] and info["turns"] == 4 and info["undo"] == 1
+    stored_before = {name: value for name, value in true.items() if name != "undo"}
+    assert serve.Engine.session_out(stored_before)["undo"] == 1, "as of an earlier version"
     assert info["state_bytes"] == true["state_bytes"]
     assert "one" in [s["id"] for s in shared.http.get("/v1/sessions").json()["data"]]
 
@@ -819,7 +860,8 @@ def test_fork_rollback_reset_delete(shared):
     assert fork["tokens"] == other["tokens"] and other["seed"] == 2
     texts = [session(shared, name, "x", max_tokens=20) for name in ("two", "three", other["id"])]
     assert texts[0] == texts[1] != texts[2]
-    assert shared.post(path + "/rollback")["tokens"] == fork["tokens"]
+    back = shared.post(path + "/rollback")
+    assert (back["tokens"], back["turns"], back["undo"]) == (fork["tokens"], 1, 0)
     assert_error(shared.http.post(path + "/rollback"), 409, "session_id")
     assert session(shared, "two", "x", max_tokens=20) == texts[0]
     assert shared.post(path + "/reset")["tokens"] == 0
@@ -892,6 +934,8 @@ def test_a_session_answers_one_at_a_time_and_can_be_stopped(shared, alone):
         ):
             error = assert_error(shared.http.post(f"{path}/{route}", json=body), 409, "session_id")
             assert error["code"] == "session_busy"
+        error = assert_error(shared.http.get(path + "/file"), 409, "session_id")
+        assert error["code"] == "session_busy"
         shared.post(path + "/stop")
         events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
     assert events[-2]["choices"][0]["finish_reason"] == "stop"
@@ -1032,17 +1076,195 @@ def test_gates_are_sent_only_on_request(shared, alone):
     shared.post("/v1/sessions", id="ten", seed=1)
     body = {"prompt": "abc", "max_tokens": 6, "logit_bias": {"256": -100, "97": 100}}
     got = shared.post("/v1/sessions/ten/completions", gates=True, **body)["choices"][0]
-    want = alone.answer(
-        "abc", seed=1, max_new_tokens=6, logit_bias={256: -100.0, 97: 100.0}, **PLAIN
-    )
+    bias = {256: -100.0, 97: 100.0}
+    want = alone.answer("abc", seed=1, max_new_tokens=6, logit_bias=bias, norms=True, **PLAIN)
     true = [t for chunk in want for t in chunk.tokens]
     assert [t["id"] for t in got["tokens"]] == [t.id for t in true] == [97] * 6
     for mine, its in zip(got["tokens"], true, strict=True):
         close(torch.tensor(mine["gates"]), torch.from_numpy(its.gates), 1e-3, scale=1.0)
         assert torch.tensor(mine["gates"]).sum(-1).tolist() == pytest.approx([1, 1], abs=2e-3)
+        for got, norms in zip(mine["norms"], its.norms, strict=True):
+            assert got == pytest.approx(norms.tolist(), rel=6e-4)
+            assert all(len(f"{norm:g}".replace(".", "").strip("0")) <= 4 for norm in got)
     assert "tokens" not in shared.post("/v1/sessions/ten/completions", **body)["choices"][0]
-    for path, more in ((COMPLETIONS, {"prompt": "a"}), (CHAT, HELLO)):
-        assert_error(shared.http.post(path, json={**more, "gates": True}), 400, "gates")
+    more = {"prompt": "a", "gates": True}
+    assert_error(shared.http.post(COMPLETIONS, json=more), 400, "gates")
+
+
+def test_chats_have_gates_too(shared, strict):
+    body = {**HELLO, "max_tokens": 9, "seed": 3, "n": 2}
+    plain = shared.post(CHAT, **body)["choices"]
+    for server in (shared, strict):  # a field that the server knows
+        whole = server.post(CHAT, **body, gates=True)["choices"]
+        texts, tokens = ["", ""], [[], []]
+        for event in events_of(server, CHAT, **body, gates=True):
+            for choice in event["choices"]:
+                texts[choice["index"]] += choice["delta"].get("content") or ""
+                tokens[choice["index"]] += choice["tokens"]
+        assert tokens == [choice["tokens"] for choice in whole]
+        assert texts == [choice["message"]["content"] for choice in whole]
+        assert texts == [choice["message"]["content"] for choice in plain]
+        assert all(token["gates"] and token["norms"] for each in tokens for token in each)
+    assert "tokens" not in plain[0] and sum(map(len, tokens)) > 9
+    assert_error(shared.http.post(CHAT, json={**body, "gates": "yes"}), 400, "gates")
+
+
+# ------------------------------------------------------------------------------- session files
+
+
+def sessions_of(server) -> set[str]:
+    return {each["id"] for each in server.http.get("/v1/sessions").json()["data"]}
+
+
+def parts_of(data: bytes) -> tuple:
+    """A session file as its notes, whose order is not fixed, its size, and all other bytes."""
+    size = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + size]), len(data), data[8 + size :]
+
+
+def test_a_session_is_a_file_for_the_console_and_back(folder, tmp_path):
+    first, again = tmp_path / "first.safetensors", tmp_path / "again.safetensors"
+    with running(library=StreamingServer(folder / "tiny")) as server:
+        server.post("/v1/sessions", id="file", seed=3)
+        session(server, "file", "abc \N{SNOWMAN}", max_tokens=5)
+        answer = server.http.get("/v1/sessions/file/file")
+        assert answer.headers["content-type"] == "application/octet-stream"
+        assert answer.headers["content-disposition"] == 'attachment; filename="file.safetensors"'
+        first.write_bytes(answer.content)
+        words = ["--checkpoint", folder / "tiny", "--load_session", first, "--save_session", again]
+        done = run_main(streaming.main, *words, "--max_tokens", 0)
+        assert done.returncode == 0, done.stderr
+        opened = server.http.post(UPLOAD, content=again.read_bytes(), params={"id": "again"})
+        assert opened.status_code == 201 and opened.json()["id"] == "again"
+        assert opened.json()["turns"] == 2, "an empty one, of the console"
+        assert opened.json()["undo"] == 0, "the file has one state"
+        state = parts_of(answer.content)[-1]
+        assert parts_of(server.http.get("/v1/sessions/again/file").content)[-1] == state
+        same = server.http.post(UPLOAD, content=answer.content).json()
+        kept = server.http.get(f"/v1/sessions/{same['id']}/file").content
+        assert parts_of(kept) == parts_of(answer.content)
+        texts = [session(server, n, "x", max_tokens=20) for n in ("file", "again", same["id"])]
+        assert texts[0] == texts[1] == texts[2]
+        taken = server.http.post(UPLOAD, content=kept, params={"id": "again"})
+        assert_error(taken, 409, "id")
+        assert_error(server.http.post(UPLOAD, content=kept, params={"id": "a/b"}), 400, "id")
+        server.post("/v1/sessions", id="empty", seed=3)
+        empty = server.http.get("/v1/sessions/empty/file").content
+        assert_error(server.http.post(UPLOAD, content=empty, params={"id": "again"}), 409, "id")
+        opened = server.http.post(UPLOAD, content=empty).json()
+        assert (opened["tokens"], opened["turns"], opened["seed"]) == (0, 0, 3)
+        for prompt in ("abc", "x"):
+            texts = [session(server, n, prompt, max_tokens=9) for n in ("empty", opened["id"])]
+            assert texts[0] == texts[1]
+        assert_error(server.http.get("/v1/sessions/none/file"), 404, "session_id")
+
+
+def test_a_file_that_is_no_session_of_this_model_is_refused(shared, tmp_path):
+    shared.post("/v1/sessions", id="whole", seed=3)
+    session(shared, "whole", "abc", max_tokens=5)
+    data, before = shared.http.get("/v1/sessions/whole/file").content, sessions_of(shared)
+    stranger = StreamingServer(free_copy(wide(d_state=4)), tokenizer=BYTES)
+    backwards = [*byte_alphabet()][::-1]
+    (tmp_path / "vocab.txt").write_text("\n".join([*backwards, EOS_TOKEN]) + "\n")
+    other = StreamingServer(free_copy(wide()), tokenizer=tmp_path / "vocab.txt")
+    bad = {b"": "read", b"no file": "read", data[:-1]: "read", data[:999]: "read"}
+    bad[stranger.pack_session(stranger.create_session())] = "of this model"
+    bad[other.pack_session(other.create_session())] = "another tokenizer"
+    bad[data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]] = "damaged"
+    for content, problem in bad.items():
+        message = assert_error(shared.http.post(UPLOAD, content=content), 400, "file")["message"]
+        assert message.startswith("file: ") and problem in message and "\n" not in message
+    for kind in ("application/json", "text/plain", "multipart/form-data; boundary=x"):
+        answer = shared.http.post(UPLOAD, content=data, headers={"Content-Type": kind})
+        assert "octet-stream" in assert_error(answer, 415)["message"]
+    binary = {"Content-Type": "application/octet-stream"}
+    assert_error(shared.http.post(CHAT, content=json.dumps(HELLO), headers=binary), 415)
+    assert sessions_of(shared) == before
+
+
+def test_a_flipped_bit_of_a_file_is_an_error_of_one_line(alone):
+    data = alone.pack_session(alone.create_session(seed=1))
+    head = 8 + int.from_bytes(data[:8], "little")
+    random.seed(0)
+    places = [*range(8), *random.sample(range(head), 100), *random.sample(range(len(data)), 100)]
+    for place in places:
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << random.randrange(8)
+        with pytest.raises(UserError, match="^file: [^\n]*$"):
+            alone.unpack_session(bytes(damaged), "file")
+
+
+FORGED = ("created", "used", "turns", "seed", "chat")
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"created": 1e999},
+        {"used": float("nan")},
+        {"created": 10**400},
+        {"turns": -1},
+        {"seed": 2**63},
+        {"config": {"top_p": 2.0}},
+        {"config": {"adapter": "none"}},
+        {"chat": {"messages": [], "ids": [10**30, *[97] * 512]}},
+        {"tensors": "nan"},
+    ],
+)
+def test_a_forged_file_is_an_error_of_one_line(alone, about):
+    """Its checksum is right: anybody can compute it."""
+    data = alone.pack_session(alone.create_session(seed=1))
+    tensors, notes = safetensors.torch.load(data), read_notes(data)
+    del notes["checksum"]
+    held = json.loads(notes["session"])
+    held["config"] |= about.get("config", {})
+    notes["session"] = json.dumps({**held, **{n: v for n, v in about.items() if n in FORGED}})
+    if "tensors" in about:
+        next(t for name, t in tensors.items() if "ssm" in name)[:] = math.nan
+    if "chat" in about:
+        tensors["position"][:], tensors["recent"][:] = 513, 97
+    with pytest.raises(UserError) as caught:
+        alone.unpack_session(pack_tensors(tensors, notes), "file")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_gives_nothing_but_the_text(shared, alone):
+    """Not the turns of a store, whose answers it has, nor a setting that a request would not."""
+    alone.create_session("from", seed=1, config=StreamingConfig(prompt_logprobs=3))
+    alone.generate_text("abc", "from", max_new_tokens=3)
+    made = alone.find("from")
+    made.keys, made.reply, made.created = {"a": "b"}, {"choices": []}, 1.0
+    kept = shared.http.post(UPLOAD, content=alone.pack_session("from", "stamp")).json()
+    del alone.sessions["from"]
+    assert kept["created"] > 1e9
+    opened = shared.api.server.find(kept["id"])
+    assert (opened.keys, opened.reply) == ({}, None) and opened.before
+    body = {"prompt": "ab", "max_tokens": 2, "gates": True, "logit_bias": {"256": -100}}
+    answer = shared.post(f"/v1/sessions/{kept['id']}/completions", **body)
+    assert len(answer["choices"][0]["tokens"]) == 2
+    assert shared.post(f"/v1/sessions/{kept['id']}/rollback")["turns"] == 1
+
+
+def test_files_need_the_key_and_room_and_have_a_limit():
+    key = {"Authorization": "Bearer key"}
+    with running(api_key="key", max_sessions=3, max_body=100, strict=True) as server:
+        server.http.headers.update(key)
+        server.post("/v1/sessions", id="one", seed=1)
+        data = server.http.get("/v1/sessions/one/file").content
+        assert len(data) > 100 and server.api.max_file > len(data)
+        for large in (bytes(server.api.max_file + 1), bytes(2**24)):
+            for content in (large, (large[i : i + 2**16] for i in range(0, len(large), 2**16))):
+                error = assert_error(server.http.post(UPLOAD, content=content), 413)
+                assert str(server.api.max_file) in error["message"]
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            made = list(pool.map(lambda _: server.http.post(UPLOAD, content=data), range(6)))
+        assert sorted(answer.status_code for answer in made) == [201, 201, 429, 429, 429, 429]
+        for name in sessions_of(server):
+            got = server.http.get(f"/v1/sessions/{name}/file").content
+            assert parts_of(got) == parts_of(data)
+        bare = {"Authorization": "Bearer other"}
+        assert_error(server.http.get("/v1/sessions/one/file", headers=bare), 401)
+        assert_error(server.http.post(UPLOAD, content=data, headers=bare), 401)
 
 
 def test_the_number_of_sessions_is_limited():
@@ -1240,6 +1462,12 @@ def test_openapi_describes_the_routes(shared, strict):
     routes = {(method.upper(), path) for path, item in document["paths"].items() for method in item}
     assert ("POST", COMPLETIONS) in routes and ("POST", "/v1/sessions/{session_id}/fork") in routes
     assert "422" not in json.dumps(document["paths"])
+    upload = document["paths"]["/v1/sessions/file"]["post"]
+    download = document["paths"]["/v1/sessions/{session_id}/file"]["get"]
+    binary = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+    assert upload["requestBody"] == {"content": binary, "required": True}
+    assert download["responses"]["200"]["content"] == binary
+    assert [p["name"] for p in upload["parameters"]] == ["id"] and "201" in upload["responses"]
     documents = (document, strict.http.get("/openapi.json").json())
     for described, unknown in zip(documents, (True, False), strict=True):
         body = described["components"]["schemas"]["CompletionBody"]

@@ -27,6 +27,7 @@ from serve_helpers import (
     CHAT,
     COMPLETIONS,
     PLAIN,
+    UPLOAD,
     Running,
     assert_error,
     running,
@@ -524,6 +525,7 @@ def test_any_server_continues_any_session(pair, alone):
         assert_same_bits(pair[0], alone)
     infos = [server.http.get(TALK).json() for server in pair]
     assert infos[0] == infos[1] and infos[0]["turns"] == 5 and not infos[0]["answering"]
+    assert infos[0]["undo"] == 1
     lists = [server.http.get("/v1/sessions").json()["data"] for server in pair]
     assert lists == [[infos[0]]] * 2
 
@@ -543,7 +545,11 @@ def test_what_is_done_to_a_session_is_done_on_all_servers(pair, alone):
     assert one.post("/v1/sessions/fork/rollback")["turns"] == 1
     assert other.post(f"{TALK}/save", name="kept")["turns"] == 2
     assert one.post("/v1/sessions", load="kept", id="again")["turns"] == 2
-    assert session(other, "again", "x", **GREEDY) == undisturbed(alone, "talk", "x")
+    data = other.http.get(f"{TALK}/file").content
+    assert one.http.post(UPLOAD, content=data, params={"id": "file"}).json()["turns"] == 2
+    assert_error(other.http.post(UPLOAD, content=data, params={"id": "file"}), 409, "id")
+    want = undisturbed(alone, "talk", "x")
+    assert [session(other, name, "x", **GREEDY) for name in ("again", "file")] == [want] * 2
     assert one.post(f"{TALK}/reset")["tokens"] == 0
     assert turn(other, "abc").json()["choices"][0]["text"] == texts[0]
     assert one.http.delete(TALK).json()["deleted"]
@@ -671,7 +677,8 @@ def test_a_session_that_another_server_continues_is_busy(pair):
     one, other = pair
     one.post("/v1/sessions", id="talk")
     with endless(one) as lines:
-        for answer in (turn(other, "x"), other.http.post(f"{TALK}/rollback"), turn(one, "x")):
+        answers = [turn(other, "x"), other.http.post(f"{TALK}/rollback"), turn(one, "x")]
+        for answer in (*answers, other.http.get(f"{TALK}/file")):
             assert assert_error(answer, 409, "session_id")["code"] == "session_busy"
             assert answer.headers["Retry-After"] == "1"
         assert other.http.get(TALK).json()["answering"]
@@ -683,6 +690,25 @@ def test_a_session_that_another_server_continues_is_busy(pair):
         other.http.delete(TALK)
         assert "deleted" in json.loads([*lines][-1][6:])["error"]["message"]
     assert_error(turn(one, "x"), 404, "session_id")
+
+
+def test_a_file_is_stored_as_a_session_under_its_lease(pair, monkeypatch):
+    one, other = pair
+    store, leases = one.api.store, []
+
+    def noted(lease, *more):
+        leases.append((lease.session_id, other.api.store.lease(lease.session_id, "another")))
+        put(lease, *more)
+
+    one.post("/v1/sessions", id="talk", seed=7)
+    data, put = one.http.get(f"{TALK}/file").content, store.put
+    monkeypatch.setattr(store, "put", noted)
+    monkeypatch.setattr(one.api.options, "max_sessions", 2)
+    assert one.http.post(UPLOAD, content=data, params={"id": "new"}).status_code == 201
+    assert leases == [("new", None)], "nobody else can have it"
+    assert_same_bits(other, one.api.server, "new")
+    full = assert_error(one.http.post(UPLOAD, content=data), 429)
+    assert full["code"] == "too_many_sessions" and len(store.entries()) == 2
 
 
 def test_a_client_that_disconnects_frees_the_session_for_all(pair):

@@ -22,8 +22,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    DOCUMENTS,
     POSIX,
     ROOT,
+    adapted,
     assert_refused,
     close,
     examples,
@@ -39,6 +41,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import streaming
+from peft import AdapterConfig
+from quantize import quantize_model
 from streaming import (
     MARK,
     Answer,
@@ -529,6 +533,84 @@ def test_gates_are_those_of_the_token_that_predicts():
         _, gates = server.model(torch.tensor([ids]), return_gates=True)
         np.testing.assert_allclose(token.gates, gates[:, 0, -1], atol=1e-5)
         ids.append(token.id)
+
+
+@torch.no_grad()
+def assert_norms(model, ids: list[int], tokens: list) -> None:
+    """Each of the tokens after these ids has the norms of the state from which it was drawn."""
+    state = model.init_state(1)
+    for token in tokens:
+        _, state = model.advance(torch.tensor([ids]), state)
+        assert len(token.norms) == len(state.layers)
+        for got, layer in zip(token.norms, state.layers, strict=True):
+            heads = [*layer.ssm[0], *(() if layer.memory is None else layer.memory[0])]
+            want = [h.double().square().sum().sqrt().item() for h in heads]
+            np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-6)
+        ids = [token.id]
+
+
+NORMS = {
+    "live": lambda: wide(n_layer=3),
+    "documents": lambda: wide(**DOCUMENTS),
+    "sparse gates and no memory": lambda: wide(gate="top_k", memory=False),
+    "adapter": lambda: adapted(AdapterConfig()),
+    "quantized": lambda: quantize_model(wide(), 8, "weight_only", 16),
+}
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_norms_are_those_of_the_state_that_predicts(kind):
+    """Alone and in a batch with answers that do not ask, after a prompt and after a session."""
+    server = serve(NORMS[kind](), eos_token_id=-1)
+    prompts, asking = ["Hello", "and a second text", "no", "Hel"], [True, False, True, True]
+    endings = {"logit_bias": {0: 100.0}}  # 0 ends a document, if one does
+
+    def answer(i: int, count: int, norms: bool) -> Answer:
+        more = endings if i == 3 else {}
+        return server.answer(prompts[i], as_ids=True, max_new_tokens=count, norms=norms, **more)
+
+    for i, prompt in enumerate(prompts):
+        tokens = [t for chunk in answer(i, 2, True) for t in chunk.tokens]
+        assert_norms(server.model, BYTES.encode(prompt), tokens)
+    answers = [answer(i, 3 + i, asked) for i, asked in enumerate(asking)]
+    for i, asked in enumerate(asking):
+        tokens = [t for chunk in answers[i] for t in chunk.tokens]
+        assert len(tokens) == 3 + i and all((t.norms is not None) == asked for t in tokens)
+        if asked:
+            assert_norms(server.model, BYTES.encode(prompts[i]), tokens)
+
+
+def test_norms_belong_to_a_session_a_known_prefix_and_an_empty_prompt():
+    model, text = free_copy(wide()), "a long beginning " * 8
+    server = StreamingServer(model, tokenizer=BYTES, cache_bytes=2**24)
+    session, read = server.create_session(seed=1), []
+    for prompt in (text, "more", ""):
+        read += BYTES.encode(prompt)
+        answer = server.answer(prompt, session, as_ids=True, max_new_tokens=3, norms=True)
+        tokens = [t for chunk in answer for t in chunk.tokens]
+        assert_norms(server.model, read, tokens)
+        read += [t.id for t in tokens]
+    answer = server.answer(text, as_ids=True, max_new_tokens=3, norms=True)
+    assert answer.cached_tokens == len(text)
+    assert_norms(server.model, BYTES.encode(text), [t for c in answer for t in c.tokens])
+
+
+def test_norms_are_computed_for_those_who_ask_only(monkeypatch):
+    server, rows = serve(), []
+    real = streaming.matrix_norms, streaming.LiveBatch.norms
+
+    def noted(batch, chosen):
+        rows.append(chosen)
+        return real[1](batch, chosen)
+
+    monkeypatch.setattr(streaming.LiveBatch, "norms", noted)
+    monkeypatch.setattr(streaming, "matrix_norms", lambda heads: 1 / 0)
+    assert len(tokens_of(server.answer("Hello", as_ids=True))) == 12 and rows == []
+    monkeypatch.setattr(streaming, "matrix_norms", real[0])
+    answers = [server.answer("Hello", as_ids=True, norms=n) for n in (False, True, False)]
+    for answer in answers:
+        tokens_of(answer)
+    assert [len(chosen) for chosen in rows] == [1] * 11
 
 
 def test_the_same_seed_gives_the_same_text():
@@ -1300,8 +1382,10 @@ def test_a_compiled_step_gives_the_same_text(tokens):
     answers = []
     for compiled in (False, True):
         server = StreamingServer(free_copy(wide(n_layer=1)), tokenizer=BYTES, compiled=compiled)
-        answer = server.answer("Hello", as_ids=True, max_new_tokens=tokens, **GREEDY)
-        answers.append(tokens_of(answer))
+        answer = server.answer("Hello", as_ids=True, norms=True, max_new_tokens=tokens, **GREEDY)
+        drawn = [token for chunk in answer for token in chunk.tokens]
+        assert_norms(server.model, BYTES.encode("Hello"), drawn[:3])
+        answers.append([token.id for token in drawn])
     assert answers[0] == answers[1] and len(answers[0]) > 1
 
 

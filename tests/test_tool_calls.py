@@ -13,7 +13,7 @@ import jsonschema_rs
 import pytest
 from helpers import ROOT, train_bpe
 from openai.lib.streaming.chat import ChatCompletionStreamState
-from serve_helpers import CHAT, HELLO, NAME, assert_error, running
+from serve_helpers import CHAT, HELLO, NAME, assert_error, events_of, running
 from tokenizers import Tokenizer
 
 from tinymamba.chat_template import ChatTemplate
@@ -485,6 +485,16 @@ def test_the_request_of_the_documentation(server_of):
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     (request,) = re.findall(r"```json\n(.*?)```", page.partition("## Tools")[2], re.S)
     assert server_of("Hermes").post(CHAT, **json.loads(request), max_tokens=1)["choices"]
+
+
+def test_the_tokens_of_calls_have_gates_if_asked(server_of):
+    body = {**ASK, "tool_choice": NAMED, "seed": 1, "max_tokens": 200, "gates": True}
+    answer, tokens = server_of("Hermes").post(CHAT, **body), []
+    for event in events_of(server_of("Hermes"), CHAT, **body):
+        tokens += [token for choice in event["choices"] for token in choice["tokens"]]
+    (choice,) = answer["choices"]
+    assert choice["message"]["tool_calls"] and tokens == choice["tokens"]
+    assert len(tokens) == answer["usage"]["completion_tokens"] > 9
 
 
 def test_several_calls_in_one_answer(server_of):

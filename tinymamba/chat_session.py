@@ -42,7 +42,8 @@ class ChatHistory(NamedTuple):
             for m in messages
         )
         same = len(ids) == position and ids[len(ids) - len(recent) :] == tuple(recent)
-        if not (known and same and {int}.issuperset(map(type, ids))):
+        numbers = {int}.issuperset(map(type, ids)) and all(0 <= i < 2**31 for i in ids)
+        if not (known and same and numbers):
             raise ValueError("its messages do not fit its state")
         return ChatHistory(messages, ids)
 

@@ -306,6 +306,22 @@ class LiveBatch:
             for t in (*layer.ssm, *layer.memory):
                 t[row] = 0.0
 
+    @torch.inference_mode()
+    def norms(self, rows: list[int]) -> list[list[Tensor]]:
+        """Of each layer the norms of the SSM's heads (rows, h), and of the memory's (rows, a).
+
+        They are those of the state after the last step, before `commit`.
+        """
+        side, ended = 1 - self.time % 2, [i for i, row in enumerate(rows) if row in self.ended]
+        layers = []
+        for layer in self.layers:
+            parts = [matrix_norms(layer.ssm[side][rows].transpose(1, 2))]
+            parts += [matrix_norms(t[rows]) for t in layer.memory[side : side + 1]]
+            for norms in parts:
+                norms[ended] = 0.0  # `commit` will erase their states
+            layers.append(parts)
+        return layers
+
     # A step ----------------------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -421,6 +437,11 @@ class LiveBatch:
             raw, v = exact[:, -3 * heads :], v.transpose(1, 2)  # (b, a, 1, f)
             y = y + step_memory(block.parts.memory, raw, qk, v, old, new)[0][:, :, 0]
         return y.flatten(1)
+
+
+def matrix_norms(heads: Tensor) -> Tensor:
+    """The Frobenius norms (b, h) of one matrix per head (b, h, m, n), float32."""
+    return torch.linalg.vector_norm(heads, dim=(2, 3), dtype=torch.float32)
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ It needs fastapi: pip install fastapi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import ipaddress
 import logging
@@ -13,18 +14,20 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from tinymamba.openai_api import ApiError
+from tinymamba.openai_api import BINARY, JSON, ApiError
 
 PUBLIC_PATHS = ("/", "/health", "/ready")  # need no key: the page has no data, and its calls do
 GENERATING = ("/completions", "/responses", "/embeddings")  # how their paths end
+SESSION_FILES = "/v1/sessions/file"  # takes the bytes of a file; all other paths take JSON
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def clean(scope: Any) -> None:
-    """Drop slashes that a base URL left over, and read a body of no type as JSON."""
+    """Drop slashes that a base URL left over, and read a body of no type as what the path takes."""
     scope["path"] = "/" + "/".join(filter(None, scope["path"].split("/")))
     if not any(name == b"content-type" for name, _ in scope["headers"]):
-        scope["headers"] = [*scope["headers"], (b"content-type", b"application/json")]
+        kind = BINARY if scope["path"] == SESSION_FILES else JSON
+        scope["headers"] = [*scope["headers"], (b"content-type", kind.encode())]
 
 
 def is_ip(host: str) -> bool:
@@ -34,6 +37,50 @@ def is_ip(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+class LimitedBody:
+    """What receives the body of a request: with an error if it is too large or too slow."""
+
+    def __init__(self, receive: Callable, most: int, seconds: float):
+        """`most`: bytes."""
+        self.receive, self.most = receive, most
+        self.deadline = asyncio.get_running_loop().time() + seconds
+        self.size, self.complete, self.refused = 0, False, False
+
+    async def __call__(self) -> dict:
+        """The next message."""
+        if self.complete:  # only a disconnect can follow, and it has no deadline
+            return await self.receive()
+        try:
+            async with asyncio.timeout_at(self.deadline):
+                message = await self.receive()
+        except TimeoutError:
+            problem, headers = "the body did not arrive in time", {"Connection": "close"}
+            raise ApiError(408, problem, None, "timeout", headers) from None
+        self.size += len(message.get("body", b""))
+        self.complete = not message.get("more_body", False)
+        self.check(self.size)
+        return message
+
+    def check(self, size: int) -> None:
+        """Reject a body of more bytes than the limit."""
+        if size > self.most:
+            self.refused = True
+            problem, headers = f"the body is larger than {self.most} bytes", {"Connection": "close"}
+            raise ApiError(413, problem, None, "body_too_large", headers)
+
+    def is_coming(self, headers: dict[bytes, bytes]) -> bool:
+        """Whether it was refused before its end; who waits for a 100 Continue sends nothing."""
+        waits = self.size == 0 and b"expect" in headers
+        return self.refused and not (self.complete or waits)
+
+    async def discard(self) -> None:
+        """Read the rest of the body until the deadline, and drop it."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(self.deadline):
+                while (await self.receive()).get("more_body", False):
+                    pass
 
 
 class Middleware:
@@ -48,7 +95,9 @@ class Middleware:
             await self.app(scope, receive, send)
             return
         clean(scope)
-        started = False
+        started, path, headers = False, scope["path"], dict(scope["headers"])
+        most = self.api.max_file if path == SESSION_FILES else self.api.options.max_body
+        body = LimitedBody(receive, most, self.api.options.body_timeout)
 
         async def counted_send(message: Any) -> None:
             nonlocal started
@@ -56,17 +105,21 @@ class Middleware:
                 started = True
                 route = getattr(scope.get("route"), "path", "none")
                 self.api.metrics.requests.labels(route, message["status"]).inc()
+            elif body.is_coming(headers):
+                # Who is still sending would lose the answer if the connection were closed now.
+                await send({**message, "more_body": True})
+                await body.discard()
+                message = {"type": "http.response.body"}
             await send(message)
 
-        headers = dict(scope["headers"])
         try:
-            self.check(scope["path"], headers)
-            self.check_body(scope["path"], scope["method"], headers)
+            self.check(path, headers)
+            self.check_body(path, scope["method"], headers, body)
         except ApiError as error:
             await error.response()(scope, receive, counted_send)
             return
         try:
-            await self.app(scope, self.limit_body(receive), counted_send)
+            await self.app(scope, body, counted_send)
         except Exception as error:
             if started:
                 raise
@@ -104,43 +157,19 @@ class Middleware:
         public = options.api_key or options.host not in LOOPBACK
         return address == host and bool(public or name in LOOPBACK or is_ip(name))
 
-    def check_body(self, path: str, method: str, headers: dict[bytes, bytes]) -> None:
+    def check_body(
+        self, path: str, method: str, headers: dict[bytes, bytes], body: LimitedBody
+    ) -> None:
         """Check the type and the size of the body, and the room in the queue."""
         kind = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
         size = headers.get(b"content-length", b"0")
         has_body = size != b"0" or b"transfer-encoding" in headers
-        if has_body and kind and not re.fullmatch(r"application/(.*\+)?json", kind):
-            problem = f"the body is {kind}; send Content-Type: application/json"
+        takes_file = path == SESSION_FILES
+        pattern = re.escape(BINARY) if takes_file else r"application/(.*\+)?json"
+        if has_body and kind and not re.fullmatch(pattern, kind):
+            problem = f"the body is {kind}; send Content-Type: {BINARY if takes_file else JSON}"
             raise ApiError(415, problem, None, "unsupported_media_type")
-        if size.isdigit() and int(size) > self.api.options.max_body:
-            raise self.too_large()
+        if size.isdigit():
+            body.check(int(size))
         if method == "POST" and path.endswith(GENERATING):
             self.api.require_room(1)
-
-    def too_large(self) -> ApiError:
-        """The error of a body over the limit."""
-        problem = f"the body is larger than {self.api.options.max_body} bytes"
-        return ApiError(413, problem, None, "body_too_large", {"Connection": "close"})
-
-    def limit_body(self, receive: Callable) -> Callable:
-        """`receive`, with an error if the body is too large or too slow."""
-        size, complete = 0, False
-        deadline = asyncio.get_running_loop().time() + self.api.options.body_timeout
-
-        async def limited_receive() -> dict:
-            nonlocal size, complete
-            if complete:  # only a disconnect can follow, and it has no deadline
-                return await receive()
-            try:
-                async with asyncio.timeout_at(deadline):
-                    message = await receive()
-            except TimeoutError:
-                problem, headers = "the body did not arrive in time", {"Connection": "close"}
-                raise ApiError(408, problem, None, "timeout", headers) from None
-            size += len(message.get("body", b""))
-            complete = not message.get("more_body", False)
-            if size > self.api.options.max_body:
-                raise self.too_large()
-            return message
-
-        return limited_receive

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from fastapi import FastAPI, Header, HTTPException, Path, Request
+from fastapi import FastAPI, Header, HTTPException, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -31,9 +31,11 @@ from tinymamba.cli import UserError, require
 
 # ---------------------------------------------------------------------------------- requests
 
+JSON, BINARY = "application/json", "application/octet-stream"  # types of bodies
 PLAIN_NAME = r"^[A-Za-z0-9_-]{1,64}$"
 Name = Annotated[str, Field(pattern=PLAIN_NAME)]
 SessionId = Annotated[str, Path(pattern=PLAIN_NAME)]
+NewId = Annotated[str | None, Query(alias="id", pattern=PLAIN_NAME)]
 TurnKey = Annotated[
     str | None,
     Header(
@@ -57,6 +59,7 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 LogitBias = Annotated[dict[BiasKey, Bias], Field(max_length=300)]
 
 NO_EFFECT = "accepted; it has no effect"
+GATES = "list every token with its gate, and with the norms of the state's heads, in each layer"
 UNSUPPORTED = "not supported: only the value without effect is accepted"
 EMPTY: tuple = (None, "", [], {})  # what stands for a field that is left out
 
@@ -311,7 +314,7 @@ class ChatBody(Generation):
     reasoning_effort: Literal["none"] | None = Field(default=None, description=UNSUPPORTED)
     verbosity: Literal["medium"] | None = Field(default=None, description=UNSUPPORTED)
     web_search_options: None = Field(default=None, description=UNSUPPORTED)
-    gates: None = Field(default=None, description=UNSUPPORTED)
+    gates: bool | None = Field(default=None, description=GATES)
 
     def alternatives(self) -> int | None:
         """`top_logprobs`, if `logprobs` is set."""
@@ -323,9 +326,7 @@ class SessionCompletionBody(Generation):
 
     prompt: str | list[TokenId] = ""
     logprobs: Alternatives | None = None
-    gates: bool | None = Field(
-        default=None, description="list every token with its gate in each layer"
-    )
+    gates: bool | None = Field(default=None, description=GATES)
 
     def alternatives(self) -> int | None:
         """`logprobs` itself."""
@@ -428,6 +429,7 @@ class SessionOut(BaseModel):
     seed: int
     state_bytes: int
     answering: bool
+    undo: int  # turns that can be undone
 
 
 class SessionsOut(BaseModel):
@@ -592,7 +594,7 @@ def shutting_down() -> ApiError:
 
 def json_response(value: Any, status: int = 200, headers: Any = None) -> Response:
     """A response whose body is `value` as JSON."""
-    return Response(json.dumps(value), status, headers, "application/json")
+    return Response(json.dumps(value), status, headers, JSON)
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -643,7 +645,10 @@ def http_error(request: Request, error: Any) -> Response:
     headers: dict[str, str] = {}
     if error.status_code == 405:  # Starlette lists the methods of the first route only
         path, routes = request.url.path, request.app.state.routes
-        allowed = {m for r in routes if r.path_regex.match(path) for m in r.methods}
+        found = [r for r in routes if r.path_regex.match(path)]
+        # In OpenAPI, a path that a route spells out is not one of those with parameters.
+        found = [r for r in found if r.path == path] or found
+        allowed = {m for r in found for m in r.methods}
         headers["Allow"] = ", ".join(sorted(allowed))
     return ApiError(error.status_code, str(error.detail), None, code, headers).response()
 
