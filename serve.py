@@ -1681,7 +1681,7 @@ class Api:
         """The session as the bytes of a file of streaming.py's --save_session."""
         async with self.sessions.holding(session_id):
             await self.engine.call(self.engine.find_idle, session_id)
-            data = await self.sessions.run(self.server.pack_session, session_id)
+            data = await asyncio.to_thread(self.server.pack_session, session_id)
         name = f'attachment; filename="{session_id}.safetensors"'
         headers = {"Content-Disposition": name, "Cache-Control": "no-store"}
         return Response(data, media_type=BINARY, headers=headers)
@@ -1693,7 +1693,7 @@ class Api:
             data = await request.body()
         except ClientDisconnect:
             raise ClientDisconnected from None
-        session = await self.sessions.run(self.server.unpack_session, data, "file", name)
+        session = await asyncio.to_thread(self.server.unpack_session, data, "file", name)
         session.keys, session.reply = {}, None  # its turns are not those of this server's clients
         session.created = session.used = time.time()
         return await self.change_session(name, lambda: self.server.insert(session), 201, new=True)
