@@ -169,7 +169,8 @@ def programs(graph: Graph, options: Options) -> dict[str, torch.export.ExportedP
         rows = {} if name == "prefill" and graph.ONE_PROMPT else {0: batch}
         dims = {**rows, 1: length} if name == "prefill" else rows
         shapes = (dims, tuple(rows for _ in inputs[1:]))
-        with chunked(graph):
+        # Comparing sizes that are symbols takes longer than what PyTorch's cache of shapes saves.
+        with chunked(graph), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
             graph.programs[name] = torch.export.export(
                 graph,
                 inputs,

@@ -12,9 +12,10 @@ from tinymamba.tokenizer import EOS_TOKEN
 
 # The files that take longest, the longest first. A file is run by one process: begun last, one of
 # these would keep it busy long after the others have ended.
-LONGEST = ["reliability", "readme", "training", "model", "peft", "export_model", "hf_integration",
-           "restarts", "streaming", "benchmark", "surroundings", "serve", "quantize",
-           "preferences", "onnx_engine", "testv2"]  # fmt: skip
+LONGEST = ["reliability", "readme", "training", "model", "hf_integration", "peft", "export_model",
+           "streaming", "restarts", "serve", "tied_weights", "session_store", "benchmark",
+           "surroundings", "sharded_checkpoint", "quantize", "carried_state", "onnx_engine",
+           "preferences", "context_parallel", "prepare_documents", "testv2"]  # fmt: skip
 
 heed_signals()
 
@@ -45,8 +46,10 @@ def seeded():
     torch.manual_seed(0)
     np.random.seed(0)
     yield
-    # Weights & Biases tells child processes to use this process's service. Other tests' must not.
-    os.environ.pop("WANDB_SERVICE", None)
+    # Weights & Biases tells child processes to use this process's service, and benchmark.py how to
+    # allocate memory. Other tests' must not.
+    for name in ("WANDB_SERVICE", "MALLOC_MMAP_THRESHOLD_"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture
@@ -83,3 +86,22 @@ def tokenizers(tmp_path_factory, bpe):
 def elsewhere(tmp_path, monkeypatch):
     """A folder without data/text, whose tokenizer a model without one would take."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """Headless Chromium, one for a file: while it runs, the main thread has an event loop."""
+    from browser import chromium
+
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def browse(chromium):
+    """Opens pages (tests/browser.py): an error, or a request to another host, fails the test."""
+    from browser import Tabs
+
+    tabs = Tabs(chromium)
+    yield tabs
+    tabs.close()

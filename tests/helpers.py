@@ -334,6 +334,8 @@ def start_fork(main, *words, env: dict | None = None, **streams) -> subprocess.P
 
     Where nothing can be forked it is a new process.
     """
+    import torch._dynamo  # noqa: F401  an optimizer does: once, rather than in each fork
+
     command = [sys.executable, str(inspect.getsourcefile(main)), *map(str, words)]
     how = {"env": {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, "text": True, **streams}
     if os.name == "posix":
@@ -395,6 +397,8 @@ def run_two_ranks(*words, script="testv2.py") -> None:
 
 def fork_group(size: int, work: Callable[[int], dict], folder: Path) -> list[dict]:
     """What `work` returns in each of `size` processes that a launcher could have started."""
+    import torch._dynamo  # noqa: F401  as in start_fork
+
     port = str(free_port())
 
     def run(rank: int) -> None:

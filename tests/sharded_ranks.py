@@ -86,8 +86,13 @@ def run_checks() -> dict:
     return found
 
 
-if __name__ == "__main__":
+def check_and_train(argv: list[str]) -> None:
+    """Print what the checks found and the exit codes of the runs."""
     checks = run_checks()
-    os.environ["MASTER_PORT"] = sys.argv[1]
-    runs = [list(words) for end, words in groupby(sys.argv[2:], "--".__eq__) if not end]
-    print(json.dumps([checks, [main(words) for words in runs]]))
+    os.environ["MASTER_PORT"], *words = argv
+    runs = [list(part) for end, part in groupby(words, "--".__eq__) if not end]
+    print(json.dumps([checks, [main(part) for part in runs]]))
+
+
+if __name__ == "__main__":
+    check_and_train(sys.argv[1:])

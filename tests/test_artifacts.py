@@ -6,18 +6,17 @@ of a later format lie in folders of their own; make_form.py, or a make.py with t
 
 import contextlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import call, tiny_config
+from helpers import call, run_main, tiny_config
 from safetensors.torch import load_file
 
+import peft
+import testv2
 from peft import load_adapter
 from streaming import StreamingServer
 from testv2 import (
@@ -56,16 +55,13 @@ def assert_close(got, name):
     assert error <= tolerance * scale, f"off by {error:.2g} at scale {scale:.2g}"
 
 
-def resumed(script, name, place, **flags):
+def resumed(main, name, place, **flags):
     """The last checkpoint of a run that goes on in a copy of the files."""
     shutil.copytree(OLD, place, dirs_exist_ok=True)
     file = next((place / name).glob("*_latest.pt"))
     before = load_checkpoint(file)
     words = [word for flag, value in flags.items() for word in (f"--{flag}", value)]
-    command = [sys.executable, str(ROOT / script), "--resume", *words]
-    env = {n: v for n, v in os.environ.items() if n not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    env["OMP_NUM_THREADS"] = "1"
-    done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=300)
+    done = run_main(main, "--resume", *words, cwd=place)
     assert done.returncode == 0, done.stderr
     assert "warning" not in (done.stdout + done.stderr).lower()
     after = load_checkpoint(file)
@@ -87,12 +83,12 @@ def assert_same_run(saved, name):
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_a_checkpoint_of_the_first_release_resumes(name, tmp_path):
     path = FOUND["paths"][name]
-    assert_same_run(resumed("testv2.py", name, tmp_path, checkpoint_path=path), name)
+    assert_same_run(resumed(testv2.main, name, tmp_path, checkpoint_path=path), name)
 
 
 def test_an_adapter_run_of_the_first_release_resumes(tmp_path):
     flags = {"checkpoint": "folder", "output_dir": "lora_run"}
-    assert_same_run(resumed("peft.py", "lora_run", tmp_path, **flags), "lora_run")
+    assert_same_run(resumed(peft.main, "lora_run", tmp_path, **flags), "lora_run")
     load_adapter(load_model(OLD / "folder"), tmp_path / "lora_run")
 
 

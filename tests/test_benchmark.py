@@ -73,7 +73,7 @@ def everything(tmp_path_factory):
     write_checkpoint(folder)
     words = flags(**QUICK, tinymamba_checkpoint="model.pt", models_to_compare="llama")
     words += [*flags(eval_dataset="val.bin"), "--generate_plots"]
-    done = run_script("benchmark.py", *words, cwd=folder)
+    done = run_main(benchmark.main, *words, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 

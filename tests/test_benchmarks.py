@@ -282,7 +282,7 @@ def finetune_words(tmp_path):
 
 def test_finetune_runs_methods_in_processes_of_their_own(tmp_path, finetune_words, monkeypatch):
     words = [*finetune_words, *flags(tasks="lookup", methods="lora")]
-    done = run_script("benchmarks.finetune", *words, cwd=tmp_path)
+    done = run_main(finetune.main, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     [lora] = rows_of(tmp_path / "finetune.jsonl")
     monkeypatch.chdir(tmp_path)

@@ -1302,8 +1302,7 @@ def test_a_converted_folder_loads_in_a_fresh_process_and_comes_back(tmp_path, pr
     folder = tmp_path / "hf"
     script = tmp_path / "fresh.py"
     script.write_text(FRESH)
-    done = run_script("hf_integration.py", "convert", "--checkpoint", prepared, "--output_dir",
-                      folder, cwd=tmp_path)  # fmt: skip
+    done = in_process("convert", "--checkpoint", prepared, "--output_dir", folder)
     assert done.returncode == 0, done.stderr
     names = {p.name for p in folder.iterdir()}
     assert names >= {"model.safetensors", "config.json", "generation_config.json", "README.md",

@@ -26,6 +26,7 @@ from helpers import (
     free_copy,
     run_main,
     run_script,
+    run_two_ranks,
     some_ids,
     stir,
     tiny_config,
@@ -571,17 +572,8 @@ def test_bad_commands_are_rejected_in_one_line_and_change_nothing(based, words, 
 
 
 def test_two_processes_train_one_adapter(based):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     words = ["--checkpoint", "tinymamba_model_latest.pt", "--output_dir", "two", *SHORT]
-    done = subprocess.run(
-        [*launcher, ROOT / "peft.py", *words, "--generate_samples", "false"],
-        cwd=based,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    run_two_ranks(*words, "--generate_samples", "false", script="peft.py")
     load_adapter(load_model("tinymamba_model_latest.pt"), "two")
 
 

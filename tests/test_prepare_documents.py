@@ -1,6 +1,7 @@
 """How data/prepare.py divides text: sides, separators, chunks that keep their ids, processes."""
 
 import base64
+import functools
 import json
 import multiprocessing
 import operator
@@ -244,6 +245,7 @@ def llama_kind():
     return Tokenizer.from_str(json.dumps(rules))
 
 
+@functools.cache  # it learns for seconds
 def unigram_kind():
     trainer = trainers.UnigramTrainer(
         vocab_size=1500, special_tokens=BYTES, unk_token="<unk>", show_progress=False

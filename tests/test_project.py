@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import textwrap
 import tomllib
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import LONGEST
-from helpers import ROOT
+from helpers import POSIX, ROOT
 
 import tinymamba
 from benchmarks import ledger
@@ -127,6 +128,8 @@ def test_windows_runs_the_commands_of_make_test():
 def test_the_workflow_runs_make_test_on_every_system():
     runs = [step["run"] for step in JOB["steps"] if step.get("if") == "runner.os != 'Windows'"]
     assert runs == ["make test"]
+    every = [step["run"] for step in JOB["steps"] if "run" in step and "if" not in step]
+    assert every == ["tests/browser.sh"]
     matrix = JOB["strategy"]["matrix"]
     assert set(matrix["os"]) == {"ubuntu-latest", "macos-latest", "windows-latest"}
     assert PROJECT["requires-python"] == f">={matrix['python'][0]}"
@@ -138,6 +141,24 @@ def test_the_workflow_runs_make_test_on_every_system():
     assert python["cache"] == "pip"
     assert all((ROOT / name).is_file() for name in python["cache-dependency-path"].split())
     assert (WORKFLOW.keys() - {"name"}) == {True, "permissions", "concurrency", "jobs"}  # on: True
+
+
+@POSIX
+@pytest.mark.parametrize(
+    "browser, user, asked", [("", 0, True), ("", 1000, False), ("google-chrome", 0, False)]
+)
+def test_root_on_debian_installs_chromium_where_no_browser_is(tmp_path, browser, user, asked):
+    for name in ("bash", "env", "dirname"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    log = f"echo ${{0##*/}} $* >> {shlex.quote(str(tmp_path / 'log'))}"
+    programs = {"apt-get": log, "npm": log, "id": f"echo {user}", browser or "unused": ""}
+    for name, script in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    subprocess.run([ROOT / "tests/browser.sh"], check=True, env={"PATH": str(tmp_path)})
+    *install, npm = (tmp_path / "log").read_text().splitlines()
+    assert [line.split()[1] for line in install] == ["update", "install"] * asked
+    assert npm.startswith("npm install --no-package-lock")
 
 
 def test_the_workflow_compares_speed_with_the_commit_before():

@@ -1,8 +1,7 @@
 """README.md and docs/: every command and every Python snippet runs, every link leads somewhere.
 
 All run in one folder, on a tiny model. RUNS says how a command of a script is made short, CHECKS
-how all other commands are tested. The README's commands run as processes, those of docs/ in this
-one: for these, the tests of each script start the processes.
+how all other commands are tested. Scripts run in this process: the tests of each script start it.
 """
 
 import contextlib
@@ -30,7 +29,6 @@ from helpers import (
     SERVICES,
     flags,
     run_main,
-    run_script,
     train_bpe,
     wide,
     write_conversations,
@@ -74,7 +72,6 @@ COMMANDS = list(dict.fromkeys(c for text in PAGES.values() for c in commands_in(
 BLOCKS = list(dict.fromkeys(b for text in PAGES.values() for b in code_blocks(text, "python")))
 SNIPPETS = [block for block in BLOCKS if "import" in block]
 PREPARE, TRAIN = "python data/prepare.py", "python testv2.py --preset demo"
-IN_PROCESS = {*COMMANDS} - {*commands_in(PAGES[README])} | {PREPARE}
 
 # ---------------------------------------------------------------------------------- the folder
 
@@ -115,11 +112,8 @@ class Workspace:
             argv += ["--checkpoint_path", path]
         if script == "benchmark.py":
             argv += ["--output_dir", f"results{len(self.printed)}"]
-        if command in IN_PROCESS:
-            main = importlib.import_module(row.module).main
-            done = run_main(main, *argv, cwd=self.folder, input="Hello\n/reset\n")
-        else:
-            done = run_script(script, *argv, cwd=self.folder, input="Hello\n")
+        main = importlib.import_module(row.module).main
+        done = run_main(main, *argv, cwd=self.folder, input="Hello\n/reset\n")
         assert done.returncode in (None, 0), done.stderr
         assert row.says in done.stdout + done.stderr
         return done.stdout
@@ -200,6 +194,7 @@ def place(tmp_path_factory) -> Iterator[Workspace]:
             patch.setitem(quality.TASKS, task, quality.TASKS[task]._replace(block=320, batch=1))
             patch.setitem(quality.OURS, task, small)
         patch.setattr(ladder, "LENGTH", 512)
+        patch.setattr(export_model, "STREAMED", 100)  # tokens that --verify reads one by one
         patch.setattr(ledger, "SIZES", ledger.Sizes({**small, "vocab_size": 64}, batch=1))
         workspace.run(PREPARE)
         workspace.run(TRAIN)
@@ -277,7 +272,7 @@ RUNS = [  # the first pattern that a command begins with counts
     Run(
         r"python export_model.py",
         "export_model",
-        flags(format="pytorch", checkpoint="first_form"),  # it reads thousands of tokens one by one
+        flags(format="pytorch", checkpoint="first_form"),
         "MB",
     ),
     Run(r"python hf_integration.py", "hf_integration", says="made of"),
@@ -289,6 +284,12 @@ RUNS = [  # the first pattern that a command begins with counts
         "benchmark",
         [*COMPARISON, "--benchmark_type", "training"],
         "llama",
+    ),
+    Run(
+        r"python benchmark.py .*memory",  # each model is measured in a process of its own
+        "benchmark",
+        [*COMPARISON, "--models_to_compare", "tinymamba"],
+        "tinymamba",
     ),
     Run(r"python benchmark.py", "benchmark", COMPARISON, "llama"),
     Run(
@@ -552,9 +553,11 @@ def check_pytest(place: Workspace, words: list[str]) -> None:
     files = [word for word in words if word.endswith(".py")]
     assert all((ROOT / name).is_file() for name in files)
     if "pytest" in words:
+        (place.folder / "test_alone.py").write_text("def test_alone(): pass")
         rest = [word for word in words[1:] if word not in files]
-        alone = ["tests/test_project.py", "--collect-only", "-n", "0", "-p", "no:cacheprovider"]
-        check_output([sys.executable, *rest, *alone], ROOT)
+        alone = [str(place.folder / "test_alone.py"), "--collect-only", "-n", "0", "--noconftest"]
+        settings = ["-p", "no:cacheprovider", "-c", "pyproject.toml"]
+        check_output([sys.executable, *rest, *alone, *settings], ROOT)
     else:
         assert importlib.metadata.version("mypy") and "[tool.mypy]" in read_pyproject()
 

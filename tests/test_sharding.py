@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,10 +19,11 @@ from helpers import (
     brief_flags,
     call,
     free_port,
+    start_fork,
     tiny_config,
     write_tokens,
 )
-from sharded_ranks import SHAPE
+from sharded_ranks import SHAPE, check_and_train
 
 from benchmarks import sharding
 from testv2 import Config, TinyMambaModel, load_model, save_folder
@@ -37,17 +37,15 @@ STEPS = {"enable_validation": "true", "validation_interval": 3, "validation_step
 
 def run_ranks(count: int, folder: Path, *runs: list) -> list:
     """sharded_ranks.py in that many processes, in `folder`; what each has printed last."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count)}
+    env = {"PYTHONPATH": str(ROOT), "WORLD_SIZE": str(count)}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    env["PYTHONPATH"] = str(ROOT)
-    words = [word for run in runs for word in (*map(str, run), "--")]
-    command = [sys.executable, str(ROOT / "tests/sharded_ranks.py"), str(free_port()), *words]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": folder}
+    words = [str(free_port()), *(word for run in runs for word in (*run, "--"))]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": folder}
     with contextlib.ExitStack() as stack:
-        ranks = [
-            stack.enter_context(subprocess.Popen(command, env={**env, "RANK": str(rank)}, **pipes))
-            for rank in range(count)
-        ]
+        ranks = []
+        for rank in range(count):
+            started = start_fork(check_and_train, *words, env={**env, "RANK": str(rank)}, **pipes)
+            ranks.append(stack.enter_context(started))
         for process in ranks:
             stack.callback(process.kill)
         done = [process.communicate(timeout=300) for process in ranks]

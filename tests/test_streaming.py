@@ -1377,8 +1377,11 @@ def test_low_precision_keeps_its_state_in_float32(dtype):
 
 
 @pytest.mark.parametrize("tokens", [2, pytest.param(100, marks=pytest.mark.slow)])
-def test_a_compiled_step_gives_the_same_text(tokens):
+def test_a_compiled_step_gives_the_same_text(tokens, monkeypatch):
     """Two tokens need one step, which compiles once; the second step compiles again."""
+    if tokens == 2:  # to try out which vector instructions work takes as long as the rest
+        monkeypatch.setattr("torch._inductor.cpu_vec_isa.valid_vec_isa_list", lambda: [])
+        monkeypatch.setattr("torch._inductor.config.cpp.simdlen", 1)  # caches know it: no vectors
     answers = []
     for compiled in (False, True):
         server = StreamingServer(free_copy(wide(n_layer=1)), tokenizer=BYTES, compiled=compiled)

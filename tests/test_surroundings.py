@@ -31,6 +31,7 @@ from helpers import (
     files_below,
     free_port,
     heed_signals,
+    start_fork,
 )
 
 import testv2
@@ -55,12 +56,14 @@ def start(place):
     started = []
 
     def begin(*, how: dict | None = None, **changes) -> subprocess.Popen:
-        command = [sys.executable, str(ROOT / "testv2.py"), *brief_flags(**ENDLESS | changes)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            command, env=env, **{**pipes, **(how or {})}, start_new_session=True
-        )
+        words, pipes = brief_flags(**ENDLESS | changes), {"start_new_session": True}
+        if how:  # streams that Python itself has to open
+            env = {**os.environ, "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, str(ROOT / "testv2.py"), *words]
+            process = subprocess.Popen(command, env=env, text=True, **how, **pipes)
+        else:
+            pipes |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            process = start_fork(testv2.main, *words, **pipes)
         watch = threading.Timer(60, os.killpg, (process.pid, signal.SIGKILL))
         watch.start()
         started.append((process, watch))
