@@ -217,20 +217,24 @@ def table(rows: list[dict]) -> list[str]:
     """The lines of a Markdown table: means over the seeds, and the smallest and largest value."""
     heads = [
         "text",
+        "tokens",
         "training",
         "seeds",
         *(f"{a:,} to {b:,}" for a, b in itertools.pairwise(EDGES)),
+        "far answers",
     ]
-    lines = [f"| {' | '.join([*heads, 'far answers'])} |", "|---|---|" + "--:|" * len(heads[1:])]
-    for task, way in itertools.product(TASKS, WAYS):
-        runs = {row["seed"]: row for row in rows if (row["task"], row["way"]) == (task, way)}
+    lines = [f"| {' | '.join(heads)} |", "|---|--:|---|" + "--:|" * len(heads[3:])]
+    sizes = sorted({row["tokens"] for row in rows})
+    for task, tokens, way in itertools.product(TASKS, sizes, WAYS):
+        kind = (task, tokens, way)
+        runs = {r["seed"]: r for r in rows if (r["task"], r["tokens"], r["way"]) == kind}
         if not runs:
             continue
         columns = [*zip(*(row["bits"] for row in runs.values()), strict=True)]
         columns.append(tuple(row.get("bits_far") for row in runs.values()))
         size = next(iter(runs.values()))["long" if way == "long" else "block"]
         training = f"blocks of {size:,}" + (", carried" if way == "carried" else "")
-        cells = [task, training, str(len(runs)), *(show(column) for column in columns)]
+        cells = [task, f"{tokens:,}", training, str(len(runs)), *map(show, columns)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
