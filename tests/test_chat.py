@@ -1,4 +1,4 @@
-"""Chats: on the console, in the server and its page, in transformers, and in benchmark.py."""
+"""Chats: on the console, in the server, in transformers, and in benchmark.py."""
 
 import contextlib
 import gzip
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import POSIX, ROOT, assert_refused, close, free_copy, run_main, train_bpe, wide
+from helpers import POSIX, assert_refused, close, free_copy, run_main, train_bpe, wide
 from serve_helpers import CHAT, COMPLETIONS, NAME, running
 
 import benchmark
@@ -379,48 +379,7 @@ def test_a_system_message_needs_a_chat(folder):
     assert_refused(done, "--system: needs a chat")
 
 
-# ------------------------------------------------------------------------- the server and its page
-
-DOM = """
-const fs = require("fs"), [file, url, ...asked] = process.argv.slice(2);
-class Element {
-  constructor() { Object.assign(this, {childNodes: [], value: "", textContent: "", dataset: {},
-    style: {}, hidden: true, scrollHeight: 0, scrollTop: 0, clientHeight: 0, isConnected: true,
-    listeners: {}, classList: {toggle() {}}}); }
-  append(...nodes) { for (const n of nodes)
-    this.childNodes.push(Object.assign(typeof n === "string" ? {textContent: n} : n,
-      {remove: () => this.childNodes.splice(this.childNodes.indexOf(n), 1)})); }
-  get lastChild() { return this.childNodes.at(-1); }
-  get text() { return this.childNodes.map((n) => n.textContent).join(""); }
-  setAttribute() {}
-  addEventListener(name, work) { this.listeners[name] = work; }
-}
-const known = {}, real = fetch;
-globalThis.document = {getElementById: (id) => known[id] ??= new Element(),
-  createElement: () => new Element(), addEventListener() {}};
-globalThis.fetch = (path, options) => real(url + path, options);
-Object.assign(document.getElementById("max"), {value: "30"});
-Object.assign(document.getElementById("temperature"), {value: "0"});
-Object.assign(document.getElementById("system"), {value: "Be brief"});
-const script = fs.readFileSync(file, "utf8").match(/<script>([^]*)<\\/script>/)[1];
-const page = new Function(script + "; return {cards, connect, generate};")();
-(async () => {
-  await page.connect();
-  const shown = !known.chat.hidden;
-  known.chat.listeners.click();
-  const card = [...page.cards.values()].at(-1), seen = [];
-  for (const prompt of asked) {
-    document.getElementById("prompt").value = prompt;
-    await page.generate(card);
-    seen.push(card.text.text);
-  }
-  const all = [...card.messages];
-  const undo = card.box.childNodes.at(-1).childNodes.find((b) => b.textContent === "Undo");
-  await undo.listeners.click();
-  console.log(JSON.stringify({shown, all, seen, left: card.messages, undone: card.text.text,
-    problem: document.getElementById("problem").textContent}));
-})();
-"""
+# ------------------------------------------------------------------------------------- the server
 
 
 @pytest.fixture(scope="module")
@@ -451,22 +410,6 @@ def test_answers_of_the_server_end_with_the_turn(served, server):
     (choice,) = served.post(COMPLETIONS, **prompt)["choices"]
     assert choice["finish_reason"] == "length", "plain text has no turns"
     assert served.http.get("/v1/models").json()["data"][0]["chat_template"] is True
-
-
-@pytest.mark.skipif(not shutil.which("node"), reason="node, which runs the page, is not here")
-def test_the_page_sends_the_messages_of_a_chat(served, server, tmp_path):
-    (tmp_path / "dom.js").write_text(DOM)
-    command = ["node", "dom.js", ROOT / "page.html", served.url, "Hello", "42?"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    got = json.loads(done.stdout)
-    chats, session = ChatSessions(server, GREEDY), server.create_session()
-    chats.set_system(session, "Be brief")
-    one, two = said(chats, session, "Hello"), said(chats, session, "42?")
-    assert got["shown"] and got["problem"] == ""
-    assert got["all"] == [*chats.history(session).messages]
-    assert got["seen"] == [f"Hello\n{one}", f"Hello\n{one}\n\n42?\n{two}"]
-    assert got["undone"] == f"Hello\n{one}" and got["left"] == got["all"][:3]
 
 
 # --------------------------------------------------------------------- transformers and benchmark
