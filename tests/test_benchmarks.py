@@ -376,5 +376,5 @@ def test_carry_trains_in_three_ways_and_shows_them(tmp_path):
     assert all(3 < value < 9 for row in rows for value in (*row["bits"], row["bits_far"]))
     (tmp_path / "page.md").write_text("<!-- carry -->\n<!-- /carry -->\n")
     assert run_main(carry.main, "--table", "page.md", cwd=tmp_path).returncode == 0
-    assert "| facts | blocks of 32, carried | 1 |" in (tmp_path / "page.md").read_text()
+    assert "| facts | 128 | blocks of 32, carried | 1 |" in (tmp_path / "page.md").read_text()
     assert_refused(run_main(carry.main, "stories", cwd=tmp_path), "task: stories is not one")
