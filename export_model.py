@@ -15,6 +15,11 @@ Each format is a folder below --output_dir, with config.json and the tokenizer:
     torch_export  prefill.pt2 and step.pt2 for torch.export.load; with --aoti compiled, for
                   torch._inductor.aoti_load_package
 
+The format web is a site, or with --single_file one page, that runs the model in the browser:
+
+    npm install --no-package-lock onnxruntime-web@1.30.0 @huggingface/jinja@0.5.11
+    python export_model.py --format web --output_dir site [--quantize int8] [--single_file]
+
 With --quantize the folders are pytorch_int8, onnx_int4 and so on, and quantize.py does the work.
 
 Every graph is a function from ids and a state to the logits of the last token and the new state.
@@ -30,6 +35,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import hashlib
 import io
@@ -40,6 +46,7 @@ import math
 import shutil
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -71,6 +78,7 @@ from tinymamba.lock import hold_lock
 from tinymamba.onnx_engine import GRAPHS, OUTPUTS, OnnxEngine
 from tinymamba.runtime import pick_device, why_no_compile
 from tinymamba.tokenizer import open_tokenizer, why_no_tokenizer, write_tokenizer
+from tinymamba.web_site import WORKER, find_files, find_runtime, write_single_file, write_site
 
 # --verify: the largest difference of values up to 1, and the largest relative one of larger values;
 # the share of streamed tokens that must be the same. A state sums over the whole text, and so do
@@ -81,6 +89,7 @@ LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 513, 4096)  # of the ids that --verify 
 STREAMED = 2000  # tokens that --verify streams one by one
 ROUNDS, STEPS = 7, 32  # of --benchmark: how often it runs, and tokens of a run of step
 MODEL = "the model"  # its row in the table of --benchmark
+PAGE = Path(__file__).resolve().parent / "page.html"
 
 # ------------------------------------------------------------------------------------ graphs
 
@@ -89,7 +98,7 @@ class Graph(nn.Module):
     """The model as functions of tensors: ids and a state -> last logits and the new state."""
 
     OUTPUTS: tuple[str, ...] = ("logits",)
-    ONE_PROMPT = False  # prefill takes a single text
+    BATCHED: tuple[str, ...] = GRAPHS  # those that take any number of texts; others take one
 
     def __init__(self, model: TinyMambaModel):
         super().__init__()
@@ -121,12 +130,29 @@ class EngineGraph(Graph):
     """What a StreamingServer uses of the model, for OnnxEngine."""
 
     OUTPUTS = OUTPUTS
-    ONE_PROMPT = True  # the server reads prompts one by one; traced so in half the time
+    BATCHED = ("step",)  # the server reads prompts one by one; traced so in half the time
 
     def advance(self, ids: Tensor, state: ModelState) -> tuple[Any, ...]:
         """The same, with hidden (b, l, d) before and gates (n_layer, b, 1, 3) after the logits."""
         hidden, state, gates = self.model.run(ids, state)
         return hidden, self.model.head(hidden[:, -1]), gates[:, :, -1:], state
+
+
+class WebGraph(Graph):
+    """What engine.js uses of the model: one text, and what its page shows of every token."""
+
+    OUTPUTS = ("logits", "gates", "norms")
+    BATCHED = ()  # shapes that are known keep the graphs small, and steps short
+
+    def advance(self, ids: Tensor, state: ModelState) -> tuple[Any, ...]:
+        """The same, with gates (n_layer, 3) and the norms of the new state's heads after it.
+
+        norms (n,) has for each layer those of the SSM state's heads, then of its memory's, if any.
+        """
+        hidden, state, gates = self.model.run(ids, state)
+        parts = [part for layer in state.layers for part in (layer.ssm, layer.memory)]
+        norms = [part.flatten(2).norm(dim=2)[0] for part in parts if part is not None]
+        return self.model.head(hidden[:, -1]), gates[:, 0, -1], torch.cat(norms), state
 
 
 def load_graph(path: str | Path, device: str) -> Graph:
@@ -154,19 +180,18 @@ def random_ids(graph: Graph, batch: int, length: int, seed: int = 0) -> Tensor:
 
 def examples(graph: Graph, options: Options) -> dict[str, tuple[Tensor, ...]]:
     """Inputs to trace the graphs with; a size of 1 would become a constant."""
-    batch, length = max(2, options.batch_size), max(2, options.seq_length)
-    texts = 1 if graph.ONE_PROMPT else batch
-    return {
-        "prefill": (random_ids(graph, texts, length), *graph.start(texts)),
-        "step": (random_ids(graph, batch, 1), *graph.start(batch)),
-    }
+    length, inputs = max(2, options.seq_length), {}
+    for name, count in zip(GRAPHS, (length, 1), strict=True):
+        texts = max(2, options.batch_size) if name in graph.BATCHED else 1
+        inputs[name] = (random_ids(graph, texts, count), *graph.start(texts))
+    return inputs
 
 
 def programs(graph: Graph, options: Options) -> dict[str, torch.export.ExportedProgram]:
     """prefill and step as torch.export makes them, once for all formats."""
     batch, length = (torch.export.Dim(name, min=1) for name in ("batch", "length"))
     for name, inputs in {} if graph.programs else examples(graph, options).items():
-        rows = {} if name == "prefill" and graph.ONE_PROMPT else {0: batch}
+        rows = {0: batch} if name in graph.BATCHED else {}
         dims = {**rows, 1: length} if name == "prefill" else rows
         shapes = (dims, tuple(rows for _ in inputs[1:]))
         # Comparing sizes that are symbols takes longer than what PyTorch's cache of shapes saves.
@@ -245,6 +270,41 @@ def write_onnx(folder: Path, graph: Graph, options: Options) -> None:
     """prefill.onnx, step.onnx, weights.data and onnx_generate.py."""
     write_onnx_graphs(folder, graph, options)
     shutil.copy(Path(__file__).with_name("onnx_generate.py"), folder)
+
+
+def write_web(folder: Path, graph: Graph, options: Options) -> None:
+    """A site: its page, and in a folder the graphs, the tokenizer and ONNX Runtime."""
+    model, optimized = graph.model, dataclasses.replace(options, optimize=True)
+    write_onnx_graphs(folder, WebGraph(model), optimized)
+    write_tokenizer(model.tokenizer, folder)
+    site = describe_site(graph, options.site_name())
+    config = {**describe_model(model), "state": describe_state(graph), "web": site}
+    write_site(folder, PAGE, find_runtime(options.runtime), config)
+
+
+def describe_site(graph: Graph, name: str) -> dict[str, Any]:
+    """What engine.js has to know of a model, besides the content of config.json."""
+    from streaming import StreamingConfig
+
+    model, record = graph.model, graph.model.tokenizer or {}
+    tokenizer = open_tokenizer(None, model, [])
+    eos = model.config.eos_id if model.config.eos_id >= 0 else tokenizer.eos_token_id
+    layers = model.init_state(1).layers
+    heads = [[t.shape[1] if t is not None else 0 for t in (x.ssm, x.memory)] for x in layers]
+    chat = {"template": record["chat_template"], "special_tokens": record["special_tokens"] or {}}
+    packed = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    sizes = [p.numel() for p in model.parameters()]
+    sizes += [layer.in_features * layer.out_features for layer in packed]
+    return {
+        "name": name,
+        "fingerprint": model.fingerprint(),
+        "parameters": sum(sizes),
+        "heads": heads,  # of each layer: of the SSM state, and of the memory
+        "eos_id": -1 if eos is None else eos,
+        "config": json.dumps(dataclasses.asdict(StreamingConfig())),  # of new sessions
+        "tokenizer_file": record["name"],
+        "chat": chat if record["chat_template"] else None,
+    }
 
 
 def write_onnx_graphs(folder: Path, graph: Graph, options: Options) -> None:
@@ -434,7 +494,7 @@ def open_torch_export(folder: Path, options: Options) -> tuple[Step, Step]:
 
 
 def open_onnx(folder: Path, options: Options) -> tuple[Step, Step]:
-    """prefill and step of a folder in the format onnx."""
+    """prefill and step of a folder in the format onnx, or of the graphs of a site."""
     from onnx_generate import OnnxModel
 
     model = OnnxModel(folder, torch.get_num_threads())
@@ -458,9 +518,10 @@ class Runner:
     @staticmethod
     def open(name: str, folder: Path, options: Options) -> Runner:
         """An exported model, from its folder alone."""
+        folder = find_files(folder) if name == WEB else folder
         state = json.loads((folder / "config.json").read_bytes())["state"]
-        device = "cpu" if name == "onnx" else options.device
-        return Runner(*FORMATS[name].open(folder, options), state, device)
+        device = "cpu" if name in ONNX else options.device
+        return Runner(*FORMATS.get(name, SITE).open(folder, options), state, device)
 
     def start(self, batch: int) -> list[Tensor]:
         """The state before any token."""
@@ -501,6 +562,8 @@ FORMATS = {
     "onnx": Format(write_onnx, open_onnx),
     "torch_export": Format(write_torch_export, open_torch_export),
 }
+WEB, SITE = "web", Format(write_web, open_onnx)  # not one of --format all, which writes folders
+ONNX = ("onnx", WEB)
 
 # ------------------------------------------------------------------------------------ verifying
 
@@ -533,16 +596,16 @@ class Comparison:
             self.worst[kind] = max(self.worst[kind], relative)
 
 
-def verify(runner: Runner, graph: Graph, text: list[int]) -> str:
+def verify(runner: Runner, graph: Graph, text: list[int], batches: Sequence[int] = (1, 3)) -> str:
     """Compare an exported model with the model itself; returns a summary, or raises a Mismatch.
 
-    It reads random ids and real text of every length in LENGTHS, after 70 other tokens, and then
-    STREAMED tokens one by one.
+    It reads random ids and real text of every length in LENGTHS, after 70 other tokens, as many
+    texts at once as `batches` says, and then STREAMED tokens one by one.
     """
     tolerance = ROUNDED if graph.model.quantization else EXACT
     comparison = Comparison(list(runner.state), tolerance)
     states = {}
-    for batch in (1, 3):
+    for batch in batches:
         ids = random_ids(graph, batch, 70)
         states[batch] = list(graph.prefill(ids, *graph.start(batch))[1:])
     for batch, length in itertools.product(states, LENGTHS):
@@ -680,7 +743,7 @@ def measure(runners: dict[str, Runner], graph: Graph, options: Options) -> list[
             "format": name,
             "step_ms": round(1e3 * statistics.median(step.seconds) / STEPS, 3),
             "prefill_tokens_per_second": round(tokens),
-            "mb": None if name == MODEL else round(megabytes(options.output_dir / name), 1),
+            "mb": None if name == MODEL else round(megabytes(options.folder(name)), 1),
         }
         rows.append(row)
     return rows
@@ -712,9 +775,10 @@ def report(rows: list[dict], options: Options) -> None:
     print(table(lines), end="")
 
 
-def megabytes(folder: Path) -> float:
-    """Size of a folder."""
-    return sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+def megabytes(path: Path) -> float:
+    """Size of a file, or of all files in a folder."""
+    files = [path, *path.rglob("*")]
+    return sum(file.stat().st_size for file in files if file.is_file()) / 1e6
 
 
 # ------------------------------------------------------------------------------------ main
@@ -726,14 +790,16 @@ class Options:
 
     checkpoint: str = "tinymamba_model_latest.pt"  # a checkpoint of testv2.py, or a folder
     vocab_file: str | None = None  # tokenizer.json or vocab.txt; else the checkpoint's
-    output_dir: Path = Path("exported_models")  # folder for one folder per format
+    output_dir: Path = Path("exported_models")  # folder for one folder per format; web: the site
     force: bool = False  # replace what exists in output_dir
     format: str = "all"  # what to write
     optimize: bool = False  # onnx: optimize the graphs now, for a faster start
     aoti: bool = False  # torch_export: compile ahead of time
     device: str = "cpu"  # auto, cpu, cuda or mps: where the graphs will run
+    single_file: bool = False  # web: one page that holds everything, named after the checkpoint
+    runtime: str | None = None  # web: the folder node_modules; else that here or of this checkout
     # Quantization
-    quantize: str | None = None  # pytorch and onnx: bits of the linear layers
+    quantize: str | None = None  # pytorch, onnx and web: bits of the linear layers
     calibration_data: str | None = None  # a .bin of tokens, required by int4
     calibration_tokens: int = 65_536  # number of tokens to read from it
     group_size: int = 64  # int4: inputs that share a factor
@@ -746,7 +812,7 @@ class Options:
     batch_size: int = 1  # texts at once in the benchmark; exported models take any number
     seq_length: int = 128  # prompt tokens in the benchmark; exported models take any number
 
-    CHOICES: ClassVar = {"format": (*FORMATS, "all"), "quantize": ("int8", "int4", "both")}
+    CHOICES: ClassVar = {"format": (*FORMATS, WEB, "all"), "quantize": ("int8", "int4", "both")}
     LIMITS: ClassVar = {
         "max_tokens": (1, math.inf),
         "batch_size": (1, math.inf),
@@ -759,6 +825,18 @@ class Options:
             return [self.format]
         return ["pytorch", "onnx"] if self.quantize else list(FORMATS)
 
+    def folder(self, name: str) -> Path:
+        """Where an exported model is; `name` is that of its format and the kind of quantization."""
+        return self.output_dir if name.startswith(WEB) else self.output_dir / name
+
+    def site_name(self) -> str:
+        """The name of a site's model: that of the checkpoint, without its ending."""
+        return Path(self.checkpoint).resolve().stem
+
+    def single_page(self) -> Path:
+        """The file of --single_file."""
+        return self.output_dir / f"{self.site_name()}.html"
+
     def schemes(self) -> list[str]:
         """Endings of the folders' names: one per kind of quantization."""
         both = ["_int8", "_int4"]
@@ -770,12 +848,16 @@ def parse(argv: list[str] | None) -> Options:
     usage = "python export_model.py --checkpoint FILE [--FLAG VALUE ...]"
     options = parse_flags(Options, argv, usage, __doc__)
     check_formats(options)
+    if options.format == WEB and options.output_dir == Options.output_dir:
+        options.output_dir = Path("site")
     options.device = str(pick_device(options.device))
     problem = why_no_compile(torch.device(options.device)) if options.aoti else None
     require(not problem, "--aoti", str(problem), "leave it out")
-    if "onnx" in options.formats():
+    if {*ONNX} & {*options.formats()}:
         for package in ("onnx", "onnxscript", "onnxruntime"):
             need(package)
+    if options.format == WEB:
+        find_runtime(options.runtime)
     check_outputs(options)
     return options
 
@@ -786,8 +868,18 @@ def check_formats(options: Options) -> None:
     for flag, name in (("optimize", "onnx"), ("aoti", "torch_export")):
         problem, remedy = f"does nothing for {chosen}", f"leave it out, or pass --format {name}"
         require(not getattr(options, flag) or name in formats, f"--{flag}", problem, remedy)
+    for flag, given in (("single_file", options.single_file), ("runtime", options.runtime)):
+        problem, remedy = f"does nothing for {chosen}", f"leave it out, or pass --format {WEB}"
+        require(not given or chosen == WEB, f"--{flag}", problem, remedy)
+    both = chosen == WEB and options.quantize == "both"
+    require(not both, "--quantize", "a site has one model", "pass int8 or int4")
+    timed = options.single_file and options.benchmark
+    problem = "times the files of a folder"
+    require(not timed, "--benchmark", problem, "leave out --single_file")
+    one = chosen != WEB or options.batch_size == 1
+    require(one, "--batch_size", "the graphs of a site read one text", "leave it out")
     problem, remedy = f"makes {chosen} smaller, but not faster", "pass --format pytorch or onnx"
-    fits = not options.quantize or {*formats} <= {"pytorch", "onnx"}
+    fits = not options.quantize or {*formats} <= {"pytorch", *ONNX}
     require(fits, "--quantize", problem, remedy)
     int4, data = "_int4" in options.schemes(), options.calibration_data
     remedy = "pass a .bin of tokens, such as data/text/train.bin"
@@ -798,11 +890,14 @@ def check_formats(options: Options) -> None:
 def check_outputs(options: Options) -> None:
     """Reject what exists in the output folder, unless --force may replace it."""
     pairs = itertools.product(options.formats(), options.schemes())
-    names = ["".join(pair) for pair in pairs] + ["benchmark.json"] * options.benchmark
-    for path in (options.output_dir / name for name in names):
+    paths = [options.folder("".join(pair)) for pair in pairs]
+    if options.single_file:
+        paths = [options.single_page()]
+    own = WORKER if options.format == WEB else "config.json"
+    for path in paths + [options.output_dir / "benchmark.json"] * options.benchmark:
         remedy = "pass --force or another --output_dir"
         require(options.force or not path.exists(), str(path), "exists already", remedy)
-        exported = not path.is_dir() or (path / "config.json").exists()
+        exported = not path.is_dir() or (path / own).exists()
         require(exported, str(path), "is not an exported model", "pass another --output_dir")
 
 
@@ -824,21 +919,26 @@ def make_graphs(graph: Graph, options: Options) -> dict[str, Graph]:
     return graphs
 
 
-def export(name: str, scheme: str, graph: Graph, tokenizer: Any, options: Options) -> str:
-    """Write one format, and verify it if --verify is given; returns a summary."""
+def describe_state(graph: Graph) -> dict[str, list]:
+    """The shape of a row and the dtype of each tensor of the state."""
     tensors = graph.model.init_state(1).tensors().items()
-    shapes = {n: [list(t.shape[1:]), str(t.dtype).removeprefix("torch.")] for n, t in tensors}
-    with new_folder(options.output_dir / (name + scheme)) as folder:
-        FORMATS[name].write(folder, graph, options)
-        write_json(folder / "config.json", {**describe_model(graph.model), "state": shapes})
-        write_tokenizer(graph.model.tokenizer, folder)
+    return {n: [list(t.shape[1:]), str(t.dtype).removeprefix("torch.")] for n, t in tensors}
+
+
+def export(name: str, scheme: str, graph: Graph, tokenizer: Any, options: Options) -> str:
+    """Write one format, and verify it if --verify is given; returns what that has found."""
+    with new_folder(options.folder(name + scheme)) as folder:
+        FORMATS.get(name, SITE).write(folder, graph, options)
+        if name != WEB:
+            state = {"state": describe_state(graph)}
+            write_json(folder / "config.json", {**describe_model(graph.model), **state})
+            write_tokenizer(graph.model.tokenizer, folder)
         if name == "onnx" and not (folder / "tokenizer.json").exists():
             print("onnx: there is no tokenizer.json, so onnx_generate.py takes only ids")
-        size = f"{megabytes(folder):.1f} MB"
         if not options.verify:
-            return size
-        text = real_text(graph, tokenizer, options.prompt)
-        return f"{size}; {verify(Runner.open(name, folder, options), graph, text)}"
+            return ""
+        text, batches = real_text(graph, tokenizer, options.prompt), (1,) if name == WEB else (1, 3)
+        return f"; {verify(Runner.open(name, folder, options), graph, text, batches)}"
 
 
 def real_text(graph: Graph, tokenizer: Any, prompt: str) -> list[int]:
@@ -858,27 +958,42 @@ def read_prompt(tokenizer: Any, graph: Graph, options: Options) -> list[int]:
     return ids
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code, which is 1 if --verify has found a difference."""
-    options = parse(argv)
+def require_site_tokenizer(model: TinyMambaModel, tokenizer: Any) -> None:
+    """Reject a model whose tokenizer a site cannot have."""
+    from tinymamba.web_tokenizer import require_readable
+
+    problem, record = why_no_tokenizer(model, "no tokenizer was found"), model.tokenizer or {}
+    require(tokenizer and "content" in record, "--vocab_file", problem, "pass one")
+    require_readable(record, "--vocab_file")
+
+
+def run(options: Options, page: Path | None = None) -> int:
+    """Export, and check what was asked for; `page` is the file of --single_file.
+
+    Returns the exit code, which is 1 if --verify has found a difference.
+    """
     graph, failed, runners = load_graph(options.checkpoint, options.device), False, {}
     tokenizer = open_tokenizer(options.vocab_file, graph.model, [options.checkpoint])
     prompt = read_prompt(tokenizer, graph, options) if options.generate else []
+    if options.format == WEB:
+        require_site_tokenizer(graph.model, tokenizer)
     graphs = make_graphs(graph, options)
-    for quantized in graphs.values() if "onnx" in options.formats() else ():
+    for quantized in graphs.values() if {*ONNX} & {*options.formats()} else ():
         require_onnx_layers(quantized.model)
     require_writable(options.output_dir, "--output_dir")
     for scheme, name in itertools.product(graphs, options.formats()):
-        folder = options.output_dir / (name + scheme)
+        folder = options.folder(name + scheme)
         try:
-            summary = export(name, scheme, graphs[scheme], tokenizer, options)
+            found = export(name, scheme, graphs[scheme], tokenizer, options)
         except Mismatch as e:
             print(f"error: {folder.name}: {e}; the folder is not kept", file=sys.stderr)
             failed = True
             continue
-        print(f"{folder}: {summary}", flush=True)
+        if page:
+            write_single_file(page, folder, PAGE)
+        print(f"{page or folder}: {megabytes(page or folder):.1f} MB{found}", flush=True)
         if options.generate or options.benchmark:
-            runners[folder.name] = Runner.open(name, folder, options)
+            runners[name + scheme] = Runner.open(name, folder, options)
     if options.generate:
         for name, runner in runners.items():
             text = tokenizer.decode(runner.generate(prompt, options.max_tokens))
@@ -886,6 +1001,17 @@ def main(argv: list[str] | None = None) -> int:
     if options.benchmark:
         report(measure(runners, graph, options), options)
     return 1 if failed else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    options = parse(argv)
+    if not options.single_file:
+        return run(options)
+    require_writable(options.output_dir, "--output_dir")
+    with tempfile.TemporaryDirectory(prefix="tinymamba-") as scratch:
+        folder = Path(scratch) / WEB
+        return run(dataclasses.replace(options, output_dir=folder), options.single_page())
 
 
 if __name__ == "__main__":

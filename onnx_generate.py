@@ -41,7 +41,7 @@ class OnnxModel:
             onnxruntime.InferenceSession(Path(folder) / f"{name}.onnx", options, providers)
             for name in ("prefill", "step")
         )
-        self.names = [output.name for output in self.step.get_outputs()]
+        self.names = ["logits", *(f"new.{name}" for name in self.start())]
 
     def start(self, batch: int = 1) -> dict[str, np.ndarray]:
         """The state of `batch` rows before any token; its size never changes."""

@@ -507,7 +507,9 @@ OFFLINE = {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "HF_HUB_OF
 
 def build_sources() -> set[str]:
     """Every file that a build of the package takes."""
-    own = {f"tinymamba/{path.name}" for path in (ROOT / "tinymamba").glob("*.py")}
+    package = ROOT / "tinymamba"
+    files = (*package.glob("*.py"), *package.glob("web/*.js"))
+    own = {path.relative_to(ROOT).as_posix() for path in files}
     rest = {"LICENSE", "README.md", "MANIFEST.in", "pyproject.toml", "requirements.txt", "setup.py"}
     return {*find_scripts(ROOT)} | own | rest
 

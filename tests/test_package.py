@@ -92,14 +92,15 @@ def test_commands_in_texts_are_those_of_the_package():
 
 
 def test_every_file_beside_the_scripts_is_taken_by_being_there(tmp_path):
-    for folder in ("tinymamba", "data", "tests"):
-        (tmp_path / folder).mkdir()
+    for folder in ("tinymamba/web", "data", "tests"):
+        (tmp_path / folder).mkdir(parents=True)
     for name, text in {
         "serve.py": "from testv2 import Config\n",
         "testv2.py": "class Config: pass\n",
         "page.html": "<p>from testv2 import Config",
         "data/prepare.py": "",
         "tinymamba/cli.py": '"python testv2.py"\n',
+        "tinymamba/web/engine.js": "python testv2.py",
         "setup.py": "1 / 0",
         "tests/test_serve.py": "1 / 0",
         "notes.txt": "python testv2.py",
@@ -111,6 +112,7 @@ def test_every_file_beside_the_scripts_is_taken_by_being_there(tmp_path):
         "page.html": b"<p>from testv2 import Config",
         "data/prepare.py": b"",
         "cli.py": b'"tinymamba train"\n',
+        "web/engine.js": b"python testv2.py",
     }
 
 

@@ -48,6 +48,7 @@ from tinymamba import documents
 from tinymamba.cli import parse_flags
 from tinymamba.documents import Corpus, Reading
 from tinymamba.tokenizer import EOS_TOKEN, byte_tokenizer
+from tinymamba.web_site import CHAT, RUNTIME
 
 CHATML = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}
 {{- '<|im_end|>' + '\\n' }}{% endfor %}
@@ -612,7 +613,25 @@ def check_engine(place: Workspace, words: list[str]) -> None:
     assert options.engine == "onnx"
 
 
+def check_web_export(place: Workspace, words: list[str]) -> None:
+    """tests/test_web.py makes a site; here the npm packages may be missing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_model, "find_runtime", lambda given: given)
+        check_slow_export(place, words)
+
+
+def check_npm(place: Workspace, words: list[str]) -> None:
+    """The packages have the versions of package.json, and are those that an export needs."""
+    pinned = json.loads((ROOT / "package.json").read_bytes())["dependencies"]
+    named = dict(word.rsplit("@", 1) for word in words[3:])
+    assert words[:3] == ["npm", "install", "--no-package-lock"]
+    assert named.items() <= pinned.items()
+    assert named == {name: package.version for name, package in {**RUNTIME, **CHAT}.items()}
+
+
 CHECKS = [
+    (r"npm install ", check_npm),
+    (r"python export_model.py .*--format web", check_web_export),
     (r"python (streaming|serve).py .*--engine onnx", check_engine),
     (r"python export_model.py .*(--aoti|--quantize|onnx_models)", check_slow_export),
     (r"python data/prepare.py --dataset ", check_dataset),

@@ -42,7 +42,7 @@ MODULES |= {"openai_responses", "optimizer", "packing", "preferences", "prefix_c
 MODULES |= {"profiling", "progress", "quick_help", "runtime", "schedule", "serve"}
 MODULES |= {"session_store", "shard_files", "sharded_checkpoint", "shared_sessions"}
 MODULES |= {"structured", "token_file", "token_shards", "tool_calls", "vocabulary"}
-MODULES |= {"web_tokenizer"}
+MODULES |= {"web_site", "web_tokenizer"}
 HOMES = {name: module for module, names in {**NAMES, **OF_EXTRAS}.items() for name in names.split()}
 
 __all__ = ["__version__", *(name for names in NAMES.values() for name in names.split())]

@@ -42,7 +42,8 @@ def package_files(root: Path) -> dict[str, bytes]:
     """Every file of the package, by its path in it."""
     scripts = find_scripts(root)
     paths = {path: root / path for path in scripts}
-    paths |= {path.name: path for path in (root / "tinymamba").glob("*.py")}
+    own = root / "tinymamba"
+    paths |= {p.relative_to(own).as_posix(): p for p in (*own.glob("*.py"), *own.glob("web/*.js"))}
     files = {name: path.read_bytes() for name, path in paths.items()}
     modules = [name for name in files if name.endswith(".py")]
     return files | {name: as_module(files[name].decode(), scripts).encode() for name in modules}

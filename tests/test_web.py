@@ -1,0 +1,474 @@
+"""A model in the browser: the site, and its engine under node against StreamingServer."""
+
+import base64
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, assert_refused, free_copy, run_main, train_bpe, wide
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+import export_model
+from onnx_generate import OnnxModel
+from streaming import StreamingServer
+from testv2 import TinyMambaModel, generate, load_model
+from tinymamba.chat_session import ChatSessions
+from tinymamba.checkpoint import save_model
+from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer
+from tinymamba.web_site import CHAT, RUNTIME, find_files
+
+PACKAGES = ROOT / "node_modules"
+TEMPLATE = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
+{{- m.content if loop.last or m.role == 'system' else m.content[-3:] }}
+{{- '<|im_end|>' + '\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+SAMPLED = {"temperature": 0.9, "top_k": 0, "seed": 3}
+FEW = (1, 2, 17)  # lengths for --verify, which has ten
+
+
+def lacking(what: str) -> None:
+    """Skip a test for want of this; in CI, which has it, fail."""
+    if os.environ.get("CI"):
+        pytest.fail(f"{what} is missing")
+    pytest.skip(f"{what} is missing")
+
+
+@pytest.fixture(scope="module")
+def packages() -> Path:
+    """The folder node_modules, of which the site has copies."""
+    if not (PACKAGES / "onnxruntime-web").exists():
+        lacking("node_modules/onnxruntime-web")
+    return PACKAGES
+
+
+@pytest.fixture(scope="module")
+def model() -> TinyMambaModel:
+    """A tiny model with a memory, and with a chat template that cuts earlier messages."""
+    content = train_bpe("<|im_end|>", "<|im_start|>", EOS_TOKEN).to_str()
+    record = {"name": "tokenizer.json", "content": content, "special_tokens": {}}
+    made = free_copy(wide(vocab_size=320, n_layer=1, memory_every=1, tie_embeddings=False))
+    made.tokenizer = SimpleTokenizer.from_dict({**record, "chat_template": TEMPLATE}).to_dict()
+    return made.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, model) -> Path:
+    """A folder with the checkpoint; node reads the scripts below it as modules."""
+    folder = tmp_path_factory.mktemp("web")
+    save_model(folder / "tiny.pt", model)
+    (folder / "package.json").write_text('{"type": "module"}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(place, packages) -> Path:
+    """The site, as the command makes it, with all checks."""
+    words = ["--checkpoint", place / "tiny.pt", "--format", "web", "--output_dir", place / "site"]
+    words += ["--runtime", packages, "--verify", "--generate", "--benchmark"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_model, "LENGTHS", FEW)
+        patch.setattr(export_model, "STREAMED", 60)
+        patch.setattr(export_model, "ROUNDS", 1)
+        done = run_main(export_model.main, *words)
+    assert done.returncode == 0, done.stderr
+    for said in ("60 of 60 in a row", "--- web\nimport os\n", "speedup of a step"):
+        assert said in done.stdout
+    return place / "site"
+
+
+@pytest.fixture(scope="module")
+def engine(site):
+    """Calls a method of the engine of engine.js, which runs under node."""
+    if not shutil.which("node"):
+        lacking("node")
+    command = ["node", "--expose-gc", ROOT / "tests" / "web_engine.mjs", find_files(site)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, encoding="utf-8", **pipes) as process:
+
+        def call(method: str, *args):
+            process.stdin.write(json.dumps([method, *args]) + "\n")
+            process.stdin.flush()
+            answer = json.loads(process.stdout.readline())
+            if "error" in answer:
+                raise ValueError(answer["error"])
+            return answer["result"]
+
+        yield call
+        process.stdin.close()
+
+
+@pytest.fixture
+def server(place) -> StreamingServer:
+    return StreamingServer(place / "tiny.pt", "cpu")
+
+
+def text_of(events: list[dict]) -> str:
+    return "".join(event["text"] for event in events)
+
+
+def tokens_of(events: list[dict]) -> list[dict]:
+    return [token for event in events for token in event["tokens"]]
+
+
+def settings(**given) -> tuple[dict, dict]:
+    """The same settings for the engine and for Python."""
+    return given, {{"max_tokens": "max_new_tokens"}.get(n, n): v for n, v in given.items()}
+
+
+# ------------------------------------------------------------------------------------ answers
+
+
+def test_300_greedy_tokens_are_those_of_onnx_generate_and_of_the_model(engine, site, server):
+    model, prompt = server.model, "the theme of"
+    given, known = settings(max_tokens=300, temperature=0.0)
+    ids, session = server.tokenizer.encode(prompt), engine("create", {})["id"]
+    events = engine("generate", session, {"prompt": prompt, **given})
+    made = [token["id"] for token in tokens_of(events)]
+    assert len(set(made)) > 1 and len(made) == 300
+    assert made == [*OnnxModel(find_files(site)).generate(ids, 300)]
+    assert made == generate(model, torch.tensor([ids]), 300, 0.0)[0, len(ids) :].tolist()
+    assert text_of(events) == server.generate_text(prompt, **known)
+
+
+def test_seeds_forks_undo_and_later_turns_are_those_of_the_server(engine, server):
+    web, own = engine("create", {"seed": 7})["id"], server.create_session(seed=7)
+    turns = [("und so", 40, {}), ("", 30, {"temperature": 1.2}), ("für Köln", 25, SAMPLED)]
+    turns += [("x", 20, {"top_p": 0.8, "min_p": 0.01, "repetition_penalty": 1.3}), ("y", 0, {})]
+    for prompt, count, more in turns:
+        given, known = settings(max_tokens=count, **more)
+        events = engine("generate", web, {"prompt": prompt, **given})
+        assert text_of(events) == server.generate_text(prompt, own, **known)
+    info = events[-1]["session"]
+    place = server.get_session_info(own)
+    assert [info["tokens"], info["turns"]] == [place["position"], place["turns"]]
+    assert info["turns"] == 5
+    fork, python_fork = engine("fork", web, {"seed": 9})["id"], server.fork_session(own, seed=9)
+    server.rollback(own)
+    assert engine("rollback", web)["tokens"] == server.get_session_info(own)["position"]
+    given, known = settings(max_tokens=30)
+    for a, b in ((web, own), (fork, python_fork)):
+        assert text_of(engine("generate", a, given)) == server.generate_text("", b, **known)
+
+
+def test_every_turn_can_be_undone(engine):
+    session, before = engine("create", {"seed": 1})["id"], []
+    for prompt in "abc":
+        before.append(engine("sessions")[-1]["tokens"])
+        engine("generate", session, {"prompt": prompt, "max_tokens": 5})
+    for tokens in reversed(before):
+        assert engine("rollback", session)["tokens"] == tokens
+    with pytest.raises(ValueError, match="session: has no turn to undo; generate something first"):
+        engine("rollback", session)
+
+
+def test_a_stopped_answer_is_exactly_the_text_that_was_given_out(engine, server):
+    session, own = engine("create", {"seed": 5})["id"], server.create_session(seed=5)
+    given, known = settings(max_tokens=100, **SAMPLED)
+    events = engine("generate", session, {"prompt": "12 plus", "stop_after": 9, **given})
+    answer = server.answer("12 plus", own, **known)
+    with contextlib.closing(answer):
+        text = "".join(next(answer).text for _ in range(len(events) - 1))
+    assert text_of(events) == text and events[-1]["finish_reason"] == "stop"
+    given, known = settings(max_tokens=20)
+    assert text_of(engine("generate", session, given)) == server.generate_text("", own, **known)
+
+
+def test_answers_at_once_do_not_change_each_other(engine):
+    calls = [
+        ["generate", engine("create", {"seed": n})["id"], {"prompt": "the", "max_tokens": 30}]
+        for n in (1, 2, 1)
+    ]
+    first, second, third = (text_of(events) for events in engine("together", *calls))
+    assert first == third != second
+    alone = engine("create", {"seed": 2})["id"]
+    assert text_of(engine("generate", alone, {"prompt": "the", "max_tokens": 30})) == second
+
+
+@torch.no_grad()
+def test_gates_and_norms_are_those_from_which_a_token_was_drawn(engine, model):
+    tokenizer = SimpleTokenizer.from_dict(model.tokenizer)
+    given = {"prompt": "the theme", "max_tokens": 4, "temperature": 0}
+    tokens = tokens_of(engine("generate", engine("create", {})["id"], given))
+    ids, state = tokenizer.encode("the theme"), model.init_state(1)
+    for token in tokens:
+        _, state, gates = model.run(torch.tensor([ids]), state)
+        layer = state.layers[0]
+        norms = [*layer.ssm[0].flatten(1).norm(dim=1), *layer.memory[0].flatten(1).norm(dim=1)]
+        np.testing.assert_allclose(token["norms"], [norms], rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(token["gates"], gates[:, 0, -1], atol=1e-5)
+        ids = [token["id"]]
+        assert token["text"] == tokenizer.decode(ids, skip_special_tokens=False)
+    heads = engine("about")["heads"]
+    assert heads == [layer.ssm.shape[1], layer.memory.shape[1]]
+
+
+def test_chats_are_those_of_chat_sessions(engine, server):
+    """Also where the template cuts what was said, so that the session has to go back."""
+    chats = ChatSessions(server, {"max_new_tokens": 12, **SAMPLED})
+    own = server.create_session()
+    chats.set_system(own, "Be kind.")
+    web = engine("create", {"chat": True, "system": "Be kind."})["id"]
+    given = {"max_tokens": 12, **SAMPLED}
+    for said in ("Hello there", "und <|im_end|> weiter", "42?"):
+        with contextlib.closing(chats.ask(own, said)) as turn:
+            text = "".join(chunk.text for chunk in turn)
+        events = engine("generate", web, {"prompt": said, **given})
+        assert text_of(events) == text
+        assert events[-1]["session"]["tokens"] == server.get_session_info(own)["position"]
+    server.rollback(own)
+    info = engine("rollback", web)
+    assert [info["tokens"], info["turns"]] == [server.get_session_info(own)["position"], 2]
+    assert [*chats.history(own).messages] == python_chat(engine, web)["messages"]
+
+
+def python_chat(engine, session: str) -> dict:
+    """The chat in the file of a session."""
+    data = base64.b64decode(engine("save", session)["base64"])
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return json.loads(header["__metadata__"]["session"])["chat"]
+
+
+def test_a_turn_that_is_stopped_before_its_text_changes_nothing(engine):
+    session = engine("create", {"chat": True})["id"]
+    engine("generate", session, {"prompt": "Hello", "max_tokens": 8, "seed": 1})
+    before = engine("sessions")[-1]
+    stopped = ["generate", session, {"prompt": "x " * 700, "max_tokens": 8}]
+    with pytest.raises(ValueError, match="session: is answering; wait until it is done"):
+        engine("together", stopped, stopped)
+    engine("stop", session)
+    assert engine("sessions")[-1]["tokens"] >= before["tokens"]
+
+
+# -------------------------------------------------------------------------------------- files
+
+
+def test_a_session_goes_to_python_and_back(engine, server, tmp_path):
+    web = engine("create", {"seed": 2**53 - 1})["id"]
+    engine("generate", web, {"prompt": "für 日本", "max_tokens": 20})
+    (tmp_path / "web.safetensors").write_bytes(base64.b64decode(engine("save", web)["base64"]))
+    own = server.load_session(tmp_path / "web.safetensors")
+    given, known = settings(max_tokens=25)
+    text = server.generate_text("und", own, **known)
+    assert text_of(engine("generate", web, {"prompt": "und", **given})) == text
+    packed = {"base64": base64.b64encode(server.pack_session(own)).decode()}
+    again = engine("load", packed)
+    assert again["tokens"] == server.get_session_info(own)["position"]
+    assert engine("save", again["id"]) == packed  # the same bytes
+    text = server.generate_text("x", own, **known)
+    assert text_of(engine("generate", again["id"], {"prompt": "x", **given})) == text
+
+
+@pytest.mark.parametrize(
+    "call, problem",
+    [
+        (("fork", "x"), 'session: there is no "x"; create it first'),
+        (("create", {"seed": -1}), "seed: -1 is invalid; it must be from 0 to 2"),
+        (("create", {"system": "a"}), "system: is only for a chat; leave it out"),
+        (("load", {"base64": "AAAA"}), "file: is not a session; choose another file"),
+        (("new", {"temperature": -1}), "temperature: -1 is out of range; pass a number from 0"),
+        (("new", {"top_k": 1.5}), "top_k: 1.5 is out of range; pass a whole number"),
+        (("new", {"best_of": 3}), "best_of: is not a setting; use max_new_tokens"),
+    ],
+)
+def test_errors_are_one_line(engine, call, problem):
+    method, *args = call
+    if method == "new":
+        method, args = "generate", [engine("create", {})["id"], *args]
+    with pytest.raises(ValueError) as error:
+        engine(method, *args)
+    assert str(error.value).startswith(problem) and "\n" not in str(error.value)
+
+
+def test_memory_is_flat(engine):
+    session = engine("create", {"seed": 1})["id"]
+    engine("generate", session, {"prompt": "a", "max_tokens": 100})
+    before = engine("heap")
+    engine("generate", session, {"max_tokens": 400})
+    after = engine("heap")
+    for kind in ("heapUsed", "arrayBuffers"):
+        assert after[kind] < before[kind] + 3_000_000
+
+
+# --------------------------------------------------------------------------------------- site
+
+
+def test_a_site_loads_nothing_from_elsewhere(site):
+    """Its addresses are relative; only copied packages name hosts, in messages and comments."""
+    copied = {name for package in (RUNTIME | CHAT).values() for name in package.files}
+    for path in (p for p in site.rglob("*") if p.is_file()):
+        if path.suffix in (".js", ".html") and path.name not in copied:
+            text = path.read_text(encoding="utf-8")
+            assert not re.findall(r"""https?://|["'(]//\w|(?:src|href)="(?!data:)""", text), path
+    page = (site / "index.html").read_text(encoding="utf-8")
+    facts = json.loads(re.search('<script id="site"[^>]*>(.*?)</script>', page)[1])
+    worker = site / facts["worker"]
+    assert {path.name for path in worker.parent.iterdir()} == facts["files"].keys()
+    assert all((worker.parent / name).is_file() for name in facts["files"].values())
+    assert page.index('id="site"') < page.index("<script>\n")
+    kept = (site / "service_worker.js").read_text(encoding="utf-8")
+    assert all(f'"{worker.parent.name}/{name}"' in kept for name in facts["files"])
+    licenses = (site / "LICENSES.txt").read_text(encoding="utf-8")
+    assert all(
+        f"{name} {package.version}" in licenses for name, package in (RUNTIME | CHAT).items()
+    )
+
+
+def test_another_model_is_another_folder_and_another_cache(site, place, packages, monkeypatch):
+    """So a page never mixes files of two exports, and its worker replaces what it has kept."""
+    graphs = reuse_graphs(monkeypatch, site)
+    other = free_copy(wide(vocab_size=320, n_layer=1, memory_every=1, tie_embeddings=False))
+    other.tokenizer = SimpleTokenizer().to_dict()
+    save_model(place / "other.pt", other)
+    words = ["--format", "web", "--runtime", packages, "--output_dir", place / "again"]
+    for name in ("tiny", "other"):
+        done = run_main(export_model.main, "--checkpoint", place / f"{name}.pt", "--force", *words)
+        assert done.returncode == 0, done.stderr
+        same = files(place / "again") == files(site) - {"benchmark.json"}
+        assert same == (name == "tiny")
+    assert graphs and not (find_files(place / "again") / "chat.js").exists()
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+def reuse_graphs(monkeypatch, site: Path) -> list[Path]:
+    """From here on, an export writes the graphs of this site: to make them takes seconds."""
+    graphs = [find_files(site) / name for name in ("prefill.onnx", "step.onnx", "weights.data")]
+
+    def copy(folder: Path, *_) -> None:
+        for graph in graphs:
+            shutil.copy(graph, folder)
+
+    monkeypatch.setattr(export_model, "write_onnx_graphs", copy)
+    return graphs
+
+
+def test_a_single_file_holds_everything(site, place, packages, monkeypatch):
+    reuse_graphs(monkeypatch, site)
+    words = ["--checkpoint", place / "tiny.pt", "--format", "web", "--single_file"]
+    words += ["--output_dir", place / "single", "--runtime", packages]
+    done = run_main(export_model.main, *words)
+    assert done.returncode == 0, done.stderr
+    [page] = (place / "single").iterdir()
+    text = page.read_text(encoding="utf-8")
+    inlined = re.findall('data-file="([^"]*)" data-type="[^"]*">([A-Za-z0-9+/=]*)</script>', text)
+    names = [name for name, _ in inlined]
+    assert page.name == "tiny.html" and sorted(names) == sorted(os.listdir(find_files(site)))
+    for name, data in inlined:  # a module comes after those that it imports
+        if name.endswith(".js"):
+            imported = re.findall(r'"\./([\w.-]+\.js)"', base64.b64decode(data).decode())
+            assert {*imported} <= {*names[: names.index(name)]}, name
+    assert "serviceWorker" not in text and "http://" not in text.split("data-file")[0]
+    assert_refused(run_main(export_model.main, *words), "tiny.html", "exists already")
+
+
+# ------------------------------------------------------------------------------------- errors
+
+
+def fake_packages(folder: Path, version: str) -> Path:
+    """A folder node_modules with the files of the packages, of which one has this version."""
+    for name, package in (RUNTIME | CHAT).items():
+        for file in package.files.values():
+            (folder / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name / file).touch()
+        (folder / name / "package.json").write_text(json.dumps({"version": package.version}))
+    (folder / "onnxruntime-web" / "package.json").write_text(json.dumps({"version": version}))
+    return folder
+
+
+def test_a_missing_or_other_runtime_is_one_line_with_the_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    install = "`npm install --no-package-lock onnxruntime-web@1.30.0 @huggingface/jinja@0.5.11`"
+
+    def refused(folder: Path, *fragments: str) -> None:
+        words = ["--format", "web", "--checkpoint", "none.pt", "--runtime", folder]
+        done = run_main(export_model.main, *words, "--output_dir", "made")
+        assert_refused(done, "--runtime: ", install, *fragments)
+        assert not Path("made").exists()
+
+    refused(Path("none"), "there is no folder none")
+    Path("empty").mkdir()
+    refused(Path("empty"), "empty has no onnxruntime-web")
+    refused(fake_packages(Path("old"), "1.29.0"), "onnxruntime-web is 1.29.0")
+    whole = fake_packages(Path("part"), "1.30.0")
+    (whole / "@huggingface" / "jinja" / "dist" / "index.js").unlink()
+    refused(whole, "jinja has no dist/index.js")
+    (whole / "onnxruntime-web" / "package.json").write_text("{")
+    refused(whole, "part has no onnxruntime-web")
+
+
+@pytest.mark.parametrize(
+    "words, fragments",
+    [
+        (["--format", "onnx", "--single_file"], ["--single_file", "does nothing for onnx"]),
+        (["--format", "all", "--runtime", "x"], ["--runtime", "does nothing for all"]),
+        (["--format", "web", "--quantize", "both"], ["--quantize", "a site has one model"]),
+        (["--format", "web", "--quantize", "int4"], ["--calibration_data", "int4 needs it"]),
+        (["--format", "web", "--batch_size", "2"], ["--batch_size", "read one text"]),
+        (["--format", "web", "--single_file", "--benchmark"], ["--benchmark", "of a folder"]),
+        (["--format", "web"], ["site", "exists already", "pass --force"]),
+        (["--format", "web", "--force"], ["site", "is not an exported model"]),
+        (["--format", "web", "--output_dir", "file"], ["file", "exists already"]),
+        (["--format", "web", "--output_dir", "file/in"], ["file/in"]),
+        (["--format", "web", "--checkpoint", "plain.pt", "--output_dir", "new"], ["--vocab_file"]),
+    ],
+)
+def test_commands_that_cannot_be_done(words, fragments, place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model(tmp_path / "plain.pt", free_copy(wide(n_layer=1)))
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "own.txt").touch()
+    (tmp_path / "file").touch()
+    fake_packages(tmp_path / "node_modules", "1.30.0")
+    before = files(tmp_path)
+    done = run_main(export_model.main, "--checkpoint", place / "tiny.pt", *words)
+    assert_refused(done, *fragments)
+    assert files(tmp_path) == before
+
+
+def test_a_tokenizer_that_the_page_cannot_read_is_refused(tmp_path, monkeypatch):
+    words = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    other = free_copy(wide(n_layer=1))
+    other.tokenizer = {"name": "tokenizer.json", "content": words.to_str(), "sha256": "0"}
+    other.tokenizer |= {"chat_template": None, "special_tokens": {}}
+    save_model(tmp_path / "words.pt", other)
+    monkeypatch.chdir(tmp_path)
+    fake_packages(tmp_path / "node_modules", "1.30.0")
+    done = run_main(export_model.main, "--checkpoint", "words.pt", "--format", "web")
+    assert_refused(done, "--vocab_file", "WordLevel does not work in a browser")
+    assert not Path("site").exists()
+
+
+def test_web_is_not_among_all_formats():
+    assert "web" not in export_model.Options(format="all").formats()
+    assert "web" not in export_model.Options(format="all", quantize="int8").formats()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_a_quantized_site_runs(bits, place, packages, tmp_path):
+    (np.arange(4000, dtype=np.int32) % 320).tofile(tmp_path / "train.bin")
+    data = ["--calibration_data", tmp_path / "train.bin", "--calibration_tokens", "2048"]
+    data += ["--group_size", "16"]
+    data = data if bits == "int4" else []
+    words = ["--checkpoint", place / "tiny.pt", "--format", "web", "--quantize", bits, *data]
+    done = run_main(
+        export_model.main, *words, "--output_dir", place / bits, "--runtime", packages, "--verify"
+    )
+    assert done.returncode == 0, done.stderr
+    folder = find_files(place / bits)
+    command = ["node", "--expose-gc", ROOT / "tests" / "web_engine.mjs", folder]
+    lines = '["create", {}]\n["sessions"]\n'
+    ran = subprocess.run(command, input=lines, capture_output=True, text=True)
+    assert ran.returncode == 0 and len(ran.stdout.splitlines()) == 2, ran.stderr
+    web = json.loads((folder / "config.json").read_bytes())["web"]
+    assert web["parameters"] == sum(p.numel() for p in load_model(place / "tiny.pt").parameters())

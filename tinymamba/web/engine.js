@@ -1,0 +1,539 @@
+// A model in the browser: what StreamingServer of streaming.py is in Python, on onnxruntime-web.
+//
+// A session is a snapshot and those before its last turns. Snapshots are never changed, so any
+// number of sessions may share one. A state is {name: tensor} as the graphs take and return it.
+
+import * as ort from "./ort.js";
+import { choose } from "./sampling.js";
+import { packSession, parsePythonJson, pythonJson, unpackSession } from "./session_file.js";
+import { TextStream, Tokenizer, appendText } from "./tokenizer.js";
+
+const RECENT = 512; // last ids that a session keeps
+const CONTEXT = 8; // last ids that a tokenizer may need to decode the next ones
+const PIECE = 512; // ids of a prompt that are read at once
+const FEW = 16; // ids that are read one by one while the graph for prompts is not there yet
+const MAX_REPLAY = 1024; // after this many ids of an answer, its start moves forward
+const TURNS = 64; // turns of a session that can be undone
+const CHAT_BYTES = 2 ** 26; // of states that chats may go back to
+const PAUSE = 8; // milliseconds of work after which messages are read
+const LARGE = 32e6; // parameters; in smaller models threads wait for each other longer than they work
+
+const LIMITS = {
+  max_new_tokens: [0, Infinity], temperature: [0, Infinity], top_k: [0, Infinity], top_p: [0, 1],
+  min_p: [0, 1], repetition_penalty: [1e-3, 1e3],
+};
+const WHOLE = ["max_new_tokens", "top_k"];
+
+// Errors read as those of Python do.
+function require(condition, name, problem, remedy) {
+  if (!condition) throw new Error(`${name}: ${problem}; ${remedy}`);
+}
+
+// ------------------------------------------------------------------------------------ files
+
+// The file of this name, or an error that says which one is missing.
+async function load(files, name) {
+  const problem = (why) => `cannot be loaded (${why})`, remedy = "load the page again";
+  const response = await fetch(new URL(files[name], import.meta.url)).catch((e) =>
+    require(false, name, problem(e.message), remedy),
+  );
+  require(response.ok, name, problem(`status ${response.status}`), remedy);
+  if (response.headers.get("content-type") !== "application/gzip") return response;
+  return new Response(response.body.pipeThrough(new DecompressionStream("gzip"))); // single_file.js
+}
+
+const loadText = async (files, name) => (await load(files, name)).text();
+const loadBytes = async (files, name) => new Uint8Array(await (await load(files, name)).arrayBuffer());
+
+// ------------------------------------------------------------------------------------ model
+
+// The two graphs: step reads one id, prefill any number. Prefill is only made when it is needed.
+class Model {
+  static async open(files, { state, web }) {
+    const wasm = loadBytes(files, "ort.wasm"), weights = loadBytes(files, "weights.data");
+    const step = loadBytes(files, "step.onnx"), prefill = loadBytes(files, "prefill.onnx");
+    prefill.catch(() => {}); // it is awaited, and its error shown, when prefill is needed
+    const pays = globalThis.crossOriginIsolated && web.parameters >= LARGE;
+    const threads = pays ? Math.min(4, navigator.hardwareConcurrency) : 1;
+    Object.assign(ort.env.wasm, {
+      numThreads: threads,
+      wasmBinary: (await wasm).buffer,
+      wasmPaths: { mjs: new URL(files["ort-wasm.js"], import.meta.url).href },
+    });
+    const create = async (bytes) =>
+      ort.InferenceSession.create(await bytes, {
+        executionProviders: ["wasm"],
+        graphOptimizationLevel: "disabled", // the exporter has done it
+        externalData: [{ path: "weights.data", data: await weights }],
+      });
+    return Object.assign(new Model(), { state, threads, step: await create(step), create, prefill });
+  }
+
+  // The state before any id.
+  start() {
+    const state = {};
+    for (const [name, [shape, type]] of Object.entries(this.state)) {
+      const dims = [1, ...shape], size = dims.reduce((product, n) => product * n, 1);
+      const data = type === "int64" ? new BigInt64Array(size) : new Float32Array(size);
+      state[name] = new ort.Tensor(type, data, dims);
+    }
+    return state;
+  }
+
+  // The session for these ids.
+  async sessionFor(ids) {
+    if (ids.length === 1) return this.step;
+    this.reader ??= this.create(this.prefill);
+    return this.reader;
+  }
+
+  // ids and a state -> the new state, and after its last id: logits (v,), gates (n_layer, 3) and
+  // norms of the heads, layer after layer.
+  async run(ids, state) {
+    const session = await this.sessionFor(ids);
+    const input = new ort.Tensor("int64", BigInt64Array.from(ids, BigInt), [1, ids.length]);
+    const { logits, gates, norms, ...rest } = await session.run({ ids: input, ...state });
+    const after = {};
+    for (const name in state) after[name] = rest[`new.${name}`];
+    return { state: after, logits: logits.data, gates: gates.data, norms: norms.data };
+  }
+}
+
+// --------------------------------------------------------------------------------- snapshots
+
+// {state, logits, gates, norms, recent, unread}: logits, gates and norms are those after all ids,
+// null if the state has not read them; `recent` are the last ids, `unread` those not read.
+const position = ({ state, unread }) => Number(state.position.data[0]) + unread.length;
+
+// The snapshot after more ids, which the state has not read yet.
+function followedBy(snapshot, ids) {
+  if (!ids.length) return snapshot;
+  const recent = [...snapshot.recent, ...ids].slice(-RECENT);
+  const unknown = { logits: null, gates: null, norms: null };
+  return { ...snapshot, ...unknown, recent, unread: [...snapshot.unread, ...ids] };
+}
+
+// How many ids two lists have in common at their beginning.
+function countEqual(a, b) {
+  const size = Math.min(a.length, b.length);
+  let same = 0;
+  while (same < size && a[same] === b[same]) same++;
+  return same;
+}
+
+// A pause in which a worker reads its messages.
+function pause() {
+  return new Promise((done) => {
+    const { port1, port2 } = new MessageChannel();
+    port1.onmessage = () => (port1.close(), done());
+    port2.postMessage(0);
+  });
+}
+
+// ------------------------------------------------------------------------------------ answers
+
+// One answer. After `chunks` the session goes on from `final`.
+class Answer {
+  constructor(engine, origin, prompt, config, ends) {
+    Object.assign(this, { engine, origin, config, ends });
+    this.start = this.final = followedBy(origin, prompt); // what `ids` follow
+    this.ids = []; // all that were drawn since then
+    this.clean = 0; // those of them whose text is complete and given out
+    this.partial = ""; // text given out after the clean ones
+    this.reason = null;
+    this.stopped = false;
+  }
+
+  // {text, tokens}: text that is certain, and the tokens since the last such text.
+  async *chunks() {
+    try {
+      const start = await this.engine.read(this.start, () => this.stopped);
+      this.start = this.final = start;
+      if (start.unread.length) return; // it was stopped meanwhile
+      const stream = new TextStream(this.engine.tokenizer, start.recent.slice(-CONTEXT), this.config.stop ?? []);
+      yield* this.draw(start, stream);
+    } catch (error) {
+      this.failed = true;
+      throw error;
+    } finally {
+      this.settle();
+    }
+  }
+
+  async *draw(start, stream) {
+    const { config, engine } = this, counts = new Map();
+    let tokens = [], text = "", drawn = 0;
+    this.now = start;
+    while (!this.stopped && !this.isOver(drawn)) {
+      if (this.now.unread.length) this.now = await engine.read(this.now);
+      if (this.stopped) break;
+      const id = choose(this.now.logits, this.now.recent, config, counts, position(this.now));
+      if (this.ends.has(id)) {
+        [this.reason, this.endedBy] = ["stop", id];
+        break;
+      }
+      tokens.push(engine.token(id, this.now));
+      drawn++;
+      counts.set(id, (counts.get(id) ?? 0) + 1);
+      this.now = followedBy(this.now, [id]);
+      this.ids.push(id);
+      text = this.textAfter(stream, id);
+      if (stream.stopped) break;
+      this.noteStart();
+      if (!text) continue;
+      yield { text, tokens };
+      [tokens, text] = [[], ""];
+      this.moveStart();
+    }
+    if (stream.stopped) {
+      this.reason = "stop";
+    } else {
+      text = stream.finish();
+      this.partial = stream.pendingText.replaceAll("\ufffd", "");
+      this.clean = this.ids.length - stream.pending.length;
+    }
+    if (text || tokens.length) yield { text, tokens };
+  }
+
+  isOver(drawn) {
+    if (drawn < this.config.max_new_tokens) return false;
+    this.reason = "length";
+    return true;
+  }
+
+  textAfter(stream, id) {
+    const text = stream.push(id);
+    if (stream.isClean()) [this.clean, this.partial] = [this.ids.length, ""];
+    else this.partial += text;
+    return text;
+  }
+
+  // A long answer moves its start, so that `ids` stay few, once their text is given out.
+  noteStart() {
+    if (!this.next && this.ids.length >= MAX_REPLAY) this.next = [this.ids.length, this.now];
+  }
+
+  moveStart() {
+    if (!this.next || this.clean < this.next[0]) return;
+    const [count, start] = this.next;
+    Object.assign(this, { start, ids: this.ids.slice(count), clean: this.clean - count, next: null });
+  }
+
+  // Decide what the session goes on from: exactly the text that was given out.
+  settle() {
+    if (this.failed) this.final = this.origin;
+    else if (this.now && this.clean === this.ids.length && !this.partial) this.final = this.now;
+    else if (this.now) {
+      const ids = appendText(this.engine.tokenizer, this.ids.slice(0, this.clean), this.partial);
+      this.final = followedBy(this.start, ids);
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------ engine
+
+export class Engine {
+  // files: {name: url}
+  static async open(files) {
+    const engine = new Engine();
+    const site = JSON.parse(await loadText(files, "config.json")), own = site.web;
+    const model = Model.open(files, site);
+    const tokenizer = own.tokenizer_file && loadText(files, own.tokenizer_file);
+    const chat = own.chat && import("./chat.js");
+    Object.assign(engine, { site, own, config: parsePythonJson(own.config), chats: [], all: new Map() });
+    engine.tokenizer = new Tokenizer(await tokenizer, own.tokenizer_file);
+    if (chat) engine.template = await (await chat).ChatTemplate.open(
+      engine.tokenizer, own.chat.template, own.chat.special_tokens,
+    );
+    engine.model = await model;
+    const start = { state: engine.model.start(), logits: null, gates: null, norms: null };
+    engine.initial = { ...start, recent: [], unread: [] };
+    engine.stateBytes = Object.values(start.state).reduce((sum, { data }) => sum + data.byteLength, 0);
+    return engine;
+  }
+
+  about() {
+    const { own, site, model, stateBytes } = this, most = (i) => Math.max(...own.heads.map((h) => h[i]));
+    return {
+      name: own.name, chat: !!this.template, layers: own.heads.length, heads: [most(0), most(1)],
+      vocabulary: site.vocab_size, state_bytes: stateBytes, parameters: own.parameters,
+      eos_id: own.eos_id, threads: model.threads,
+    };
+  }
+
+  // Sessions --------------------------------------------------------------------------------
+
+  sessions() {
+    return [...this.all.values()].map((session) => this.info(session));
+  }
+
+  info({ id, now, turns, seed, isChat, past }) {
+    const counts = { tokens: position(now), turns, undo: past.length, state_bytes: this.stateBytes };
+    return { id, seed, chat: isChat, ...counts };
+  }
+
+  create({ seed, system = "", chat = false } = {}) {
+    require(!chat || this.template, "chat", "the model has no chat template", "begin a text");
+    require(!system || chat, "system", "is only for a chat", "leave it out");
+    const messages = system ? [{ role: "system", content: system }] : [];
+    if (system) this.requireWritten(messages[0]);
+    const now = this.initial, talk = system ? { messages, ids: [] } : null;
+    return this.info(this.insert({ now, config: this.config, seed, isChat: chat, chat: talk, turns: 0, past: [] }));
+  }
+
+  insert(session) {
+    const id = session.id ?? randomId();
+    const whole = { ...session, id, seed: checkedSeed(session.seed), answer: null };
+    this.all.set(id, whole);
+    return whole;
+  }
+
+  find(id, idle = true) {
+    const session = this.all.get(id);
+    require(session, "session", `there is no ${JSON.stringify(id)}`, "create it first");
+    require(!idle || !session.answer, "session", "is answering", "wait until it is done, or stop it");
+    return session;
+  }
+
+  fork(id, { seed } = {}) {
+    const old = this.find(id);
+    return this.info(this.insert({ ...old, id: null, seed: seed ?? old.seed, past: [...old.past] }));
+  }
+
+  rollback(id) {
+    const session = this.find(id);
+    require(session.past.length, "session", "has no turn to undo", "generate something first");
+    Object.assign(session, session.past.pop());
+    return this.info(session);
+  }
+
+  remove(id) {
+    this.stop(id);
+    this.all.delete(id);
+  }
+
+  stop(id) {
+    const { answer } = this.find(id, false);
+    if (answer) answer.stopped = true;
+  }
+
+  // Generation --------------------------------------------------------------------------------
+
+  async *generate(id, { prompt = "", max_tokens, ...settings } = {}) {
+    const session = this.find(id), given = { ...settings, max_new_tokens: max_tokens };
+    const config = this.configured(session, given);
+    require(typeof prompt === "string", "prompt", "is no text", "pass some");
+    const before = { now: session.now, chat: session.chat, turns: session.turns };
+    const turn = { stopped: false };
+    session.answer = turn;
+    try {
+      const chunks = session.isChat ? this.chatTurn : this.textTurn;
+      yield* chunks.call(this, session, prompt, config, turn);
+    } finally {
+      session.answer = null;
+      if (turn.kept) session.past = [...session.past, before].slice(-TURNS);
+      else Object.assign(session, before);
+    }
+    yield { text: "", tokens: [], finish_reason: turn.reason ?? "stop", session: this.info(session) };
+  }
+
+  // The settings of an answer: the session's, and over them those that are given.
+  configured(session, given) {
+    const config = {};
+    for (const [name, value] of Object.entries(session.config)) {
+      config[name] = value instanceof Number ? Number(value) : value; // a float of Python
+    }
+    for (const [name, value] of Object.entries(given)) {
+      if (value === undefined || value === null) continue;
+      require(name === "seed" || name in LIMITS, name, "is not a setting", `use ${Object.keys(LIMITS)}`);
+      config[name] = value;
+    }
+    for (const [name, [least, most]] of Object.entries(LIMITS)) {
+      const value = config[name], fits = value >= least && value <= most;
+      const whole = !WHOLE.includes(name) || Number.isInteger(value);
+      require(typeof value === "number" && fits && whole, name, `${value} is out of range`,
+        `pass ${WHOLE.includes(name) ? "a whole number" : "a number"} from ${least} to ${most}`);
+    }
+    config.seed = given.seed ?? config.seed ?? session.seed;
+    checkedSeed(config.seed);
+    return config;
+  }
+
+  // The text goes on. Its turn is kept unless it fails.
+  async *textTurn(session, prompt, config, turn) {
+    const ids = this.withFirst(this.tokenizer.encode(prompt), session.now, config);
+    const eos = config.eos_token_id ?? this.own.eos_id, ends = new Set([eos, ...(config.stop_ids ?? [])]);
+    const answer = this.begin(session, turn, ids, config, ends);
+    try {
+      yield* answer.chunks();
+    } finally {
+      Object.assign(turn, { kept: !answer.failed, reason: answer.reason });
+      const ended = config.reset_on_eos && answer.endedBy === eos;
+      session.now = ended ? this.initial : answer.final;
+      session.chat = null;
+      session.turns += 1;
+    }
+  }
+
+  // The answer to these ids, which `stop` can end.
+  begin(session, turn, ids, config, ends) {
+    const answer = new Answer(this, session.now, ids, config, ends);
+    answer.stopped = session.answer.stopped;
+    session.answer = answer;
+    return answer;
+  }
+
+  // The ids of a prompt; in a new session, after the token that begins it.
+  withFirst(ids, now, config) {
+    if (position(now) > 0) return ids;
+    const first = config.bos_token_id ?? (ids.length ? null : config.eos_token_id ?? this.own.eos_id);
+    const problem = "is empty, and the model has no bos or eos to begin with";
+    require(first === null || first >= 0, "prompt", problem, "pass some text");
+    return first === null ? ids : [first, ...ids];
+  }
+
+  // The snapshot after its state has read all ids, or those until it is stopped.
+  async read(snapshot, isStopped = () => false) {
+    let now = snapshot;
+    while (now.unread.length && !isStopped()) {
+      const few = !this.model.reader && now.unread.length <= FEW;
+      const ids = now.unread.slice(0, few ? 1 : PIECE);
+      const out = await this.model.run(ids, now.state);
+      now = { ...now, ...out, unread: now.unread.slice(ids.length) };
+      if (performance.now() - (this.paused ?? 0) > PAUSE) {
+        await pause();
+        this.paused = performance.now();
+      }
+    }
+    return now;
+  }
+
+  // A token, as the page shows it.
+  token(id, { gates, norms }) {
+    let at = 0;
+    const layers = this.own.heads.map(([ssm, memory]) => norms && [...norms.slice(at, (at += ssm + memory))]);
+    return {
+      id,
+      text: this.tokenizer.decode([id], false),
+      gates: gates && layers.map((_, i) => [...gates.slice(3 * i, 3 * i + 3)]),
+      norms: norms && layers,
+    };
+  }
+
+  // Chats -----------------------------------------------------------------------------------
+
+  // The turn of a user, as Turn of chat_session.py: before it answers, the session has read exactly
+  // the ids of the whole chat. A turn that fails, or is stopped before its first text, is undone.
+  async *chatTurn(session, prompt, config, turn) {
+    const talk = session.chat ?? { messages: [], ids: [] };
+    require(session.chat || !position(session.now), "chat", "the session has text that is no chat", "begin another");
+    const messages = [...talk.messages, { role: "user", content: prompt }];
+    const ids = this.template.encode(messages, true), end = this.template.turnEnd;
+    const eos = config.eos_token_id ?? this.own.eos_id, ends = new Set([eos, ...(end === null ? [] : [end])]);
+    const settings = { ...config, bos_token_id: null, reset_on_eos: false };
+    this.place(session, talk.messages, ids);
+    const rest = ids.slice(session.chat.ids.length);
+    session.now = await this.read(followedBy(session.now, rest.slice(0, -1)), () => session.answer.stopped);
+    if (session.now.unread.length) return;
+    session.chat = { messages: talk.messages, ids: ids.slice(0, -1) };
+    this.keep(session);
+    const answer = this.begin(session, turn, rest.slice(-1), settings, ends), drawn = [];
+    let text = "";
+    try {
+      for await (const chunk of answer.chunks()) {
+        text += chunk.text;
+        for (const { id } of chunk.tokens) drawn.push(id);
+        yield chunk;
+      }
+    } finally {
+      turn.reason = answer.reason;
+      turn.kept = !answer.failed && !!(text || answer.reason);
+      if (turn.kept) {
+        session.now = answer.final;
+        const read = [...ids, ...drawn], { recent } = session.now;
+        const exact = position(session.now) === read.length && `${recent}` === `${read.slice(-RECENT)}`;
+        session.chat = exact ? { messages, ids: read } : null;
+        this.place(session, [...messages, { role: "assistant", content: text }], read);
+      }
+    }
+  }
+
+  // Let a session hold these messages, after the longest prefix of `ids` whose state is kept.
+  place(session, messages, ids) {
+    this.keep(session);
+    const read = session.chat?.ids ?? [];
+    let found = { ids: [], now: this.initial };
+    for (const kept of [...this.chats, { ids: read, now: session.now }]) {
+      const isPrefix = kept.ids.length > found.ids.length && countEqual(kept.ids, ids) === kept.ids.length;
+      if (isPrefix) found = kept;
+    }
+    session.now = found.now;
+    session.chat = { messages, ids: ids.slice(0, found.ids.length) };
+    session.turns = messages.filter(({ role }) => role === "user").length;
+  }
+
+  // Keep the state of a session, to go back to; the oldest are dropped.
+  keep({ chat, now }) {
+    if (!chat?.ids.length) return;
+    const same = ({ ids }) => ids.length === chat.ids.length && countEqual(ids, chat.ids) === ids.length;
+    this.chats = [...this.chats.filter((kept) => !same(kept)), { ids: chat.ids, now }];
+    const most = Math.max(2, Math.floor(CHAT_BYTES / this.stateBytes));
+    this.chats = this.chats.slice(-most);
+  }
+
+  requireWritten(system) {
+    const asked = { role: "user", content: "0" }, ids = (messages) => `${this.template.encode(messages, true)}`;
+    const written = ids([system, asked]) !== ids([asked]);
+    require(written, "system", "the chat template leaves it out", "say it in the first message");
+  }
+
+  // Files -----------------------------------------------------------------------------------
+
+  async save(id) {
+    const session = this.find(id), { seed, turns, config, chat } = session;
+    const now = await this.read(session.now), vocabulary = this.site.vocab_size;
+    const tokenizer = this.site.tokenizer_sha256 ?? null;
+    const about = { seed: BigInt(seed), turns, config, tokenizer, chat };
+    const blank = new Array(RECENT - now.recent.length).fill(-1n);
+    const tensors = {
+      ...now.state,
+      logits: { type: "float32", dims: [1, vocabulary], data: now.logits ?? new Float32Array(vocabulary) },
+      recent: { type: "int64", dims: [1, RECENT], data: BigInt64Array.from([...blank, ...now.recent.map(BigInt)]) },
+    };
+    return packSession({ tensors, notes: { model: this.own.fingerprint, session: pythonJson(about) } });
+  }
+
+  load(bytes) {
+    const logitsLike = { type: "float32", dims: [1, this.site.vocab_size] };
+    const like = { ...this.initial.state, logits: logitsLike, recent: { type: "int64", dims: [1, RECENT] } };
+    const { fingerprint: model } = this.own, { tokenizer_sha256: tokenizer } = this.site;
+    const { tensors, about } = unpackSession(bytes, { model, tokenizer, like });
+    for (const name of ["adapter", "structured_outputs"]) {
+      require(about.config[name] === null, "file", `the session has ${name}`, "open it in Python");
+    }
+    const state = {};
+    for (const name in this.initial.state) {
+      const { type, dims, data } = tensors[name];
+      state[name] = new ort.Tensor(type, data, dims);
+    }
+    const recent = [...tensors.recent.data].filter((id) => id >= 0n).map(Number);
+    const logits = Number(state.position.data[0]) ? tensors.logits.data : null;
+    const now = { ...this.initial, state, logits, recent };
+    const { seed, turns, config, chat } = about, isChat = !!(chat && this.template);
+    return this.info(this.insert({ now, seed: String(seed), turns, config, chat: chat ?? null, isChat, past: [] }));
+  }
+}
+
+const randomId = () => Array.from(crypto.getRandomValues(new Uint8Array(8)), (b) => b.toString(16).padStart(2, "0")).join("");
+
+// A seed of at most 2^63 - 1: a number if it is exact, else its digits. None is drawn at random.
+function checkedSeed(seed) {
+  if (seed === undefined || seed === null) {
+    const [high, low] = crypto.getRandomValues(new Uint32Array(2));
+    return (high >>> 11) * 2 ** 32 + low;
+  }
+  const valid = /^\d+$/.test(seed) && (typeof seed !== "number" || Number.isSafeInteger(seed));
+  const fits = valid && BigInt(seed) < 2n ** 63n;
+  require(fits, "seed", `${seed} is invalid`, "it must be from 0 to 2^63 - 1");
+  return Number.isSafeInteger(Number(seed)) ? Number(seed) : String(seed);
+}
