@@ -7,7 +7,7 @@ OLDEST := model branches kernels training artifacts export_model hf_integration 
 # pip need not compile what nobody imports: the first import writes the bytecode.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo assistant test test-slow test-gpu test-oldest container base-image chaos clean
+.PHONY: demo assistant site test test-slow test-gpu test-oldest container base-image chaos clean
 
 demo: .venv/core data/text/train.bin  ## train a small model on the built-in corpus
 	$(BIN)/python testv2.py --preset demo
@@ -21,6 +21,10 @@ assistant: .venv/dev data/text/train.bin tinymamba_model_latest.pt  ## teach the
 	$(BIN)/python -m benchmarks.assistant \
 	    --checkpoints tinymamba_model_latest.pt assistant_model/tinymamba_model_latest.pt
 	@echo "to chat: $(BIN)/python streaming.py --checkpoint assistant_model/tinymamba_model_latest.pt --chat"
+
+site: .venv/dev tinymamba_model_latest.pt node_modules  ## the demo as a web page that runs the model
+	$(BIN)/python export_model.py --format web --output_dir site --force
+	@echo "to open it: $(BIN)/python -m http.server 8080 --bind 127.0.0.1 --directory site"
 
 test: .venv/dev  ## style, types and tests
 	$(BIN)/ruff check .
@@ -54,6 +58,10 @@ tinymamba_model_latest.pt: | .venv/dev data/text/train.bin
 
 data/text/train.bin: | .venv/core
 	$(BIN)/python data/prepare.py
+
+node_modules: package.json
+	npm install --no-package-lock --no-audit --no-fund
+	touch $@
 
 .venv/core: requirements.txt
 .venv/dev: requirements-dev.txt requirements.txt

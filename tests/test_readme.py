@@ -40,7 +40,7 @@ import benchmark
 import export_model
 import hf_integration
 import serve
-from benchmarks import ladder, ledger, quality
+from benchmarks import ladder, ledger, quality, web
 from data import prepare
 from testv2 import Config, parse_command_line, save_folder
 from tinymamba import __main__ as package
@@ -629,8 +629,21 @@ def check_npm(place: Workspace, words: list[str]) -> None:
     assert named == {name: package.version for name, package in {**RUNTIME, **CHAT}.items()}
 
 
+def check_web_benchmark(place: Workspace, words: list[str]) -> None:
+    """tests/test_web_page.py runs it."""
+    options = parse_flags(web.Options, words[3:], "", "")
+    assert options.site == Path("site")
+
+
+def check_file_server(place: Workspace, words: list[str]) -> None:
+    """It takes these flags; it would serve for ever."""
+    check_output([sys.executable, *words[1:3], "--help", *words[3:]], place.folder)
+
+
 CHECKS = [
     (r"npm install ", check_npm),
+    (r"python -m benchmarks.web ", check_web_benchmark),
+    (r"python -m http.server ", check_file_server),
     (r"python export_model.py .*--format web", check_web_export),
     (r"python (streaming|serve).py .*--engine onnx", check_engine),
     (r"python export_model.py .*(--aoti|--quantize|onnx_models)", check_slow_export),
@@ -647,7 +660,7 @@ CHECKS = [
     (r"/usr/bin/time ", check_timed_training),
     (r"tinymamba ", check_tinymamba),
     (r"pip install ", check_pip),
-    (r"make (demo|assistant|test|chaos)$", check_make),
+    (r"make (demo|assistant|site|test|chaos)$", check_make),
     (r"ruff ", check_style),
     (r"python -m pytest|mypy$", check_pytest),
     (r"tensorboard ", check_tensorboard),
