@@ -71,14 +71,29 @@ from testv2 import (
     load_model,
     save_folder,
 )
-from tinymamba.checkpoint import digest, new_folder, require_writable, save_model, write_json
+from tinymamba.checkpoint import (
+    digest,
+    name_of,
+    new_folder,
+    require_writable,
+    save_model,
+    write_json,
+)
 from tinymamba.cli import UserError, need, parse_flags, require, run_cli
 from tinymamba.kernels import QuantizedLinear
 from tinymamba.lock import hold_lock
 from tinymamba.onnx_engine import GRAPHS, OUTPUTS, OnnxEngine
 from tinymamba.runtime import pick_device, why_no_compile
+from tinymamba.streaming_config import StreamingConfig
 from tinymamba.tokenizer import open_tokenizer, why_no_tokenizer, write_tokenizer
-from tinymamba.web_site import WORKER, find_files, find_runtime, write_single_file, write_site
+from tinymamba.web_site import (
+    find_files,
+    find_foreign,
+    find_runtime,
+    is_site,
+    write_single_file,
+    write_site,
+)
 
 # --verify: the largest difference of values up to 1, and the largest relative one of larger values;
 # the share of streamed tokens that must be the same. A state sums over the whole text, and so do
@@ -284,8 +299,6 @@ def write_web(folder: Path, graph: Graph, options: Options) -> None:
 
 def describe_site(graph: Graph, name: str) -> dict[str, Any]:
     """What engine.js has to know of a model, besides the content of config.json."""
-    from streaming import StreamingConfig
-
     model, record = graph.model, graph.model.tokenizer or {}
     tokenizer = open_tokenizer(None, model, [])
     eos = model.config.eos_id if model.config.eos_id >= 0 else tokenizer.eos_token_id
@@ -562,7 +575,8 @@ FORMATS = {
     "onnx": Format(write_onnx, open_onnx),
     "torch_export": Format(write_torch_export, open_torch_export),
 }
-WEB, SITE = "web", Format(write_web, open_onnx)  # not one of --format all, which writes folders
+WEB = "web"  # not one of --format all, which writes folders
+SITE = Format(write_web, open_onnx)
 ONNX = ("onnx", WEB)
 
 # ------------------------------------------------------------------------------------ verifying
@@ -830,8 +844,8 @@ class Options:
         return self.output_dir if name.startswith(WEB) else self.output_dir / name
 
     def site_name(self) -> str:
-        """The name of a site's model: that of the checkpoint, without its ending."""
-        return Path(self.checkpoint).resolve().stem
+        """The name of a site's model: that of the checkpoint."""
+        return name_of(self.checkpoint)
 
     def single_page(self) -> Path:
         """The file of --single_file."""
@@ -893,12 +907,16 @@ def check_outputs(options: Options) -> None:
     paths = [options.folder("".join(pair)) for pair in pairs]
     if options.single_file:
         paths = [options.single_page()]
-    own = WORKER if options.format == WEB else "config.json"
+    is_own = is_site if options.format == WEB else lambda path: (path / "config.json").exists()
     for path in paths + [options.output_dir / "benchmark.json"] * options.benchmark:
         remedy = "pass --force or another --output_dir"
         require(options.force or not path.exists(), str(path), "exists already", remedy)
-        exported = not path.is_dir() or (path / own).exists()
+        exported = not path.is_dir() or is_own(path)
         require(exported, str(path), "is not an exported model", "pass another --output_dir")
+    replaces = options.format == WEB and not options.single_file
+    foreign = find_foreign(options.output_dir) if replaces else None
+    problem = f"has {foreign}, which is of no export and would be deleted"
+    require(not foreign, str(options.output_dir), problem, "move it, or pass another --output_dir")
 
 
 def make_graphs(graph: Graph, options: Options) -> dict[str, Graph]:

@@ -31,12 +31,10 @@ Without one, the prompt is "role: content" for every message, separated by blank
 from __future__ import annotations
 
 import asyncio
-import base64
 import codecs
 import collections
 import contextlib
 import functools
-import hashlib
 import importlib.util
 import json
 import logging
@@ -64,12 +62,13 @@ import numpy as np
 import torch
 
 from streaming import Session, StreamingConfig, StreamingServer, Token
-from tinymamba.checkpoint import require_writable
+from tinymamba.checkpoint import name_of, require_writable
 from tinymamba.cli import DTYPES, UserError, need, parse_flags, require, require_plain_name, run_cli
 from tinymamba.onnx_engine import ENGINES
 from tinymamba.prefix_cache import count_equal
 from tinymamba.session_store import open_store
 from tinymamba.tokenizer import SimpleTokenizer, copy_tokenizer, why_no_tokenizer
+from tinymamba.web_site import hashes
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -233,12 +232,6 @@ def parse(argv: list[str] | None) -> Options:
         problem, remedy = f"{host!r} is not a host", "pass a name without scheme and port"
         require(valid, "--allow_host", problem, remedy)
     return options
-
-
-def name_of(checkpoint: str) -> str:
-    """The name of a folder, or of a file without its last suffix."""
-    path = Path(os.path.abspath(checkpoint))
-    return path.name if path.is_dir() else path.stem
 
 
 class Metrics:
@@ -1125,13 +1118,9 @@ class ResponseCall(Call):
 
 def page_policy(page: str) -> str:
     """A Content-Security-Policy under which only the page's own script and style run."""
-
-    def digest(tag: str) -> str:
-        text = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
-        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
     return (
-        f"default-src 'none'; script-src {digest('script')}; style-src {digest('style')}; "
+        f"default-src 'none'; script-src {hashes(page, 'script')}; "
+        f"style-src {hashes(page, 'style')}; "
         "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     )

@@ -8,8 +8,7 @@ import shutil
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import pytest
-from helpers import ROOT
+from helpers import ROOT, lacking
 from playwright.sync_api import Browser, Page, sync_playwright
 
 NPM_PACKAGES = ROOT / "node_modules"
@@ -22,14 +21,6 @@ THIS_MACHINE = ("127.0.0.1", "localhost", "::1", "", None)  # file: and blob: ha
 OTHER_HOSTS_FAIL = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost"
 PHONE = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touch": True}
 DARK = {"color_scheme": "dark"}
-
-
-def lacking(what: str) -> None:
-    """Skip a test for want of this program or package; in CI, which installs both, fail."""
-    message = f"{what} is missing: run tests/browser.sh"
-    if os.environ.get("CI"):
-        pytest.fail(message)
-    pytest.skip(message)
 
 
 def find_chromium() -> str | None:

@@ -505,6 +505,14 @@ SERVICES = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["
 OFFLINE = {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1"}
 
 
+def lacking(what: str) -> None:
+    """Skip a test for want of this program or package; in CI, which installs both, fail."""
+    message = f"{what} is missing: run tests/browser.sh"
+    if os.environ.get("CI"):
+        pytest.fail(message)
+    pytest.skip(message)
+
+
 def build_sources() -> set[str]:
     """Every file that a build of the package takes."""
     package = ROOT / "tinymamba"

@@ -49,6 +49,7 @@ from export_model import (
 from onnx_generate import OnnxModel
 from quantize import quantize_model
 from testv2 import generate, load_model, save_folder
+from tinymamba.checkpoint import new_folder
 from tinymamba.cli import UserError
 from tinymamba.kernels import QuantizedLinear
 from tinymamba.tokenizer import SimpleTokenizer, byte_tokenizer, find_tokenizer
@@ -465,6 +466,24 @@ def test_a_folder_of_something_else_is_not_replaced(folder):
     (folder / "exported_models" / "pytorch").mkdir(parents=True)
     with pytest.raises(UserError, match="pytorch: is not an exported model"):
         command("--format", "pytorch", "--force")
+
+
+@POSIX
+def test_a_folder_is_replaced_from_inside_it_and_through_a_link(folder, monkeypatch):
+    """What was to replace "." lay in it, and was deleted with it."""
+    (folder / "site").mkdir()
+    (folder / "link").symlink_to("site")
+    monkeypatch.chdir(folder / "site")
+    for path in (Path("."), folder / "link", folder / "site"):
+        with new_folder(path) as made:
+            (made / "new.txt").write_text(str(path))
+        assert files_below(folder / "site") == {"new.txt": str(path).encode()}
+    file = folder / "site" / "new.txt"  # is not replaced
+    with pytest.raises(UserError, match="new.txt: cannot be written"), new_folder(file):
+        pass
+    assert files_below(folder / "site") == {file.name: str(path).encode()}
+    assert (folder / "link").is_symlink()
+    assert {p.name for p in folder.iterdir()} == {"link", "model", "site"}
 
 
 def test_what_is_there_stays_without_force(folder):

@@ -291,6 +291,20 @@ def test_without_the_key_there_is_an_error_and_with_it_all_sessions(browse):
         assert server.api.server.sessions["old"].turns == 2
 
 
+def test_a_turn_that_was_written_elsewhere_can_be_undone(server, page):
+    server.http.post("/v1/sessions", json={"id": "old"})
+    for prompt in ("ab", "cd"):
+        server.post("/v1/sessions/old/completions", prompt=prompt, max_tokens=3)
+    page.reload()
+    page.get_by_role("treeitem").click()
+    tokens = server.http.get("/v1/sessions/old").json()["tokens"]
+    assert text(page).startswith(f"{tokens} tokens were written elsewhere")
+    page.get_by_role("button", name="Undo").click()
+    fewer = server.http.get("/v1/sessions/old").json()["tokens"]
+    expect(page.locator("#columns .paper >> nth=0")).to_contain_text(f"{fewer} tokens were written")
+    assert fewer < tokens
+
+
 def test_errors_of_the_server_are_shown_and_lose_no_words(server, browse):
     page = load(server, browse("about:blank"))
     generate(page, "One", 5)
@@ -616,4 +630,10 @@ def test_a_worker_that_fails_is_an_error(browse):
     browse.expect("no memory")
     page = context.pages[0]
     page.goto("http://127.0.0.1:1/")
-    expect(page.get_by_role("alert")).to_contain_text("the model's worker failed: ")
+    alert = page.get_by_role("alert")
+    expect(alert).to_contain_text("the model's worker failed: ")
+    page.keyboard.press("Escape")
+    expect(alert).to_be_empty()
+    generate(page, "ab")
+    expect(alert).to_contain_text("the model's worker failed: ")
+    assert page.locator("#prompt").input_value() == "ab"

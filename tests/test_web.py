@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -12,18 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, assert_refused, free_copy, run_main, train_bpe, wide
+from helpers import ROOT, assert_refused, free_copy, lacking, run_main, train_bpe, wide
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 import export_model
 from onnx_generate import OnnxModel
-from streaming import StreamingServer
+from streaming import StreamingConfig, StreamingServer
 from testv2 import TinyMambaModel, generate, load_model
 from tinymamba.chat_session import ChatSessions
-from tinymamba.checkpoint import save_model
+from tinymamba.checkpoint import pack_tensors, save_model, unpack_tensors
 from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer
-from tinymamba.web_site import CHAT, RUNTIME, find_files
+from tinymamba.web_site import CHAT, RUNTIME, find_files, find_foreign, is_site
 
 PACKAGES = ROOT / "node_modules"
 TEMPLATE = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
@@ -32,13 +33,6 @@ TEMPLATE = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 SAMPLED = {"temperature": 0.9, "top_k": 0, "seed": 3}
 FEW = (1, 2, 17)  # lengths for --verify, which has ten
-
-
-def lacking(what: str) -> None:
-    """Skip a test for want of this; in CI, which has it, fail."""
-    if os.environ.get("CI"):
-        pytest.fail(f"{what} is missing")
-    pytest.skip(f"{what} is missing")
 
 
 @pytest.fixture(scope="module")
@@ -239,12 +233,13 @@ def python_chat(engine, session: str) -> dict:
 def test_a_turn_that_is_stopped_before_its_text_changes_nothing(engine):
     session = engine("create", {"chat": True})["id"]
     engine("generate", session, {"prompt": "Hello", "max_tokens": 8, "seed": 1})
-    before = engine("sessions")[-1]
-    stopped = ["generate", session, {"prompt": "x " * 700, "max_tokens": 8}]
+    before, packed = engine("sessions")[-1], engine("save", session)
+    turn = ["generate", session, {"prompt": "x " * 700, "max_tokens": 8}]
     with pytest.raises(ValueError, match="session: is answering; wait until it is done"):
-        engine("together", stopped, stopped)
-    engine("stop", session)
-    assert engine("sessions")[-1]["tokens"] >= before["tokens"]
+        engine("together", turn, turn, ["stop", session])
+    [events, _] = engine("together", turn, ["stop", session])
+    assert text_of(events) == "" and events[-1]["session"] == before
+    assert engine("sessions")[-1] == before and engine("save", session) == packed
 
 
 # -------------------------------------------------------------------------------------- files
@@ -264,6 +259,32 @@ def test_a_session_goes_to_python_and_back(engine, server, tmp_path):
     assert engine("save", again["id"]) == packed  # the same bytes
     text = server.generate_text("x", own, **known)
     assert text_of(engine("generate", again["id"], {"prompt": "x", **given})) == text
+
+
+def test_a_session_of_another_version_keeps_its_settings_or_is_refused(engine, server):
+    """An earlier version had no penalties and no form; a later one may have what is not known."""
+    own = server.create_session(seed=5, config=StreamingConfig(temperature=0.9))
+    server.generate_text("the", own, max_new_tokens=5)
+    whole = server.pack_session(own)
+    text = server.generate_text("und", own, max_new_tokens=12)
+
+    def packed(lacks: tuple = (), **more) -> dict:
+        tensors, notes = unpack_tensors(whole, "file", server.tensors(server.blank()), {}, 1)
+        about = json.loads(notes["session"])
+        kept = {n: v for n, v in about["config"].items() if n not in lacks}
+        about["config"] = {**kept, **more}
+        notes = {"model": notes["model"], "session": json.dumps(about)}
+        return {"base64": base64.b64encode(pack_tensors(tensors, notes)).decode()}
+
+    lacks = ("structured_outputs", "presence_penalty", "frequency_penalty")
+    old = engine("load", packed(lacks))["id"]
+    assert engine("save", old) == packed()
+    assert text_of(engine("generate", old, {"prompt": "und", "max_tokens": 12})) == text
+    for setting, value in (("adapter", "poems"), ("structured_outputs", {"regex": "a"})):
+        with pytest.raises(ValueError, match=f"file: the session has {setting}; open it in"):
+            engine("load", packed(**{setting: value}))
+    with pytest.raises(ValueError, match="file: the session has the setting top_n; export"):
+        engine("load", packed(top_n=2))
 
 
 @pytest.mark.parametrize(
@@ -313,6 +334,11 @@ def test_a_site_loads_nothing_from_elsewhere(site):
     assert {path.name for path in worker.parent.iterdir()} == facts["files"].keys()
     assert all((worker.parent / name).is_file() for name in facts["files"].values())
     assert page.index('id="site"') < page.index("<script>\n")
+    policy = re.search('Security-Policy" content="(.*?)">', page)[1]
+    scripts = re.findall("<script>(.*?)</script>", page, re.DOTALL)
+    digests = [base64.b64encode(hashlib.sha256(x.encode()).digest()).decode() for x in scripts]
+    assert re.findall("'sha256-(.*?)'", policy.partition("style-src")[0]) == digests
+    assert len(scripts) == 2 and "unsafe-inline" not in policy
     kept = (site / "service_worker.js").read_text(encoding="utf-8")
     assert all(f'"{worker.parent.name}/{name}"' in kept for name in facts["files"])
     licenses = (site / "LICENSES.txt").read_text(encoding="utf-8")
@@ -334,6 +360,13 @@ def test_another_model_is_another_folder_and_another_cache(site, place, packages
         same = files(place / "again") == files(site) - {"benchmark.json"}
         assert same == (name == "tiny")
     assert graphs and not (find_files(place / "again") / "chat.js").exists()
+    done = run_main(export_model.main, "--checkpoint", "none.pt", "--force", *words)
+    assert_refused(done, "none.pt: no such checkpoint")
+    for name in (".git", "pytorch"):
+        (place / "again" / name).mkdir()
+        done = run_main(export_model.main, "--checkpoint", "none.pt", "--force", *words)
+        assert_refused(done, "again", f"has {name}, which is of no export and would be deleted")
+        (place / "again" / name).rmdir()
 
 
 def files(folder: Path) -> set[str]:
@@ -446,6 +479,22 @@ def test_a_tokenizer_that_the_page_cannot_read_is_refused(tmp_path, monkeypatch)
     done = run_main(export_model.main, "--checkpoint", "words.pt", "--format", "web")
     assert_refused(done, "--vocab_file", "WordLevel does not work in a browser")
     assert not Path("site").exists()
+
+
+def test_a_site_is_named_as_users_name_the_model(tmp_path):
+    (tmp_path / "model-v1.5").mkdir()
+    for path in ("model-v1.5", "model-v1.5.pt"):
+        options = export_model.Options(str(tmp_path / path), output_dir=tmp_path)
+        assert options.single_page() == tmp_path / "model-v1.5.html"
+
+
+def test_a_web_app_of_something_else_is_not_replaced(tmp_path):
+    for name in ("index.html", "service_worker.js", "LICENSES.txt", "app/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert not is_site(tmp_path) and find_foreign(tmp_path) == "app"
+    (tmp_path / "app").rename(tmp_path / "0123456789abcdef")
+    assert is_site(tmp_path) and find_foreign(tmp_path) is None
 
 
 def test_web_is_not_among_all_formats():

@@ -4,7 +4,6 @@ import base64
 import hashlib
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -15,7 +14,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, free_copy, some_ids, wide
+from helpers import ROOT, free_copy, lacking, some_ids, wide
 
 from streaming import StreamingConfig, StreamingServer, choose, draw, probabilities
 from tinymamba.chat_session import ChatHistory
@@ -41,8 +40,7 @@ const told = (work) => { try { return work(); } catch (error) { return `${error.
 def node(tmp_path_factory):
     """Runs JavaScript, which returns a value made from `given`."""
     if not shutil.which("node"):
-        missing = pytest.fail if os.environ.get("CI") else pytest.skip
-        missing("node, which runs the page's scripts, is not here")
+        lacking("node")
     folder = tmp_path_factory.mktemp("node")
 
     def run(body: str, given):

@@ -2,15 +2,14 @@
 
 import datetime
 import json
-import os
 import random
 import re
 import shutil
 import subprocess
 
 import pytest
-from helpers import ROOT
-from test_chat_template import CHATS, KINDS, NAMES, SHAPES, TALK, messages_of, template_of
+from chat_helpers import CHATS, KINDS, NAMES, SHAPES, TALK, messages_of, template_of
+from helpers import ROOT, lacking
 from tokenizers import (
     AddedToken,
     Regex,
@@ -44,17 +43,11 @@ const told = async (work) => {
 """
 
 
-def require_here(there: bool, what: str) -> None:
-    """Skip a test, or in CI let it fail, where something is missing."""
-    if not there:
-        missing = pytest.fail if os.environ.get("CI") else pytest.skip
-        missing(f"{what} is not here")
-
-
 @pytest.fixture(scope="module")
 def node(tmp_path_factory):
     """Runs JavaScript beside the page's own; it returns a value made from `given`."""
-    require_here(bool(shutil.which("node")), "node, which runs the page's scripts,")
+    if not shutil.which("node"):
+        lacking("node")
     folder = tmp_path_factory.mktemp("web")
     for file in WEB.glob("*.js"):
         shutil.copy(file, folder)
@@ -80,7 +73,8 @@ def node(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def jinja():
-    require_here(JINJA.is_file(), "the npm package @huggingface/jinja")
+    if not JINJA.is_file():
+        lacking("node_modules/@huggingface/jinja")
 
 
 # ----------------------------------------------------------------------------------- texts

@@ -13,7 +13,7 @@ const address = (name) => pathToFileURL(`${folder}/${name}`).href;
 globalThis.fetch = async (url) => new Response(readFileSync(new URL(url)));
 
 const { Engine } = await import(address("engine.js"));
-const names = readdirSync(folder), files = Object.fromEntries(names.map((name) => [name, address(name)]));
+const files = Object.fromEntries(readdirSync(folder).map((name) => [name, address(name)]));
 const engine = await Engine.open(files);
 
 const decode = (value) => (value?.base64 ? new Uint8Array(Buffer.from(value.base64, "base64")) : value);
@@ -27,16 +27,22 @@ const METHODS = {
     }
     return events;
   },
-  together: (...calls) => Promise.all(calls.map(([method, ...args]) => METHODS[method](...args))),
+  async together(...calls) {
+    const results = calls.map((call) => run(...call));
+    await Promise.allSettled(results);
+    return Promise.all(results);
+  },
   heap: () => (globalThis.gc(), process.memoryUsage()),
 };
 
+const run = async (method, ...args) =>
+  METHODS[method] ? METHODS[method](...args) : engine[method](...args);
+
 for await (const line of createInterface({ input: process.stdin })) {
   const [method, ...args] = JSON.parse(line);
-  const run = METHODS[method] ?? ((...rest) => engine[method](...rest));
   let answer;
   try {
-    const result = (await run(...args.map(decode))) ?? null;
+    const result = (await run(method, ...args.map(decode))) ?? null;
     const bytes = result instanceof Uint8Array && { base64: Buffer.from(result).toString("base64") };
     answer = { result: bytes || result };
   } catch (error) {

@@ -21,7 +21,8 @@ NAMES = {
     "testv2": "Config LowRankProjection MambaSSM ModelState RMSNorm RotaryEmbedding"
     " SwiGLU TinyMambaBlock TinyMambaModel TokenAdaptiveGating Trainer"
     " apply_rotary_pos_emb generate load_model save_folder selective_scan",
-    "streaming": "StreamingConfig StreamingInference StreamingServer",
+    "streaming_config": "StreamingConfig",
+    "streaming": "StreamingInference StreamingServer",
     "peft": "AdapterConfig LoRALinear apply_lora_to_model apply_prefix_tuning_to_model"
     " apply_state_offset_to_model get_trainable_parameters load_adapter merge_adapter save_adapter"
     " set_adapter",
@@ -33,13 +34,12 @@ OF_EXTRAS = {  # not in `import *`: they need more packages
 }
 MODULES = {*NAMES, *OF_EXTRAS}
 MODULES |= {"archives", "attention", "benchmark", "breaker", "carried_state", "chat_eval"}
-MODULES |= {"chat_rows"}
-MODULES |= {"chat_session", "chat_template", "context_parallel", "conversations", "data"}
-MODULES |= {"data_order", "decode", "delta_rule", "distillation", "distributed", "documents"}
-MODULES |= {"export_model", "four_bit", "fused", "initial_weights", "inputs", "kernels", "live"}
-MODULES |= {"lock", "middleware", "muon", "namesake", "onnx_engine", "openai_api"}
-MODULES |= {"openai_responses", "optimizer", "packing", "preferences", "prefix_cache"}
-MODULES |= {"profiling", "progress", "quick_help", "runtime", "schedule", "serve"}
+MODULES |= {"chat_rows", "chat_session", "chat_template", "context_parallel", "conversations"}
+MODULES |= {"data", "data_order", "decode", "delta_rule", "distillation", "distributed"}
+MODULES |= {"documents", "export_model", "four_bit", "fused", "initial_weights", "inputs"}
+MODULES |= {"kernels", "live", "lock", "middleware", "muon", "namesake", "onnx_engine"}
+MODULES |= {"openai_api", "openai_responses", "optimizer", "packing", "preferences"}
+MODULES |= {"prefix_cache", "profiling", "progress", "quick_help", "runtime", "schedule", "serve"}
 MODULES |= {"session_store", "shard_files", "sharded_checkpoint", "shared_sessions"}
 MODULES |= {"structured", "token_file", "token_shards", "tool_calls", "vocabulary"}
 MODULES |= {"web_site", "web_tokenizer"}

@@ -18,7 +18,7 @@ COMMANDS = {  # name: its script in the repository, what it does
     "train": ("testv2.py", "train a model, or continue a run"),
     "generate": ("streaming.py", "continue a text, or chat"),
     "serve": ("serve.py", "serve over HTTP like OpenAI's API, with a page to try it"),
-    "export": ("export_model.py", "write safetensors, TorchScript, ONNX or torch.export"),
+    "export": ("export_model.py", "write safetensors, TorchScript, ONNX, torch.export or a site"),
     "finetune": ("peft.py", "train LoRA, a prefix or every weight on other data"),
     "quantize": ("quantize.py", "store the weights in 8 or 4 bits"),
     "benchmark": ("benchmark.py", "measure speed, memory and perplexity against other models"),

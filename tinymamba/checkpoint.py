@@ -601,6 +601,12 @@ def sibling(path: str | Path, tag: str) -> Path:
     return path.with_name(f"{path.stem.removesuffix('_latest')}_{tag}{path.suffix}")
 
 
+def name_of(path: str | Path) -> str:
+    """What users call a model: the name of a folder, or of a file without its last suffix."""
+    path = Path(os.path.abspath(path))
+    return path.name if path.is_dir() else path.stem
+
+
 def move_aside(path: Path, mark: str = "", say: Callable[[str], object] = say) -> None:
     """Rename a checkpoint to path.1, path.2, ..., with the mark before the number: it is kept."""
     there = folder_of(path)
@@ -670,15 +676,16 @@ def replace_files(made: Path, folder: Path, names: tuple[str, ...]) -> None:
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder to fill; it replaces `folder` on success, and is removed otherwise."""
-    temporary = None
+    temporary, place = None, Path(os.path.realpath(folder))  # "." has no name, a link is followed
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}."))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=place.parent, prefix=f"{place.name}."))
         temporary.chmod(0o755)
         yield temporary
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
+        old = place.rename(f"{temporary}.old") if place.is_dir() else None
+        temporary.rename(place)
+        if old:
+            shutil.rmtree(old)
     except OSError as e:
         remedy = "free space or choose another path"
         raise UserError(str(folder), f"cannot be written ({e})", remedy) from e

@@ -32,12 +32,6 @@ GRAPHS = ("prefill.onnx", "step.onnx", "weights.data")
 BEGIN = "<script>"  # of the page's own script
 WORKER, SINGLE = "service_worker.js", "single_file.js"
 TYPES = {".js": "text/javascript", ".json": "application/json"}  # others are compressed
-# Nothing is loaded from elsewhere, whatever a model writes.
-POLICY = (
-    "default-src 'none'; script-src 'self' data: 'unsafe-inline' 'wasm-unsafe-eval'; "
-    "worker-src 'self' data:; connect-src 'self' data:; style-src 'unsafe-inline'; "
-    "img-src blob: data:; base-uri 'none'; form-action 'none'"
-)
 
 
 class Package(NamedTuple):
@@ -132,6 +126,23 @@ def find_files(site: Path) -> Path:
     return next(site.glob("*/config.json")).parent
 
 
+def is_site(folder: Path) -> bool:
+    """Whether `write_site` has made a folder."""
+    return (folder / WORKER).is_file() and any(map(is_of_files, folder.iterdir()))
+
+
+def find_foreign(site: Path) -> str | None:
+    """The name of something in a site that no export has written, or None."""
+    own = ("index.html", "LICENSES.txt", "benchmark.json", WORKER)
+    names = [path.name for path in sorted(site.glob("*")) if not is_of_files(path)]
+    return next((name for name in names if name not in own), None)
+
+
+def is_of_files(path: Path) -> bool:
+    """Whether this can be what `find_files` finds: its name is a hash."""
+    return bool(re.fullmatch("[0-9a-f]{16}", path.name)) and (path / "config.json").is_file()
+
+
 def write_site(site: Path, page: Path, runtime: Path, config: dict[str, Any]) -> None:
     """Make a site of a folder that has only the graphs and the tokenizer.
 
@@ -178,11 +189,30 @@ def hash_files(paths: list[Path]) -> str:
 def with_site(page: Path, config: dict[str, Any], facts: dict[str, Any], more: str) -> str:
     """The page for a model: with what tells its script where the files are, and `more` after it."""
     head, own = page.read_text(encoding="utf-8").split(BEGIN, 1)
-    title = f"<title>{html.escape(config['web']['name'])}</title>"
-    policy = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-    head = re.sub("<title>.*?</title>", lambda _: f"{policy}\n{title}", head)
     data = json.dumps(facts).replace("<", "\\u003c")
-    return f'{head}<script id="site" type="application/json">{data}</script>\n{more}{BEGIN}{own}'
+    rest = f'<script id="site" type="application/json">{data}</script>\n{more}{BEGIN}{own}'
+    title = f"<title>{html.escape(config['web']['name'])}</title>"
+    policy = f'<meta http-equiv="Content-Security-Policy" content="{site_policy(head + rest)}">'
+    return re.sub("<title>.*?</title>", lambda _: f"{policy}\n{title}", head) + rest
+
+
+def site_policy(page: str) -> str:
+    """A Content-Security-Policy: nothing is loaded from elsewhere, whatever a model writes.
+
+    Modules of a single file have data: addresses.
+    """
+    return (
+        f"default-src 'none'; script-src 'self' data: 'wasm-unsafe-eval' {hashes(page, 'script')}; "
+        f"worker-src 'self' data:; connect-src 'self' data:; style-src {hashes(page, 'style')}; "
+        "img-src blob: data:; base-uri 'none'; form-action 'none'"
+    )
+
+
+def hashes(page: str, tag: str) -> str:
+    """The hashes, for a Content-Security-Policy, of what a page has in elements `<tag>`."""
+    texts = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()) for text in texts]
+    return " ".join(f"'sha256-{digest.decode()}'" for digest in digests)
 
 
 def write_single_file(path: Path, site: Path, page: Path) -> None:

@@ -16,7 +16,7 @@ const MAX_REPLAY = 1024; // after this many ids of an answer, its start moves fo
 const TURNS = 64; // turns of a session that can be undone
 const CHAT_BYTES = 2 ** 26; // of states that chats may go back to
 const PAUSE = 8; // milliseconds of work after which messages are read
-const LARGE = 32e6; // parameters; in smaller models threads wait for each other longer than they work
+const LARGE = 32e6; // parameters; in smaller models, threads mostly wait for each other
 
 const LIMITS = {
   max_new_tokens: [0, Infinity], temperature: [0, Infinity], top_k: [0, Infinity], top_p: [0, 1],
@@ -150,7 +150,8 @@ class Answer {
       const start = await this.engine.read(this.start, () => this.stopped);
       this.start = this.final = start;
       if (start.unread.length) return; // it was stopped meanwhile
-      const stream = new TextStream(this.engine.tokenizer, start.recent.slice(-CONTEXT), this.config.stop ?? []);
+      const context = start.recent.slice(-CONTEXT), stops = this.config.stop ?? [];
+      const stream = new TextStream(this.engine.tokenizer, context, stops);
       yield* this.draw(start, stream);
     } catch (error) {
       this.failed = true;
@@ -216,7 +217,8 @@ class Answer {
   moveStart() {
     if (!this.next || this.clean < this.next[0]) return;
     const [count, start] = this.next;
-    Object.assign(this, { start, ids: this.ids.slice(count), clean: this.clean - count, next: null });
+    const ids = this.ids.slice(count), clean = this.clean - count;
+    Object.assign(this, { start, ids, clean, next: null });
   }
 
   // Decide what the session goes on from: exactly the text that was given out.
@@ -240,7 +242,8 @@ export class Engine {
     const model = Model.open(files, site);
     const tokenizer = own.tokenizer_file && loadText(files, own.tokenizer_file);
     const chat = own.chat && import("./chat.js");
-    Object.assign(engine, { site, own, config: parsePythonJson(own.config), chats: [], all: new Map() });
+    const config = parsePythonJson(own.config);
+    Object.assign(engine, { site, own, config, chats: [], all: new Map() });
     engine.tokenizer = new Tokenizer(await tokenizer, own.tokenizer_file);
     if (chat) engine.template = await (await chat).ChatTemplate.open(
       engine.tokenizer, own.chat.template, own.chat.special_tokens,
@@ -253,7 +256,8 @@ export class Engine {
   }
 
   about() {
-    const { own, site, model, stateBytes } = this, most = (i) => Math.max(...own.heads.map((h) => h[i]));
+    const { own, site, model, stateBytes } = this;
+    const most = (i) => Math.max(...own.heads.map((heads) => heads[i]));
     return {
       name: own.name, chat: !!this.template, layers: own.heads.length, heads: [most(0), most(1)],
       vocabulary: site.vocab_size, state_bytes: stateBytes, parameters: own.parameters,
@@ -268,8 +272,8 @@ export class Engine {
   }
 
   info({ id, now, turns, seed, isChat, past }) {
-    const counts = { tokens: position(now), turns, undo: past.length, state_bytes: this.stateBytes };
-    return { id, seed, chat: isChat, ...counts };
+    const counts = { tokens: position(now), turns, undo: past.length };
+    return { id, seed, chat: isChat, ...counts, state_bytes: this.stateBytes };
   }
 
   create({ seed, system = "", chat = false } = {}) {
@@ -278,7 +282,8 @@ export class Engine {
     const messages = system ? [{ role: "system", content: system }] : [];
     if (system) this.requireWritten(messages[0]);
     const now = this.initial, talk = system ? { messages, ids: [] } : null;
-    return this.info(this.insert({ now, config: this.config, seed, isChat: chat, chat: talk, turns: 0, past: [] }));
+    const { config } = this, isNew = { turns: 0, past: [] };
+    return this.info(this.insert({ now, config, seed, isChat: chat, chat: talk, ...isNew }));
   }
 
   insert(session) {
@@ -291,13 +296,15 @@ export class Engine {
   find(id, idle = true) {
     const session = this.all.get(id);
     require(session, "session", `there is no ${JSON.stringify(id)}`, "create it first");
-    require(!idle || !session.answer, "session", "is answering", "wait until it is done, or stop it");
+    const remedy = "wait until it is done, or stop it";
+    require(!idle || !session.answer, "session", "is answering", remedy);
     return session;
   }
 
   fork(id, { seed } = {}) {
     const old = this.find(id);
-    return this.info(this.insert({ ...old, id: null, seed: seed ?? old.seed, past: [...old.past] }));
+    const copy = { ...old, id: null, seed: seed ?? old.seed, past: [...old.past] };
+    return this.info(this.insert(copy));
   }
 
   rollback(id) {
@@ -334,7 +341,8 @@ export class Engine {
       if (turn.kept) session.past = [...session.past, before].slice(-TURNS);
       else Object.assign(session, before);
     }
-    yield { text: "", tokens: [], finish_reason: turn.reason ?? "stop", session: this.info(session) };
+    const info = this.info(session);
+    yield { text: "", tokens: [], finish_reason: turn.reason ?? "stop", session: info };
   }
 
   // The settings of an answer: the session's, and over them those that are given.
@@ -345,7 +353,8 @@ export class Engine {
     }
     for (const [name, value] of Object.entries(given)) {
       if (value === undefined || value === null) continue;
-      require(name === "seed" || name in LIMITS, name, "is not a setting", `use ${Object.keys(LIMITS)}`);
+      const known = name === "seed" || Object.hasOwn(LIMITS, name);
+      require(known, name, "is not a setting", `use ${Object.keys(LIMITS)}`);
       config[name] = value;
     }
     for (const [name, [least, most]] of Object.entries(LIMITS)) {
@@ -362,7 +371,8 @@ export class Engine {
   // The text goes on. Its turn is kept unless it fails.
   async *textTurn(session, prompt, config, turn) {
     const ids = this.withFirst(this.tokenizer.encode(prompt), session.now, config);
-    const eos = config.eos_token_id ?? this.own.eos_id, ends = new Set([eos, ...(config.stop_ids ?? [])]);
+    const eos = config.eos_token_id ?? this.own.eos_id;
+    const ends = new Set([eos, ...(config.stop_ids ?? [])]);
     const answer = this.begin(session, turn, ids, config, ends);
     try {
       yield* answer.chunks();
@@ -386,7 +396,8 @@ export class Engine {
   // The ids of a prompt; in a new session, after the token that begins it.
   withFirst(ids, now, config) {
     if (position(now) > 0) return ids;
-    const first = config.bos_token_id ?? (ids.length ? null : config.eos_token_id ?? this.own.eos_id);
+    const eos = config.eos_token_id ?? this.own.eos_id;
+    const first = config.bos_token_id ?? (ids.length ? null : eos);
     const problem = "is empty, and the model has no bos or eos to begin with";
     require(first === null || first >= 0, "prompt", problem, "pass some text");
     return first === null ? ids : [first, ...ids];
@@ -411,7 +422,9 @@ export class Engine {
   // A token, as the page shows it.
   token(id, { gates, norms }) {
     let at = 0;
-    const layers = this.own.heads.map(([ssm, memory]) => norms && [...norms.slice(at, (at += ssm + memory))]);
+    const layers = this.own.heads.map(([ssm, memory]) => {
+      return norms && [...norms.slice(at, (at += ssm + memory))];
+    });
     return {
       id,
       text: this.tokenizer.decode([id], false),
@@ -426,14 +439,17 @@ export class Engine {
   // the ids of the whole chat. A turn that fails, or is stopped before its first text, is undone.
   async *chatTurn(session, prompt, config, turn) {
     const talk = session.chat ?? { messages: [], ids: [] };
-    require(session.chat || !position(session.now), "chat", "the session has text that is no chat", "begin another");
+    const fits = session.chat || !position(session.now);
+    require(fits, "chat", "the session has text that is no chat", "begin another");
     const messages = [...talk.messages, { role: "user", content: prompt }];
     const ids = this.template.encode(messages, true), end = this.template.turnEnd;
-    const eos = config.eos_token_id ?? this.own.eos_id, ends = new Set([eos, ...(end === null ? [] : [end])]);
+    const eos = config.eos_token_id ?? this.own.eos_id;
+    const ends = new Set([eos, ...(end === null ? [] : [end])]);
     const settings = { ...config, bos_token_id: null, reset_on_eos: false };
     this.place(session, talk.messages, ids);
     const rest = ids.slice(session.chat.ids.length);
-    session.now = await this.read(followedBy(session.now, rest.slice(0, -1)), () => session.answer.stopped);
+    const before = followedBy(session.now, rest.slice(0, -1));
+    session.now = await this.read(before, () => session.answer.stopped);
     if (session.now.unread.length) return;
     session.chat = { messages: talk.messages, ids: ids.slice(0, -1) };
     this.keep(session);
@@ -451,7 +467,8 @@ export class Engine {
       if (turn.kept) {
         session.now = answer.final;
         const read = [...ids, ...drawn], { recent } = session.now;
-        const exact = position(session.now) === read.length && `${recent}` === `${read.slice(-RECENT)}`;
+        const same = `${recent}` === `${read.slice(-RECENT)}`;
+        const exact = position(session.now) === read.length && same;
         session.chat = exact ? { messages, ids: read } : null;
         this.place(session, [...messages, { role: "assistant", content: text }], read);
       }
@@ -464,8 +481,8 @@ export class Engine {
     const read = session.chat?.ids ?? [];
     let found = { ids: [], now: this.initial };
     for (const kept of [...this.chats, { ids: read, now: session.now }]) {
-      const isPrefix = kept.ids.length > found.ids.length && countEqual(kept.ids, ids) === kept.ids.length;
-      if (isPrefix) found = kept;
+      const size = kept.ids.length, isLonger = size > found.ids.length;
+      if (isLonger && countEqual(kept.ids, ids) === size) found = kept;
     }
     session.now = found.now;
     session.chat = { messages, ids: ids.slice(0, found.ids.length) };
@@ -475,14 +492,16 @@ export class Engine {
   // Keep the state of a session, to go back to; the oldest are dropped.
   keep({ chat, now }) {
     if (!chat?.ids.length) return;
-    const same = ({ ids }) => ids.length === chat.ids.length && countEqual(ids, chat.ids) === ids.length;
+    const size = chat.ids.length;
+    const same = ({ ids }) => ids.length === size && countEqual(ids, chat.ids) === size;
     this.chats = [...this.chats.filter((kept) => !same(kept)), { ids: chat.ids, now }];
     const most = Math.max(2, Math.floor(CHAT_BYTES / this.stateBytes));
     this.chats = this.chats.slice(-most);
   }
 
   requireWritten(system) {
-    const asked = { role: "user", content: "0" }, ids = (messages) => `${this.template.encode(messages, true)}`;
+    const asked = { role: "user", content: "0" };
+    const ids = (messages) => `${this.template.encode(messages, true)}`;
     const written = ids([system, asked]) !== ids([asked]);
     require(written, "system", "the chat template leaves it out", "say it in the first message");
   }
@@ -495,12 +514,15 @@ export class Engine {
     const tokenizer = this.site.tokenizer_sha256 ?? null;
     const about = { seed: BigInt(seed), turns, config, tokenizer, chat };
     const blank = new Array(RECENT - now.recent.length).fill(-1n);
+    const recent = BigInt64Array.from([...blank, ...now.recent.map(BigInt)]);
+    const logits = now.logits ?? new Float32Array(vocabulary);
     const tensors = {
       ...now.state,
-      logits: { type: "float32", dims: [1, vocabulary], data: now.logits ?? new Float32Array(vocabulary) },
-      recent: { type: "int64", dims: [1, RECENT], data: BigInt64Array.from([...blank, ...now.recent.map(BigInt)]) },
+      logits: { type: "float32", dims: [1, vocabulary], data: logits },
+      recent: { type: "int64", dims: [1, RECENT], data: recent },
     };
-    return packSession({ tensors, notes: { model: this.own.fingerprint, session: pythonJson(about) } });
+    const notes = { model: this.own.fingerprint, session: pythonJson(about) };
+    return packSession({ tensors, notes });
   }
 
   load(bytes) {
@@ -508,9 +530,7 @@ export class Engine {
     const like = { ...this.initial.state, logits: logitsLike, recent: { type: "int64", dims: [1, RECENT] } };
     const { fingerprint: model } = this.own, { tokenizer_sha256: tokenizer } = this.site;
     const { tensors, about } = unpackSession(bytes, { model, tokenizer, like });
-    for (const name of ["adapter", "structured_outputs"]) {
-      require(about.config[name] === null, "file", `the session has ${name}`, "open it in Python");
-    }
+    const config = this.readConfig(about.config);
     const state = {};
     for (const name in this.initial.state) {
       const { type, dims, data } = tensors[name];
@@ -519,12 +539,27 @@ export class Engine {
     const recent = [...tensors.recent.data].filter((id) => id >= 0n).map(Number);
     const logits = Number(state.position.data[0]) ? tensors.logits.data : null;
     const now = { ...this.initial, state, logits, recent };
-    const { seed, turns, config, chat } = about, isChat = !!(chat && this.template);
-    return this.info(this.insert({ now, seed: String(seed), turns, config, chat: chat ?? null, isChat, past: [] }));
+    const { seed, turns, chat } = about, isChat = !!(chat && this.template);
+    const own = { now, seed: String(seed), turns, config, chat: chat ?? null, isChat, past: [] };
+    return this.info(this.insert(own));
+  }
+
+  // The settings in a file; one of an earlier version lacks some, which have their defaults.
+  readConfig(given) {
+    const unknown = Object.keys(given).find((name) => !Object.hasOwn(this.config, name));
+    require(!unknown, "file", `the session has the setting ${unknown}`, "export the model again");
+    const config = { ...this.config, ...given };
+    for (const name of ["adapter", "structured_outputs"]) {
+      require(config[name] === null, "file", `the session has ${name}`, "open it in Python");
+    }
+    return config;
   }
 }
 
-const randomId = () => Array.from(crypto.getRandomValues(new Uint8Array(8)), (b) => b.toString(16).padStart(2, "0")).join("");
+function randomId() {
+  const bytes = crypto.getRandomValues(new Uint8Array(8));
+  return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
 
 // A seed of at most 2^63 - 1: a number if it is exact, else its digits. None is drawn at random.
 function checkedSeed(seed) {

@@ -37,11 +37,13 @@ async function page() {
 
 const kept = async (url) => (await caches.open(CACHE)).match(url);
 
+const keptOrFetched = async (request, url) => (await kept(url)) ?? fetch(request);
+
 self.addEventListener("install", (event) => event.waitUntil(install()));
 self.addEventListener("activate", (event) => event.waitUntil(activate()));
 self.addEventListener("fetch", (event) => {
   const { request } = event, url = request.url.replace(/[?#].*$/, "");
   if (request.method !== "GET") return;
   if (PAGES.includes(url)) event.respondWith(page());
-  else if (URLS.includes(url)) event.respondWith(kept(url).then((found) => found ?? fetch(request)));
+  else if (URLS.includes(url)) event.respondWith(keptOrFetched(request, url));
 });

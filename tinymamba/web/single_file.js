@@ -4,11 +4,12 @@
 // they import. A page of file:// can give blob: addresses, too, but its worker may not read them.
 {
   const element = document.getElementById("site"), site = JSON.parse(element.textContent);
-  const decode = (text) => new TextDecoder().decode(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)));
+  const decode = (text) =>
+    new TextDecoder().decode(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)));
   const encode = (text) =>
     btoa(Array.from(new TextEncoder().encode(text), (byte) => String.fromCharCode(byte)).join(""));
-  const withAddresses = (text) =>
-    Object.keys(site.files).reduce((done, name) => done.replaceAll(`"./${name}"`, `"${site.files[name]}"`), text);
+  const withAddress = (text, [name, url]) => text.replaceAll(`"./${name}"`, `"${url}"`);
+  const withAddresses = (text) => Object.entries(site.files).reduce(withAddress, text);
   for (const script of document.querySelectorAll("script[data-file]")) {
     const { file, type } = script.dataset, own = script.textContent;
     const text = type === "text/javascript" ? encode(withAddresses(decode(own))) : own;

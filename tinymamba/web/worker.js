@@ -16,7 +16,8 @@ async function run(call, method, args) {
     for await (const event of own.generate(...args)) self.postMessage({ call, event });
     return null;
   }
-  if (!METHODS.includes(method)) throw new Error(`${method}: the engine has no such method; load the page again`);
+  if (!METHODS.includes(method))
+    throw new Error(`${method}: the engine has no such method; load the page again`);
   return own[method](...args);
 }
 
