@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,7 @@ TEMPLATE = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
 {{- '<|im_end|>' + '\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 SAMPLED = {"temperature": 0.9, "top_k": 0, "seed": 3}
+SERVICE_WORKER = (ROOT / "tinymamba" / "web" / "service_worker.js").read_bytes()
 FEW = (1, 2, 17)  # lengths for --verify, which has ten
 
 
@@ -402,6 +405,44 @@ def test_a_single_file_holds_everything(site, place, packages, monkeypatch):
             assert {*imported} <= {*names[: names.index(name)]}, name
     assert "serviceWorker" not in text and "http://" not in text.split("data-file")[0]
     assert_refused(run_main(export_model.main, *words), "tiny.html", "exists already")
+
+
+class LoginServer(BaseHTTPRequestHandler):
+    """A page with the site's service worker; it asks for a login once that is needed."""
+
+    needs_login = False
+    head = b'<link rel="icon" href="data:,">'
+    page = head + b'<script>navigator.serviceWorker.register("worker.js")</script>the page'
+    files = {
+        "/": ("text/html", page),
+        "/login": ("text/html", head + b"log in"),
+        "/worker.js": ("text/javascript", b'const VERSION = "1", FILES = [];\n' + SERVICE_WORKER),
+    }
+
+    def do_GET(self):
+        moved = self.path == "/" and LoginServer.needs_login
+        kind, body = self.files.get(self.path, ("text/plain", b""))
+        self.send_response(302 if moved else 200 if body else 404)
+        self.send_header("Location" if moved else "Content-Type", "/login" if moved else kind)
+        self.end_headers()
+        self.wfile.write(b"" if moved else body)
+
+    def log_message(self, *_):
+        """Say nothing."""
+
+
+def test_a_page_that_is_redirected_later_is_not_an_error(browse, monkeypatch):
+    """A browser refuses a page that a service worker got from another address."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), LoginServer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/"
+        page = browse(url)
+        page.evaluate("navigator.serviceWorker.ready.then(() => null)")
+        page.wait_for_function("() => navigator.serviceWorker.controller")
+        monkeypatch.setattr(LoginServer, "needs_login", True)
+        page.goto(url)
+        assert page.url == f"{url}login" and page.text_content("body") == "log in"
+        server.shutdown()
 
 
 # ------------------------------------------------------------------------------------- errors

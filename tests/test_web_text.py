@@ -28,7 +28,7 @@ from tinymamba.chat_template import ChatTemplate
 from tinymamba.cli import UserError
 from tinymamba.openai_api import ApiError
 from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer, byte_alphabet, byte_tokenizer
-from tinymamba.web_tokenizer import require_readable
+from tinymamba.web_tokenizer import find_problem, require_readable
 
 WEB = ROOT / "tinymamba" / "web"
 JINJA = ROOT / "node_modules" / "@huggingface" / "jinja" / "dist" / "index.js"
@@ -301,6 +301,8 @@ def test_a_tokenizer_that_the_page_cannot_read_is_refused_in_a_line(node):
         with pytest.raises(UserError) as error:
             require_readable({"name": "tokenizer.json", "content": json.dumps(file)}, "a.json")
         assert str(error.value) == said.replace("tokenizer.json", "a.json")
+    empty = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}}
+    assert find_problem({**BYTE_BPE, **empty}) == "the pre-tokenizer null"
 
 
 def test_a_tokenizer_that_the_page_reads_may_be_exported(kinds, vocabularies):

@@ -52,7 +52,7 @@ def find_splitter_problem(splitter: dict[str, Any] | None) -> str | None:
     """The same of a pre-tokenizer."""
     splitter = splitter or {"type": "null"}
     steps = splitter["pretokenizers"] if splitter["type"] == "Sequence" else [splitter]
-    kinds = [kind_of(step) for step in steps]
+    kinds = [kind_of(step) for step in steps] or ["null"]
     wrong = [kind for kind in kinds[:-1] if kind not in (*SPLITS, "Digits")]
     wrong += kinds[-1:] if kinds[-1:] != ["ByteLevel"] else []
     return f"the pre-tokenizer {wrong[0]}" if wrong else None

@@ -540,8 +540,8 @@ export class Engine {
     const logits = Number(state.position.data[0]) ? tensors.logits.data : null;
     const now = { ...this.initial, state, logits, recent };
     const { seed, turns, chat } = about, isChat = !!(chat && this.template);
-    const own = { now, seed: String(seed), turns, config, chat: chat ?? null, isChat, past: [] };
-    return this.info(this.insert(own));
+    const session = { now, seed: String(seed), turns, config, chat: chat ?? null, isChat, past: [] };
+    return this.info(this.insert(session));
   }
 
   // The settings in a file; one of an earlier version lacks some, which have their defaults.

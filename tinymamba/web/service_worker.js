@@ -13,7 +13,8 @@ const PATIENCE = 3000; // milliseconds until the kept page is shown on a slow ne
 
 async function install() {
   const cache = await caches.open(CACHE);
-  await cache.addAll([SCOPE, ...URLS].map((url) => new Request(url, { cache: "no-cache" })));
+  const options = { cache: "no-cache", redirect: "error" }; // what is kept is the site's own
+  await cache.addAll([SCOPE, ...URLS].map((url) => new Request(url, options)));
   await self.skipWaiting();
 }
 
@@ -28,6 +29,7 @@ async function page() {
   try {
     const options = { cache: "no-cache", signal: AbortSignal.timeout(PATIENCE) };
     const answer = await fetch(SCOPE, options);
+    if (answer.redirected) return Response.redirect(answer.url); // such as to a login
     if (answer.ok) return answer;
   } catch {
     // There is no network: the kept page does.
