@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, assert_refused, free_copy, lacking, run_main, train_bpe, wide
+from helpers import ROOT, assert_refused, free_copy, lacking, run_main, wide
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from web_helpers import require_packages, reuse_graphs, shared_site, tiny_chat_model
 
 import export_model
 from onnx_generate import OnnxModel
@@ -25,59 +26,31 @@ from streaming import StreamingConfig, StreamingServer
 from testv2 import TinyMambaModel, generate, load_model
 from tinymamba.chat_session import ChatSessions
 from tinymamba.checkpoint import pack_tensors, save_model, unpack_tensors
-from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer
+from tinymamba.tokenizer import SimpleTokenizer
 from tinymamba.web_site import CHAT, RUNTIME, find_files, find_foreign, is_site
 
-PACKAGES = ROOT / "node_modules"
-TEMPLATE = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
-{{- m.content if loop.last or m.role == 'system' else m.content[-3:] }}
-{{- '<|im_end|>' + '\\n' }}{% endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 SAMPLED = {"temperature": 0.9, "top_k": 0, "seed": 3}
 SERVICE_WORKER = (ROOT / "tinymamba" / "web" / "service_worker.js").read_bytes()
-FEW = (1, 2, 17)  # lengths for --verify, which has ten
 
 
 @pytest.fixture(scope="module")
 def packages() -> Path:
-    """The folder node_modules, of which the site has copies."""
-    if not (PACKAGES / "onnxruntime-web").exists():
-        lacking("node_modules/onnxruntime-web")
-    return PACKAGES
+    return require_packages()
 
 
 @pytest.fixture(scope="module")
 def model() -> TinyMambaModel:
-    """A tiny model with a memory, and with a chat template that cuts earlier messages."""
-    content = train_bpe("<|im_end|>", "<|im_start|>", EOS_TOKEN).to_str()
-    record = {"name": "tokenizer.json", "content": content, "special_tokens": {}}
-    made = free_copy(wide(vocab_size=320, n_layer=1, memory_every=1, tie_embeddings=False))
-    made.tokenizer = SimpleTokenizer.from_dict({**record, "chat_template": TEMPLATE}).to_dict()
-    return made.requires_grad_(False)
+    return tiny_chat_model()
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, model) -> Path:
-    """A folder with the checkpoint; node reads the scripts below it as modules."""
-    folder = tmp_path_factory.mktemp("web")
-    save_model(folder / "tiny.pt", model)
-    (folder / "package.json").write_text('{"type": "module"}')
-    return folder
+def place(tmp_path_factory) -> Path:
+    """A folder with the checkpoint and its sites."""
+    return shared_site(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def site(place, packages) -> Path:
-    """The site, as the command makes it, with all checks."""
-    words = ["--checkpoint", place / "tiny.pt", "--format", "web", "--output_dir", place / "site"]
-    words += ["--runtime", packages, "--verify", "--generate", "--benchmark"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export_model, "LENGTHS", FEW)
-        patch.setattr(export_model, "STREAMED", 60)
-        patch.setattr(export_model, "ROUNDS", 1)
-        done = run_main(export_model.main, *words)
-    assert done.returncode == 0, done.stderr
-    for said in ("60 of 60 in a row", "--- web\nimport os\n", "speedup of a step"):
-        assert said in done.stdout
+def site(place) -> Path:
     return place / "site"
 
 
@@ -324,6 +297,12 @@ def test_memory_is_flat(engine):
 # --------------------------------------------------------------------------------------- site
 
 
+def test_the_command_checks_what_it_has_written(place):
+    text = (place / "said.txt").read_text(encoding="utf-8")
+    for said in ("60 of 60 in a row", "--- web\nimport os\n", "speedup of a step"):
+        assert said in text
+
+
 def test_a_site_loads_nothing_from_elsewhere(site):
     """Its addresses are relative; only copied packages name hosts, in messages and comments."""
     copied = {name for package in (RUNTIME | CHAT).values() for name in package.files}
@@ -376,24 +355,7 @@ def files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 
 
-def reuse_graphs(monkeypatch, site: Path) -> list[Path]:
-    """From here on, an export writes the graphs of this site: to make them takes seconds."""
-    graphs = [find_files(site) / name for name in ("prefill.onnx", "step.onnx", "weights.data")]
-
-    def copy(folder: Path, *_) -> None:
-        for graph in graphs:
-            shutil.copy(graph, folder)
-
-    monkeypatch.setattr(export_model, "write_onnx_graphs", copy)
-    return graphs
-
-
-def test_a_single_file_holds_everything(site, place, packages, monkeypatch):
-    reuse_graphs(monkeypatch, site)
-    words = ["--checkpoint", place / "tiny.pt", "--format", "web", "--single_file"]
-    words += ["--output_dir", place / "single", "--runtime", packages]
-    done = run_main(export_model.main, *words)
-    assert done.returncode == 0, done.stderr
+def test_a_single_file_holds_everything(site, place, packages):
     [page] = (place / "single").iterdir()
     text = page.read_text(encoding="utf-8")
     inlined = re.findall('data-file="([^"]*)" data-type="[^"]*">([A-Za-z0-9+/=]*)</script>', text)
@@ -404,6 +366,8 @@ def test_a_single_file_holds_everything(site, place, packages, monkeypatch):
             imported = re.findall(r'"\./([\w.-]+\.js)"', base64.b64decode(data).decode())
             assert {*imported} <= {*names[: names.index(name)]}, name
     assert "serviceWorker" not in text and "http://" not in text.split("data-file")[0]
+    words = ["--checkpoint", place / "tiny.pt", "--format", "web", "--single_file"]
+    words += ["--output_dir", place / "single", "--runtime", packages]
     assert_refused(run_main(export_model.main, *words), "tiny.html", "exists already")
 
 

@@ -166,7 +166,8 @@ def write_site(site: Path, page: Path, runtime: Path, config: dict[str, Any]) ->
     for rest in [path for path in site.iterdir() if path.is_file()]:
         rest.unlink()
     files = {name: name for name in names}  # relative to the worker
-    facts = {"files": files, "worker": f"{folder.name}/worker.js"}
+    size = sum((folder / name).stat().st_size for name in names)
+    facts = {"files": files, "worker": f"{folder.name}/worker.js", "bytes": size}
     start = f'navigator.serviceWorker?.register("{WORKER}");'
     later = f'<script>addEventListener("load", () => {{ {start} }});</script>\n'
     write_bytes(site / "index.html", with_site(page, config, facts, later).encode())

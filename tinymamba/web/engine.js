@@ -17,6 +17,10 @@ const TURNS = 64; // turns of a session that can be undone
 const CHAT_BYTES = 2 ** 26; // of states that chats may go back to
 const PAUSE = 8; // milliseconds of work after which messages are read
 const LARGE = 32e6; // parameters; in smaller models, threads mostly wait for each other
+// A module of one function, which makes a vector: what the runtime needs of a browser.
+const SIMD = Uint8Array.of(
+  0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 8, 1, 6, 0, 65, 0, 253, 15, 11,
+);
 
 const LIMITS = {
   max_new_tokens: [0, Infinity], temperature: [0, Infinity], top_k: [0, Infinity], top_p: [0, 1],
@@ -40,6 +44,24 @@ async function load(files, name) {
   require(response.ok, name, problem(`status ${response.status}`), remedy);
   if (response.headers.get("content-type") !== "application/gzip") return response;
   return new Response(response.body.pipeThrough(new DecompressionStream("gzip"))); // single_file.js
+}
+
+// What `work` makes of a file. An error that names no file yet names this one, or the runtime.
+async function naming(name, work) {
+  try {
+    return await work();
+  } catch ({ message }) {
+    if (/^\S+: .+; /.test(message)) throw new Error(message);
+    const file = /wasm/i.test(message) || message.includes("WebAssembly") ? "ort.wasm" : name;
+    const remedy = "load the page again; if that does not help, export the model again";
+    return require(false, file, `cannot be used (${message.split("\n")[0].slice(0, 160)})`, remedy);
+  }
+}
+
+function parseConfig(text) {
+  const site = JSON.parse(text);
+  require(site.web, "config.json", "is not that of a site", "export the model again");
+  return site;
 }
 
 const loadText = async (files, name) => (await load(files, name)).text();
@@ -238,17 +260,20 @@ export class Engine {
   // files: {name: url}
   static async open(files) {
     const engine = new Engine();
-    const site = JSON.parse(await loadText(files, "config.json")), own = site.web;
+    require(WebAssembly.validate(SIMD), "browser", "has no WebAssembly SIMD", "use a newer one");
+    const text = loadText(files, "config.json");
+    const site = await naming("config.json", async () => parseConfig(await text)), own = site.web;
     const model = Model.open(files, site);
+    model.catch(() => {}); // it is awaited, and its error shown, when the rest is there
     const tokenizer = own.tokenizer_file && loadText(files, own.tokenizer_file);
     const chat = own.chat && import("./chat.js");
-    const config = parsePythonJson(own.config);
+    const config = parsePythonJson(own.config), name = own.tokenizer_file;
     Object.assign(engine, { site, own, config, chats: [], all: new Map() });
-    engine.tokenizer = new Tokenizer(await tokenizer, own.tokenizer_file);
+    engine.tokenizer = await naming(name, async () => new Tokenizer(await tokenizer, name));
     if (chat) engine.template = await (await chat).ChatTemplate.open(
       engine.tokenizer, own.chat.template, own.chat.special_tokens,
     );
-    engine.model = await model;
+    engine.model = await naming("model", () => model);
     const start = { state: engine.model.start(), logits: null, gates: null, norms: null };
     engine.initial = { ...start, recent: [], unread: [] };
     engine.stateBytes = Object.values(start.state).reduce((sum, { data }) => sum + data.byteLength, 0);
