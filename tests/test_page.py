@@ -566,11 +566,11 @@ onmessage = async ({data: {call, method, args}}) => {
     stopped = false;
     if (prompt === "fail") throw Error("the worker says no");
     for (let i = 0; i < max_tokens && !stopped; i++) {
-      postMessage({call, event: {text: ` ${id}`, tokens: [token(` ${id}`)]}});
+      postMessage({call, events: [{text: ` ${id}`, tokens: [token(` ${id}`)]}]});
       await new Promise((resolve) => setTimeout(resolve));
     }
     const session = info(id, 1);
-    postMessage({call, event: {text: "", tokens: [], finish_reason: "stop", session}});
+    postMessage({call, events: [{text: "", tokens: [], finish_reason: "stop", session}]});
     postMessage({call, result: null});
   } catch (problem) { postMessage({call, error: problem.message}); }
 };

@@ -152,6 +152,8 @@ def test_a_stopped_answer_is_exactly_the_text_that_was_given_out(engine, server)
 
 
 def test_answers_at_once_do_not_change_each_other(engine):
+    """Nor the stack that all of them use: what one leaves there would in time overwrite weights."""
+    before = engine("heap")["stack"]
     calls = [
         ["generate", engine("create", {"seed": n})["id"], {"prompt": "the", "max_tokens": 30}]
         for n in (1, 2, 1)
@@ -160,6 +162,7 @@ def test_answers_at_once_do_not_change_each_other(engine):
     assert first == third != second
     alone = engine("create", {"seed": 2})["id"]
     assert text_of(engine("generate", alone, {"prompt": "the", "max_tokens": 30})) == second
+    assert engine("heap")["stack"] == before
 
 
 @torch.no_grad()
@@ -285,13 +288,21 @@ def test_errors_are_one_line(engine, call, problem):
 
 
 def test_memory_is_flat(engine):
+    """Also where an answer is stopped within a character, and its last state is not kept."""
     session = engine("create", {"seed": 1})["id"]
-    engine("generate", session, {"prompt": "a", "max_tokens": 100})
+
+    def answer(count: int, **given) -> None:
+        engine("generate", session, {"prompt": "für 日本", "max_tokens": count, **SAMPLED, **given})
+
+    answer(100)
     before = engine("heap")
-    engine("generate", session, {"max_tokens": 400})
+    answer(400)
+    for seed in range(40):
+        answer(5, seed=seed, stop_after=3)
     after = engine("heap")
     for kind in ("heapUsed", "arrayBuffers"):
         assert after[kind] < before[kind] + 3_000_000
+    assert after["wasm"] < before["wasm"] + 50_000 and after["stack"] == before["stack"]
 
 
 # --------------------------------------------------------------------------------------- site

@@ -32,7 +32,12 @@ const METHODS = {
     await Promise.allSettled(results);
     return Promise.all(results);
   },
-  heap: () => (globalThis.gc(), process.memoryUsage()),
+  heap() {
+    globalThis.gc();
+    const { wasm } = engine.model.runtime, end = wasm._malloc(2 ** 20); // no gap is as large
+    wasm._free(end);
+    return { ...process.memoryUsage(), wasm: end, stack: wasm.stackSave() };
+  },
 };
 
 const run = async (method, ...args) =>

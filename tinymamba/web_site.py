@@ -27,7 +27,15 @@ from tinymamba.cli import UserError, require
 HERE = Path(__file__).resolve().parent
 SCRIPTS = HERE / "web"
 # Modules come after those that they import: so single_file.js can give them their addresses.
-MODULES = ("sampling.js", "session_file.js", "tokenizer.js", "chat.js", "engine.js", "worker.js")
+MODULES = (
+    "runtime.js",
+    "sampling.js",
+    "session_file.js",
+    "tokenizer.js",
+    "chat.js",
+    "engine.js",
+    "worker.js",
+)
 GRAPHS = ("prefill.onnx", "step.onnx", "weights.data")
 BEGIN = "<script>"  # of the page's own script
 WORKER, SINGLE = "service_worker.js", "single_file.js"
@@ -47,7 +55,6 @@ RUNTIME = {
         "1.30.0",
         "Copyright (c) Microsoft Corporation",  # the package has no file of it
         {
-            "ort.js": "dist/ort.wasm.min.mjs",
             "ort-wasm.js": "dist/ort-wasm-simd-threaded.mjs",
             "ort.wasm": "dist/ort-wasm-simd-threaded.wasm",
         },
@@ -220,7 +227,7 @@ def write_single_file(path: Path, site: Path, page: Path) -> None:
     """The files of a site as one page, which also works from file://."""
     folder = find_files(site)
     config = json.loads((folder / "config.json").read_bytes())
-    modules = ["ort.js", "ort-wasm.js", "jinja.js", *MODULES]
+    modules = ["ort-wasm.js", "jinja.js", *MODULES]
     ranks = {name: rank for rank, name in enumerate(modules)}
     files = sorted(folder.iterdir(), key=lambda file: (ranks.get(file.name, -1), file.name))
     inline = "".join(map(inline_file, files))

@@ -1,9 +1,9 @@
 // A model in the browser: what StreamingServer of streaming.py is in Python, on onnxruntime-web.
 //
 // A session is a snapshot and those before its last turns. Snapshots are never changed, so any
-// number of sessions may share one. A state is {name: tensor} as the graphs take and return it.
+// number of sessions may share one.
 
-import * as ort from "./ort.js";
+import { Runtime } from "./runtime.js";
 import { choose } from "./sampling.js";
 import { packSession, parsePythonJson, pythonJson, unpackSession } from "./session_file.js";
 import { TextStream, Tokenizer, appendText } from "./tokenizer.js";
@@ -19,7 +19,8 @@ const PAUSE = 8; // milliseconds of work after which messages are read
 const LARGE = 32e6; // parameters; in smaller models, threads mostly wait for each other
 // A module of one function, which makes a vector: what the runtime needs of a browser.
 const SIMD = Uint8Array.of(
-  0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 8, 1, 6, 0, 65, 0, 253, 15, 11,
+  0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0,
+  10, 8, 1, 6, 0, 65, 0, 253, 15, 11,
 );
 
 const LIMITS = {
@@ -65,59 +66,87 @@ function parseConfig(text) {
 }
 
 const loadText = async (files, name) => (await load(files, name)).text();
-const loadBytes = async (files, name) => new Uint8Array(await (await load(files, name)).arrayBuffer());
+async function loadBytes(files, name) {
+  return new Uint8Array(await (await load(files, name)).arrayBuffer());
+}
 
 // ------------------------------------------------------------------------------------ model
 
+// A state of the model: {name: tensor} as the graphs take and return it, after `position` ids.
+//
+// What a graph returns is live: it lies in WebAssembly's memory, and the next run uses it up. A
+// frozen one stays as it is. So an answer copies its state when it ends, not at every token.
+class State {
+  constructor(runtime, tensors, position, isLive = false) {
+    Object.assign(this, { runtime, tensors, position, isLive });
+  }
+
+  freeze() {
+    if (!this.isLive) return;
+    for (const name in this.tensors) this.tensors[name] = this.runtime.download(this.tensors[name]);
+    this.isLive = false;
+  }
+
+  // The end of a live state.
+  release() {
+    if (!this.isLive) return;
+    for (const pointer of Object.values(this.tensors)) this.runtime.free(pointer);
+    Object.assign(this, { isLive: false, tensors: null });
+  }
+}
+
 // The two graphs: step reads one id, prefill any number. Prefill is only made when it is needed.
 class Model {
-  static async open(files, { state, web }) {
-    const wasm = loadBytes(files, "ort.wasm"), weights = loadBytes(files, "weights.data");
+  // `site`, a promise of config.json, comes while the large files load.
+  static async open(files, site) {
+    const wasm = load(files, "ort.wasm"), weights = loadBytes(files, "weights.data");
     const step = loadBytes(files, "step.onnx"), prefill = loadBytes(files, "prefill.onnx");
-    prefill.catch(() => {}); // it is awaited, and its error shown, when prefill is needed
+    // Their errors are shown where they are awaited.
+    for (const file of [wasm, weights, step, prefill]) file.catch(() => {});
+    const { state, web, quantization } = await site;
     const pays = globalThis.crossOriginIsolated && web.parameters >= LARGE;
     const threads = pays ? Math.min(4, navigator.hardwareConcurrency) : 1;
-    Object.assign(ort.env.wasm, {
-      numThreads: threads,
-      wasmBinary: (await wasm).buffer,
-      wasmPaths: { mjs: new URL(files["ort-wasm.js"], import.meta.url).href },
-    });
+    const script = new URL(files["ort-wasm.js"], import.meta.url).href;
+    const runtime = await Runtime.open(wasm, script, threads);
+    const prepack = !!quantization; // float weights need no other layout, and it takes long to make
     const create = async (bytes) =>
-      ort.InferenceSession.create(await bytes, {
-        executionProviders: ["wasm"],
-        graphOptimizationLevel: "disabled", // the exporter has done it
-        externalData: [{ path: "weights.data", data: await weights }],
-      });
-    return Object.assign(new Model(), { state, threads, step: await create(step), create, prefill });
+      runtime.graph(await bytes, { "weights.data": await weights }, { prepack });
+    const own = { state, runtime, threads, create, prefill };
+    return Object.assign(new Model(), own, { step: await create(step) });
   }
 
   // The state before any id.
   start() {
-    const state = {};
+    const tensors = {};
     for (const [name, [shape, type]] of Object.entries(this.state)) {
       const dims = [1, ...shape], size = dims.reduce((product, n) => product * n, 1);
       const data = type === "int64" ? new BigInt64Array(size) : new Float32Array(size);
-      state[name] = new ort.Tensor(type, data, dims);
+      tensors[name] = { type, dims, data };
     }
-    return state;
+    return new State(this.runtime, tensors, 0);
   }
 
-  // The session for these ids.
-  async sessionFor(ids) {
+  // The graph for these ids.
+  async graphFor(ids) {
     if (ids.length === 1) return this.step;
     this.reader ??= this.create(this.prefill);
     return this.reader;
   }
 
-  // ids and a state -> the new state, and after its last id: logits (v,), gates (n_layer, 3) and
-  // norms of the heads, layer after layer.
+  // ids and a state -> the new state, which is live, and after its last id: logits (v,), gates
+  // (n_layer, 3) and norms of the heads, layer after layer.
   async run(ids, state) {
-    const session = await this.sessionFor(ids);
-    const input = new ort.Tensor("int64", BigInt64Array.from(ids, BigInt), [1, ids.length]);
-    const { logits, gates, norms, ...rest } = await session.run({ ids: input, ...state });
-    const after = {};
-    for (const name in state) after[name] = rest[`new.${name}`];
-    return { state: after, logits: logits.data, gates: gates.data, norms: norms.data };
+    try {
+      const graph = await this.graphFor(ids), { runtime } = this;
+      const input = { type: "int64", dims: [1, ids.length], data: BigInt64Array.from(ids, BigInt) };
+      const made = graph.run({ ids: input, ...state.tensors }), tensors = {};
+      for (const name in state.tensors) tensors[name] = made[`new.${name}`];
+      const results = ["logits", "gates", "norms"].map((name) => runtime.download(made[name]).data);
+      const [logits, gates, norms] = results, position = state.position + ids.length;
+      return { state: new State(runtime, tensors, position, true), logits, gates, norms };
+    } finally {
+      state.release();
+    }
   }
 }
 
@@ -125,7 +154,7 @@ class Model {
 
 // {state, logits, gates, norms, recent, unread}: logits, gates and norms are those after all ids,
 // null if the state has not read them; `recent` are the last ids, `unread` those not read.
-const position = ({ state, unread }) => Number(state.position.data[0]) + unread.length;
+const position = ({ state, unread }) => state.position + unread.length;
 
 // The snapshot after more ids, which the state has not read yet.
 function followedBy(snapshot, ids) {
@@ -188,7 +217,7 @@ class Answer {
     let tokens = [], text = "", drawn = 0;
     this.now = start;
     while (!this.stopped && !this.isOver(drawn)) {
-      if (this.now.unread.length) this.now = await engine.read(this.now);
+      if (this.now.unread.length) this.now = await engine.readSome(this.now, 1);
       if (this.stopped) break;
       const id = choose(this.now.logits, this.now.recent, config, counts, position(this.now));
       if (this.ends.has(id)) {
@@ -233,7 +262,9 @@ class Answer {
 
   // A long answer moves its start, so that `ids` stay few, once their text is given out.
   noteStart() {
-    if (!this.next && this.ids.length >= MAX_REPLAY) this.next = [this.ids.length, this.now];
+    if (this.next || this.ids.length < MAX_REPLAY) return;
+    this.now.state.freeze();
+    this.next = [this.ids.length, this.now];
   }
 
   moveStart() {
@@ -246,11 +277,14 @@ class Answer {
   // Decide what the session goes on from: exactly the text that was given out.
   settle() {
     if (this.failed) this.final = this.origin;
-    else if (this.now && this.clean === this.ids.length && !this.partial) this.final = this.now;
-    else if (this.now) {
+    else if (this.now && this.clean === this.ids.length && !this.partial) {
+      this.now.state.freeze();
+      this.final = this.now;
+    } else if (this.now) {
       const ids = appendText(this.engine.tokenizer, this.ids.slice(0, this.clean), this.partial);
       this.final = followedBy(this.start, ids);
     }
+    this.now?.state.release();
   }
 }
 
@@ -262,9 +296,10 @@ export class Engine {
     const engine = new Engine();
     require(WebAssembly.validate(SIMD), "browser", "has no WebAssembly SIMD", "use a newer one");
     const text = loadText(files, "config.json");
-    const site = await naming("config.json", async () => parseConfig(await text)), own = site.web;
-    const model = Model.open(files, site);
-    model.catch(() => {}); // it is awaited, and its error shown, when the rest is there
+    const described = naming("config.json", async () => parseConfig(await text));
+    const model = Model.open(files, described);
+    model.catch(() => {}); // shown where it is awaited
+    const site = await described, own = site.web;
     const tokenizer = own.tokenizer_file && loadText(files, own.tokenizer_file);
     const chat = own.chat && import("./chat.js");
     const config = parsePythonJson(own.config), name = own.tokenizer_file;
@@ -276,7 +311,8 @@ export class Engine {
     engine.model = await naming("model", () => model);
     const start = { state: engine.model.start(), logits: null, gates: null, norms: null };
     engine.initial = { ...start, recent: [], unread: [] };
-    engine.stateBytes = Object.values(start.state).reduce((sum, { data }) => sum + data.byteLength, 0);
+    const sizes = Object.values(start.state.tensors).map(({ data }) => data.byteLength);
+    engine.stateBytes = sizes.reduce((sum, size) => sum + size, 0);
     return engine;
   }
 
@@ -433,15 +469,20 @@ export class Engine {
     let now = snapshot;
     while (now.unread.length && !isStopped()) {
       const few = !this.model.reader && now.unread.length <= FEW;
-      const ids = now.unread.slice(0, few ? 1 : PIECE);
-      const out = await this.model.run(ids, now.state);
-      now = { ...now, ...out, unread: now.unread.slice(ids.length) };
-      if (performance.now() - (this.paused ?? 0) > PAUSE) {
-        await pause();
-        this.paused = performance.now();
-      }
+      now = await this.readSome(now, few ? 1 : PIECE);
     }
+    now.state.freeze();
     return now;
+  }
+
+  // The snapshot after its state, which is live then, has read the next ids.
+  async readSome(snapshot, count) {
+    const out = await this.model.run(snapshot.unread.slice(0, count), snapshot.state);
+    if (performance.now() - (this.paused ?? 0) > PAUSE) {
+      await pause();
+      this.paused = performance.now();
+    }
+    return { ...snapshot, ...out, unread: snapshot.unread.slice(count) };
   }
 
   // A token, as the page shows it.
@@ -542,7 +583,7 @@ export class Engine {
     const recent = BigInt64Array.from([...blank, ...now.recent.map(BigInt)]);
     const logits = now.logits ?? new Float32Array(vocabulary);
     const tensors = {
-      ...now.state,
+      ...now.state.tensors,
       logits: { type: "float32", dims: [1, vocabulary], data: logits },
       recent: { type: "int64", dims: [1, RECENT], data: recent },
     };
@@ -552,17 +593,16 @@ export class Engine {
 
   load(bytes) {
     const logitsLike = { type: "float32", dims: [1, this.site.vocab_size] };
-    const like = { ...this.initial.state, logits: logitsLike, recent: { type: "int64", dims: [1, RECENT] } };
+    const recentLike = { type: "int64", dims: [1, RECENT] };
+    const like = { ...this.initial.state.tensors, logits: logitsLike, recent: recentLike };
     const { fingerprint: model } = this.own, { tokenizer_sha256: tokenizer } = this.site;
     const { tensors, about } = unpackSession(bytes, { model, tokenizer, like });
     const config = this.readConfig(about.config);
-    const state = {};
-    for (const name in this.initial.state) {
-      const { type, dims, data } = tensors[name];
-      state[name] = new ort.Tensor(type, data, dims);
-    }
+    const names = Object.keys(this.initial.state.tensors);
+    const own = Object.fromEntries(names.map((name) => [name, tensors[name]]));
+    const state = new State(this.model.runtime, own, Number(own.position.data[0]));
     const recent = [...tensors.recent.data].filter((id) => id >= 0n).map(Number);
-    const logits = Number(state.position.data[0]) ? tensors.logits.data : null;
+    const logits = state.position ? tensors.logits.data : null;
     const now = { ...this.initial, state, logits, recent };
     const { seed, turns, chat } = about, isChat = !!(chat && this.template);
     const session = { now, seed: String(seed), turns, config, chat: chat ?? null, isChat, past: [] };
