@@ -15,7 +15,8 @@ from tinymamba.tokenizer import EOS_TOKEN
 LONGEST = ["reliability", "readme", "training", "model", "hf_integration", "peft", "export_model",
            "streaming", "restarts", "serve", "tied_weights", "session_store", "benchmark",
            "surroundings", "sharded_checkpoint", "quantize", "carried_state", "onnx_engine",
-           "preferences", "context_parallel", "prepare_documents", "testv2"]  # fmt: skip
+           "preferences", "context_parallel", "prepare_documents", "web", "testv2",
+           "page", "web_page"]  # fmt: skip
 
 heed_signals()
 
