@@ -103,14 +103,12 @@ class Model {
     const step = loadBytes(files, "step.onnx"), prefill = loadBytes(files, "prefill.onnx");
     // Their errors are shown where they are awaited.
     for (const file of [wasm, weights, step, prefill]) file.catch(() => {});
-    const { state, web, quantization } = await site;
+    const { state, web } = await site;
     const pays = globalThis.crossOriginIsolated && web.parameters >= LARGE;
     const threads = pays ? Math.min(4, navigator.hardwareConcurrency) : 1;
     const script = new URL(files["ort-wasm.js"], import.meta.url).href;
     const runtime = await Runtime.open(wasm, script, threads);
-    const prepack = !!quantization; // float weights need no other layout, and it takes long to make
-    const create = async (bytes) =>
-      runtime.graph(await bytes, { "weights.data": await weights }, { prepack });
+    const create = async (bytes) => runtime.graph(await bytes, { "weights.data": await weights });
     const own = { state, runtime, threads, create, prefill };
     return Object.assign(new Model(), own, { step: await create(step) });
   }

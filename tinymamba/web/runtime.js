@@ -24,22 +24,18 @@ export class Runtime {
   }
 
   // The graph of an .onnx file, as it is: no optimization. files: {name: bytes}, that it refers to.
-  // With `prepack`, weights get the layout that is fastest for long inputs.
-  graph(bytes, files, { prepack }) {
+  graph(bytes, files) {
     const { wasm } = this, buffer = this.copy(bytes);
     const options = wasm._OrtCreateSessionOptions(0, false, false, 0, false, 0, 0, WARNING, 0, 0);
-    const setting = ["session.disable_prepacking", prepack ? "0" : "1"];
-    const entry = setting.map((text) => this.text(text));
     for (const [name, content] of Object.entries(files)) wasm.mountExternalData(name, content);
     try {
-      this.check(wasm._OrtAddSessionConfigEntry(options, ...entry));
       const session = wasm._OrtCreateSession(buffer, bytes.length, options);
       this.check(session === 0);
       return new Graph(this, session);
     } finally {
       wasm.unmountExternalData();
       wasm._OrtReleaseSessionOptions(options);
-      for (const pointer of [buffer, ...entry]) wasm._free(pointer);
+      wasm._free(buffer);
     }
   }
 
@@ -60,10 +56,6 @@ export class Runtime {
     this.check(pointer === 0 && byteLength > 0, "out of memory");
     this.bytes().set(new Uint8Array(buffer, byteOffset, byteLength), pointer);
     return pointer;
-  }
-
-  text(text) {
-    return this.copy(new TextEncoder().encode(`${text}\0`));
   }
 
   // Do something with `count` words of the stack, all 0.
