@@ -52,7 +52,8 @@ AT_ONCE = """() => {
   }).observe(document, {childList: true, subtree: true});
   addEventListener("DOMContentLoaded", () => {
     document.getElementById("prompt").value = PROMPT;
-    document.getElementById("max_tokens").value = 1;
+    document.getElementById("max_tokens").value = 64; // the first may be a part of a character
+    document.getElementById("temperature").value = 0;
     document.getElementById("go").click();
   });
 }"""
