@@ -152,3 +152,19 @@ def test_a_result_that_comes_after_its_caller_has_left_is_not_lost():
         await until(lambda: trials.late == ["granted"])
 
     with_breaker(check)
+
+
+def test_a_thread_without_an_answer_begins_no_call_that_waited():
+    breaker, waits, begun = Breaker(lambda: None, lambda _: None), threading.Event(), []
+    breaker.threads, breaker.timeout = 1, 0.0
+
+    def hang():
+        waits.wait(60)
+        raise Unavailable("no answer")
+
+    late, waiting = breaker.submit(hang), breaker.submit(begun.append, "x")
+    waits.set()  # no event loop runs that could cancel anything
+    assert isinstance(late.exception(60), Unavailable)
+    breaker.end()
+    breaker.workers[0].join(60)
+    assert waiting.cancelled() and not begun

@@ -110,6 +110,8 @@ class Breaker:
         """A thread's loop."""
         for call in iter(self.queue.get, None):
             call.carry_out()
+            if self.got_no_answer(call):  # the event loop may notice only after the next has begun
+                self.cancel_waiting()
             del call  # its result may be large
 
     async def wait_for(self, call: Call, ended: asyncio.Future) -> None:
@@ -124,11 +126,21 @@ class Breaker:
         """The result of a call that has ended; trips the breaker, or resets it."""
         if call.cancelled():
             raise NotAsked("another call has got no answer")
-        if isinstance(call.exception(), Unavailable) and call.seconds() >= self.timeout / 2:
+        if self.got_no_answer(call):
             self.trip()
         else:
             self.reset()
         return call.result()
+
+    def got_no_answer(self, call: Call) -> bool:
+        """Whether a call that has ended failed, and not soon."""
+        failed = not call.cancelled() and isinstance(call.exception(), Unavailable)
+        return failed and call.seconds() >= self.timeout / 2
+
+    def cancel_waiting(self) -> None:
+        """Cancel the calls that no thread has begun."""
+        for call in [*self.unfinished]:
+            call.cancel()  # does nothing to those that have begun
 
     def come_late(self, call: Call) -> None:
         """Take notice of the end of a call that nobody waits for."""
@@ -159,8 +171,7 @@ class Breaker:
         if not self.tripped:
             logging.getLogger("serve").warning("the session store hangs: requests for it fail")
         self.tripped, self.trial_at = True, time.monotonic() + self.pause
-        for call in [*self.unfinished]:
-            call.cancel()  # does nothing to those that have begun
+        self.cancel_waiting()
 
     def reset(self) -> None:
         """Let all calls through."""
