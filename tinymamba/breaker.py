@@ -38,8 +38,8 @@ class Call(concurrent.futures.Future):
         self.began: float | None = None
         self.ended: float | None = None
 
-    def carry_out(self) -> None:
-        """Call the function, unless the call is cancelled."""
+    def carry_out(self, on_error: Callable[[Call, Exception], object]) -> None:
+        """Call the function, unless the call is cancelled; `on_error` hears first of an error."""
         if not self.set_running_or_notify_cancel():
             return
         self.began = time.monotonic()
@@ -48,6 +48,8 @@ class Call(concurrent.futures.Future):
         except Exception as e:
             result, error = None, e
         self.ended = time.monotonic()
+        if error:
+            on_error(self, error)
         self.set_exception(error) if error else self.set_result(result)
 
     def seconds(self) -> float:
@@ -109,9 +111,7 @@ class Breaker:
     def work(self) -> None:
         """A thread's loop."""
         for call in iter(self.queue.get, None):
-            call.carry_out()
-            if self.got_no_answer(call):  # the event loop may notice only after the next has begun
-                self.cancel_waiting()
+            call.carry_out(self.cancel_if_late)  # before this thread begins the next
             del call  # its result may be large
 
     async def wait_for(self, call: Call, ended: asyncio.Future) -> None:
@@ -126,16 +126,20 @@ class Breaker:
         """The result of a call that has ended; trips the breaker, or resets it."""
         if call.cancelled():
             raise NotAsked("another call has got no answer")
-        if self.got_no_answer(call):
+        if self.is_late(call, call.exception()):
             self.trip()
         else:
             self.reset()
         return call.result()
 
-    def got_no_answer(self, call: Call) -> bool:
-        """Whether a call that has ended failed, and not soon."""
-        failed = not call.cancelled() and isinstance(call.exception(), Unavailable)
-        return failed and call.seconds() >= self.timeout / 2
+    def is_late(self, call: Call, error: BaseException | None) -> bool:
+        """Whether a call has failed, and not soon."""
+        return isinstance(error, Unavailable) and call.seconds() >= self.timeout / 2
+
+    def cancel_if_late(self, call: Call, error: Exception) -> None:
+        """Cancel what waits, in the thread of a call that has failed late."""
+        if self.is_late(call, error):
+            self.cancel_waiting()
 
     def cancel_waiting(self) -> None:
         """Cancel the calls that no thread has begun."""
