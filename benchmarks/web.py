@@ -20,6 +20,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import shutil
 import statistics
 import threading
@@ -43,6 +44,10 @@ from tinymamba.cli import need, parse_flags, require, run_cli
 from tinymamba.web_site import find_files
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+PLACES = (  # where it is not on the path
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+    r"C:\Program Files\Google\Chrome\Application\chrome.exe",
+)
 # Writes the prompt and generates as soon as the page is there; notes when the first token is.
 AT_ONCE = """() => {
   new MutationObserver((_, observer) => {
@@ -106,11 +111,17 @@ def served(folder: Path) -> Iterator[str]:
         server.server_close()
 
 
+def find_chromium() -> str | None:
+    """The program of Chromium or Chrome on this system."""
+    on_path = (shutil.which(name) for name in PROGRAMS)
+    return next(filter(None, (*on_path, *filter(os.path.exists, PLACES))), None)
+
+
 @contextlib.contextmanager
 def browser() -> Iterator[Any]:
     """Headless Chromium, or Chrome."""
     playwright = need("playwright.sync_api").sync_playwright
-    program = next(filter(None, map(shutil.which, PROGRAMS)), None)
+    program = find_chromium()
     require(program, "chromium", "is not installed", f"install one of {', '.join(PROGRAMS)}")
     with playwright() as library:
         chromium = library.chromium.launch(executable_path=program)

@@ -2,39 +2,18 @@
 
 import contextlib
 import json
-import os
 import re
-import shutil
-from pathlib import Path
 from urllib.parse import urlsplit
 
-from helpers import ROOT, lacking
+from helpers import lacking, npm_file
 from playwright.sync_api import Browser, Page, sync_playwright
 
-NPM_PACKAGES = ROOT / "node_modules"
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-PLACES = (
-    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
-    r"C:\Program Files\Google\Chrome\Application\chrome.exe",
-)
+from benchmarks.web import find_chromium
+
 THIS_MACHINE = ("127.0.0.1", "localhost", "::1", "", None)  # file: and blob: have no host
 OTHER_HOSTS_FAIL = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost"
 PHONE = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touch": True}
 DARK = {"color_scheme": "dark"}
-
-
-def find_chromium() -> str | None:
-    """The program of Chromium or Chrome on this system."""
-    on_path = (shutil.which(name) for name in NAMES)
-    return next(filter(None, (*on_path, *filter(os.path.exists, PLACES))), None)
-
-
-def npm_file(name: str) -> Path:
-    """A file of an npm package that package.json names."""
-    file = NPM_PACKAGES / name
-    if not file.exists():
-        lacking(f"node_modules/{name}")
-    return file
 
 
 @contextlib.contextmanager

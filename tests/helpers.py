@@ -42,6 +42,7 @@ from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer, byte_level
 torch.set_num_threads(1)  # the models are tiny, and tests run side by side
 
 ROOT = Path(__file__).resolve().parent.parent
+NPM_PACKAGES = ROOT / "node_modules"
 TINY = {
     "d_model": 32,
     "n_layer": 2,
@@ -511,6 +512,14 @@ def lacking(what: str) -> None:
     if os.environ.get("CI"):
         pytest.fail(message)
     pytest.skip(message)
+
+
+def npm_file(name: str) -> Path:
+    """A file or folder of an npm package that package.json names."""
+    file = NPM_PACKAGES / name
+    if not file.exists():
+        lacking(f"node_modules/{name}")
+    return file
 
 
 def build_sources() -> set[str]:

@@ -3,8 +3,12 @@
 import re
 
 import browser
+import helpers
 import pytest
-from browser import DARK, PHONE, Tabs, npm_file, sideways, violations
+from browser import DARK, PHONE, Tabs, sideways, violations
+from helpers import npm_file
+
+from benchmarks import web
 
 
 @pytest.fixture
@@ -68,8 +72,8 @@ def test_without_chromium_or_packages_tests_fail_in_ci_and_are_skipped_elsewhere
 ):
     monkeypatch.setenv("CI", ci)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(browser, "PLACES", ())
-    monkeypatch.setattr(browser, "NPM_PACKAGES", tmp_path)
+    monkeypatch.setattr(web, "PLACES", ())
+    monkeypatch.setattr(helpers, "NPM_PACKAGES", tmp_path)
     with pytest.raises(outcome, match="Chromium is missing: run tests/browser.sh"):
         browser.chromium().__enter__()
     with pytest.raises(outcome, match="node_modules/axe-core/axe.min.js is missing"):

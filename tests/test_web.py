@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, assert_refused, free_copy, lacking, run_main, wide
+from helpers import NPM_PACKAGES, ROOT, assert_refused, free_copy, lacking, run_main, wide
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from web_helpers import require_packages, reuse_graphs, shared_site, tiny_chat_model
+from web_helpers import reuse_graphs, shared_site, tiny_chat_model
 
 import export_model
 from onnx_generate import OnnxModel
@@ -31,11 +31,6 @@ from tinymamba.web_site import CHAT, RUNTIME, find_files, find_foreign, is_site
 
 SAMPLED = {"temperature": 0.9, "top_k": 0, "seed": 3}
 SERVICE_WORKER = (ROOT / "tinymamba" / "web" / "service_worker.js").read_bytes()
-
-
-@pytest.fixture(scope="module")
-def packages() -> Path:
-    return require_packages()
 
 
 @pytest.fixture(scope="module")
@@ -340,13 +335,13 @@ def test_a_site_loads_nothing_from_elsewhere(site):
     )
 
 
-def test_another_model_is_another_folder_and_another_cache(site, place, packages, monkeypatch):
+def test_another_model_is_another_folder_and_another_cache(site, place, monkeypatch):
     """So a page never mixes files of two exports, and its worker replaces what it has kept."""
     graphs = reuse_graphs(monkeypatch, site)
     other = free_copy(wide(vocab_size=320, n_layer=1, memory_every=1, tie_embeddings=False))
     other.tokenizer = SimpleTokenizer().to_dict()
     save_model(place / "other.pt", other)
-    words = ["--format", "web", "--runtime", packages, "--output_dir", place / "again"]
+    words = ["--format", "web", "--runtime", NPM_PACKAGES, "--output_dir", place / "again"]
     for name in ("tiny", "other"):
         done = run_main(export_model.main, "--checkpoint", place / f"{name}.pt", "--force", *words)
         assert done.returncode == 0, done.stderr
@@ -366,7 +361,7 @@ def files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 
 
-def test_a_single_file_holds_everything(site, place, packages):
+def test_a_single_file_holds_everything(site, place):
     [page] = (place / "single").iterdir()
     text = page.read_text(encoding="utf-8")
     inlined = re.findall('data-file="([^"]*)" data-type="[^"]*">([A-Za-z0-9+/=]*)</script>', text)
@@ -378,7 +373,7 @@ def test_a_single_file_holds_everything(site, place, packages):
             assert {*imported} <= {*names[: names.index(name)]}, name
     assert "serviceWorker" not in text and "http://" not in text.split("data-file")[0]
     words = ["--checkpoint", place / "tiny.pt", "--format", "web", "--single_file"]
-    words += ["--output_dir", place / "single", "--runtime", packages]
+    words += ["--output_dir", place / "single", "--runtime", NPM_PACKAGES]
     assert_refused(run_main(export_model.main, *words), "tiny.html", "exists already")
 
 
@@ -520,14 +515,20 @@ def test_web_is_not_among_all_formats():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", ["int8", "int4"])
-def test_a_quantized_site_runs(bits, place, packages, tmp_path):
+def test_a_quantized_site_runs(bits, place, tmp_path):
     (np.arange(4000, dtype=np.int32) % 320).tofile(tmp_path / "train.bin")
     data = ["--calibration_data", tmp_path / "train.bin", "--calibration_tokens", "2048"]
     data += ["--group_size", "16"]
     data = data if bits == "int4" else []
     words = ["--checkpoint", place / "tiny.pt", "--format", "web", "--quantize", bits, *data]
     done = run_main(
-        export_model.main, *words, "--output_dir", place / bits, "--runtime", packages, "--verify"
+        export_model.main,
+        *words,
+        "--output_dir",
+        place / bits,
+        "--runtime",
+        NPM_PACKAGES,
+        "--verify",
     )
     assert done.returncode == 0, done.stderr
     folder = find_files(place / bits)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 from browser import DARK, PHONE, Tabs, sideways, violations
-from helpers import run_main, run_script
+from helpers import NPM_PACKAGES, run_main, run_script
 from page_helpers import fill, generate, make_fork, settle, text
 from playwright.sync_api import Page, expect
-from web_helpers import PACKAGES, shared_site
+from web_helpers import shared_site
 
 import streaming
 from onnx_generate import OnnxModel
@@ -276,7 +276,7 @@ def renamed(site: Path, new: Path, name: str) -> Path:
     new.mkdir()
     for file in ("prefill.onnx", "step.onnx", "weights.data", config["web"]["tokenizer_file"]):
         shutil.copy(files / file, new)
-    write_site(new, Path(streaming.__file__).with_name("page.html"), PACKAGES, config)
+    write_site(new, Path(streaming.__file__).with_name("page.html"), NPM_PACKAGES, config)
     return new
 
 

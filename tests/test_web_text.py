@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 from chat_helpers import CHATS, KINDS, NAMES, SHAPES, TALK, messages_of, template_of
-from helpers import ROOT, lacking
+from helpers import NPM_PACKAGES, ROOT, lacking, npm_file
 from tokenizers import (
     AddedToken,
     Regex,
@@ -31,7 +31,7 @@ from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer, byte_alphabet, byte_
 from tinymamba.web_tokenizer import find_problem, require_readable
 
 WEB = ROOT / "tinymamba" / "web"
-JINJA = ROOT / "node_modules" / "@huggingface" / "jinja" / "dist" / "index.js"
+JINJA = "@huggingface/jinja/dist/index.js"
 READ = """
 import { readFileSync } from "node:fs";
 import { TextStream, Tokenizer, appendText } from "./tokenizer.js";
@@ -51,8 +51,8 @@ def node(tmp_path_factory):
     folder = tmp_path_factory.mktemp("web")
     for file in WEB.glob("*.js"):
         shutil.copy(file, folder)
-    if JINJA.is_file():
-        shutil.copy(JINJA, folder / "jinja.js")
+    if (NPM_PACKAGES / JINJA).is_file():
+        shutil.copy(NPM_PACKAGES / JINJA, folder / "jinja.js")
     (folder / "package.json").write_text('{"type": "module"}')
 
     def run(body: str, given):
@@ -73,8 +73,7 @@ def node(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def jinja():
-    if not JINJA.is_file():
-        lacking("node_modules/@huggingface/jinja")
+    npm_file(JINJA)
 
 
 # ----------------------------------------------------------------------------------- texts

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from helpers import ROOT, free_copy, lacking, run_main, train_bpe, wide
+from helpers import NPM_PACKAGES, free_copy, npm_file, run_main, train_bpe, wide
 
 import export_model
 from testv2 import TinyMambaModel
@@ -15,19 +15,11 @@ from tinymamba.checkpoint import save_model
 from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer
 from tinymamba.web_site import find_files
 
-PACKAGES = ROOT / "node_modules"
 TEMPLATE = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
 {{- m.content if loop.last or m.role == 'system' else m.content[-3:] }}
 {{- '<|im_end|>' + '\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 FEW = (1, 2, 17)  # lengths for --verify, which has ten
-
-
-def require_packages() -> Path:
-    """The folder node_modules, of which the site has copies."""
-    if not (PACKAGES / "onnxruntime-web").exists():
-        lacking("node_modules/onnxruntime-web")
-    return PACKAGES
 
 
 def tiny_chat_model() -> TinyMambaModel:
@@ -44,7 +36,7 @@ def shared_site(factory: pytest.TempPathFactory) -> Path:
 
     Node reads the scripts below it as modules.
     """
-    require_packages()
+    npm_file("onnxruntime-web")
     return shared_folder(factory, "web", make_site)
 
 
@@ -66,7 +58,7 @@ def make_site(place: Path) -> None:
     """The site, as the command makes it, with all checks; and as a single file."""
     save_model(place / "tiny.pt", tiny_chat_model())
     (place / "package.json").write_text('{"type": "module"}')
-    words = ["--checkpoint", place / "tiny.pt", "--format", "web", "--runtime", PACKAGES]
+    words = ["--checkpoint", place / "tiny.pt", "--format", "web", "--runtime", NPM_PACKAGES]
     checks = ["--output_dir", place / "site", "--verify", "--generate", "--benchmark"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export_model, "LENGTHS", FEW)
