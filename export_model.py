@@ -81,8 +81,9 @@ from tinymamba.checkpoint import (
 )
 from tinymamba.cli import UserError, need, parse_flags, require, run_cli
 from tinymamba.kernels import QuantizedLinear
+from tinymamba.live import matrix_norms
 from tinymamba.lock import hold_lock
-from tinymamba.onnx_engine import GRAPHS, OUTPUTS, OnnxEngine
+from tinymamba.onnx_engine import GRAPH_FILES, GRAPHS, OUTPUTS, OnnxEngine
 from tinymamba.runtime import pick_device, why_no_compile
 from tinymamba.streaming_config import StreamingConfig
 from tinymamba.tokenizer import open_tokenizer, why_no_tokenizer, write_tokenizer
@@ -166,7 +167,7 @@ class WebGraph(Graph):
         """
         hidden, state, gates = self.model.run(ids, state)
         parts = [part for layer in state.layers for part in (layer.ssm, layer.memory)]
-        norms = [part.flatten(2).norm(dim=2)[0] for part in parts if part is not None]
+        norms = [matrix_norms(part)[0] for part in parts if part is not None]
         return self.model.head(hidden[:, -1]), gates[:, 0, -1], torch.cat(norms), state
 
 
@@ -692,7 +693,7 @@ def write_engine(folder: Path, graph: EngineGraph) -> None:
 def hash_files(folder: Path) -> dict[str, str]:
     """SHA-256 of the graphs and their weights."""
     hashes = {}
-    for name in (*(f"{graph}.onnx" for graph in GRAPHS), "weights.data"):
+    for name in GRAPH_FILES:
         with open(folder / name, "rb") as file:
             hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes

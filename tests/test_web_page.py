@@ -19,6 +19,7 @@ import streaming
 from onnx_generate import OnnxModel
 from streaming import StreamingServer
 from tinymamba.chat_session import ChatSessions
+from tinymamba.onnx_engine import GRAPH_FILES
 from tinymamba.web_site import find_files, write_site
 
 PATH = "/some/folder/"
@@ -274,7 +275,7 @@ def renamed(site: Path, new: Path, name: str) -> Path:
     config = json.loads((files / "config.json").read_bytes())
     config["web"]["name"] = name
     new.mkdir()
-    for file in ("prefill.onnx", "step.onnx", "weights.data", config["web"]["tokenizer_file"]):
+    for file in (*GRAPH_FILES, config["web"]["tokenizer_file"]):
         shutil.copy(files / file, new)
     write_site(new, Path(streaming.__file__).with_name("page.html"), NPM_PACKAGES, config)
     return new

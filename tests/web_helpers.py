@@ -12,6 +12,7 @@ from helpers import NPM_PACKAGES, free_copy, npm_file, run_main, train_bpe, wide
 import export_model
 from testv2 import TinyMambaModel
 from tinymamba.checkpoint import save_model
+from tinymamba.onnx_engine import GRAPH_FILES
 from tinymamba.tokenizer import EOS_TOKEN, SimpleTokenizer
 from tinymamba.web_site import find_files
 
@@ -76,7 +77,7 @@ def make_site(place: Path) -> None:
 
 def reuse_graphs(patch: pytest.MonkeyPatch, site: Path) -> list[Path]:
     """From here on, an export writes the graphs of this site: to make them takes seconds."""
-    graphs = [find_files(site) / name for name in ("prefill.onnx", "step.onnx", "weights.data")]
+    graphs = [find_files(site) / name for name in GRAPH_FILES]
 
     def copy(folder: Path, *_) -> None:
         for graph in graphs:

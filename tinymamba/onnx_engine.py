@@ -13,6 +13,7 @@ from tinymamba.cli import UserError, need, require
 
 ENGINES = ("torch", "onnx")
 GRAPHS = ("prefill", "step")
+GRAPH_FILES = ("prefill.onnx", "step.onnx", "weights.data")  # the last is of both
 OUTPUTS = ("hidden", "logits", "gates")  # of each graph, before the tensors of the new state
 
 

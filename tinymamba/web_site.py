@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from tinymamba.checkpoint import write_bytes, write_json
 from tinymamba.cli import UserError, require
+from tinymamba.onnx_engine import GRAPH_FILES
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = HERE / "web"
@@ -36,7 +37,6 @@ MODULES = (
     "engine.js",
     "worker.js",
 )
-GRAPHS = ("prefill.onnx", "step.onnx", "weights.data")
 BEGIN = "<script>"  # of the page's own script
 WORKER, SINGLE = "service_worker.js", "single_file.js"
 TYPES = {".js": "text/javascript", ".json": "application/json"}  # others are compressed
@@ -156,7 +156,7 @@ def write_site(site: Path, page: Path, runtime: Path, config: dict[str, Any]) ->
     `config` becomes config.json; see describe_site of export_model.py.
     """
     packages = used_packages(config["web"]["chat"] is not None)
-    names = [config["web"]["tokenizer_file"], "config.json", *GRAPHS]
+    names = [config["web"]["tokenizer_file"], "config.json", *GRAPH_FILES]
     write_json(site / "config.json", config)
     for name, package in packages.items():
         for own, file in package.files.items():
