@@ -6,7 +6,7 @@
 import { Runtime } from "./runtime.js";
 import { choose } from "./sampling.js";
 import { packSession, parsePythonJson, pythonJson, unpackSession } from "./session_file.js";
-import { TextStream, Tokenizer, appendText } from "./tokenizer.js";
+import { TextStream, Tokenizer, appendText, require } from "./tokenizer.js";
 
 const RECENT = 512; // last ids that a session keeps
 const CONTEXT = 8; // last ids that a tokenizer may need to decode the next ones
@@ -28,11 +28,6 @@ const LIMITS = {
   min_p: [0, 1], repetition_penalty: [1e-3, 1e3],
 };
 const WHOLE = ["max_new_tokens", "top_k"];
-
-// Errors read as those of Python do.
-function require(condition, name, problem, remedy) {
-  if (!condition) throw new Error(`${name}: ${problem}; ${remedy}`);
-}
 
 // ------------------------------------------------------------------------------------ files
 

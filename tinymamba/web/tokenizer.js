@@ -10,7 +10,7 @@ const CACHED_WORDS = 20_000;
 const CACHED_LENGTH = 64; // of a word
 
 // Errors read as those of Python do.
-function require(condition, name, problem, remedy) {
+export function require(condition, name, problem, remedy) {
   if (!condition) throw new Error(`${name}: ${problem}; ${remedy}`);
 }
 
